@@ -1,0 +1,85 @@
+"""The attention branch: grouped queries, rotary positions, scaled-cosine logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pha.nn.branches import Branch, Sequence, register_branch
+from pha.nn.config import ArchitectureConfig
+from pha.ops import attention
+
+MAX_LOG_SCALE = math.log(100.0)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles p * theta^(-2 i / K) of the rotary embedding.
+
+    Args:
+        positions: (..., T) token positions.
+        head_dim: K, even.
+        theta: the base.
+
+    Returns:
+        Two tensors (..., T, K / 2), float32.
+    """
+    i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float().unsqueeze(-1) * theta ** (-i / head_dim)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (x_i, x_{i + K/2}) of (B, H, T, K) by its angle (B or 1, T, K / 2)."""
+    cos, sin = (r.unsqueeze(1).to(x.dtype) for r in rotary)
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+@register_branch("attention")
+class GroupedQueryAttention(Branch):
+    """Causal GQA with RoPE; logits are cosines times a learnable per-head temperature.
+
+    q and k are L2-normalised per head and the logits multiplied by exp(min(s, ln 100)), with
+    s = ln 10 at the start: scaled-cosine attention without 1 / sqrt(K) and without relative bias.
+    """
+
+    def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.cosine = config.attention_logits == "scaled-cosine"
+        d = config.hidden_size
+        self.W_q = nn.Linear(d, self.heads * self.head_dim, bias=False)
+        self.W_k = nn.Linear(d, self.kv_heads * self.head_dim, bias=False)
+        self.W_v = nn.Linear(d, self.kv_heads * self.head_dim, bias=False)
+        self.W_o = nn.Linear(self.heads * self.head_dim, d, bias=False)
+        if self.cosine:
+            self.logit_scale = nn.Parameter(torch.empty(self.heads))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Temperature 10 for every head (the projections are initialised elsewhere)."""
+        if self.cosine:
+            nn.init.constant_(self.logit_scale, math.log(10.0))
+
+    def forward(self, z_BTd: Tensor, sequence: Sequence) -> Tensor:
+        """Map (B, T, d) to (B, T, d), attending to cached positions as well."""
+        B, T, _ = z_BTd.shape
+        q = self.W_q(z_BTd).view(B, T, self.heads, self.head_dim).transpose(1, 2)
+        k = self.W_k(z_BTd).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.W_v(z_BTd).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        if self.cosine:
+            scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
+            q = F.normalize(q.float(), dim=-1) * scale.view(-1, 1, 1)
+            k = F.normalize(k.float(), dim=-1)
+        else:
+            q = q.float() / math.sqrt(self.head_dim)
+            k = k.float()
+        q, k = rotate(q, sequence.rotary).to(v.dtype), rotate(k, sequence.rotary).to(v.dtype)
+        if sequence.cache is not None:
+            k, v = sequence.cache.update(k, v, self.layer_idx)
+        y = attention(q, k, v, sequence.attention_mask)
+        return self.W_o(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))

@@ -1,0 +1,90 @@
+"""One layer: branches in parallel (the paper's) or in sequence (its control), then the FFN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from pha.nn.branches import Branch, Sequence, make_branch
+from pha.nn.config import ArchitectureConfig
+from pha.nn.ffn import SwiGLU
+from pha.nn.mixing import LearnableMixing
+from pha.nn.norm import RMSNorm
+
+
+class Residual(nn.Module):
+    """One sublayer's residual connection, in either sound reading of the paper's alpha.
+
+    pre:  x <- x + f(RMSNorm(x)) / alpha
+    post: x <- RMSNorm(alpha x + f(x))          (DeepNorm)
+    """
+
+    def __init__(self, config: ArchitectureConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.post = config.residual == "post"
+        self.alpha = config.residual_alpha
+
+    def forward(self, x_BTd: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply f around x, both (B, T, d)."""
+        if self.post:
+            return self.norm(self.alpha * x_BTd + self.dropout(f(x_BTd)))
+        return x_BTd + self.dropout(f(self.norm(x_BTd))) / self.alpha
+
+
+class ParallelBlock(nn.Module):
+    """z = RMSNorm(x);  x += mix_i(branch_i(z));  x += FFN(RMSNorm(x))   (pre-norm shown)."""
+
+    def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict(
+            {name: make_branch(name, config, layer_idx) for name in config.branches}
+        )
+        self.mixing = LearnableMixing(config.branches, config.hidden_size, config.rms_norm_eps)
+        self.mix_residual = Residual(config)
+        inner = config.ffn_size(config.primary_ffn_expansion)
+        self.primary_ffn = SwiGLU(config.hidden_size, inner)
+        self.ffn_residual = Residual(config)
+
+    def forward(self, x_BTd: Tensor, sequence: Sequence) -> Tensor:
+        """Map (B, T, d) to (B, T, d)."""
+
+        def mix(z_BTd: Tensor) -> Tensor:
+            outputs = {name: branch(z_BTd, sequence) for name, branch in self.branches.items()}
+            return self.mixing(outputs)
+
+        x_BTd = self.mix_residual(x_BTd, mix)
+        return self.ffn_residual(x_BTd, self.primary_ffn)
+
+
+class SequentialBlock(nn.Module):
+    """The same branches one after the other, each a sublayer of its own, then the primary FFN."""
+
+    def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict(
+            {name: make_branch(name, config, layer_idx) for name in config.branches}
+        )
+        self.residuals = nn.ModuleDict({name: Residual(config) for name in config.branches})
+        inner = config.ffn_size(config.primary_ffn_expansion)
+        self.primary_ffn = SwiGLU(config.hidden_size, inner)
+        self.ffn_residual = Residual(config)
+
+    def forward(self, x_BTd: Tensor, sequence: Sequence) -> Tensor:
+        """Map (B, T, d) to (B, T, d)."""
+
+        def bind(branch: nn.Module) -> Callable[[Tensor], Tensor]:
+            assert isinstance(branch, Branch)
+            return lambda z_BTd: branch(z_BTd, sequence)
+
+        for name, branch in self.branches.items():
+            x_BTd = self.residuals[name](x_BTd, bind(branch))
+        return self.ffn_residual(x_BTd, self.primary_ffn)
+
+
+BLOCKS: dict[str, type[ParallelBlock] | type[SequentialBlock]] = {
+    "parallel": ParallelBlock,
+    "sequential": SequentialBlock,
+}

@@ -1,0 +1,145 @@
+"""What a model is made of: one dataclass, checked as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pha.utils.errors import PHAError
+
+
+@dataclass(kw_only=True)
+class ArchitectureConfig:
+    """Shape and choices of a PHA model. Defaults are PHA-125M; `[ours]` fills a hole in the paper.
+
+    Attributes:
+        preset: name of the published configuration this started from, for the record.
+        vocab_size: V, entries of the embedding, which is tied with the output head.
+        hidden_size: d.
+        num_hidden_layers: L.
+        block: `parallel` mixes all branches of one input (Eq. 3); `sequential` chains them, each
+            with its own norm and residual, in the order of `branches`.
+        branches: names in `pha.nn.BRANCHES`; the primary FFN comes after them and is not one.
+        branch_options: keyword arguments for the constructors of branches, by branch name.
+        num_attention_heads: H, query heads.
+        num_key_value_heads: G, shared key-value heads.
+        head_dim: K, size of a head (even, for the rotary embedding).
+        primary_ffn_expansion: hidden size of the primary FFN over d.
+        auxiliary_ffn_expansion: hidden size of the `ffn` branch over d.
+        state_size: n, a multiple of 16 [ours: chosen to reach the paper's parameter counts].
+        dt_min: shortest initial time step of the state space, log-uniform [ours].
+        dt_max: longest initial time step [ours].
+        input_scale: b in Eq. 2: `unit-variance` is sqrt(1 - a^2), `zero-order-hold` is 1 - a
+            [ours, measured equal; the first keeps slow states at unit scale].
+        rope_theta: base of the rotary embedding [ours: the value was lost].
+        attention_logits: `scaled-cosine` as in the paper, or `dot-product` over sqrt(K).
+        residual: `pre` is x + f(RMSNorm(x)) / alpha, `post` is RMSNorm(alpha x + f(x)), the two
+            sound readings of "scales residual connections by alpha" [ours: pre].
+        deepnorm_init: DeepNorm's scaled Xavier initialisation, only with `post` [ours: off].
+        dropout: probability, on the embedding and on what enters the residual stream.
+        initializer_range: standard deviation of the linear layers' initial weights [ours].
+        rms_norm_eps: added to the mean square in every RMSNorm [ours].
+    """
+
+    preset: str | None = None
+    vocab_size: int = 50257
+    hidden_size: int = 608
+    num_hidden_layers: int = 12
+    block: Literal["parallel", "sequential"] = "parallel"
+    branches: list[str] = field(default_factory=lambda: ["gss", "attention", "ffn"])
+    branch_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    head_dim: int = 76
+    primary_ffn_expansion: float = 2.0
+    auxiliary_ffn_expansion: float = 0.67
+    state_size: int = 2176
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    input_scale: Literal["unit-variance", "zero-order-hold"] = "unit-variance"
+    rope_theta: float = 10000.0
+    attention_logits: Literal["scaled-cosine", "dot-product"] = "scaled-cosine"
+    residual: Literal["pre", "post"] = "pre"
+    deepnorm_init: bool = False
+    dropout: float = 0.0
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+
+    @property
+    def residual_alpha(self) -> float:
+        """DeepNorm's alpha = (2 L)^(1/4)."""
+        return float((2 * self.num_hidden_layers) ** 0.25)
+
+    @property
+    def deepnorm_beta(self) -> float:
+        """DeepNorm's beta = (8 L)^(-1/4), the gain of value, output and FFN weights."""
+        return float((8 * self.num_hidden_layers) ** -0.25)
+
+    def ffn_size(self, expansion: float) -> int:
+        """Hidden size of an FFN: `expansion` times d, to the nearest multiple of 8 [ours]."""
+        return 8 * round(expansion * self.hidden_size / 8)
+
+    def check(self) -> None:
+        """Refuse impossible shapes.
+
+        Raises:
+            PHAError: naming the field, its value and what would be right.
+        """
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "state_size",
+        ):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+            f"num_key_value_heads ({self.num_key_value_heads})",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"head_dim is {self.head_dim}; the rotary embedding needs an even number",
+        )
+        _require(
+            self.state_size % 16 == 0,
+            f"state_size is {self.state_size}; it must be a multiple of 16, one HiPPO group",
+        )
+        _require(
+            0 < self.dt_min <= self.dt_max,
+            f"dt_min ({self.dt_min}) must be above 0 and at most dt_max ({self.dt_max})",
+        )
+        _require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)")
+        _require(bool(self.branches), "branches is empty; name at least one, such as gss")
+        _require(
+            len(set(self.branches)) == len(self.branches),
+            f"branches names one twice: {', '.join(self.branches)}",
+        )
+        for name, allowed in (
+            ("block", ("parallel", "sequential")),
+            ("residual", ("pre", "post")),
+            ("input_scale", ("unit-variance", "zero-order-hold")),
+            ("attention_logits", ("scaled-cosine", "dot-product")),
+        ):
+            value = getattr(self, name)
+            _require(value in allowed, f"{name} is {value!r}; choose {' or '.join(allowed)}")
+        _require(
+            self.residual == "post" or not self.deepnorm_init,
+            "deepnorm_init needs residual post; with pre, leave it off",
+        )
+        unknown = set(self.branch_options) - set(self.branches)
+        _require(not unknown, f"branch_options names {', '.join(sorted(unknown))}, not in branches")
+        for name in ("primary_ffn_expansion", "auxiliary_ffn_expansion"):
+            size = self.ffn_size(getattr(self, name))
+            _require(
+                size >= 8,
+                f"{name} is {getattr(self, name)}, a hidden size of {size}; at least 8 is needed",
+            )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise PHAError(f"model: {message}")

@@ -1,0 +1,35 @@
+"""RMSNorm that hands the next matrix product its own type."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def compute_type(x: Tensor) -> torch.dtype:
+    """The type in which matrix products on `x` run: autocast's where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * gain, computed in the wider of the two types, returned in the compute type.
+
+    Casting here, once, spares each of the projections that read the result a cast of its own.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def reset_parameters(self) -> None:
+        """Gains of one."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        with torch.autocast(x.device.type, enabled=False):
+            normed = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return normed.to(compute_type(x))

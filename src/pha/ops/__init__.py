@@ -1,0 +1,12 @@
+"""The numerics: each op has a naive oracle and the backends that are tested against it.
+
+Shapes, here and in the whole package: B batch, T tokens, S cached and new tokens, d hidden size,
+n state size, H query heads, G key-value heads, K head size, V vocabulary, N = B * T.
+"""
+
+from pha.ops.attention import attention
+from pha.ops.backends import OPS, Op
+from pha.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
+from pha.ops.scan import scan
+
+__all__ = ["OPS", "Op", "attention", "linear_cross_entropy", "scan", "token_statistics"]

@@ -1,0 +1,62 @@
+"""A table of ops and their backends: which one runs is a visible choice, never a silent one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from pha.utils.errors import PHAError
+
+OPS: dict[str, Op] = {}
+
+
+@dataclass
+class Op:
+    """One operation with interchangeable backends.
+
+    Attributes:
+        name: how the op is called in `OPS` and by `pha doctor`.
+        backends: name -> function, all with the same signature. `"naive"` is the oracle.
+        preferred: device type -> backend name; `"default"` is the fallback for other devices.
+        check: a self-check that compares a backend with the oracle and returns the largest
+            relative error of values and gradients.
+    """
+
+    name: str
+    backends: dict[str, Callable[..., Any]]
+    preferred: dict[str, str]
+    check: Callable[[Callable[..., Any], Callable[..., Any], str], float]
+    forced: str | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        OPS[self.name] = self
+
+    def choice(self, device_type: str) -> str:
+        """The backend that runs on tensors of `device_type` (`"cpu"`, `"cuda"`, ...)."""
+        return self.forced or self.preferred.get(device_type, self.preferred["default"])
+
+    def __call__(self, device_type: str) -> Callable[..., Any]:
+        """The function of the chosen backend."""
+        return self.backends[self.choice(device_type)]
+
+    @contextmanager
+    def force(self, backend: str) -> Iterator[None]:
+        """Use `backend` for everything inside the block.
+
+        Raises:
+            PHAError: there is no such backend.
+        """
+        if backend not in self.backends:
+            known = ", ".join(sorted(self.backends))
+            raise PHAError(f"{self.name} has no backend {backend!r}; it has {known}")
+        previous, self.forced = self.forced, backend
+        try:
+            yield
+        finally:
+            self.forced = previous
+
+    def self_check(self, backend: str, device_type: str) -> float:
+        """Largest relative error of `backend` against the oracle on a small random problem."""
+        return self.check(self.backends[backend], self.backends["naive"], device_type)

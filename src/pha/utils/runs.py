@@ -1,0 +1,107 @@
+"""The run folder: where a training run keeps everything that evaluation and reports need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pha.utils.errors import PHAError
+from pha.utils.files import read_json
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names inside `runs/NAME/`.
+
+    - `config.yaml`: the fully resolved configuration.
+    - `metrics.jsonl`: one JSON object per line, its `kind` one of `train`, `eval`, `mixing`.
+    - `checkpoints/step-N/`: weights, optimiser state and position, enough to resume exactly.
+    - `model/`: the chosen weights with configuration and tokenizer, for `from_pretrained`.
+    - `result.json`: metrics, protocol, tokens seen, provenance; present only when finished.
+    - `report.html`.
+    """
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.resolve().name
+
+    @property
+    def config(self) -> Path:
+        """`config.yaml`."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """`metrics.jsonl`."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """`checkpoints/`."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """`model/`."""
+        return self.path / "model"
+
+    @property
+    def result(self) -> Path:
+        """`result.json`."""
+        return self.path / "result.json"
+
+    @property
+    def report(self) -> Path:
+        """`report.html`."""
+        return self.path / "report.html"
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint taken after `step` optimiser steps."""
+        return self.checkpoints / f"step-{step}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps that have a complete checkpoint, ascending (unfinished ones have other names)."""
+        if not self.checkpoints.is_dir():
+            return []
+        names = [entry.name for entry in self.checkpoints.iterdir() if entry.is_dir()]
+        return sorted(int(n[5:]) for n in names if n.startswith("step-") and n[5:].isdigit())
+
+    def read_metrics(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
+        """Yield the records of `metrics.jsonl` in order, all or those of one `kind`.
+
+        A last line cut short by a kill is skipped; any other bad line is an error.
+
+        Raises:
+            PHAError: a line that is not JSON.
+        """
+        if not self.metrics.is_file():
+            return
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                if number == len(lines):
+                    return
+                raise PHAError(f"{self.metrics}, line {number}, is not JSON") from error
+            if kind is None or record.get("kind") == kind:
+                yield record
+
+    def read_result(self) -> dict[str, Any]:
+        """The content of `result.json`.
+
+        Raises:
+            PHAError: the run has not finished, or the file is damaged.
+        """
+        if not self.result.is_file():
+            raise PHAError(f"{self.path} has no result.json: the run has not finished (resume it)")
+        result: dict[str, Any] = read_json(self.result)
+        return result
