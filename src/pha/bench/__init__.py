@@ -1,0 +1,1 @@
+"""Measuring the machine and the code on it."""

@@ -1,0 +1,221 @@
+"""Tokenizers: bytes, a byte-level BPE trained on the corpus, GPT-2's, or a saved one.
+
+All are lossless: decoding the ids of a text gives the text back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pha.data.encoding import TextEncoder, byte_vocabulary, cut_text
+from pha.utils.errors import PHAError
+from pha.utils.files import read_json, sha256_file
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+
+_SAVED = "tokenizer.json"
+_BPE_PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+_FORMS = "bytes, bpe:SIZE, gpt2, gpt2:FOLDER or a tokenizer's folder"
+# White space, contractions, accents composed and not, capitals, a control character, an emoji.
+_PROBE = " A  b\t\n\n it's <x> , Éé e\u0301 ß 中 \u00a0\u200b\x00 😀 ."
+
+
+def load_tokenizer(spec: str, corpus: Iterable[str] | None = None) -> PreTrainedTokenizerFast:
+    """Load or train a tokenizer.
+
+    Args:
+        spec: `bytes` (ids 0..255 are the byte values, 256 the end of text), `bpe:SIZE` (a
+            byte-level BPE of SIZE entries trained on `corpus`: bytes, merges, end of text), `gpt2`
+            (from the Hugging Face Hub), `gpt2:FOLDER` (GPT-2's encoder.json and vocab.bpe, or
+            vocab.json and merges.txt, in FOLDER), or a folder that holds such files or one that
+            `save_pretrained` wrote, like a run's `model/`.
+        corpus: texts for `bpe:SIZE`, read once.
+
+    Returns:
+        A tokenizer with `<|endoftext|>` as its end-of-text and beginning-of-text token (a saved
+        one keeps its own), no unknown and no padding token.
+
+    Raises:
+        PHAError: an unknown spec, missing or damaged files, a corpus too small for SIZE, a
+            tokenizer that loses text.
+    """
+    if spec == "bytes":
+        return _wrap(_byte_level_bpe(byte_vocabulary(), []))
+    if spec.startswith("bpe:"):
+        return _wrap(_train_bpe(_bpe_size(spec), corpus))
+    if spec == "gpt2":
+        return _gpt2(*_download_gpt2(), origin="the Hugging Face Hub")
+    if spec.startswith("gpt2:"):
+        folder = Path(spec.removeprefix("gpt2:")).expanduser()
+        return _gpt2(*_bpe_files(folder), origin=str(folder))
+    folder = Path(spec).expanduser()
+    if not spec or not folder.is_dir():
+        raise PHAError(f"no tokenizer {spec!r}: give {_FORMS}")
+    if (folder / _SAVED).is_file():
+        return _load_saved(folder)
+    return _wrap(_read_bpe(*_bpe_files(folder)))
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A hash of everything that determines the ids of a text; saving and loading keep it."""
+    return _state_sha256(json.loads(tokenizer.backend_tokenizer.to_str()))
+
+
+def saved_tokenizer_sha256(folder: Path) -> str:
+    """`tokenizer_sha256` of the tokenizer that `save_pretrained` wrote to `folder`.
+
+    Raises:
+        PHAError: no readable tokenizer there.
+    """
+    try:
+        return _state_sha256(read_json(folder / _SAVED))
+    except (KeyError, TypeError) as error:
+        raise PHAError(f"{folder / _SAVED} is not a tokenizer") from error
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The rows a model's embedding needs: the largest id plus one."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def tokenizer_identity(spec: str) -> str:
+    """What a spec stands for, without loading it: a folder is followed by a hash of its files."""
+    folder = Path(spec.removeprefix("gpt2:")).expanduser()
+    names = [_SAVED, *(name for pair in _BPE_PAIRS for name in pair)]
+    hashes = [sha256_file(folder / name) for name in names if (folder / name).is_file()]
+    return " ".join([spec, *hashes])
+
+
+def _state_sha256(state: Mapping[str, Any]) -> str:
+    # Not the padding and truncation that calls leave behind, nor what only serves decoding.
+    parts = {key: state[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_level_bpe(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> Tokenizer:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    backend = Tokenizer(models.BPE(vocab=dict(vocabulary), merges=list(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return backend
+
+
+def _bpe_size(spec: str) -> int:
+    digits = spec.removeprefix("bpe:")
+    smallest = 256 + 1
+    if not (digits.isascii() and digits.isdigit() and int(digits) >= smallest):
+        raise PHAError(f"tokenizer {spec!r}: SIZE in bpe:SIZE is a number from {smallest}")
+    return int(digits)
+
+
+def _train_bpe(size: int, corpus: Iterable[str] | None) -> Tokenizer:
+    """Train merges on `corpus` and number the entries as GPT-2 does: bytes, merges, end of text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    if corpus is None:
+        raise PHAError(
+            f"bpe:{size} is trained on a corpus: give one, or a saved tokenizer's folder"
+        )
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    learner.train_from_iterator((piece for text in corpus for piece in cut_text(text)), trainer)
+    merges = [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]]
+    vocabulary = byte_vocabulary()
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    if len(vocabulary) != size - 1:
+        raise PHAError(
+            f"the corpus is too small for bpe:{size}: it gives {len(vocabulary) + 1} entries; "
+            "choose a smaller size or bytes"
+        )
+    return _byte_level_bpe(vocabulary, merges)
+
+
+def _bpe_files(folder: Path) -> tuple[Path, Path]:
+    for vocabulary, merges in _BPE_PAIRS:
+        if (folder / vocabulary).is_file() and (folder / merges).is_file():
+            return folder / vocabulary, folder / merges
+    pairs = " or ".join(" and ".join(pair) for pair in _BPE_PAIRS)
+    raise PHAError(f"{folder} holds no tokenizer: it needs {pairs} (or a saved {_SAVED})")
+
+
+def _read_bpe(vocabulary_file: Path, merges_file: Path) -> Tokenizer:
+    vocabulary = read_json(vocabulary_file)
+    try:
+        lines = merges_file.read_text(encoding="utf-8").split("\n")
+        pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+        backend = _byte_level_bpe(vocabulary, [(left, right) for left, right in pairs])
+    except Exception as error:  # tokenizers raises bare Exception
+        raise PHAError(
+            f"{vocabulary_file} and {merges_file.name} are not a BPE vocabulary and its merges: "
+            "get both files again"
+        ) from error
+    if not byte_vocabulary().keys() <= vocabulary.keys():
+        raise PHAError(f"{vocabulary_file} is not byte-level: it lacks entries for single bytes")
+    return backend
+
+
+def _gpt2(vocabulary_file: Path, merges_file: Path, origin: str) -> PreTrainedTokenizerFast:
+    tokenizer = _wrap(_read_bpe(vocabulary_file, merges_file))
+    known = TextEncoder(tokenizer).encode("Hello world").tolist() == [15496, 995]
+    if not (known and tokenizer.eos_token_id == 50256 == vocabulary_size(tokenizer) - 1):
+        raise PHAError(f"the files from {origin} are not GPT-2's vocabulary: get them again")
+    return tokenizer
+
+
+def _download_gpt2() -> tuple[Path, Path]:
+    from transformers.utils.hub import cached_file
+
+    try:
+        vocabulary, merges = (cached_file("gpt2", name) for name in _BPE_PAIRS[1])
+    except (OSError, ValueError) as error:
+        raise PHAError(
+            "the gpt2 tokenizer cannot be had from the Hugging Face Hub: get encoder.json and "
+            "vocab.bpe some other way and use gpt2:FOLDER, or train one with bpe:SIZE"
+        ) from error
+    return Path(vocabulary), Path(merges)
+
+
+def _load_saved(folder: Path) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise PHAError(
+            f"{folder / _SAVED} cannot be loaded as a tokenizer: get it again"
+        ) from error
+    tokenizer.clean_up_tokenization_spaces = False
+    if tokenizer.decode(TextEncoder(tokenizer).encode(_PROBE).tolist()) != _PROBE:
+        raise PHAError(
+            f"the tokenizer in {folder} does not give back the text it is given: "
+            "use a byte-level one, as perplexity per word needs every byte"
+        )
+    return tokenizer

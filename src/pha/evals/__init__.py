@@ -1,0 +1,1 @@
+"""Measuring trained models: perplexities, and text sampled from them."""

@@ -1,0 +1,86 @@
+"""The tables of the terminal; the HTML page has its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+Row = tuple[str, Callable[[dict[str, Any], dict[str, Any]], float], Callable[[float], str], Any]
+
+# Heading, value of a result and its evaluation, how it is shown, which extreme is best.
+ROWS: tuple[Row, ...] = (
+    ("parameters", lambda r, e: r["model"]["parameters"]["total"], lambda v: f"{v:,}", None),
+    ("tokens seen", lambda r, e: r["tokens_seen"], lambda v: f"{v:,}", None),
+    ("perplexity per token", lambda r, e: e["perplexity"], lambda v: f"{v:.2f}", min),
+    ("perplexity per word", lambda r, e: e["word_perplexity"], lambda v: f"{v:,.1f}", min),
+    ("perplexity per byte", lambda r, e: e["byte_perplexity"], lambda v: f"{v:.4f}", min),
+    ("bits per byte", lambda r, e: e["bits_per_byte"], lambda v: f"{v:.4f}", min),
+    ("accuracy", lambda r, e: e["accuracy"], lambda v: f"{v:.2%}", max),
+    ("training tokens/s", lambda r, e: r["tokens_per_second"], lambda v: f"{v:,.0f}", max),
+    ("of measured matmul rate", lambda r, e: r["utilisation"], lambda v: f"{v:.0%}", max),
+    ("peak memory", lambda r, e: r["peak_memory_bytes"], lambda v: f"{v / 1e9:.2f} GB", min),
+    ("training time", lambda r, e: r["seconds"], lambda v: f"{v:.0f} s", min),
+)
+
+
+def results_table(results: Sequence[dict[str, Any]], split: str | None = None) -> Table:
+    """Runs side by side, a column each; the best of each row in bold where the data are the same.
+
+    Args:
+        results: contents of `result.json`.
+        split: which evaluation; the test split where there is one, else validation.
+    """
+    pairs = [(result, _evaluation(result, split)) for result in results]
+    comparable = len(pairs) > 1 and len({r["data"]["sha256"] for r, _ in pairs}) == 1
+    table = Table(title=f"on the {pairs[0][1]['split']} split", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for result, _ in pairs:
+        table.add_column(str(result["name"]), justify="right")
+    for heading, value, show, best in ROWS:
+        values = [value(result, evaluation) for result, evaluation in pairs]
+        mark = best(values) if best is not None and comparable else None
+        table.add_row(heading, *(f"[bold]{show(v)}[/]" if v == mark else show(v) for v in values))
+    return table
+
+
+def _evaluation(result: dict[str, Any], split: str | None) -> dict[str, Any]:
+    by_split: dict[str, dict[str, Any]] = {e["split"]: e for e in result["evaluations"]}
+    return by_split.get(split or "test") or next(iter(by_split.values()))
+
+
+def mixing_table(layers: Sequence[dict[str, dict[str, float]]], title: str) -> Table:
+    """Weight and effective share of each branch, layer by layer, and their means."""
+    table = Table(title=title)
+    table.add_column("layer", justify="right")
+    names = list(layers[0]["weights"])
+    for name in names:
+        table.add_column(name, justify="right")
+    for i, layer in enumerate(layers):
+        table.add_row(str(i), *(_share(layer["weights"][n], layer["effective"][n]) for n in names))
+    means = [
+        [sum(layer[kind][n] for layer in layers) / len(layers) for kind in ("weights", "effective")]
+        for n in names
+    ]
+    table.add_section()
+    table.add_row("mean", *(_share(w, e) for w, e in means))
+    return table
+
+
+def _share(weight: float, effective: float) -> str:
+    return f"{weight:.1%} ({effective:.1%})"
+
+
+def mixing_history_table(records: Sequence[dict[str, Any]]) -> Table:
+    """Mean weight over the layers at every recorded step."""
+    table = Table(title="mean weight over the layers, by step")
+    names = list(records[0]["layers"][0]["weights"])
+    table.add_column("step", justify="right")
+    for name in names:
+        table.add_column(name, justify="right")
+    for record in records:
+        layers = record["layers"]
+        means = (sum(layer["weights"][n] for layer in layers) / len(layers) for n in names)
+        table.add_row(f"{record['step']:,}", *(f"{m:.2%}" for m in means))
+    return table

@@ -1,0 +1,116 @@
+"""Numbers and strings as the page prints them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+DASH = "–"
+"""Stands for a value that the run does not have."""
+
+# Tab and newline lay out text; every other control character is invisible or breaks XML, so it
+# is drawn as its Unicode control picture. Lone surrogates cannot be encoded at all.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters made visible, safe to encode and to put into XML."""
+    return _UNPRINTABLE.sub(_picture, text)
+
+
+def shorten(text: str, limit: int) -> str:
+    """`text` on one line, cut in its middle to at most `limit` characters."""
+    line = " ".join(printable(text).split())
+    if len(line) <= limit:
+        return line
+    head = (limit - 1) // 2
+    return f"{line[:head]}…{line[-(limit - 1 - head) :]}"
+
+
+def perplexity(value: float | None) -> str:
+    """Four significant figures while they are decimals: 2.314, 18.23, 164.9, 50,257."""
+    if value is None:
+        return DASH
+    decimals = 3 if value < 10 else 2 if value < 100 else 1 if value < 1000 else 0
+    return f"{value:,.{decimals}f}"
+
+
+def fixed(value: float | None, decimals: int) -> str:
+    """A number with thousands separators and a fixed count of decimals."""
+    return DASH if value is None else f"{value:,.{decimals}f}"
+
+
+def percent(fraction: float | None, decimals: int = 1) -> str:
+    """A fraction as a percentage: 0.074 is 7.4 %."""
+    return DASH if fraction is None else f"{100 * fraction:.{decimals}f}\u202f%"
+
+
+def compact(value: float | None) -> str:
+    """A count with three significant figures and K, M, G or T: 4.10 M."""
+    if value is None:
+        return DASH
+    for factor, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
+        # 999.6 K rounds to 1.00 M, so the step up comes at half a unit of the third figure.
+        if abs(value) >= 0.9995 * factor:
+            return f"{_three_figures(value / factor)}\u202f{suffix}"
+    return f"{value:,.0f}"
+
+
+def memory(value: float | None) -> str:
+    """Bytes in binary units: 1.23 GiB."""
+    if value is None:
+        return DASH
+    for factor, suffix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= factor:
+            return f"{_three_figures(value / factor)}\u202f{suffix}"
+    return f"{value:.0f}\u202fB"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as 8.2 s, 3 min 15 s, 2 h 04 min or 1 d 03 h."""
+    if seconds is None:
+        return DASH
+    if seconds < 59.95:
+        return f"{seconds:.1f}\u202fs"
+    whole = round(seconds)
+    size, unit, part_size, part_unit = 60, "min", 1, "s"
+    if whole >= 86400:
+        size, unit, part_size, part_unit = 86400, "d", 3600, "h"
+    elif whole >= 3600:
+        size, unit, part_size, part_unit = 3600, "h", 60, "min"
+    rest = whole % size // part_size
+    return f"{whole // size}\u202f{unit} {rest:02d}\u202f{part_unit}"
+
+
+def plain(value: Any) -> str:
+    """A setting or a provenance value, as close to its source as a table cell allows."""
+    if value is None:
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(item) for item in value) or DASH
+    return str(value) or DASH
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield `(dotted key, value)` for the leaves of a nested mapping, in its order."""
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _three_figures(value: float) -> str:
+    decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{decimals}f}"
+
+
+def _picture(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\u2421" if code == 0x7F else "\ufffd"

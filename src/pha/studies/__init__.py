@@ -1,0 +1,1 @@
+"""Comparisons of models: what is trained, and how the results are told."""

@@ -1,0 +1,1 @@
+"""Training: recipes, one loop on Accelerate for every model, checkpoints, run folders."""

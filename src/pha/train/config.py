@@ -1,0 +1,195 @@
+"""The configuration of a training run: strict, typed, the same in YAML and on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from pha.nn import ArchitectureConfig
+from pha.utils.errors import PHAError
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What is read, and in which pieces.
+
+    Attributes:
+        store: folder of a token store made by `pha prepare`; or
+        source: what to prepare one from (stdlib, a text file, a folder), kept in a cache.
+        tokenizer: for `source`: gpt2:FOLDER, bytes, bpe:SIZE or a folder.
+        sequence_length: T, tokens per sequence.
+        packed_documents: reset the state and bound attention at document starts. Off for
+            WikiText, whose benchmark ignores them.
+    """
+
+    store: str | None = None
+    source: str | None = None
+    tokenizer: str = "bpe:2048"
+    sequence_length: int = 1024
+    packed_documents: bool = False
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW; norms, mixing scalars, attention scales, A and dt are never decayed.
+
+    Attributes:
+        learning_rate: the peak.
+        state_space_learning_rate: cap on the rate of A and dt, which set the model's time scales.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        epsilon: added to the root of the second moment.
+        weight_decay: decoupled, on matrices only.
+        gradient_clip: largest global norm of the gradient; 0 does not clip.
+    """
+
+    learning_rate: float = 1e-3
+    state_space_learning_rate: float = 1e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    gradient_clip: float = 1.0
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """How the learning rate moves.
+
+    Attributes:
+        kind: `cosine` from the peak to the floor, `plateau` (reduced when the validation
+            perplexity stops falling), or `constant`.
+        warmup_steps: linear rise from zero.
+        floor: lowest rate, as a fraction of the peak.
+        plateau_factor: what the rate is multiplied by on a plateau.
+        plateau_patience: evaluations without a new best before that.
+    """
+
+    kind: Literal["cosine", "plateau", "constant"] = "cosine"
+    warmup_steps: int = 0
+    floor: float = 0.1
+    plateau_factor: float = 0.5
+    plateau_patience: int = 1
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """How long, how large, how often.
+
+    Attributes:
+        steps: optimiser steps; or
+        epochs: passes over the training split.
+        global_batch: sequences per optimiser step, however they are cut.
+        micro_batch: sequences per forward pass and device; chosen from memory when null.
+        precision: fp32, bf16 (autocast), or auto: bf16 where the device does it faster.
+        seed: of the weights, the order of the data and dropout.
+        deterministic: deterministic kernels only (on a GPU slower; a CPU run always is).
+        evaluate_every: steps between evaluations on the validation split; null: ten times a run.
+        evaluate_tokens: validation tokens in those; null: the whole split. The end uses all.
+        checkpoint_every: steps between checkpoints; null: at every evaluation.
+        keep_checkpoints: how many of the newest to keep.
+        log_every: steps between lines in metrics.jsonl.
+        trackers: tensorboard and wandb, beside metrics.jsonl.
+        init_from: a model or run to start the weights from, with its tokenizer.
+        sample_tokens: length of the text samples made at the end; 0 makes none.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    global_batch: int = 24
+    micro_batch: int | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = 0
+    deterministic: bool = False
+    evaluate_every: int | None = None
+    evaluate_tokens: int | None = None
+    checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    trackers: list[str] = field(default_factory=list)
+    init_from: str | None = None
+    sample_tokens: int = 96
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """Everything about a run.
+
+    Attributes:
+        recipe: name of the recipe it came from, for the record.
+        model: shape of the model.
+        data: what it reads.
+        optimizer: AdamW.
+        schedule: learning rate.
+        run: length, batch, precision, evaluation.
+    """
+
+    recipe: str | None = None
+    model: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested mapping, as written to config.yaml."""
+        return asdict(self)
+
+    def check(self) -> None:
+        """Refuse impossible values and combinations.
+
+        Raises:
+            PHAError: naming the key and what would be right.
+        """
+        self.model.check()
+        data, optimizer, schedule, run = self.data, self.optimizer, self.schedule, self.run
+        _require(
+            (data.store is None) != (data.source is None),
+            "name the data: --data STORE (made by `pha prepare`), or data.source, not both",
+        )
+        _require((run.steps is None) != (run.epochs is None), "give either run.steps or run.epochs")
+        for key, value, least in (
+            ("data.sequence_length", data.sequence_length, 1),
+            ("run.steps", run.steps, 1),
+            ("run.global_batch", run.global_batch, 1),
+            ("run.micro_batch", run.micro_batch, 1),
+            ("run.evaluate_every", run.evaluate_every, 1),
+            ("run.evaluate_tokens", run.evaluate_tokens, 1),
+            ("run.checkpoint_every", run.checkpoint_every, 1),
+            ("run.keep_checkpoints", run.keep_checkpoints, 1),
+            ("run.log_every", run.log_every, 1),
+            ("run.sample_tokens", run.sample_tokens, 0),
+            ("run.seed", run.seed, 0),
+            ("schedule.warmup_steps", schedule.warmup_steps, 0),
+            ("schedule.plateau_patience", schedule.plateau_patience, 0),
+        ):
+            _require(value is None or value >= least, f"{key} is {value}; at least {least}")
+        for key, number, low, high in (
+            ("optimizer.beta1", optimizer.beta1, 0.0, 1.0),
+            ("optimizer.beta2", optimizer.beta2, 0.0, 1.0),
+            ("schedule.floor", schedule.floor, 0.0, 1.0),
+            ("schedule.plateau_factor", schedule.plateau_factor, 0.0, 1.0),
+        ):
+            _require(low <= number <= high, f"{key} is {number}; it must be in [{low}, {high}]")
+        for key, number in (
+            ("optimizer.learning_rate", optimizer.learning_rate),
+            ("optimizer.state_space_learning_rate", optimizer.state_space_learning_rate),
+            ("optimizer.epsilon", optimizer.epsilon),
+        ):
+            _require(number > 0, f"{key} is {number}; it must be above 0")
+        for key, number in (
+            ("optimizer.weight_decay", optimizer.weight_decay),
+            ("optimizer.gradient_clip", optimizer.gradient_clip),
+        ):
+            _require(number >= 0, f"{key} is {number}; it must not be negative")
+        _require(run.epochs is None or run.epochs > 0, f"run.epochs is {run.epochs}; above 0")
+        unknown = set(run.trackers) - {"tensorboard", "wandb"}
+        _require(
+            not unknown,
+            f"run.trackers names {', '.join(sorted(unknown))}; there are tensorboard and wandb",
+        )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise PHAError(message)

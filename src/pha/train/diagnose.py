@@ -1,0 +1,46 @@
+"""When a number stops being one: find where it happened first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def first_bad_gradient(model: nn.Module) -> str | None:
+    """Name of the first parameter whose gradient is not finite, in the model's own order."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+            return f"the gradient of {name}"
+    return None
+
+
+def first_bad_value(model: nn.Module, **inputs: Any) -> str | None:
+    """Name of the first parameter, or else of the first module's output, that is not finite.
+
+    Args:
+        model: the model as it was when the loss went bad.
+        inputs: of the forward pass, which is repeated without gradients.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            return f"the weight {name}"
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            bad = isinstance(output, Tensor) and not bool(output.isfinite().all())
+            if bad and not found:
+                found.append(f"the output of {name}")
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(name)) for name, m in model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

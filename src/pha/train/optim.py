@@ -1,0 +1,92 @@
+"""AdamW with the right parameters decayed, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from pha.train.config import OptimizerConfig, ScheduleConfig
+
+STATE_SPACE = ("log_A", "log_dt")
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW in three groups: matrices decay, vectors do not, A and dt have a capped rate.
+
+    Norm gains, mixing scalars and attention scales are vectors.
+    """
+    matrices, vectors, state_space = [], [], []
+    for name, parameter in model.named_parameters():
+        if name.rsplit(".", 1)[-1] in STATE_SPACE:
+            state_space.append(parameter)
+        elif parameter.ndim >= 2:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": config.weight_decay, "rate_cap": math.inf},
+        {"params": vectors, "weight_decay": 0.0, "rate_cap": math.inf},
+        {
+            "params": state_space,
+            "weight_decay": 0.0,
+            "rate_cap": config.state_space_learning_rate,
+        },
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=True,
+    )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every group, each up to its own cap."""
+    for group in optimizer.param_groups:
+        group["lr"] = min(rate, group["rate_cap"])
+
+
+class Schedule:
+    """Learning rate by step; the plateau kind also listens to validation perplexities."""
+
+    def __init__(self, config: ScheduleConfig, peak: float, total_steps: int) -> None:
+        self.config, self.peak, self.total_steps = config, peak, total_steps
+        self.scale = 1.0
+        self.best = math.inf
+        self.waited = 0
+
+    def rate(self, step: int) -> float:
+        """The rate of the optimiser step number `step`, counted from 0."""
+        config = self.config
+        if step < config.warmup_steps:
+            return self.peak * (step + 1) / config.warmup_steps
+        if config.kind == "plateau":
+            return self.peak * max(self.scale, config.floor)
+        if config.kind == "constant":
+            return self.peak
+        span = max(1, self.total_steps - 1 - config.warmup_steps)
+        turned = (1 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / span))) / 2
+        return self.peak * (config.floor + (1 - config.floor) * turned)
+
+    def observe(self, perplexity: float) -> None:
+        """Take note of a validation perplexity; reduce the rate after too many without a best."""
+        if perplexity < self.best:
+            self.best, self.waited = perplexity, 0
+            return
+        self.waited += 1
+        if self.waited > self.config.plateau_patience:
+            self.scale, self.waited = self.scale * self.config.plateau_factor, 0
+
+    def state(self) -> dict[str, float]:
+        """What `load_state` needs, plain JSON values."""
+        best = self.best if math.isfinite(self.best) else None
+        return {"scale": self.scale, "best": best, "waited": self.waited}  # type: ignore[dict-item]
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.scale, self.waited = float(state["scale"]), int(state["waited"])
+        self.best = math.inf if state["best"] is None else float(state["best"])

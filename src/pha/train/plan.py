@@ -1,0 +1,167 @@
+"""What a run will cost, worked out before anything is spent."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pha.modeling import PHAConfig, PHAForCausalLM
+from pha.nn import ArchitectureConfig
+from pha.nn.parameters import count_parameters
+from pha.ops.linear_cross_entropy import CHUNK_LOGITS
+from pha.train.config import TrainConfig
+from pha.utils.errors import PHAError
+from pha.utils.hardware import PRECISIONS, free_memory, matmul_rate
+
+# A training step of a small model spends about this fraction of its time in matrix products at
+# their measured rate; used for the estimate of a plan alone, every run reports its own.
+ASSUMED_UTILISATION = 0.4
+# Sequences per forward pass are raised up to this many tokens on a CPU, whose caches gain nothing
+# from more.
+CPU_TOKENS = 8192
+PROBE_TOKENS = 23  # a prime, so that no size of a model's own is taken for it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes, memory, work and time of a run.
+
+    Attributes:
+        parameters: all of them, the tied head once.
+        steps: optimiser steps.
+        tokens: tokens seen in all.
+        steps_per_epoch: optimiser steps in a pass over the training split.
+        micro_batch: sequences per forward pass and device.
+        accumulation: forward passes per optimiser step and device.
+        flops: 6 x parameters x tokens.
+        weights_bytes: weights, gradients and two moments.
+        activation_bytes: what a micro-batch keeps for its backward pass.
+        free_bytes: what is free now.
+        matmul_flops: measured rate of matrix products, FLOP/s.
+        seconds: expected time of the training alone, at `ASSUMED_UTILISATION`.
+    """
+
+    parameters: int
+    steps: int
+    tokens: int
+    steps_per_epoch: int
+    micro_batch: int
+    accumulation: int
+    flops: float
+    weights_bytes: int
+    activation_bytes: int
+    free_bytes: int
+    matmul_flops: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain mapping for JSON."""
+        return asdict(self)
+
+
+def activation_bytes_per_token(config: ArchitectureConfig, precision: str) -> float:
+    """Bytes per token that autograd keeps between forward and backward.
+
+    Counted by running the model on fake tensors, which have shapes and types but no storage.
+    """
+    saved: dict[int, torch.Tensor] = {}
+    own: set[int] = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        base = tensor if tensor._base is None else tensor._base
+        if id(base) not in own:
+            saved[id(base)] = base
+        return tensor
+
+    with FakeTensorMode():
+        model = PHAForCausalLM(PHAConfig(**(vars_of(config) | {"vocab_size": 8}))).train()
+        own.update(id(p) for p in model.parameters())
+        ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", PRECISIONS[precision], enabled=precision != "fp32"),
+        ):
+            model.model(input_ids=ids)
+        # Weights cast for autocast and other tensors without a token dimension do not scale.
+        scaling = [t for t in saved.values() if PROBE_TOKENS in t.shape]
+        return sum(t.nbytes for t in scaling) / PROBE_TOKENS
+
+
+def vars_of(config: ArchitectureConfig) -> dict[str, Any]:
+    """The fields of an architecture as keyword arguments."""
+    return {name: getattr(config, name) for name in ArchitectureConfig.__dataclass_fields__}
+
+
+def make_plan(
+    config: TrainConfig,
+    train_windows: int,
+    device: torch.device,
+    precision: str,
+    processes: int,
+) -> Plan:
+    """Work out a run.
+
+    Args:
+        config: the run; `model.vocab_size` must be that of the data.
+        train_windows: sequences in the training split.
+        device: where it will run.
+        precision: fp32 or bf16, resolved.
+        processes: devices that share a global batch.
+
+    Raises:
+        PHAError: the batch cannot be divided as asked, or too little data for one step.
+    """
+    run, length = config.run, config.data.sequence_length
+    if run.global_batch % processes:
+        raise PHAError(
+            f"run.global_batch ({run.global_batch}) must be a multiple of the number of "
+            f"processes ({processes})"
+        )
+    share = run.global_batch // processes
+    parameters = sum(count_parameters(config.model).values())
+    weights = parameters * 4 * 4
+    per_token = activation_bytes_per_token(config.model, precision)
+    free = free_memory(device)
+    # The loss holds a chunk of logits and what is computed from it, and the head's gradient.
+    chunk = min(CHUNK_LOGITS, share * length * config.model.vocab_size)
+    loss_bytes = 3 * 4 * chunk + 4 * config.model.vocab_size * config.model.hidden_size
+    budget = 0.8 * free - weights - loss_bytes
+    fits = int(budget / (per_token * length))
+    if device.type == "cpu":
+        fits = min(fits, max(1, CPU_TOKENS // length))
+    if run.micro_batch is not None:
+        micro = run.micro_batch
+        if micro > share:
+            raise PHAError(f"run.micro_batch is {micro}, more than a device's share of {share}")
+    else:
+        micro = max(1, min(share, fits))
+    steps_per_epoch = train_windows // run.global_batch
+    if steps_per_epoch == 0:
+        raise PHAError(
+            f"the training split has {train_windows} sequences of {length} tokens, fewer than one "
+            f"global batch of {run.global_batch}; lower run.global_batch or data.sequence_length"
+        )
+    steps = run.steps
+    if steps is None:
+        assert run.epochs is not None
+        steps = max(1, round(run.epochs * steps_per_epoch))
+    tokens = steps * run.global_batch * length
+    rate = matmul_rate(device, precision)
+    return Plan(
+        parameters=parameters,
+        steps=steps,
+        tokens=tokens,
+        steps_per_epoch=steps_per_epoch,
+        micro_batch=micro,
+        accumulation=math.ceil(share / micro),
+        flops=6.0 * parameters * tokens,
+        weights_bytes=weights,
+        activation_bytes=int(per_token * length * micro) + loss_bytes,
+        free_bytes=free,
+        matmul_flops=rate,
+        seconds=6.0 * parameters * tokens / (rate * processes * ASSUMED_UTILISATION),
+    )

@@ -1,0 +1,295 @@
+"""From a configuration to a finished run: data, plan, model, training, final evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from accelerate import Accelerator
+from rich.console import Console
+
+from pha.data.store import TokenStore, cached_store
+from pha.data.tokenizer import tokenizer_sha256
+from pha.evals.generation import sample
+from pha.evals.loading import load_model
+from pha.modeling import PHAConfig, PHAForCausalLM
+from pha.nn import ArchitectureConfig
+from pha.nn.parameters import count_parameters
+from pha.train.checkpoint import Progress
+from pha.train.config import TrainConfig
+from pha.train.display import count, duration, memory
+from pha.train.plan import Plan, make_plan, vars_of
+from pha.train.trainer import Trainer
+from pha.utils.errors import PHAError
+from pha.utils.files import cache_folder, write_json, write_text
+from pha.utils.hardware import choose_precision, default_device, device_name, provenance
+from pha.utils.runs import RunFolder
+
+# Keys that may change when a run is resumed: they touch neither the weights nor the order of data.
+FREE_KEYS = {
+    "recipe",
+    "data.store",
+    "data.source",
+    "data.tokenizer",
+    "run.keep_checkpoints",
+    "run.trackers",
+    "run.sample_tokens",
+    "run.log_every",
+}
+
+
+def open_data(config: TrainConfig, console: Console) -> TokenStore:
+    """The token store of a run, prepared and kept in the cache if it names a source.
+
+    Raises:
+        PHAError: no store there, a damaged one, or a source without text.
+    """
+    if config.data.store is not None:
+        return TokenStore.open(Path(config.data.store))
+    assert config.data.source is not None
+    with console.status(f"preparing {config.data.source} as {config.data.tokenizer}"):
+        return cached_store(config.data.source, config.data.tokenizer, cache_folder() / "stores")
+
+
+def resolve(
+    config: TrainConfig, run: RunFolder, store: TokenStore, device: torch.device
+) -> TrainConfig:
+    """Fill in what was left to choose: vocabulary, precision; on resuming, as it was before.
+
+    Raises:
+        PHAError: the run folder holds a run with another configuration.
+    """
+    if config.run.init_from is not None:
+        loaded = load_model(Path(config.run.init_from))
+        store.require_tokenizer(tokenizer_sha256(loaded.tokenizer))
+        config = replace(
+            config,
+            model=ArchitectureConfig(
+                **(vars_of(loaded.model.config) | {"dropout": config.model.dropout})
+            ),
+        )
+    model = replace(config.model, vocab_size=store.vocab_size)
+    settings = replace(config.run)
+    saved = _saved_config(run)
+    if saved is not None:
+        before = saved.get("run", {})
+        if settings.precision == "auto":
+            settings.precision = before.get("precision", "auto")
+        if settings.micro_batch is None:
+            settings.micro_batch = before.get("micro_batch")
+    settings.precision = choose_precision(settings.precision, device)  # type: ignore[assignment]
+    resolved = replace(config, model=model, run=settings)
+    resolved.check()
+    if saved is not None:
+        _require_same(run, saved, resolved.to_dict())
+    return resolved
+
+
+def _saved_config(run: RunFolder) -> dict[str, Any] | None:
+    if not run.config.is_file():
+        return None
+    try:
+        saved = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PHAError(f"{run.config} is not YAML any more; choose another --out") from error
+    if not isinstance(saved, dict):
+        raise PHAError(f"{run.config} is not a configuration; choose another --out")
+    return saved
+
+
+def _require_same(run: RunFolder, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    for section, values in now.items():
+        if section in FREE_KEYS:
+            continue
+        for key, value in values.items():
+            before = saved.get(section, {}).get(key)
+            if f"{section}.{key}" not in FREE_KEYS and before != value:
+                raise PHAError(
+                    f"{run.path} holds a run with {section}.{key} {before!r}, not {value!r}; "
+                    "choose another --out, or ask for the same settings to continue it"
+                )
+
+
+def describe_plan(config: TrainConfig, plan: Plan, device: torch.device) -> list[str]:
+    """The plan in lines for people."""
+    run = config.run
+    cut = f"{plan.micro_batch} at a time" if plan.accumulation > 1 else "at once"
+    return [
+        f"model      {config.model.preset or 'custom'}, {count(plan.parameters)} parameters",
+        f"device     {device_name(device)}, {run.precision}, matrix products at "
+        f"{count(plan.matmul_flops)}FLOP/s measured",
+        f"batch      {run.global_batch} sequences of {config.data.sequence_length} tokens, {cut}",
+        f"length     {plan.steps} steps, {count(plan.tokens)} tokens, "
+        f"{plan.steps / plan.steps_per_epoch:.2f} epochs",
+        f"memory     {memory(plan.weights_bytes)} for weights, gradients and moments, "
+        f"{memory(plan.activation_bytes)} for a micro-batch; {memory(plan.free_bytes)} free",
+        f"work       {count(plan.flops)}FLOP (6 x parameters x tokens)",
+        f"time       about {duration(plan.seconds)} if 40% of that rate is reached",
+    ]
+
+
+def run_training(
+    config: TrainConfig,
+    out: Path,
+    console: Console,
+    resume: Literal["auto", "never"] = "auto",
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Train, evaluate and write `out/result.json`; or with `dry_run` only say what it would take.
+
+    A finished run with the same configuration is returned as it is.
+
+    Returns:
+        The content of result.json, or the plan as a mapping.
+
+    Raises:
+        PHAError: bad data, a run folder in the way, numbers that went bad.
+        TrainingInterruptedError: stopped by a signal, resumable.
+    """
+    device = default_device()
+    trackers = config.run.trackers or None
+    accelerator = Accelerator(
+        # Autocast is the trainer's own: Accelerate fixes one precision for the whole process.
+        mixed_precision="no",
+        log_with=trackers,
+        project_dir=str(out) if trackers else None,
+    )
+    quiet = Console(quiet=True)
+    console = console if accelerator.is_main_process else quiet
+    with accelerator.main_process_first():
+        store = open_data(config, console)
+    run = RunFolder(out)
+    if resume == "never" and out.exists() and any(out.iterdir()):
+        raise PHAError(f"{out} is not empty; choose another --out, or --resume auto to continue it")
+    config = resolve(config, run, store, device)
+    windows = max(0, (len(store.tokens("train")) - 1) // config.data.sequence_length)
+    plan = make_plan(config, windows, device, config.run.precision, accelerator.num_processes)
+    if dry_run:
+        for line in describe_plan(config, plan, device):
+            console.print(line, highlight=False, markup=False)
+        return {"plan": plan.to_dict(), "config": config.to_dict()}
+    if run.result.is_file():
+        console.print(f"{out} is finished; its result.json is as it was", highlight=False)
+        return run.read_result()
+    if plan.activation_bytes + plan.weights_bytes > plan.free_bytes:
+        raise PHAError(
+            f"this needs about {memory(plan.weights_bytes + plan.activation_bytes)} and "
+            f"{memory(plan.free_bytes)} is free; lower data.sequence_length or use a smaller preset"
+        )
+    config = replace(config, run=replace(config.run, micro_batch=plan.micro_batch))
+    for line in describe_plan(config, plan, device):
+        console.print(line, highlight=False, markup=False)
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(run.config, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    if trackers:
+        accelerator.init_trackers("pha", config={"recipe": config.recipe or "custom"})
+    trainer = Trainer(
+        config, plan, run, make_model(config), store.tokenizer(), store, accelerator, console
+    )
+    if trainer.resume():
+        if trainer.progress.data_sha256 != store.sha256:
+            raise PHAError(f"{store.path} is not the data that {out} was trained on")
+        console.print(f"continuing after step {trainer.progress.step}", highlight=False)
+    trainer.progress.data_sha256 = store.sha256
+    progress = trainer.train()
+    if trackers:
+        accelerator.end_training()
+    result: dict[str, Any] = {}
+    if accelerator.is_main_process:
+        result = finish(config, plan, run, store, progress, device, console)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def make_model(config: TrainConfig) -> PHAForCausalLM:
+    """A model with seeded initial weights, or those of `run.init_from`."""
+    torch.manual_seed(config.run.seed)
+    model_config = PHAConfig(**vars_of(config.model))
+    if config.run.init_from is None:
+        return PHAForCausalLM(model_config)
+    model = load_model(Path(config.run.init_from)).model
+    model.config.dropout = config.model.dropout
+    fresh = PHAForCausalLM(model_config)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+def finish(
+    config: TrainConfig,
+    plan: Plan,
+    run: RunFolder,
+    store: TokenStore,
+    progress: Progress,
+    device: torch.device,
+    console: Console,
+) -> dict[str, Any]:
+    """Evaluate the chosen weights on all held-out splits and write result.json."""
+    from pha.evals.perplexity import evaluate
+
+    loaded = load_model(run.path, device)
+    evaluations = []
+    for split in ("validation", "test"):
+        if split not in store.splits:
+            continue
+        with console.status(f"{run.name}: evaluating on the {split} split"):
+            evaluations.append(
+                evaluate(
+                    loaded.model,
+                    store,
+                    split,
+                    sequence_length=config.data.sequence_length,
+                    packed_documents=config.data.packed_documents,
+                    precision=config.run.precision,
+                ).to_dict()
+            )
+    samples = []
+    if config.run.sample_tokens:
+        with console.status(f"{run.name}: sampling"):
+            samples = [
+                sample(loaded, prompt, max_new_tokens=config.run.sample_tokens, seed=i)
+                for i, prompt in enumerate(_prompts(store))
+            ]
+    components = count_parameters(config.model)
+    speed = progress.tokens / progress.seconds
+    result = {
+        "name": run.name,
+        "recipe": config.recipe,
+        "seed": config.run.seed,
+        "steps": progress.step,
+        "tokens_seen": progress.tokens,
+        "seconds": progress.seconds,
+        "tokens_per_second": speed,
+        "utilisation": 6.0 * plan.parameters * speed / plan.matmul_flops,
+        "matmul_flops": plan.matmul_flops,
+        "peak_memory_bytes": progress.peak_memory,
+        "chosen_step": progress.best_step,
+        "model": {
+            "preset": config.model.preset,
+            "parameters": {
+                "total": plan.parameters,
+                "embedding": components["embedding"],
+                "non_embedding": plan.parameters - components["embedding"],
+                "components": components,
+            },
+        },
+        "evaluations": evaluations,
+        "mixing": loaded.model.model.mixing_weights(),
+        "samples": samples,
+        "data": store.describe(),
+        "provenance": provenance(device, config.run.precision),
+    }
+    write_json(run.result, result)
+    return result
+
+
+def _prompts(store: TokenStore) -> list[str]:
+    """The openings of two validation documents, or of the two halves of a running text."""
+    tokens = store.tokens("validation")
+    starts = store.document_starts("validation")
+    second = int(starts[len(starts) // 2]) if len(starts) > 1 else len(tokens) // 2
+    tokenizer = store.tokenizer()
+    return [tokenizer.decode(tokens[s : s + 24].tolist()) for s in (0, second)]

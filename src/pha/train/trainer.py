@@ -1,0 +1,314 @@
+"""The training loop, one for every model: on Accelerate, exact to resume, careful with numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from pha.data.sampler import Batch, WindowSampler
+from pha.data.store import TokenStore
+from pha.evals.perplexity import Evaluation, evaluate
+from pha.modeling import PHAForCausalLM
+from pha.train.checkpoint import Progress, load_checkpoint, save_checkpoint, save_model
+from pha.train.config import TrainConfig
+from pha.train.diagnose import first_bad_gradient, first_bad_value
+from pha.train.display import TrainingDisplay
+from pha.train.errors import TrainingInterruptedError
+from pha.train.metrics import MetricsWriter
+from pha.train.optim import Schedule, make_optimizer, set_rate
+from pha.train.plan import Plan
+from pha.utils.errors import PHAError
+from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
+from pha.utils.runs import RunFolder
+
+
+class Trainer:
+    """One run, from its first or last step to its end.
+
+    Args:
+        config: checked and resolved: precision and micro-batch are no longer automatic.
+        plan: its sizes.
+        run: where it writes.
+        model: initialised, in float32, on any device.
+        tokenizer: saved with the weights.
+        store: the data.
+        accelerator: devices and processes.
+        console: for progress.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        plan: Plan,
+        run: RunFolder,
+        model: PHAForCausalLM,
+        tokenizer: PreTrainedTokenizerFast,
+        store: TokenStore,
+        accelerator: Accelerator,
+        console: Console,
+    ) -> None:
+        self.config, self.plan, self.run = config, plan, run
+        self.tokenizer, self.store = tokenizer, store
+        self.accelerator, self.console = accelerator, console
+        data = config.data
+        self.sampler = WindowSampler(
+            store.tokens("train"),
+            data.sequence_length,
+            config.run.global_batch,
+            config.run.seed,
+            store.document_starts("train") if data.packed_documents else None,
+        )
+        optimizer = make_optimizer(model, config.optimizer)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.schedule = Schedule(config.schedule, config.optimizer.learning_rate, plan.steps)
+        self.progress = Progress()
+        self.stop_requested = False
+        if config.run.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+
+    @property
+    def plain_model(self) -> PHAForCausalLM:
+        """The model without what Accelerate may have wrapped around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint, if there is one.
+
+        Raises:
+            PHAError: it is damaged or belongs to another model.
+        """
+        steps = self.run.checkpoint_steps()
+        if not steps:
+            return False
+        folder = self.run.checkpoint(steps[-1])
+        self.progress = load_checkpoint(folder, self.plain_model, self.optimizer.optimizer)
+        self.schedule.load_state(self.progress.schedule)
+        return True
+
+    def train(self) -> Progress:
+        """Take the steps that are left; checkpoint, evaluate and log on the way.
+
+        Raises:
+            TrainingInterruptedError: after SIGINT or SIGTERM, with a checkpoint written.
+            PHAError: the loss or a gradient is not finite; the last checkpoint stays as it was.
+        """
+        run, plan, progress = self.config.run, self.plan, self.progress
+        evaluate_every = run.evaluate_every or max(1, math.ceil(plan.steps / 10))
+        checkpoint_every = run.checkpoint_every or evaluate_every
+        metrics = MetricsWriter(self.run.metrics, progress.metrics_bytes, self.accelerator)
+        flops_per_token = 6.0 * plan.parameters
+        matmul = plan.matmul_flops * self.accelerator.num_processes
+        tokens_per_step = run.global_batch * self.config.data.sequence_length
+        losses: list[Tensor] = []
+        logged_at = progress.seconds
+        self.model.train()
+        with (
+            metrics,
+            self._stop_signals(),
+            TrainingDisplay(self.console, self.run.name, plan.steps, progress.step) as display,
+        ):
+            if progress.step == 0:
+                metrics.write("mixing", 0, 0, layers=self.plain_model.model.mixing_weights())
+            while progress.step < plan.steps:
+                begin = time.perf_counter()
+                rate = self.schedule.rate(progress.step)
+                loss, norm = self._step(progress.step, rate)
+                losses.append(loss)
+                progress.step += 1
+                progress.tokens += tokens_per_step
+                last = progress.step == plan.steps
+                if progress.step % run.log_every == 0 or last:
+                    synchronise(self.accelerator.device)
+                progress.seconds += time.perf_counter() - begin
+                if progress.step % run.log_every == 0 or last:
+                    mean = float(torch.stack(losses).mean())
+                    speed = len(losses) * tokens_per_step / (progress.seconds - logged_at)
+                    use = speed * flops_per_token / matmul
+                    metrics.write(
+                        "train",
+                        progress.step,
+                        progress.tokens,
+                        loss=mean,
+                        learning_rate=rate,
+                        grad_norm=norm,
+                        tokens_per_second=speed,
+                        utilisation=use,
+                        seconds=progress.seconds,
+                    )
+                    left = (plan.steps - progress.step) * tokens_per_step / speed
+                    display.step(progress.step, mean, speed, use, left)
+                    losses, logged_at = [], progress.seconds
+                if progress.step % evaluate_every == 0 or last:
+                    self._evaluate(metrics, display)
+                stop = self._agree_to_stop()
+                if progress.step % checkpoint_every == 0 or last or stop:
+                    self._checkpoint(metrics)
+                if stop and not last:
+                    raise TrainingInterruptedError(
+                        f"stopped after step {progress.step} of {plan.steps}; a checkpoint is "
+                        "written, the same command continues from it"
+                    )
+        return progress
+
+    def _step(self, step: int, rate: float) -> tuple[Tensor, float]:
+        """One optimiser step: the mean loss over the global batch and the gradient's norm."""
+        accelerator, run = self.accelerator, self.config.run
+        share = run.global_batch // accelerator.num_processes
+        first = accelerator.process_index * share
+        items = run.global_batch * self.config.data.sequence_length
+        # Dropout too is a pure function of seed, step and place, so no generator has a state.
+        place = step * accelerator.num_processes + accelerator.process_index
+        torch.manual_seed((run.seed << 40) + place)
+        total = torch.zeros((), device=accelerator.device)
+        starts = list(range(first, first + share, self.plan.micro_batch))
+        for start in starts:
+            stop = min(start + self.plan.micro_batch, first + share)
+            inputs = self._inputs(self.sampler.rows(step, start, stop))
+            synchronising = start == starts[-1]
+            context = contextlib.nullcontext() if synchronising else accelerator.no_sync(self.model)
+            with context:
+                # Gradients are averaged over processes; the loss is a mean over all tokens.
+                with self.autocast():
+                    loss = self.model(
+                        **inputs, num_items_in_batch=items / accelerator.num_processes
+                    ).loss
+                accelerator.backward(loss)
+            total += loss.detach()
+        loss = accelerator.reduce(total, "mean")
+        clip = self.config.optimizer.gradient_clip or math.inf
+        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), clip))
+        if not math.isfinite(norm) or not math.isfinite(float(loss)):
+            self._diverged(step, float(loss), inputs)
+        set_rate(self.optimizer.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, norm
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the run's matrix products; the weights stay float32."""
+        precision = self.config.run.precision
+        return torch.autocast(
+            self.accelerator.device.type, PRECISIONS[precision], enabled=precision != "fp32"
+        )
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        device = self.accelerator.device
+        starts = batch.document_starts
+        return {
+            "input_ids": batch.inputs.to(device, non_blocking=True),
+            "shift_labels": batch.targets.to(device, non_blocking=True),
+            "document_starts": None if starts is None else starts.to(device, non_blocking=True),
+        }
+
+    def _diverged(self, step: int, loss: float, inputs: dict[str, Any]) -> None:
+        model = self.plain_model
+        with self.autocast():
+            where = first_bad_value(model, **inputs) or first_bad_gradient(model) or "the loss"
+        steps = self.run.checkpoint_steps()
+        kept = f"{self.run.checkpoint(steps[-1])} is intact" if steps else "no checkpoint yet"
+        raise PHAError(
+            f"step {step + 1}: the loss is {loss:.4g} and {where} is not finite; nothing was "
+            f"updated, {kept}. Lower optimizer.learning_rate or lengthen schedule.warmup_steps"
+        )
+
+    def evaluate(self, split: str, max_tokens: int | None = None) -> Evaluation:
+        """Evaluate the current weights by the run's own protocol, shared between processes."""
+        accelerator, data = self.accelerator, self.config.data
+        return evaluate(
+            self.plain_model,
+            self.store,
+            split,
+            sequence_length=data.sequence_length,
+            packed_documents=data.packed_documents,
+            precision=self.config.run.precision,
+            max_tokens=max_tokens,
+            share=(accelerator.process_index, accelerator.num_processes),
+            reduce=lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum").cpu(),
+        )
+
+    def _evaluate(self, metrics: MetricsWriter, display: TrainingDisplay) -> None:
+        progress = self.progress
+        result = self.evaluate("validation", self.config.run.evaluate_tokens)
+        metrics.write(
+            "eval",
+            progress.step,
+            progress.tokens,
+            **{k: v for k, v in result.to_dict().items() if k not in ("protocol", "tokens")},
+        )
+        metrics.write(
+            "mixing",
+            progress.step,
+            progress.tokens,
+            layers=self.plain_model.model.mixing_weights(),
+        )
+        display.note(
+            f"step {progress.step}: validation perplexity {result.perplexity:.2f}, "
+            f"accuracy {result.accuracy:.1%}"
+        )
+        if not math.isfinite(result.loss):
+            raise PHAError(f"step {progress.step}: the validation loss is {result.loss}")
+        self.schedule.observe(result.perplexity)
+        if progress.best_perplexity is None or result.perplexity < progress.best_perplexity:
+            progress.best_perplexity, progress.best_step = result.perplexity, progress.step
+            if self._main:
+                save_model(self.run.model, self.plain_model, self.tokenizer)
+
+    def _checkpoint(self, metrics: MetricsWriter) -> None:
+        progress = self.progress
+        progress.peak_memory = max(progress.peak_memory, peak_memory(self.accelerator.device))
+        progress.schedule = self.schedule.state()
+        if self._main:
+            progress.metrics_bytes = metrics.flush()
+            save_checkpoint(
+                self.run,
+                self.plain_model,
+                self.tokenizer,
+                self.optimizer.optimizer,
+                progress,
+                self.config.run.keep_checkpoints,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _agree_to_stop(self) -> bool:
+        """Whether any process was asked to stop; all of them then stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return self.stop_requested
+        asked = torch.tensor(float(self.stop_requested), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum") > 0)
+
+    @contextlib.contextmanager
+    def _stop_signals(self) -> Iterator[None]:
+        """Let the first SIGINT or SIGTERM finish the step; a second SIGINT stops at once."""
+
+        def request(number: int, _: Any) -> None:
+            if self.stop_requested and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+
+        previous = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.signal(number, request)
+        except ValueError:  # not the main thread: signals are somebody else's
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)

@@ -1,0 +1,154 @@
+"""What the machine is and how fast: facts that a run records and plans with."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from pha.utils.errors import PHAError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def default_device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        assert accelerator is not None
+        return accelerator
+    return torch.device("cpu")
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until everything queued on `device` is done (nothing to do on a CPU)."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@functools.cache
+def matmul_rate(device: torch.device, precision: str) -> float:
+    """Measured rate of a square matrix product, in FLOP/s, the best of a few short runs."""
+    size = 1024 if device.type == "cpu" else 8192
+    dtype = PRECISIONS[precision]
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    b = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(8):
+        synchronise(device)
+        begin = time.perf_counter()
+        a @ b
+        synchronise(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best
+
+
+def choose_precision(requested: str, device: torch.device) -> str:
+    """`fp32` or `bf16`; `auto` takes bf16 where its matrix products are measured clearly faster.
+
+    Raises:
+        PHAError: an unknown precision.
+    """
+    if requested in PRECISIONS:
+        return requested
+    if requested != "auto":
+        raise PHAError(f"precision is {requested!r}; choose auto, fp32 or bf16")
+    if device.type == "mps":
+        return "fp32"
+    faster = matmul_rate(device, "bf16") > 1.5 * matmul_rate(device, "fp32")
+    return "bf16" if faster else "fp32"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by the allocator on a GPU, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be allocated now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def device_name(device: torch.device) -> str:
+    """A name that people know the device by."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return cpu_name()
+    return device.type
+
+
+@functools.cache
+def cpu_name() -> str:
+    """Model of the processor with its number of usable cores."""
+    name = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _git(*arguments: str) -> str | None:
+    folder = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """Commit of the installed source tree and whether it has changes; None outside a checkout."""
+    # A package inside site-packages may sit below somebody else's repository.
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None, None
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return _git("rev-parse", "HEAD"), None if status is None else bool(status)
+
+
+def provenance(device: torch.device, precision: str) -> dict[str, Any]:
+    """Everything one needs to know to repeat a measurement: versions, hardware, commit, command."""
+    commit, dirty = git_state()
+    program = Path(sys.argv[0]).name
+    return {
+        "pha": metadata.version("pha"),
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "python": platform.python_version(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "device": device_name(device),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "precision": precision,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["pha" if program == "__main__.py" else program, *sys.argv[1:]]),
+    }

@@ -1,0 +1,43 @@
+"""Settings and small fixtures that every suite shares."""
+
+from __future__ import annotations
+
+import os
+
+# Several test processes share few cores: one thread each is fastest, and makes runs comparable.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pha.data import TokenStore, prepare
+
+torch.set_num_threads(1)
+
+
+def synthetic_text(lines: int, seed: int) -> str:
+    """Text with structure to learn: counting in words, from a small linear congruence."""
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    state, out = seed, []
+    for _ in range(lines):
+        state = (1103515245 * state + 12345) % 2**31
+        first = state >> 16
+        out.append(" ".join(words[(first + i) % 10] for i in range(3 + first % 5)) + ".")
+    return "\n".join(out) + "\n"
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of train, valid and test files."""
+    folder = tmp_path_factory.mktemp("text")
+    for name, lines, seed in (("train", 600, 1), ("valid", 60, 2), ("test", 60, 3)):
+        (folder / f"{name}.txt").write_text(synthetic_text(lines, seed), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store(text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> TokenStore:
+    """A token store of that text in bytes."""
+    return prepare(str(text_folder), "bytes", tmp_path_factory.mktemp("stores") / "synthetic")

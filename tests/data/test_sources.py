@@ -1,0 +1,268 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pha.data.sources import SPLITS, hash_split, open_source
+from pha.utils.errors import PHAError
+
+
+def texts(spec: Path | str, split: str) -> dict[str, str]:
+    documents = list(open_source(str(spec)).documents(split))
+    by_name = {document.name: document.text for document in documents}
+    assert len(by_name) == len(documents)
+    return by_name
+
+
+def test_hash_split_never_changes() -> None:
+    expected = {
+        "os.py": "validation",
+        "json/__init__.py": "train",
+        "notes/été.md": "train",
+        "doc-0.txt": "train",
+        "doc-7.txt": "test",
+        "doc-10.txt": "test",
+        "doc-72.txt": "validation",
+    }
+    assert {name: hash_split(name) for name in expected} == expected
+
+
+def test_hash_split_is_about_90_5_5() -> None:
+    shares = Counter(hash_split(f"folder/file{number}.py") for number in range(20_000))
+    assert shares["train"] / 20_000 == pytest.approx(0.90, abs=0.01)
+    assert shares["validation"] / 20_000 == pytest.approx(0.05, abs=0.005)
+
+
+def test_documents_stay_in_their_split_when_others_come_and_go(document_folder: Path) -> None:
+    before = {split: set(texts(document_folder, split)) for split in SPLITS}
+    (document_folder / "doc-0.txt").unlink()
+    (document_folder / "aaa.md").write_text("new")
+    after = {split: set(texts(document_folder, split)) for split in SPLITS}
+    assert before["train"] - {"doc-0.txt"} <= after["train"]
+    assert before["validation"] <= after["validation"]
+    assert before["test"] <= after["test"]
+    assert set.union(*after.values()) == set.union(*before.values()) - {"doc-0.txt"} | {"aaa.md"}
+
+
+def test_folder_of_documents(document_folder: Path, tmp_path: Path) -> None:
+    (document_folder / "sub").mkdir()
+    (document_folder / "sub" / "deep.rst").write_bytes(b"\xef\xbb\xbfdeep\r\n")
+    (document_folder / "train.py").write_text("code, not a split")
+    (document_folder / "test_plan.md").write_text("a note, not a split")
+    (document_folder / "empty.txt").touch()
+    (document_folder / "picture.png").write_text("not a text's name")
+    (document_folder / ".hidden.txt").write_text("hidden")
+    (document_folder / ".git").mkdir()
+    (document_folder / ".git" / "log.txt").write_text("hidden")
+    (tmp_path / "outside.txt").write_text("outside")
+    (document_folder / "link.txt").symlink_to(tmp_path / "outside.txt")
+    (document_folder / "broken.txt").symlink_to(tmp_path / "nothing.txt")
+
+    found = {name: text for split in SPLITS for name, text in texts(document_folder, split).items()}
+
+    assert found.keys() == {f"doc-{number}.txt" for number in range(100)} | {
+        "sub/deep.rst",
+        "train.py",
+        "test_plan.md",
+    }
+    assert found["sub/deep.rst"] == "\ufeffdeep\r\n"
+    source = open_source(str(document_folder))
+    assert not source.joins_documents
+    assert "103 files" in source.description
+    names = [document.name for document in source.documents("train")]
+    assert names == sorted(names)
+    train = texts(document_folder, "train").values()
+    assert source.size("train") == sum(len(text.encode()) for text in train)
+
+
+def test_folder_with_too_few_documents(tmp_path: Path, refuses) -> None:
+    (tmp_path / "doc-0.txt").write_text("train alone")
+    with refuses(str(tmp_path), "validation", "train.txt"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.txt", "valid.txt", "test.txt"),
+        ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"),
+        ("my_TRAIN.text", "my_dev.text", "my_test.text"),
+        ("train.tokens", "validation.tokens", "test.tokens"),
+        ("train.tokens", "val.tokens", "test.tokens"),
+    ],
+)
+def test_files_named_for_splits_are_the_splits(tmp_path: Path, names: tuple[str, ...]) -> None:
+    (tmp_path / "README.md").write_text("about this data")
+    for name in names:
+        (tmp_path / name).write_bytes(f" = {name} = \r\n \n".encode())
+    source = open_source(str(tmp_path))
+    assert source.splits == SPLITS
+    assert source.joins_documents
+    for split, name in zip(SPLITS, names, strict=True):
+        assert texts(tmp_path, split) == {name: f" = {name} = \r\n \n"}
+
+
+def test_numbered_parts_of_a_split_are_joined_in_order(split_folder: Path) -> None:
+    (split_folder / "train.txt").rename(split_folder / "train.2.txt")
+    (split_folder / "train.1.txt").write_text("first")
+    assert list(texts(split_folder, "train")) == ["train.1.txt", "train.2.txt"]
+
+
+@pytest.mark.parametrize("twin", ["valid.raw", "dev.txt"])
+def test_variants_of_a_split_are_refused(split_folder: Path, twin: str, refuses) -> None:
+    (split_folder / twin).write_text("the same text, perhaps")
+    with refuses("validation", "valid.txt", twin):
+        open_source(str(split_folder))
+
+
+def test_splits_that_are_missing(split_folder: Path, refuses) -> None:
+    (split_folder / "test.txt").unlink()
+    source = open_source(str(split_folder))
+    assert source.splits == ("train", "validation")
+    with refuses("no test split", "train, validation"):
+        list(source.documents("test"))
+    (split_folder / "valid.txt").write_text("")
+    with refuses("validation", "empty", "valid.txt"):
+        open_source(str(split_folder))
+    (split_folder / "valid.txt").unlink()
+    with refuses("none for validation", "valid.txt"):
+        open_source(str(split_folder))
+    (split_folder / "train.txt").rename(split_folder / "valid.txt")
+    with refuses("none for train", "train.txt"):
+        open_source(str(split_folder))
+
+
+def test_text_file_is_cut_at_line_ends(tmp_path: Path) -> None:
+    lines = [f"line {number} é\r\n" for number in range(100)]
+    path = tmp_path / "text.txt"
+    path.write_bytes("".join(lines).encode())
+    source = open_source(str(path))
+    parts = [texts(path, split)["text.txt"] for split in SPLITS]
+    assert "".join(parts) == "".join(lines)
+    assert [len(part.splitlines()) for part in parts] == [91, 4, 5]
+    assert [source.size(split) for split in SPLITS] == [len(part.encode()) for part in parts]
+    assert source.joins_documents
+
+
+@given(st.lists(st.integers(0, 30), max_size=60))
+def test_text_file_is_partitioned_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int]
+) -> None:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    text = "\n".join("x" * length for length in lengths)
+    path.write_text(text)
+    try:
+        parts = [texts(path, split)["text.txt"] for split in SPLITS]
+    except PHAError:
+        # Above this size no 5% fits into one line of at most 31 bytes.
+        assert len(text) < 20 * 32
+        return
+    assert "".join(parts) == text
+    assert all(parts)
+    assert parts[0].endswith("\n")
+    assert parts[1].endswith("\n")
+    assert len(parts[0]) >= len(text) * 9 // 10
+
+
+@pytest.mark.parametrize("text", ["one line and no end", "a\nb\n", "x" * 1000 + "\n"])
+def test_text_file_too_short_to_cut(tmp_path: Path, text: str, refuses) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text(text)
+    with refuses("short.txt", "too few lines"):
+        open_source(str(path))
+
+
+def test_text_that_is_not_utf8(split_folder: Path, refuses) -> None:
+    (split_folder / "valid.txt").write_bytes(b"caf\xe9")
+    with refuses("valid.txt", "UTF-8"):
+        texts(split_folder, "validation")
+
+
+def test_sources_that_are_not_there(tmp_path: Path, refuses) -> None:
+    with refuses("no file or folder", "nowhere", "stdlib"):
+        open_source(str(tmp_path / "nowhere"))
+    with refuses("no file or folder"):
+        open_source("")
+    with refuses("holds no text", ".txt"):
+        open_source(str(tmp_path))
+    (tmp_path / "empty.txt").touch()
+    with refuses("empty"):
+        open_source(str(tmp_path / "empty.txt"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 100)
+    with refuses("rows.jsonl", "not plain text"):
+        open_source(str(tmp_path / "rows.jsonl"))
+
+
+@pytest.fixture
+def fake_library(document_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The document folder turned into a standard library of .py files."""
+    for path in document_folder.iterdir():
+        path.rename(path.with_suffix(".py"))
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(document_folder))
+    return document_folder
+
+
+def test_stdlib_leaves_out_what_is_not_the_library(fake_library: Path) -> None:
+    for name in (
+        "site-packages/torch.py",
+        "json/tests/test_json.py",
+        "test/regrtest.py",
+        "idlelib/idle_test/mock.py",
+        "__pycache__/os.py",
+        "config-3.11-linux/python-config.py",
+        "_sysconfigdata_linux.py",
+        "encodings/README.txt",
+    ):
+        (fake_library / name).parent.mkdir(parents=True, exist_ok=True)
+        (fake_library / name).write_text("left out")
+    (fake_library / "latin.py").write_bytes(b"# caf\xe9")
+    (fake_library / "json" / "decoder.py").write_text("kept")
+    source = open_source("stdlib")
+    found = {document.name for split in SPLITS for document in source.documents(split)}
+    kept = {name for name in found if not name.startswith("doc-")}
+    assert kept == {"json/decoder.py"}
+    assert "101 files" in source.description
+
+
+def test_stdlib_without_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses) -> None:
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "python311.zip"))
+    with refuses("standard library", "python311.zip"):
+        open_source("stdlib")
+
+
+def test_stdlib_of_this_python() -> None:
+    source = open_source("stdlib")
+    validation = texts("stdlib", "validation")
+    assert source.splits == SPLITS
+    assert source.description.startswith("standard library of ")
+    assert not source.joins_documents
+    assert validation["os.py"] == Path(sysconfig.get_path("stdlib"), "os.py").read_text("utf-8")
+    assert source.size("validation") == sum(len(text.encode()) for text in validation.values())
+    assert (source.size("train") or 0) > 4_000_000
+
+
+def test_identity_changes_with_the_files(split_folder: Path) -> None:
+    first = open_source(str(split_folder)).identity
+    assert open_source(str(split_folder)).identity == first
+    with (split_folder / "test.txt").open("a") as file:
+        file.write("!")
+    second = open_source(str(split_folder)).identity
+    (split_folder / "test.txt").unlink()
+    third = open_source(str(split_folder)).identity
+    assert len({first, second, third}) == 3
+
+
+def test_importing_the_package_is_light() -> None:
+    code = (
+        "import sys, pha.data, pha.data.store, pha.data.sampler\n"
+        "print(sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "[]\n"

@@ -1,0 +1,166 @@
+"""Residual connections and the two kinds of block, written out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pha.nn import BRANCHES, Branch, ParallelBlock, SequentialBlock, register_branch
+from pha.nn.block import Residual
+from pha.nn.branches import Sequence
+
+SUBSETS = [
+    list(subset)
+    for size in (1, 2, 3)
+    for subset in itertools.combinations(["gss", "attention", "ffn"], size)
+]
+each_residual = pytest.mark.parametrize("residual", ["pre", "post"])
+
+
+def rms(x: Tensor, gain: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+
+
+def connect(residual: Residual, kind: str, x: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    """The paper's two sound readings, for three layers: alpha = 6^(1/4)."""
+    alpha = 6**0.25
+    if kind == "pre":
+        return x + f(rms(x, residual.norm.weight)) / alpha
+    return rms(alpha * x + f(x), residual.norm.weight)
+
+
+@each_residual
+def test_residual_by_definition(
+    residual: str, small: Callable[..., Any], scramble: Callable[..., Any]
+) -> None:
+    module = scramble(Residual(small(residual=residual))).double()
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    actual = module(x, lambda z: z.square() - 1)
+    expected = connect(module, residual, x, lambda z: z.square() - 1)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
+
+
+@each_residual
+def test_dropout_acts_on_what_enters_the_stream(residual: str, small: Callable[..., Any]) -> None:
+    module = Residual(small(residual=residual, dropout=0.5))
+    x = torch.randn(2, 5, 24)
+    everything = module.eval()(x, torch.ones_like)
+    torch.manual_seed(0)
+    dropped = module.train()(x, torch.ones_like)
+    assert not torch.equal(dropped, everything)
+    if residual == "pre":
+        # Each entry of f = 1 is either gone or doubled; x itself is always there.
+        added = ((dropped - x) * 6**0.25).round(decimals=4)
+        assert set(added.unique().tolist()) == {0.0, 2.0}
+
+
+@each_residual
+@pytest.mark.parametrize("branches", SUBSETS, ids="+".join)
+def test_parallel_block_of_any_subset(
+    residual: str,
+    branches: list[str],
+    small: Callable[..., Any],
+    scramble: Callable[..., Any],
+    plain_sequence: Callable[..., Any],
+) -> None:
+    config = small(branches=branches, residual=residual)
+    block = scramble(ParallelBlock(config, 0)).double()
+    sequence = plain_sequence(config, 7)
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+
+    def mix(z: Tensor) -> Tensor:
+        p = torch.log1p(block.mixing.theta.float().exp())
+        w = (p / p.sum()).double()
+        return sum(
+            w[i] * rms(block.branches[name](z, sequence), block.mixing.norms[name].weight)
+            for i, name in enumerate(branches)
+        )
+
+    expected = connect(block.mix_residual, residual, x, mix)
+    expected = connect(block.ffn_residual, residual, expected, block.primary_ffn)
+    # The mixing weights are float32; written out here they are rounded a little differently.
+    atol = 4e-7 * expected.abs().max().item()
+    torch.testing.assert_close(block(x, sequence), expected, rtol=0, atol=atol)
+
+
+@each_residual
+@pytest.mark.parametrize("order", list(itertools.permutations(["gss", "attention", "ffn"])))
+def test_sequential_block_goes_in_the_order_of_branches(
+    residual: str,
+    order: tuple[str, ...],
+    small: Callable[..., Any],
+    scramble: Callable[..., Any],
+    plain_sequence: Callable[..., Any],
+) -> None:
+    config = small(block="sequential", branches=list(order), residual=residual)
+    block = scramble(SequentialBlock(config, 0)).double()
+    assert not any("mixing" in name for name, _ in block.named_parameters())
+    sequence = plain_sequence(config, 7)
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    expected = x
+    for name in order:
+        branch = block.branches[name]
+        expected = connect(
+            block.residuals[name], residual, expected, lambda z, f=branch: f(z, sequence)
+        )
+    expected = connect(block.ffn_residual, residual, expected, block.primary_ffn)
+    atol = 1e-13 * expected.abs().max().item()
+    torch.testing.assert_close(block(x, sequence), expected, rtol=0, atol=atol)
+
+
+@pytest.fixture
+def recorders(registry: None) -> list[tuple[str, Tensor, Sequence]]:
+    """Two branches, `first` and `second`, that record what they are given."""
+    calls: list[tuple[str, Tensor, Sequence]] = []
+    for label in ("first", "second"):
+
+        class Recorder(Branch):
+            label: str
+
+            def forward(self, z_BTd: Tensor, sequence: Sequence) -> Tensor:
+                calls.append((self.label, z_BTd, sequence))
+                return z_BTd + 1
+
+        Recorder.label = label
+        register_branch(label)(Recorder)
+    return calls
+
+
+def test_parallel_branches_share_one_input(
+    recorders: list[tuple[str, Tensor, Sequence]],
+    small: Callable[..., Any],
+    plain_sequence: Callable[..., Any],
+) -> None:
+    config = small(branches=["second", "first"])
+    sequence = plain_sequence(config, 3)
+    x = torch.randn(1, 3, 24)
+    ParallelBlock(config, 0)(x, sequence)
+    assert [label for label, *_ in recorders] == ["second", "first"]
+    assert recorders[0][1] is recorders[1][1]
+    assert all(seen is sequence for *_, seen in recorders)
+    torch.testing.assert_close(recorders[0][1], rms(x, torch.ones(24)))
+
+
+def test_sequential_branches_hand_on_their_output(
+    recorders: list[tuple[str, Tensor, Sequence]],
+    small: Callable[..., Any],
+    plain_sequence: Callable[..., Any],
+) -> None:
+    config = small(block="sequential", branches=["second", "first"])
+    sequence = plain_sequence(config, 3)
+    x = torch.randn(1, 3, 24)
+    SequentialBlock(config, 0)(x, sequence)
+    assert [label for label, *_ in recorders] == ["second", "first"]
+    z = rms(x, torch.ones(24))
+    torch.testing.assert_close(recorders[0][1], z)
+    between = x + (z + 1) / 6**0.25
+    torch.testing.assert_close(recorders[1][1], rms(between, torch.ones(24)))
+
+
+def test_the_recorders_are_gone_again() -> None:
+    assert set(BRANCHES) == {"gss", "attention", "ffn"}

@@ -1,0 +1,104 @@
+"""The table of ops: which backend runs, forcing one, and the self-check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from pha.ops import OPS, Op, attention, linear_cross_entropy, scan
+from pha.utils.errors import PHAError
+
+EVERY_BACKEND = [(op, backend) for op in sorted(OPS) for backend in sorted(OPS[op].backends)]
+
+u, a = torch.ones(1, 2, 3), torch.full((3,), 0.5)
+q = torch.ones(1, 2, 3, 4)
+CALLS: dict[str, Callable[[], Any]] = {
+    "scan": lambda: scan(u, a),
+    "attention": lambda: attention(q, q, q),
+    "linear_cross_entropy": lambda: linear_cross_entropy(u[0], u[0], torch.zeros(2).long()),
+}
+
+
+def test_every_op_has_an_oracle_and_a_default() -> None:
+    assert set(OPS) == set(CALLS)
+    for op in OPS.values():
+        assert "naive" in op.backends
+        assert set(op.preferred.values()) <= set(op.backends)
+        assert op.choice("a device nobody has heard of") == op.preferred["default"]
+        assert op.choice("cpu") != "naive"
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_forced_backend_is_the_one_that_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setitem(OPS[name].backends, "spy", lambda *args: calls.append(args))
+    with OPS[name].force("spy"):
+        assert OPS[name].choice("cpu") == OPS[name].choice("cuda") == "spy"
+        CALLS[name]()
+    assert len(calls) == 1
+    CALLS[name]()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_force_restores_the_choice_before_it(name: str) -> None:
+    op = OPS[name]
+    default = op.choice("cpu")
+    with op.force("naive"):
+        with op.force(default):
+            assert op.choice("cpu") == default
+        assert op.choice("cpu") == "naive"
+    assert op.choice("cpu") == default
+    with pytest.raises(ZeroDivisionError), op.force("naive"):
+        raise ZeroDivisionError
+    assert op.choice("cpu") == default
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_unknown_backend_is_refused_by_name(name: str) -> None:
+    op = OPS[name]
+    default = op.choice("cpu")
+    with pytest.raises(PHAError, match=f"{name} has no backend 'fast'.*naive"), op.force("fast"):
+        pass
+    assert op.choice("cpu") == default
+
+
+@pytest.mark.parametrize(("name", "backend"), EVERY_BACKEND)
+def test_self_check_is_small(name: str, backend: str) -> None:
+    # Float32 on at most 37 steps, keys or rows: some ten units of 1.2e-7.
+    assert OPS[name].self_check(backend, "cpu") <= 2e-6
+
+
+WRONG: dict[str, Callable[..., Any]] = {
+    "scan": lambda u, a, h0, starts: OPS["scan"].backends["naive"](u, a, h0, None),
+    "attention": lambda q, k, v, mask=None: OPS["attention"].backends["naive"](q, k, v, None),
+    "linear_cross_entropy": lambda x, w, y: OPS["linear_cross_entropy"].backends["naive"](
+        x, w, y.clamp(min=0)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(WRONG))
+def test_self_check_sees_a_wrong_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPS[name].backends, "wrong", WRONG[name])
+    assert OPS[name].self_check("wrong", "cpu") > 1e-2
+
+
+def test_self_check_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def detached(u: torch.Tensor, a: torch.Tensor, *rest: Any) -> Any:
+        return OPS["scan"].backends["naive"](u, a.detach() + 0 * a, *rest)
+
+    monkeypatch.setitem(OPS["scan"].backends, "wrong", detached)
+    assert OPS["scan"].self_check("wrong", "cpu") > 0.1
+
+
+def test_a_new_op_enters_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = Op("double", {"naive": lambda x: 2 * x}, {"default": "naive"}, lambda *_: 0.0)
+    try:
+        assert OPS["double"] is op
+        assert op("cpu")(3) == 6
+    finally:
+        del OPS["double"]

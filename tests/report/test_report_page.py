@@ -1,0 +1,214 @@
+"""The page as a whole: numbers equal the inputs, nothing is executed or loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from html import unescape
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pha.report import write_report
+from pha.utils.errors import PHAError
+
+HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> & \x00\x1b[31m {{ 7 * 7 }}"
+
+
+class Page(HTMLParser):
+    """Tags with attributes, rows of tables as texts, and whether tags are balanced."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: list[list[str]] = []
+        self.open: list[str] = []
+        self._cell = False
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+        if tag in ("td", "th"):
+            self._cell = False
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self._cell:
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture
+def two(make_run) -> list[Path]:
+    """Two finished runs with nothing to plot, which makes a page quick."""
+    return [make_run(name, branches=("attention",), metrics=False) for name in ("pha", "twin")]
+
+
+def written(runs: list[Path], out: Path, title: str | None = None) -> str:
+    return write_report(runs, out, title).read_text(encoding="utf-8")
+
+
+def test_numbers_equal_the_inputs(two_runs, two_page):
+    page = Page(two_page)
+    (row,) = [row for row in page.rows if row[0].endswith("pha") and len(row) == 11]
+    test = json.loads((two_runs[0] / "result.json").read_text())["evaluations"][0]
+    assert [cell.replace("\u202f", " ").removesuffix(" (best)") for cell in row[1:]] == [
+        "3.10 M",
+        "4.92 M",
+        f"{test['perplexity']:.2f}",
+        f"{test['word_perplexity']:.1f}",
+        f"{test['byte_perplexity']:.3f}",
+        f"{test['bits_per_byte']:.3f}",
+        f"{100 * test['accuracy']:.2f}",
+        "9,120",
+        "1.61 GiB",
+        "8 min 59 s",
+    ]
+    facts = {row[0].removesuffix(" Δ differs"): row[1:] for row in page.rows if len(row) == 3}
+    assert facts["parameters, total"] == ["3,104,256"] * 2
+    assert facts["tokens scored"] == ["286,220"] * 2
+    assert facts["sha256"] == ["3f0a" * 16] * 2
+    assert facts["seed"] == ["1234"] * 2
+    assert facts["git dirty"] == ["no"] * 2
+    assert facts["counts, train, tokens"] == ["9,120,331"] * 2
+    assert facts["model.layers"] == ["4", "10"]
+    assert "optimizer.learning_rate" not in facts
+
+
+def test_the_page_is_well_formed_and_self_contained(two_page):
+    html = two_page
+    page = Page(html)
+    assert page.open == []
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
+    for _, attributes in page.tags:
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith("#")
+        assert not any(name.startswith("on") for name in attributes)
+    assert not re.search(r"@import|url\((?!#)", html)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert len(html) < 1_500_000
+    for tag, attributes in page.tags:
+        if tag == "th":
+            assert attributes.get("scope") in ("col", "row", "rowgroup")
+
+
+def test_texts_are_escaped(make_run, tmp_path):
+    def inject(result: dict[str, Any]) -> None:
+        result["name"] = HOSTILE
+        result["samples"][0].update(prompt=HOSTILE, text=HOSTILE)
+        result["provenance"]["command"] = HOSTILE
+        result["data"][HOSTILE] = HOSTILE
+        result["mixing"][0]["weights"][HOSTILE] = 0.1
+        result["evaluations"][0]["split"] = HOSTILE
+
+    run = make_run("a", metrics=False, change=inject)
+    (run / "config.yaml").write_text('text: "<script>\\ud800"\n', encoding="utf-8")
+    html = written([run], tmp_path / "report.html", title=HOSTILE)
+    page = Page(html)
+    assert page.open == []
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert "\x00" not in html
+    assert "\x1b" not in html
+    sample = unescape(html.partition('<figure class="sample">')[2])
+    assert "<b></pre><script>alert(1)</script>" in sample
+    assert "\u2400\u241b[31m {{ 7 * 7 }}" in sample
+
+
+def test_mixing_is_shown_where_there_is_something_to_mix(two_page):
+    assert two_page.count("Heat map: softplus weights of pha in 4 layers") == 1
+    assert two_page.count("Heat map: effective shares of pha in 4 layers") == 1
+    assert "Heat map: softplus weights of twin" not in two_page
+    assert two_page.count("has a single branch, so there is nothing to mix") == 1
+    assert two_page.count("over training: mean over layers") == 2
+
+
+def test_branches_may_have_any_name(make_run, tmp_path):
+    run = make_run("a", branches=("gss", "attention", "retrieval"), metrics=False)
+    html = written([run], tmp_path / "report.html")
+    assert ">retrieval<" in html
+    assert "over training" not in html
+
+
+def test_an_unfinished_run_is_shown(make_run, tmp_path):
+    run = make_run("begun", branches=("attention",), finished=False, steps=130)
+    html = written([run], tmp_path / "report.html")
+    assert '<span class="state">unfinished</span>' in html
+    assert "during training, step 120" in html
+    assert "Loss against tokens seen. begun: from" in html
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"evaluations": [{}], "samples": [{}], "mixing": [{}], "model": {"x": 1}}]
+)
+def test_missing_keys_are_dashes(tmp_path, content):
+    run = tmp_path / "bare"
+    run.mkdir()
+    (run / "result.json").write_text(json.dumps(content), encoding="utf-8")
+    page = Page(written([run], tmp_path / "report.html"))
+    (row,) = [row for row in page.rows if "bare" in row[0] and len(row) == 11]
+    assert row[1:] == ["–"] * 10
+
+
+def test_only_a_config_is_enough(tmp_path):
+    (tmp_path / "config.yaml").write_text("", encoding="utf-8")
+    assert "unfinished" in written([tmp_path], tmp_path / "report.html")
+
+
+def test_the_warning_is_on_the_page_exactly_when_hashes_differ(two, make_run, tmp_path):
+    def change(result: dict[str, Any]) -> None:
+        result["data"]["tokenizer_sha256"] = "00" * 32
+
+    other = make_run("other", branches=("attention",), metrics=False, change=change)
+    assert "not comparable" not in written(two, tmp_path / "report.html")
+    html = written([*two, other], tmp_path / "report.html")
+    assert re.search(r'class="warning"[^>]*>.*Token perplexities are not comparable', html)
+
+
+def test_the_same_runs_give_the_same_bytes(two_runs, two_page, tmp_path):
+    assert written(two_runs, tmp_path / "again.html") == two_page
+
+
+def test_the_title_is_given_or_made_of_the_names(two, tmp_path):
+    assert "<h1>pha and twin</h1>" in written(two, tmp_path / "a.html")
+    assert "<h1>Ours &amp; theirs</h1>" in written(two, tmp_path / "a.html", "Ours & theirs")
+
+
+def test_the_write_is_atomic(two, tmp_path, monkeypatch):
+    out = tmp_path / "report.html"
+    out.write_text("old", encoding="utf-8")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(PHAError, match=r"cannot be written \(No space left on device\)"):
+        write_report(two, out)
+    assert out.read_text(encoding="utf-8") == "old"
+
+
+def test_a_bad_run_leaves_no_page(two, tmp_path):
+    out = tmp_path / "report.html"
+    with pytest.raises(PHAError, match="not a run folder"):
+        write_report([*two, tmp_path / "absent"], out)
+    assert not out.exists()
+
+
+def test_out_must_be_a_file(two, tmp_path):
+    with pytest.raises(PHAError, match="is a folder"):
+        write_report(two, tmp_path)

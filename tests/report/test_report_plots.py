@@ -1,0 +1,113 @@
+"""Figures: valid, self-contained, deterministic SVG that may share a page."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+import matplotlib
+import pytest
+
+from pha.report import plots
+from pha.report.text import compact, duration, memory, perplexity, printable, shorten
+
+
+def curve(color: int = 0, label: str = "a", points: int = 40) -> plots.Series:
+    return plots.Series(label, [(1000 * i, 5.0 / (i + 1)) for i in range(points)], color)
+
+
+def svg_of(*series: plots.Series, title: str = "Loss") -> str:
+    return plots.to_svg(plots.learning_curves(series, "tokens", "loss"), title)
+
+
+def texts_of(svg: str) -> list[str | None]:
+    return [e.text for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("}text")]
+
+
+def test_svg_is_the_same_every_time_and_ignores_user_styles():
+    first = svg_of(curve())
+    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "svg.fonttype": "path"}):
+        assert svg_of(curve()) == first
+
+
+def test_svg_has_a_title_and_nothing_that_leaks_or_loads():
+    svg = svg_of(curve(), title="Loss of <a> & b")
+    root = ElementTree.fromstring(svg)
+    assert root[0].text == "Loss of <a> & b"
+    assert root.get("aria-labelledby") == root[0].get("id")
+    assert "<style" not in svg
+    assert "<metadata" not in svg
+    assert not re.search(r'(href|src)="(?!#)', svg)
+
+
+def test_colours_are_variables_with_the_light_palette_as_fallback():
+    svg = svg_of(curve(color=1))
+    assert f"var(--series-1, {plots.LIGHT['series-1']})" in svg
+    assert not re.search(r"(fill|stroke): #", svg)
+    assert plots.LIGHT.keys() == plots.DARK.keys()
+
+
+def test_ids_of_two_figures_never_collide():
+    svgs = [svg_of(curve(), title=title) for title in ("first", "second")]
+    ids = [re.findall(r'\bid="([^"]+)"', svg) for svg in svgs]
+    assert not set(ids[0]) & set(ids[1])
+    for svg, own in zip(svgs, ids, strict=True):
+        assert set(re.findall(r"[(\"]#([^)\"]+)", svg)) <= set(own)
+
+
+@pytest.mark.parametrize("label", ["$x^2$ & <b>", "\x00\x1b[31m", "_hidden", "#0072b2", "$"])
+def test_any_run_name_may_be_in_a_legend(label):
+    svg = svg_of(curve(label=label), curve(1, "other"))
+    texts = texts_of(svg)
+    assert printable(label) in texts
+
+
+def test_thin_keeps_ends_and_spikes():
+    points = [(float(i), 1.0) for i in range(10_000)]
+    points[4321] = (4321.0, 99.0)
+    points[7777] = (7777.0, -99.0)
+    kept = plots.thin(points)
+    assert len(kept) <= plots.CURVE_POINTS
+    assert kept == sorted(kept)
+    assert {points[0], points[-1], points[4321], points[7777]} <= set(kept)
+    assert plots.thin(points[:300]) == points[:300]
+
+
+def test_heat_map_prints_every_share_and_the_means():
+    layers = [{"gss": 0.5, "attention": 0.5}, {"gss": 0.25, "attention": 0.5, "other": 0.25}]
+    svg = plots.to_svg(plots.mixing_heat_map(layers, 0), "mixing")
+    texts = texts_of(svg)
+    for shown in ("gss", "attention", "other", "50.0", "25.0", "37.5", "–", "mean"):
+        assert shown in texts
+
+
+def test_constant_and_single_points_can_be_drawn():
+    flat = plots.Series("flat", [(0.0, 0.0), (1.0, 0.0)], 0)
+    assert "<svg" in svg_of(flat)
+    assert "<svg" in svg_of(plots.Series("one", [(5.0, 2.0)], 0))
+
+
+def test_numbers_read_well():
+    assert [perplexity(v) for v in (2.3141, 18.234, 164.94, 50257.4, None)] == [
+        "2.314",
+        "18.23",
+        "164.9",
+        "50,257",
+        "–",
+    ]
+    spaced = [compact(v) for v in (999, 3_104_256, 999_960, 1.5e12)]
+    assert [s.replace("\u202f", " ") for s in spaced] == ["999", "3.10 M", "1.00 M", "1.50 T"]
+    times = [duration(v) for v in (8.24, 59.97, 195, 7440, 97200)]
+    assert [s.replace("\u202f", " ") for s in times] == [
+        "8.2 s",
+        "1 min 00 s",
+        "3 min 15 s",
+        "2 h 04 min",
+        "1 d 03 h",
+    ]
+    assert memory(1.5 * 2**30) == "1.50\u202fGiB"
+
+
+def test_control_characters_are_drawn():
+    assert printable("a\tb\nc\x00\x1b\x7f\x85\ud800") == "a\tb\nc\u2400\u241b\u2421\ufffd\ufffd"
+    assert shorten("a" * 30 + "b" * 30, 11) == "aaaaa…bbbbb"

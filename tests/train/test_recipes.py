@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pha.nn.presets import PRESETS
+from pha.train.recipes import describe, load_recipe, protocols
+from pha.utils.errors import PHAError
+
+
+@pytest.mark.parametrize("protocol", protocols())
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_goes_with_every_protocol(preset: str, protocol: str) -> None:
+    source = [] if protocol == "stdlib" else ["--data.store", "somewhere"]
+    config = load_recipe(f"{preset}.{protocol}", source)
+    assert config.recipe == f"{preset}.{protocol}"
+    assert config.model.preset == preset
+    for key, value in PRESETS[preset].items():
+        assert getattr(config.model, key) == value
+
+
+def test_every_protocol_says_what_it_is() -> None:
+    assert all(len(describe(text)) > 40 for text in protocols().values())
+
+
+def test_overrides_win_and_keep_their_types() -> None:
+    config = load_recipe(
+        "pha-tiny.stdlib",
+        ["--run.steps=7", "--model.dropout", "0.25", "--model.branches", "[gss, ffn]"],
+    )
+    assert (config.run.steps, config.model.dropout) == (7, 0.25)
+    assert config.model.branches == ["gss", "ffn"]
+    assert config.optimizer.learning_rate == load_recipe("pha-tiny.stdlib").optimizer.learning_rate
+
+
+def test_preset_can_be_overridden() -> None:
+    config = load_recipe("pha-tiny.stdlib", ["--model.preset", "attention-only-tiny"])
+    assert config.model.branches == ["attention"]
+
+
+def test_a_path_works_and_a_resolved_config_is_a_recipe(tmp_path: Path) -> None:
+    first = load_recipe("pha-tiny.stdlib", ["--run.steps", "9"])
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(first.to_dict()), encoding="utf-8")
+    assert load_recipe(str(path)).to_dict() == first.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--run.stepz", "5"], "run.stepz"),
+        (["--run.steps", "many"], "run.steps"),
+        (["--run.steps", "0"], "run.steps is 0"),
+        (["--run.steps", "5", "--run.epochs", "1"], "either run.steps or run.epochs"),
+        (["--run.precision", "fp8"], "run.precision"),
+        (["--model.head_dim", "39"], "head_dim is 39"),
+        (["--model.num_key_value_heads", "3"], "multiple of num_key_value_heads"),
+        (["--model.dropout", "1.5"], "dropout is 1.5"),
+        (["--optimizer.learning_rate", "-1"], "optimizer.learning_rate"),
+        (["--schedule.kind", "linear"], "schedule.kind"),
+        (["--data.store", "x"], "not both"),
+        (["--run.trackers", "[mlflow]"], "mlflow"),
+        (["--model.preset", "pha-tine"], "pha-tiny"),
+        (["stray"], "stray"),
+    ],
+)
+def test_mistakes_are_refused_in_one_line(arguments: list[str], words: str) -> None:
+    with pytest.raises(PHAError) as error:
+        load_recipe("pha-tiny.stdlib", arguments)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("run: {steps: 3, stepz: 4}", "stepz"),
+        ("runs: {steps: 3}", "runs"),
+        ("run: {steps: three}", "run.steps"),
+        ("- 1", "mapping"),
+        ("run: {steps: [", "not YAML"),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(PHAError) as error:
+        load_recipe(str(path))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_recipe_suggests() -> None:
+    with pytest.raises(PHAError, match=r"pha-tiny\.stdlib"):
+        load_recipe("pha-tiny.stdlb")
+    with pytest.raises(PHAError, match="cannot be read"):
+        load_recipe("nowhere.yaml")

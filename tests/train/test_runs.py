@@ -1,0 +1,280 @@
+"""Whole runs: what they write, and that stopping them anywhere changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pha.data import TokenStore, prepare
+from pha.train import trainer as trainer_module
+from pha.train.errors import TrainingInterruptedError
+from pha.utils.errors import PHAError
+from pha.utils.runs import RunFolder
+from tests.train.conftest import arguments
+
+Train = Callable[..., dict[str, Any]]
+TIMES = {"seconds", "tokens_per_second", "utilisation"}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def timeless(run: RunFolder) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in run.read_metrics()]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Behave as if a SIGINT had come during step number `steps`."""
+    original = trainer_module.Trainer._step
+
+    def step(self: Any, number: int, rate: float) -> Any:
+        self.stop_requested = number + 1 == steps
+        return original(self, number, rate)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", step)
+
+
+def test_a_run_learns_and_writes_what_it_promises(train_small: Train, tmp_path: Path) -> None:
+    result = train_small(run__steps=60, run__evaluate_every=20)
+    run = RunFolder(tmp_path / "run")
+    losses = [r["loss"] for r in run.read_metrics("train")]
+    assert len(losses) == 60
+    assert losses[-1] < 0.75 * losses[0]
+    assert [r["step"] for r in run.read_metrics("eval")] == [20, 40, 60]
+    assert [r["step"] for r in run.read_metrics("mixing")] == [0, 20, 40, 60]
+    assert run.checkpoint_steps() == [40, 60]
+    assert result == run.read_result()
+    assert result["tokens_seen"] == 60 * 4 * 32
+    assert {e["split"] for e in result["evaluations"]} == {"validation", "test"}
+    assert result["provenance"]["precision"] == "fp32"
+    assert len(result["samples"]) == 2
+    config = yaml.safe_load(run.config.read_text())
+    assert config["run"]["micro_batch"] == 4
+    assert config["model"]["vocab_size"] == 257
+    best = min(run.read_metrics("eval"), key=lambda r: r["perplexity"])
+    assert result["chosen_step"] == best["step"]
+    model = AutoModelForCausalLM.from_pretrained(run.model)
+    assert model.config.model_type == "pha"
+    assert train_small(run__steps=60, run__evaluate_every=20) == result
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(
+    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_small("whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(TrainingInterruptedError, match="step 3 of 8"):
+            train_small("cut")
+    assert RunFolder(tmp_path / "cut").checkpoint_steps() == [3]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(TrainingInterruptedError):
+            train_small("cut")
+    train_small("cut")
+    whole, cut = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "cut")
+    assert_same_weights(whole.checkpoint(8), cut.checkpoint(8))
+    assert_same_weights(whole.model, cut.model)
+    assert timeless(whole) == timeless(cut)
+    states = [
+        torch.load(r.checkpoint(8) / "optimizer.pt", weights_only=True)["state"]
+        for r in (whole, cut)
+    ]
+    for index, state in states[0].items():
+        for key, value in state.items():
+            assert torch.equal(value, states[1][index][key])
+
+
+def start(store: TokenStore, out: Path, **changes: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pha", "train", "pha-tiny.text", "--out", str(out)]
+    command += arguments(store, run__epochs="null", **changes)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_checkpoint(run: RunFolder, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not run.checkpoint_steps():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_killed_run_resumes_bit_for_bit(
+    train_small: Train, store: TokenStore, tmp_path: Path, number: int
+) -> None:
+    changes = {"run__steps": 60, "run__checkpoint_every": 5, "run__evaluate_every": 30}
+    train_small("whole", **changes)
+    run = RunFolder(tmp_path / "killed")
+    process = start(store, run.path, **changes)
+    wait_for_checkpoint(run, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if number != signal.SIGKILL:
+        assert process.returncode == 130
+        assert "continues from it" in errors
+        assert "Traceback" not in errors
+    assert not run.result.exists()
+    train_small("killed", **changes)
+    whole = RunFolder(tmp_path / "whole")
+    assert_same_weights(whole.checkpoint(60), run.checkpoint(60))
+    assert timeless(whole) == timeless(run)
+
+
+def test_accumulation_does_not_change_the_steps(train_small: Train, tmp_path: Path) -> None:
+    for name, micro in (("1x4", 4), ("4x1", 1), ("3+1", 3)):
+        train_small(name, run__micro_batch=micro, model__dropout=0.0)
+    reference = weights(tmp_path / "1x4" / "checkpoints" / "step-8")
+    for name in ("4x1", "3+1"):
+        other = weights(tmp_path / name / "checkpoints" / "step-8")
+        # Sums over a batch are associated differently; AdamW divides by small second moments.
+        for key, value in reference.items():
+            torch.testing.assert_close(other[key], value, rtol=1e-4, atol=2e-5)
+
+
+def test_two_processes_take_the_same_steps_as_one(
+    train_small: Train, store: TokenStore, tmp_path: Path
+) -> None:
+    train_small("one", model__dropout=0.0)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "pha", "train", "pha-tiny.text", "--out", str(tmp_path / "two"), "--json"]
+    command += arguments(store, run__epochs="null", model__dropout=0.0)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["provenance"]["processes"] == 2
+    one, two = (RunFolder(tmp_path / name) for name in ("one", "two"))
+    a, b = weights(one.checkpoint(8)), weights(two.checkpoint(8))
+    for key, value in a.items():
+        torch.testing.assert_close(b[key], value, rtol=1e-4, atol=2e-5)
+    for x, y in zip(one.read_metrics("eval"), two.read_metrics("eval"), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
+
+
+def test_not_a_number_stops_with_a_name_and_keeps_the_checkpoint(
+    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = trainer_module.Trainer._step
+
+    def poisoned(self: Any, number: int, rate: float) -> Any:
+        if number == 5:
+            with torch.no_grad():
+                self.plain_model.model.layers[1].branches["gss"].W_C.weight[0, 0] = float("nan")
+        return original(self, number, rate)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", poisoned)
+    with pytest.raises(PHAError) as error:
+        train_small()
+    assert "layers.1.branches.gss.W_C.weight" in str(error.value)
+    assert "step-4 is intact" in str(error.value)
+    kept = weights(RunFolder(tmp_path / "run").checkpoint(4))
+    assert all(bool(value.isfinite().all()) for value in kept.values())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer.json"])
+def test_damaged_checkpoint_is_refused_in_one_line(
+    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(TrainingInterruptedError):
+            train_small()
+    file = RunFolder(tmp_path / "run").checkpoint(4) / name
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(PHAError) as error:
+        train_small()
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_another_configuration_or_other_data_is_refused(
+    train_small: Train,
+    store: TokenStore,
+    text_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stop_after(monkeypatch, 4)
+    with pytest.raises(TrainingInterruptedError):
+        train_small()
+    with pytest.raises(PHAError, match=r"optimizer\.learning_rate"):
+        train_small(optimizer__learning_rate=0.5)
+    with pytest.raises(PHAError, match="not empty"):
+        train_small(resume="never")
+    copy = tmp_path / "text"
+    copy.mkdir()
+    for file in text_folder.iterdir():
+        (copy / file.name).write_text(file.read_text() + "more.\n")
+    other = prepare(str(copy), "bytes", tmp_path / "store")
+    with pytest.raises(PHAError, match="is not the data"):
+        train_small(data__store=str(other.path))
+
+
+def test_init_from_starts_from_its_weights(
+    train_small: Train, text_folder: Path, tmp_path: Path
+) -> None:
+    first = train_small("first", run__steps=40, run__evaluate_every=40)
+    train_small("second", run__init_from=str(tmp_path / "first"), run__steps=1)
+    start_loss = next(RunFolder(tmp_path / "second").read_metrics("train"))["loss"]
+    assert start_loss < first["evaluations"][0]["loss"] + 0.3
+    other = prepare(str(text_folder), "bpe:280", tmp_path / "bpe")
+    with pytest.raises(PHAError, match="tokenizer"):
+        train_small("third", run__init_from=str(tmp_path / "first"), data__store=str(other.path))
+
+
+def test_too_little_data_and_indivisible_batches_are_refused(train_small: Train) -> None:
+    with pytest.raises(PHAError, match=r"lower run\.global_batch"):
+        train_small(run__global_batch=100000)
+    with pytest.raises(PHAError, match="micro_batch is 9"):
+        train_small(run__micro_batch=9)
+
+
+def test_post_norm_and_sequential_and_plateau_train_too(train_small: Train) -> None:
+    result = train_small("post", model__residual="post", model__deepnorm_init="true")
+    assert result["mixing"]
+    result = train_small(
+        "sequential",
+        model__preset="sequential-tiny",
+        model__hidden_size=32,
+        schedule__kind="plateau",
+    )
+    assert result["mixing"] == []
+
+
+def test_epochs_count_whole_passes(train_small: Train, store: TokenStore) -> None:
+    windows = (len(store.tokens("train")) - 1) // 32
+    result = train_small(run__epochs=0.1, run__steps="null", run__evaluate_every=1000)
+    assert result["steps"] == round(0.1 * (windows // 4))
+
+
+def test_bf16_trains_close_to_fp32(train_small: Train) -> None:
+    changes = {"run__steps": 30, "run__evaluate_every": 30, "model__dropout": 0.0}
+    full = train_small("fp32", **changes)
+    half = train_small("bf16", run__precision="bf16", **changes)
+    assert half["provenance"]["precision"] == "bf16"
+    losses = [r["evaluations"][0]["loss"] for r in (full, half)]
+    assert losses[1] == pytest.approx(losses[0], abs=0.05)
