@@ -49,6 +49,7 @@ def prepare(options: Namespace) -> None:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
+        disable=not console.is_terminal,
     ) as progress:
         tasks: dict[str, Any] = {}
 
@@ -202,7 +203,7 @@ def evaluate(options: Namespace) -> None:
         packed = trained.get("packed_documents", False)
     precision = choose_precision(options.precision, device)
     console = _console(options)
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"scoring {options.split}")
         result = run_evaluation(
             loaded.model,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from pha.nn.branches import Branch, Sequence, make_branch
@@ -30,8 +31,8 @@ class Residual(nn.Module):
     def forward(self, x_BTd: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply f around x, both (B, T, d)."""
         if self.post:
-            return self.norm(self.alpha * x_BTd + self.dropout(f(x_BTd)))
-        return x_BTd + self.dropout(f(self.norm(x_BTd))) / self.alpha
+            return self.norm(torch.add(self.dropout(f(x_BTd)), x_BTd, alpha=self.alpha))
+        return torch.add(x_BTd, self.dropout(f(self.norm(x_BTd))), alpha=1 / self.alpha)
 
 
 class ParallelBlock(nn.Module):

@@ -54,6 +54,14 @@ def scan_naive(
     return torch.stack(states, dim=1).to(u.dtype), h
 
 
+def _kept(starts: Tensor | None, dtype: torch.dtype) -> dict[int, Tensor]:
+    """For each step at which some sequence is reset: (B, 1), 0 where it is and 1 elsewhere."""
+    if starts is None:
+        return {}
+    steps = starts.any(0).nonzero().flatten().tolist()
+    return {t: (~starts[:, t, None]).to(dtype) for t in steps}
+
+
 class _LoopScan(torch.autograd.Function):
     """A loop over time of fused multiply-adds on (B, n) slices, in both directions."""
 
@@ -65,11 +73,11 @@ class _LoopScan(torch.autograd.Function):
         decay = a.to(dtype)
         h = torch.empty_like(u, memory_format=torch.contiguous_format)
         state = u.new_zeros(u.shape[0], u.shape[2], dtype=dtype) if h0 is None else h0.to(dtype)
+        keep = _kept(starts, dtype)
         # Unbinding once gives the T slices as views without T indexing calls.
-        keep = None if starts is None else (~starts).to(dtype).unsqueeze(-1).unbind(1)
         in_place = u.dtype == dtype
         for t, (u_t, h_t) in enumerate(zip(u.unbind(1), h.unbind(1), strict=True)):
-            if keep is not None:
+            if t in keep:
                 state = state * keep[t]
             if in_place:
                 state = torch.addcmul(u_t, decay, state, out=h_t)
@@ -86,7 +94,7 @@ class _LoopScan(torch.autograd.Function):
         dtype = _state_type(h)
         decay = a.to(dtype)
         du = torch.empty_like(h)
-        keep = None if starts is None else (~starts).to(dtype).unsqueeze(-1).unbind(1)
+        keep = _kept(starts, dtype)
         h_steps, dh_steps, du_steps = h.unbind(1), dh.unbind(1), du.unbind(1)
         da = torch.zeros_like(h_steps[0], dtype=dtype)
         carry = dh_last.to(dtype)
@@ -97,7 +105,7 @@ class _LoopScan(torch.autograd.Function):
             else:
                 g = dh_steps[t].to(dtype) + carry
                 du_steps[t].copy_(g)
-            kept = g if keep is None else g * keep[t]
+            kept = g * keep[t] if t in keep else g
             if t > 0:
                 da.addcmul_(kept, h_steps[t - 1])
             elif h0 is not None:

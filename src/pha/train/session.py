@@ -15,6 +15,7 @@ from pha.data.store import TokenStore, cached_store
 from pha.data.tokenizer import tokenizer_sha256
 from pha.evals.generation import sample
 from pha.evals.loading import load_model
+from pha.evals.perplexity import evaluate
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.nn import ArchitectureConfig
 from pha.nn.parameters import count_parameters
@@ -227,25 +228,19 @@ def finish(
     device: torch.device,
     console: Console,
 ) -> dict[str, Any]:
-    """Evaluate the chosen weights on all held-out splits and write result.json."""
-    from pha.evals.perplexity import evaluate
-
+    """Evaluate the chosen weights on the test split and write result.json."""
     loaded = load_model(run.path, device)
-    evaluations = []
-    for split in ("validation", "test"):
-        if split not in store.splits:
-            continue
-        with console.status(f"{run.name}: evaluating on the {split} split"):
-            evaluations.append(
-                evaluate(
-                    loaded.model,
-                    store,
-                    split,
-                    sequence_length=config.data.sequence_length,
-                    packed_documents=config.data.packed_documents,
-                    precision=config.run.precision,
-                ).to_dict()
-            )
+    # The validation split chose these weights; what counts is the one that they never met.
+    split = "test" if "test" in store.splits else "validation"
+    with console.status(f"{run.name}: evaluating on the {split} split"):
+        evaluation = evaluate(
+            loaded.model,
+            store,
+            split,
+            sequence_length=config.data.sequence_length,
+            packed_documents=config.data.packed_documents,
+            precision=config.run.precision,
+        )
     samples = []
     if config.run.sample_tokens:
         with console.status(f"{run.name}: sampling"):
@@ -276,7 +271,8 @@ def finish(
                 "components": components,
             },
         },
-        "evaluations": evaluations,
+        "evaluations": [evaluation.to_dict()],
+        "best_validation_perplexity": progress.best_perplexity,
         "mixing": loaded.model.model.mixing_weights(),
         "samples": samples,
         "data": store.describe(),

@@ -1,0 +1,229 @@
+"""The command line as a user meets it: every verb, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pha.cli import build_parser, main
+from pha.data import TokenStore
+from pha.utils.runs import RunFolder
+from tests.train.conftest import arguments
+
+
+@pytest.fixture(scope="module")
+def run(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small finished run."""
+    out = tmp_path_factory.mktemp("cli") / "small"
+    main(["train", "pha-tiny.text", "--out", str(out), *arguments(store, run__epochs="null")])
+    return out
+
+
+@pytest.fixture
+def pha(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a verb in this process and return what it printed."""
+
+    def call(*words: Any) -> str:
+        main([str(word) for word in words])
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a verb that must end with exit code 2 and one line; return the line."""
+
+    def call(*words: Any) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        assert stop.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        return captured.err
+
+    return call
+
+
+def test_help_needs_no_torch_and_names_every_verb() -> None:
+    code = "import sys; from pha.cli import main; main(['--help'])"
+    check = "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    program = f"try:\n  {code}\nexcept SystemExit: pass\n{check}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    for name in ("demo", "prepare", "train", "recipes", "params", "eval", "generate", "mixing"):
+        assert f"\n    {name} " in done.stdout
+
+
+def test_python_m_pha_is_pha() -> None:
+    command = [sys.executable, "-m", "pha", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("pha ")
+
+
+def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = build_parser()
+    verbs = next(a for a in parser._actions if a.dest == "verb").choices
+    assert verbs is not None
+    for name in verbs:
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        assert stop.value.code == 0
+        assert "usage: pha" in capsys.readouterr().out
+
+
+def test_prepare_and_its_json(pha: Callable[..., str], text_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "store"
+    printed = pha("prepare", text_folder, "--tokenizer", "bytes", "--out", out)
+    assert "validation" in printed
+    facts = json.loads(pha("prepare", text_folder, "--tokenizer", "bytes", "--out", out, "--json"))
+    assert facts["sha256"] == TokenStore.open(out).sha256
+
+
+def test_params_json_agrees_with_the_paper(pha: Callable[..., str]) -> None:
+    rows = {r["preset"]: r for r in json.loads(pha("params", "--json"))["presets"]}
+    for name in ("pha-90m", "pha-125m", "pha-180m", "sequential-186m"):
+        assert abs(rows[name]["difference"]) < 0.003
+        assert rows[name]["total"] == sum(rows[name]["components"].values())
+    assert "pha-125m" in pha("params")
+    assert "pha-90m" not in pha("params", "pha-125m")
+
+
+def test_recipes(pha: Callable[..., str]) -> None:
+    assert "stdlib" in pha("recipes")
+    assert "learning_rate" in pha("recipes", "pha-tiny.stdlib")
+    assert "sequence_length: 1024" in pha("recipes", "pha-125m.wikitext103")
+    keys = " ".join(pha("recipes", "--keys").split())
+    assert "--optimizer.state_space_learning_rate" in keys
+    assert "cap on the rate of A and dt" in keys
+
+
+def test_train_prints_plan_and_table(pha: Callable[..., str], run: Path) -> None:
+    result = json.loads((run / "result.json").read_text())
+    assert result["steps"] == 8
+    assert RunFolder(run).checkpoint_steps()
+
+
+def test_dry_run_spends_nothing(pha: Callable[..., str], store: TokenStore, tmp_path: Path) -> None:
+    out = tmp_path / "dry"
+    words = ["train", "pha-tiny.text", "--out", out, "--dry-run"]
+    words += arguments(store, run__epochs="null")
+    printed = pha(*words)
+    for word in ("parameters", "FLOP", "memory", "time"):
+        assert word in printed
+    assert not out.exists()
+    plan = json.loads(pha(*words, "--json"))["plan"]
+    assert plan["tokens"] == 8 * 4 * 32
+    assert plan["flops"] == 6 * plan["parameters"] * plan["tokens"]
+
+
+def test_eval_of_run_checkpoint_and_model_agree(
+    pha: Callable[..., str], run: Path, store: TokenStore
+) -> None:
+    expected = json.loads((run / "result.json").read_text())["evaluations"][0]
+    words = ["--data", store.path, "--json", "--sequence-length", 32]
+    for path in (run, run / "model"):
+        result = json.loads(pha("eval", path, *words))
+        assert result["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+    assert json.loads(pha("eval", run, *words[:3]))["protocol"]["sequence_length"] == 32
+    strided = json.loads(pha("eval", run, *words, "--stride", 8))
+    assert strided["tokens"] == expected["tokens"]
+    assert strided["protocol"]["windows"] == "sliding"
+    assert "perplexity per word" in pha("eval", run, "--data", store.path)
+
+
+def test_generate_is_repeatable(pha: Callable[..., str], run: Path) -> None:
+    words = ["generate", run, "--prompt", "one two", "--max-new-tokens", 8]
+    first = pha(*words)
+    assert first.startswith("one two")
+    assert pha(*words) == first
+    assert pha(*words, "--seed", 1) != first
+    assert json.loads(pha(*words, "--json", "--temperature", 0))["prompt"] == "one two"
+
+
+def test_mixing_shows_layers_and_time(pha: Callable[..., str], run: Path) -> None:
+    assert "attention" in pha("mixing", run)
+    content = json.loads(pha("mixing", run, "--json"))
+    assert len(content["final"]) == 2
+    assert [r["step"] for r in content["over_time"]] == [0, 4, 8]
+    for layer in content["final"]:
+        assert sum(layer["weights"].values()) == pytest.approx(1, abs=1e-6)
+
+
+def test_report_writes_one_page(pha: Callable[..., str], run: Path) -> None:
+    path = Path(pha("report", run).strip())
+    assert path == run / "report.html"
+    assert "<svg" in path.read_text()
+
+
+def test_doctor_finds_every_backend_right(pha: Callable[..., str]) -> None:
+    findings = json.loads(pha("doctor", "--json"))
+    assert findings["healthy"]
+    used = {check["op"] for check in findings["backends"] if check["used"]}
+    assert used == {"scan", "attention", "linear_cross_entropy"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["trian"], "invalid choice"),
+        (["train"], "RECIPE"),
+        (["train", "nope.stdlib"], "pha recipes"),
+        (["train", "pha-tiny.stdlib", "--run.stepz", "3"], "run.stepz"),
+        (["train", "pha-tiny.text", "--data", "no-such-store"], "no-such-store"),
+        (["train", "pha-tiny.text"], "--data STORE"),
+        (["eval", "no-such-run", "--data", "x"], "no-such-run does not exist"),
+        (["eval"], "RUN_OR_MODEL"),
+        (["generate", ".", "--prompt", "x"], "neither a run folder nor a saved model"),
+        (["mixing", "no-such-run"], "does not exist"),
+        (["report", "no-such-run"], "no-such-run"),
+        (["prepare", "no-such-file", "--tokenizer", "bytes", "--out", "x"], "no-such-file"),
+        (["prepare", "stdlib", "--tokenizer", "bytes"], "--out"),
+        (["params", "pha-124m"], "pha-125m"),
+        (["doctor", "--loud"], "--loud"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    refused: Callable[..., str],
+    words: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert expected in refused(*words)
+
+
+def test_damaged_things_end_in_one_line(
+    refused: Callable[..., str], run: Path, store: TokenStore, text_folder: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(run / "model", broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "damaged" in refused("eval", broken, "--data", store.path)
+    (broken / "config.json").write_text("{")
+    assert "config.json cannot be read" in refused("eval", broken, "--data", store.path)
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert "empty" in refused("prepare", empty, "--tokenizer", "bytes", "--out", tmp_path / "s")
+
+
+def test_store_of_another_tokenizer_is_refused(
+    pha: Callable[..., str],
+    refused: Callable[..., str],
+    run: Path,
+    text_folder: Path,
+    tmp_path: Path,
+) -> None:
+    pha("prepare", text_folder, "--tokenizer", "bpe:280", "--out", tmp_path / "bpe")
+    assert "tokenizer" in refused("eval", run, "--data", tmp_path / "bpe")
