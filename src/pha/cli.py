@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,6 +39,14 @@ def build_parser() -> Parser:
         description=ABOUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="import this first, such as a file my_branch.py here with a branch of your own",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
@@ -178,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     command: Callable[..., Any] = getattr(commands, options.run)
     try:
+        _import(options.modules)
         command(options, rest) if options.verb == "train" else command(options)
     except PHAError as error:
         sys.exit(_fail(options.verb, str(error)))
@@ -189,6 +199,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+
+
+def _import(modules: Sequence[str]) -> None:
+    if modules:
+        sys.path.insert(0, str(Path.cwd()))
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise PHAError(f"--import {name}: {error}") from error
 
 
 def _fail(verb: str, message: str) -> int:

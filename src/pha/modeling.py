@@ -51,15 +51,18 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What each layer keeps in a transformers cache."""
+        """What each layer keeps in a transformers cache.
+
+        Without attention the first layer still has room for keys, which then count the past.
+        """
         kinds = {
             (True, True): "hybrid",
             (True, False): "full_attention",
             (False, True): "linear_attention",
             (False, False): "dummy",
         }
-        kind = kinds["attention" in self.branches, "gss" in self.branches]
-        return [kind] * self.num_hidden_layers
+        attention, state = "attention" in self.branches, "gss" in self.branches
+        return [kinds[True, state]] + [kinds[attention, state]] * (self.num_hidden_layers - 1)
 
 
 class _CacheAdapter:
@@ -67,6 +70,15 @@ class _CacheAdapter:
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
+
+    def length(self) -> int:
+        """Tokens seen so far."""
+        return int(self.cache.get_seq_length())
+
+    def count(self, x_BTd: Tensor) -> None:
+        """Note T more tokens where no keys do: transformers asks every cache for its length."""
+        marks = x_BTd.new_zeros(x_BTd.shape[0], 1, x_BTd.shape[1], 1, dtype=torch.bool)
+        self.cache.update(marks, marks, 0)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         return self.cache.update(key, value, layer_idx)
@@ -149,17 +161,18 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         use_cache = use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        cache = None if past_key_values is None else _CacheAdapter(past_key_values)
         x = self.model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             positions=position_ids,
             document_starts=document_starts,
             token_mask=_token_mask(attention_mask),
-            cache=None if past_key_values is None else _CacheAdapter(past_key_values),
-            past_length=self._past_length(
-                past_key_values, attention_mask, input_ids, inputs_embeds
-            ),
+            cache=cache,
+            past_length=0 if cache is None else cache.length(),
         )
+        if cache is not None and "attention" not in self.config.branches:
+            cache.count(x)
         loss = logits = None
         if labels is not None:
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
@@ -175,23 +188,6 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
             )
             logits = self.lm_head(x[:, kept])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
-
-    def _past_length(
-        self,
-        cache: Cache | None,
-        attention_mask: Tensor | None,
-        input_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-    ) -> int:
-        if cache is None:
-            return 0
-        if "attention" in self.config.branches:
-            return int(cache.get_seq_length())
-        # Without attention nothing counts the past, and nothing depends on it either, except how
-        # many columns a mask over the whole sequence has.
-        new = input_ids if input_ids is not None else inputs_embeds
-        assert new is not None
-        return 0 if attention_mask is None else attention_mask.shape[1] - new.shape[1]
 
 
 def _token_mask(attention_mask: Tensor | None) -> Tensor | None:

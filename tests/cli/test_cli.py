@@ -14,6 +14,7 @@ import pytest
 
 from pha.cli import build_parser, main
 from pha.data import TokenStore
+from pha.nn import BRANCHES
 from pha.utils.runs import RunFolder
 from tests.train.conftest import arguments
 
@@ -172,6 +173,27 @@ def test_doctor_finds_every_backend_right(pha: Callable[..., str]) -> None:
     assert used == {"scan", "attention", "linear_cross_entropy"}
 
 
+def test_a_branch_of_ones_own_trains_from_the_command_line(
+    pha: Callable[..., str], store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_branch.py").write_text(
+        "from pha.nn import Branch, register_branch\n"
+        "@register_branch('identity')\n"
+        "class Identity(Branch):\n"
+        "    def forward(self, z, sequence):\n"
+        "        return z\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    words = ["--import", "own_branch", "train", "pha-tiny.text", "--out", "own"]
+    try:
+        pha(*words, *arguments(store, run__epochs="null", model__branches="[gss,identity]"))
+    finally:
+        BRANCHES.pop("identity", None)
+    weights = RunFolder(tmp_path / "own").read_result()["mixing"][0]["weights"]
+    assert set(weights) == {"gss", "identity"}
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -190,6 +212,7 @@ def test_doctor_finds_every_backend_right(pha: Callable[..., str]) -> None:
         (["prepare", "stdlib", "--tokenizer", "bytes"], "--out"),
         (["params", "pha-124m"], "pha-125m"),
         (["doctor", "--loud"], "--loud"),
+        (["--import", "no_such_module", "doctor"], "no_such_module"),
     ],
 )
 def test_mistakes_end_in_one_line(
