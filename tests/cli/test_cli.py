@@ -132,10 +132,10 @@ def test_eval_of_run_checkpoint_and_model_agree(
 ) -> None:
     expected = json.loads((run / "result.json").read_text())["evaluations"][0]
     words = ["--data", store.path, "--json", "--sequence-length", 32]
-    for path in (run, run / "model"):
-        result = json.loads(pha("eval", path, *words))
+    for path in (run, run / "model", run / "checkpoints" / "step-8"):
+        result = json.loads(pha("eval", path, *words[:3]))
         assert result["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
-    assert json.loads(pha("eval", run, *words[:3]))["protocol"]["sequence_length"] == 32
+        assert result["protocol"]["sequence_length"] == 32
     strided = json.loads(pha("eval", run, *words, "--stride", 8))
     assert strided["tokens"] == expected["tokens"]
     assert strided["protocol"]["windows"] == "sliding"

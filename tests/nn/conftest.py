@@ -14,15 +14,6 @@ from pha.nn.attention import rotary_angles
 from pha.nn.branches import Sequence
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These tensors are too small to share out: threads only add waiting."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """The same numbers whichever tests run, in whatever order."""

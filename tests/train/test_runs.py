@@ -266,6 +266,18 @@ def test_post_norm_and_sequential_and_plateau_train_too(train_small: Train) -> N
     assert result["mixing"] == []
 
 
+def test_tensorboard_mirrors_the_metrics(train_small: Train, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_small(run__trackers="[tensorboard]")
+    events = EventAccumulator(str(next((tmp_path / "run").rglob("events.out*")).parent))
+    events.Reload()
+    shown = [e.value for e in events.Scalars("train/loss")]
+    written = [r["loss"] for r in RunFolder(tmp_path / "run").read_metrics("train")]
+    assert shown == pytest.approx(written, rel=1e-6)
+
+
 def test_epochs_count_whole_passes(train_small: Train, store: TokenStore) -> None:
     windows = (len(store.tokens("train")) - 1) // 32
     result = train_small(run__epochs=0.1, run__steps="null", run__evaluate_every=1000)

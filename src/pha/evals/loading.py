@@ -37,7 +37,9 @@ def model_folder(path: Path) -> tuple[Path, RunFolder | None]:
     if not path.is_dir():
         raise PHAError(f"{path} does not exist; give a run folder or a saved model")
     if (path / "config.json").is_file():
-        return path, None
+        # run/model and run/checkpoints/step-N still know their run, and so its protocol.
+        above = [RunFolder(folder) for folder in path.resolve().parents[:2]]
+        return path, next((run for run in above if run.config.is_file()), None)
     run = RunFolder(path)
     if run.config.is_file() or run.checkpoints.is_dir():
         if (run.model / "config.json").is_file():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from pha.data.store import TokenStore, cached_store
@@ -152,6 +154,9 @@ def run_training(
     """
     device = default_device()
     trackers = config.run.trackers or None
+    for tracker in config.run.trackers:
+        if find_spec(tracker) is None:
+            raise PHAError(f"{tracker} is not installed; run `pip install 'pha[{tracker}]'`")
     accelerator = Accelerator(
         # Autocast is the trainer's own: Accelerate fixes one precision for the whole process.
         mixed_precision="no",
@@ -166,8 +171,14 @@ def run_training(
     if resume == "never" and out.exists() and any(out.iterdir()):
         raise PHAError(f"{out} is not empty; choose another --out, or --resume auto to continue it")
     config = resolve(config, run, store, device)
+    # Measured choices could differ between processes: the main one decides.
+    precision, processes = [config.run.precision], accelerator.num_processes
+    broadcast_object_list(precision)
+    config = replace(config, run=replace(config.run, precision=precision[0]))
     windows = max(0, (len(store.tokens("train")) - 1) // config.data.sequence_length)
-    plan = make_plan(config, windows, device, config.run.precision, accelerator.num_processes)
+    plans = [make_plan(config, windows, device, config.run.precision, processes)]
+    broadcast_object_list(plans)
+    plan = plans[0]
     if dry_run:
         for line in describe_plan(config, plan, device):
             console.print(line, highlight=False, markup=False)
@@ -183,6 +194,7 @@ def run_training(
     config = replace(config, run=replace(config.run, micro_batch=plan.micro_batch))
     for line in describe_plan(config, plan, device):
         console.print(line, highlight=False, markup=False)
+    accelerator.wait_for_everyone()  # all have looked at the folder before anything appears in it
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         write_text(run.config, yaml.safe_dump(config.to_dict(), sort_keys=False))
