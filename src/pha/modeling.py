@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from typing import Any, ClassVar
 
 import torch
@@ -35,8 +37,8 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
         self.check()
+        super().__post_init__(**kwargs)
         if not self.tie_word_embeddings:
             raise PHAError("model: tie_word_embeddings is false; the paper ties them, and so do we")
 
@@ -47,6 +49,12 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
         Raises:
             PHAError: an unknown preset or an impossible shape.
         """
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(overrides) - set(known)):
+            close = difflib.get_close_matches(unknown[0], known, n=2) or ["a field of PHAConfig"]
+            raise PHAError(
+                f"model: there is no field {unknown[0]}; did you mean {' or '.join(close)}?"
+            )
         return cls(**(preset(name) | overrides))
 
     @property

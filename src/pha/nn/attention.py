@@ -56,6 +56,7 @@ class GroupedQueryAttention(Branch):
         self.W_k = nn.Linear(d, self.kv_heads * self.head_dim, bias=False)
         self.W_v = nn.Linear(d, self.kv_heads * self.head_dim, bias=False)
         self.W_o = nn.Linear(self.heads * self.head_dim, d, bias=False)
+        self.W_q.unit_gain = self.W_k.unit_gain = True  # type: ignore[assignment]
         if self.cosine:
             self.logit_scale = nn.Parameter(torch.empty(self.heads))
             self.reset_parameters()

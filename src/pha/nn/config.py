@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pha.utils.errors import PHAError
 
@@ -85,6 +86,12 @@ class ArchitectureConfig:
         Raises:
             PHAError: naming the field, its value and what would be right.
         """
+        hints = get_type_hints(ArchitectureConfig)
+        for item in fields(ArchitectureConfig):
+            value = getattr(self, item.name)
+            _require(
+                _is_a(value, hints[item.name]), f"{item.name} is {value!r}; it must be {item.type}"
+            )
         for name in (
             "vocab_size",
             "hidden_size",
@@ -138,6 +145,23 @@ class ArchitectureConfig:
                 size >= 8,
                 f"{name} is {getattr(self, name)}, a hidden size of {size}; at least 8 is needed",
             )
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is list:
+        return isinstance(value, list) and all(_is_a(x, arguments[0]) for x in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _is_a(k, arguments[0]) and _is_a(v, arguments[1]) for k, v in value.items()
+        )
+    if origin in (Union, UnionType):
+        return any(_is_a(value, x) for x in arguments)
+    if hint is Any or origin is Literal:  # choices have a message of their own
+        return True
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
 def _require(condition: bool, message: str) -> None:

@@ -33,6 +33,7 @@ class GatedStateSpace(Branch):
         self.W_g = nn.Linear(d, n, bias=False)
         self.W_B = nn.Linear(d, n, bias=False)
         self.W_C = nn.Linear(n, d, bias=False)
+        self.W_g.unit_gain = True  # type: ignore[assignment]
         self.log_A = nn.Parameter(torch.empty(n))
         self.log_dt = nn.Parameter(torch.empty(n // GROUP))
         self.input_scale = config.input_scale

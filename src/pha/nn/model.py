@@ -11,7 +11,6 @@ from pha.nn.attention import GroupedQueryAttention, rotary_angles
 from pha.nn.block import BLOCKS, ParallelBlock
 from pha.nn.branches import Sequence, StateCache
 from pha.nn.config import ArchitectureConfig
-from pha.nn.ffn import SwiGLU
 from pha.nn.gss import GatedStateSpace
 from pha.nn.mixing import LearnableMixing
 from pha.nn.norm import RMSNorm, compute_type
@@ -109,8 +108,6 @@ def initialise(module: nn.Module, config: ArchitectureConfig) -> None:
         module.reset_parameters()
     elif isinstance(module, nn.Linear) and not config.deepnorm_init:
         nn.init.normal_(module.weight, std=config.initializer_range)
-    if config.deepnorm_init:
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                scaled = isinstance(module, SwiGLU) or name in ("W_v", "W_o", "W_B", "W_C")
-                nn.init.xavier_normal_(child.weight, gain=config.deepnorm_beta if scaled else 1.0)
+    elif isinstance(module, nn.Linear):
+        gain = 1.0 if getattr(module, "unit_gain", False) else config.deepnorm_beta
+        nn.init.xavier_normal_(module.weight, gain=gain)
