@@ -98,8 +98,9 @@ class TrainingDisplay:
             self.console.print(
                 f"{self.name}: step {done}/{self.total}  {status}  {duration(left)} left",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def note(self, text: str) -> None:
         """A line of its own."""
-        self.progress.console.print(f"{self.name}: {text}", highlight=False)
+        self.progress.console.print(f"{self.name}: {text}", highlight=False, soft_wrap=True)

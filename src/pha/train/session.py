@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from pha.train.plan import Plan, make_plan, vars_of
 from pha.train.trainer import Trainer
 from pha.utils.errors import PHAError
 from pha.utils.files import cache_folder, write_json, write_text
-from pha.utils.hardware import choose_precision, default_device, device_name, provenance
+from pha.utils.hardware import choose_precision, device_name, provenance
 from pha.utils.runs import RunFolder
 
 # Keys that may change when a run is resumed: they touch neither the weights nor the order of data.
@@ -134,6 +134,52 @@ def describe_plan(config: TrainConfig, plan: Plan, device: torch.device) -> list
     ]
 
 
+@dataclass(frozen=True)
+class Session:
+    """A run that is fully decided and has not yet been paid for."""
+
+    config: TrainConfig
+    plan: Plan
+    run: RunFolder
+    store: TokenStore
+    accelerator: Accelerator
+    console: Console
+
+
+def open_session(
+    config: TrainConfig, out: Path, console: Console, resume: Literal["auto", "never"] = "auto"
+) -> Session:
+    """Open devices and data, settle what was left open, plan.
+
+    Raises:
+        PHAError: bad data, a run folder in the way, an impossible plan.
+    """
+    for tracker in config.run.trackers:
+        if find_spec(tracker) is None:
+            raise PHAError(f"{tracker} is not installed; run `pip install 'pha[{tracker}]'`")
+    accelerator = Accelerator(
+        # Autocast is the trainer's own: Accelerate fixes one precision for the whole process.
+        mixed_precision="no",
+        log_with=config.run.trackers or None,
+        project_dir=str(out) if config.run.trackers else None,
+    )
+    console = console if accelerator.is_main_process else Console(quiet=True)
+    with accelerator.main_process_first():
+        store = open_data(config, console)
+    if resume == "never" and out.exists() and any(out.iterdir()):
+        raise PHAError(f"{out} is not empty; choose another --out, or --resume auto to continue it")
+    run, device = RunFolder(out), accelerator.device
+    config = resolve(config, run, store, device)
+    # What is measured could differ between processes: the main one decides for all.
+    precision = [config.run.precision]
+    broadcast_object_list(precision)
+    config = replace(config, run=replace(config.run, precision=precision[0]))
+    windows = max(0, (len(store.tokens("train")) - 1) // config.data.sequence_length)
+    plans = [make_plan(config, windows, device, precision[0], accelerator.num_processes)]
+    broadcast_object_list(plans)
+    return Session(config, plans[0], run, store, accelerator, console)
+
+
 def run_training(
     config: TrainConfig,
     out: Path,
@@ -146,76 +192,56 @@ def run_training(
     A finished run with the same configuration is returned as it is.
 
     Returns:
-        The content of result.json, or the plan as a mapping.
+        The content of result.json (empty but in the main process), or the plan as a mapping.
 
     Raises:
         PHAError: bad data, a run folder in the way, numbers that went bad.
         TrainingInterruptedError: stopped by a signal, resumable.
     """
-    device = default_device()
-    trackers = config.run.trackers or None
-    for tracker in config.run.trackers:
-        if find_spec(tracker) is None:
-            raise PHAError(f"{tracker} is not installed; run `pip install 'pha[{tracker}]'`")
-    accelerator = Accelerator(
-        # Autocast is the trainer's own: Accelerate fixes one precision for the whole process.
-        mixed_precision="no",
-        log_with=trackers,
-        project_dir=str(out) if trackers else None,
-    )
-    quiet = Console(quiet=True)
-    console = console if accelerator.is_main_process else quiet
-    with accelerator.main_process_first():
-        store = open_data(config, console)
-    run = RunFolder(out)
-    if resume == "never" and out.exists() and any(out.iterdir()):
-        raise PHAError(f"{out} is not empty; choose another --out, or --resume auto to continue it")
-    config = resolve(config, run, store, device)
-    # Measured choices could differ between processes: the main one decides.
-    precision, processes = [config.run.precision], accelerator.num_processes
-    broadcast_object_list(precision)
-    config = replace(config, run=replace(config.run, precision=precision[0]))
-    windows = max(0, (len(store.tokens("train")) - 1) // config.data.sequence_length)
-    plans = [make_plan(config, windows, device, config.run.precision, processes)]
-    broadcast_object_list(plans)
-    plan = plans[0]
+    session = open_session(config, out, console, resume)
+    plan, run, console = session.plan, session.run, session.console
+    if run.result.is_file() and not dry_run:
+        console.print(f"{out} is finished; its result.json is as it was", soft_wrap=True)
+        return run.read_result() if session.accelerator.is_main_process else {}
+    for line in describe_plan(session.config, plan, session.accelerator.device):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if dry_run:
-        for line in describe_plan(config, plan, device):
-            console.print(line, highlight=False, markup=False)
-        return {"plan": plan.to_dict(), "config": config.to_dict()}
-    if run.result.is_file():
-        console.print(f"{out} is finished; its result.json is as it was", highlight=False)
-        return run.read_result()
+        return {"plan": plan.to_dict(), "config": session.config.to_dict()}
     if plan.activation_bytes + plan.weights_bytes > plan.free_bytes:
         raise PHAError(
             f"this needs about {memory(plan.weights_bytes + plan.activation_bytes)} and "
             f"{memory(plan.free_bytes)} is free; lower data.sequence_length or use a smaller preset"
         )
-    config = replace(config, run=replace(config.run, micro_batch=plan.micro_batch))
-    for line in describe_plan(config, plan, device):
-        console.print(line, highlight=False, markup=False)
+    progress = _train(session)
+    result: dict[str, Any] = {}
+    if session.accelerator.is_main_process:
+        result = finish(session, progress)
+    session.accelerator.wait_for_everyone()
+    return result
+
+
+def _train(session: Session) -> Progress:
+    plan, run, store, accelerator = session.plan, session.run, session.store, session.accelerator
+    config = replace(session.config, run=replace(session.config.run, micro_batch=plan.micro_batch))
     accelerator.wait_for_everyone()  # all have looked at the folder before anything appears in it
     if accelerator.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
+        run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.config, yaml.safe_dump(config.to_dict(), sort_keys=False))
-    if trackers:
+    if config.run.trackers:
         accelerator.init_trackers("pha", config={"recipe": config.recipe or "custom"})
+    model = make_model(config)
     trainer = Trainer(
-        config, plan, run, make_model(config), store.tokenizer(), store, accelerator, console
+        config, plan, run, model, store.tokenizer(), store, accelerator, session.console
     )
     if trainer.resume():
         if trainer.progress.data_sha256 != store.sha256:
-            raise PHAError(f"{store.path} is not the data that {out} was trained on")
-        console.print(f"continuing after step {trainer.progress.step}", highlight=False)
+            raise PHAError(f"{store.path} is not the data that {run.path} was trained on")
+        session.console.print(f"continuing after step {trainer.progress.step}", highlight=False)
     trainer.progress.data_sha256 = store.sha256
     progress = trainer.train()
-    if trackers:
+    if config.run.trackers:
         accelerator.end_training()
-    result: dict[str, Any] = {}
-    if accelerator.is_main_process:
-        result = finish(config, plan, run, store, progress, device, console)
-    accelerator.wait_for_everyone()
-    return result
+    return progress
 
 
 def make_model(config: TrainConfig) -> PHAForCausalLM:
@@ -231,16 +257,10 @@ def make_model(config: TrainConfig) -> PHAForCausalLM:
     return fresh
 
 
-def finish(
-    config: TrainConfig,
-    plan: Plan,
-    run: RunFolder,
-    store: TokenStore,
-    progress: Progress,
-    device: torch.device,
-    console: Console,
-) -> dict[str, Any]:
+def finish(session: Session, progress: Progress) -> dict[str, Any]:
     """Evaluate the chosen weights on the test split and write result.json."""
+    config, plan, run = session.config, session.plan, session.run
+    store, console, device = session.store, session.console, session.accelerator.device
     loaded = load_model(run.path, device)
     # The validation split chose these weights; what counts is the one that they never met.
     split = "test" if "test" in store.splits else "validation"

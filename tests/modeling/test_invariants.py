@@ -1,0 +1,272 @@
+"""What must hold of every model: causality, packing, padding, the cached state."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache
+
+from pha.modeling import PHAConfig, PHAForCausalLM
+from pha.nn.presets import PRESETS
+from pha.utils.errors import PHAError
+from tests.modeling.common import (
+    VOCABULARY,
+    assert_same,
+    cached_model,
+    each_kind,
+    each_main_kind,
+    padded_batch,
+    scrambled,
+    small_config,
+    starts_of,
+    tokens,
+)
+
+# Causality
+
+
+@functools.cache
+def shrunken(name: str) -> PHAForCausalLM:
+    """The preset with its kind, branches, expansions and ratio of heads, at a small size."""
+    config = PHAConfig.from_preset(
+        name,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        head_dim=8,
+        state_size=32,
+    )
+    return scrambled(config).requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_later_token_never_changes_an_earlier_logit(name: str) -> None:
+    model = shrunken(name)
+    ids = tokens(2, 70)
+    before = model(ids).logits
+    for t in (1, 37, 69):
+        changed = ids.clone()
+        changed[:, t] = (changed[:, t] + 1) % VOCABULARY
+        after = model(changed).logits
+        # Row by row the same products in the same order: equal to the last bit.
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert not torch.equal(after[:, t], before[:, t])
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_no_gradient_flows_back_from_later_tokens(name: str) -> None:
+    model = shrunken(name)
+    embedded = model.model.embed_tokens(tokens(1, 41)).requires_grad_()
+    logits = model(inputs_embeds=embedded).logits
+    for t in (0, 20, 40):
+        (gradient,) = torch.autograd.grad(logits[0, t].square().sum(), embedded, retain_graph=True)
+        assert torch.equal(gradient[:, t + 1 :], torch.zeros_like(gradient[:, t + 1 :]))
+        # Every preset has a branch that sees the past: all of it counts.
+        assert bool(gradient[0, : t + 1].abs().amax(-1).gt(0).all())
+
+
+@each_main_kind
+def test_a_long_sequence_is_causal_too(block: str, branches: tuple[str, ...]) -> None:
+    # Long enough for fused attention to work in several blocks of queries and keys.
+    model = cached_model(block, branches)
+    ids = tokens(1, 700)
+    before = model(ids).logits
+    ids[:, 400:] = tokens(1, 300, seed=1)
+    after = model(ids).logits
+    assert torch.equal(after[:, :400], before[:, :400])
+
+
+# Packing and padding
+
+
+@each_kind
+@pytest.mark.parametrize("lengths", [[9, 1, 1, 20, 6], [36, 1]])
+def test_packed_documents_equal_separate_ones(
+    block: str, branches: tuple[str, ...], lengths: list[int]
+) -> None:
+    model = cached_model(block, branches)
+    ids = tokens(1, sum(lengths))
+    packed = model(ids, document_starts=starts_of(lengths)).logits
+    apart = torch.cat([model(piece).logits for piece in ids.split(lengths, 1)], 1)
+    assert_same(packed, apart)
+    if set(branches) != {"ffn"}:
+        # The control: without the boundaries the documents do see each other.
+        assert (model(ids).logits - apart).abs().max() > 0.01
+
+
+@each_main_kind
+def test_packed_rows_have_boundaries_of_their_own(block: str, branches: tuple[str, ...]) -> None:
+    model = cached_model(block, branches)
+    ids = tokens(2, 12)
+    starts = torch.cat([starts_of([4, 8]), starts_of([7, 5])])
+    together = model(ids, document_starts=starts).logits
+    for row in range(2):
+        alone = model(ids[row : row + 1], document_starts=starts[row : row + 1]).logits
+        assert_same(together[row : row + 1], alone)
+
+
+@each_kind
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_ragged_padded_batch_equals_its_rows(
+    block: str, branches: tuple[str, ...], side: str
+) -> None:
+    model = cached_model(block, branches)
+    ids, mask = padded_batch((17, 5, 1, 12), 17, side)
+    logits = model(ids, attention_mask=mask).logits
+    assert bool(logits.isfinite().all())
+    for row, real in enumerate(mask.bool()):
+        alone = model(ids[row : row + 1, real]).logits
+        assert_same(logits[row : row + 1, real], alone)
+
+
+@each_main_kind
+def test_padded_and_packed_at_once(block: str, branches: tuple[str, ...]) -> None:
+    model = cached_model(block, branches)
+    ids = tokens(1, 18)
+    mask = (torch.arange(18) >= 5).long()[None]
+    starts = torch.zeros(1, 18, dtype=torch.bool)
+    starts[0, [5, 11]] = True
+    logits = model(ids, attention_mask=mask, document_starts=starts).logits
+    assert_same(logits[:, 5:11], model(ids[:, 5:11]).logits)
+    assert_same(logits[:, 11:], model(ids[:, 11:]).logits)
+
+
+def test_a_mask_of_ones_is_no_mask() -> None:
+    model = cached_model("parallel", ("gss", "attention", "ffn"))
+    ids = tokens(2, 9)
+    assert torch.equal(model(ids, attention_mask=torch.ones(2, 9)).logits, model(ids).logits)
+    with pytest.raises(PHAError, match=r"attention_mask must be \(batch, tokens\)"):
+        model(ids, attention_mask=torch.ones(2, 1, 9, 9))
+
+
+# The cached state
+
+
+def run_in_pieces(
+    model: PHAForCausalLM,
+    ids: Tensor,
+    cuts: list[int],
+    attention_mask: Tensor | None = None,
+    document_starts: Tensor | None = None,
+) -> Tensor:
+    """Feed `ids` cut at `cuts`, with masks over the whole sequence so far."""
+    cache, outputs = None, []
+    for begin, end in itertools.pairwise([0, *cuts, ids.shape[1]]):
+        output = model(
+            ids[:, begin:end],
+            attention_mask=None if attention_mask is None else attention_mask[:, :end],
+            document_starts=None if document_starts is None else document_starts[:, :end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        outputs.append(output.logits)
+    return torch.cat(outputs, 1)
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> tuple[int, list[int]]:
+    """A length and where to cut it."""
+    T = draw(st.integers(2, 24))
+    return T, sorted(draw(st.sets(st.integers(1, T - 1), max_size=6)))
+
+
+few_examples = settings(max_examples=8, deadline=None, derandomize=True, database=None)
+
+
+@each_kind
+@given(split=splits())
+@few_examples
+def test_any_split_with_the_cache_equals_one_pass(
+    block: str, branches: tuple[str, ...], split: tuple[int, list[int]]
+) -> None:
+    model, (T, cuts) = cached_model(block, branches), split
+    ids = tokens(2, T)
+    assert_same(run_in_pieces(model, ids, cuts), model(ids).logits)
+
+
+@each_kind
+@given(split=splits(), data=st.data())
+@few_examples
+def test_any_split_of_packed_documents(
+    block: str, branches: tuple[str, ...], split: tuple[int, list[int]], data: st.DataObject
+) -> None:
+    model, (T, cuts) = cached_model(block, branches), split
+    bits = data.draw(st.lists(st.booleans(), min_size=2 * T, max_size=2 * T))
+    starts = torch.tensor(bits).view(2, T)
+    ids = tokens(2, T)
+    whole = model(ids, document_starts=starts).logits
+    assert_same(run_in_pieces(model, ids, cuts, document_starts=starts), whole)
+
+
+@each_kind
+@given(split=splits(), data=st.data())
+@few_examples
+def test_any_split_of_a_left_padded_batch(
+    block: str, branches: tuple[str, ...], split: tuple[int, list[int]], data: st.DataObject
+) -> None:
+    model, (T, cuts) = cached_model(block, branches), split
+    lengths = data.draw(st.tuples(st.just(T), st.integers(1, T), st.integers(1, T)))
+    ids, mask = padded_batch(lengths, T)
+    starts = None
+    if data.draw(st.booleans()):
+        starts = torch.zeros(3, T, dtype=torch.bool)
+        starts[:, data.draw(st.integers(0, T - 1))] = True
+    whole = model(ids, attention_mask=mask, document_starts=starts).logits
+    actual = run_in_pieces(model, ids, cuts, mask, starts)
+    real = mask.bool()
+    assert_same(actual[real], whole[real])
+
+
+@each_kind
+def test_one_token_at_a_time_equals_one_pass(block: str, branches: tuple[str, ...]) -> None:
+    model = cached_model(block, branches)
+    ids = tokens(3, 26)
+    assert_same(run_in_pieces(model, ids, list(range(1, 26))), model(ids).logits)
+
+
+def test_the_cache_is_the_state_and_nothing_else() -> None:
+    model = cached_model("parallel", ("gss", "attention", "ffn"))
+    cache = model(tokens(2, 9), use_cache=True).past_key_values
+    assert isinstance(cache, DynamicCache)
+    assert cache.get_seq_length() == 9
+    for layer in cache.layers:
+        assert layer.keys.shape == layer.values.shape == (2, 2, 9, 10)
+        assert layer.recurrent_states[0].shape == (2, 48)
+    assert model(tokens(2, 9), use_cache=False).past_key_values is None
+    model.config.use_cache = False
+    try:
+        assert model(tokens(2, 9)).past_key_values is None
+    finally:
+        model.config.use_cache = True
+
+
+def test_recurrent_state_is_float32_beside_bfloat16_keys() -> None:
+    model = scrambled(small_config()).bfloat16()
+    cache = model(tokens(2, 9)).past_key_values
+    assert cache.layers[0].recurrent_states[0].dtype == torch.float32
+    assert cache.layers[0].keys.dtype == torch.bfloat16
+
+
+def test_what_each_layer_keeps() -> None:
+    kept = {
+        ("gss", "attention", "ffn"): "hybrid",
+        ("attention", "ffn"): "full_attention",
+    }
+    for branches, kind in kept.items():
+        assert small_config(branches=list(branches)).layer_types == [kind] * 2
+
+
+@each_main_kind
+def test_positions_count_only_as_differences(block: str, branches: tuple[str, ...]) -> None:
+    model = cached_model(block, branches)
+    ids = tokens(2, 9)
+    shifted = model(ids, position_ids=torch.arange(100, 109)[None]).logits
+    # Angles of up to 109 radians are float32: off by 109 * 6e-8, times a temperature of 10.
+    torch.testing.assert_close(shifted, model(ids).logits, rtol=0, atol=1e-4)
