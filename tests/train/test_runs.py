@@ -233,6 +233,10 @@ def test_another_configuration_or_other_data_is_refused(
     other = prepare(str(copy), "bytes", tmp_path / "store")
     with pytest.raises(PHAError, match="is not the data"):
         train_small(data__store=str(other.path))
+    monkeypatch.undo()
+    train_small()
+    with pytest.raises(PHAError, match="finished, on other data"):
+        train_small(data__store=str(other.path))
 
 
 def test_init_from_starts_from_its_weights(

@@ -201,8 +201,11 @@ def run_training(
     session = open_session(config, out, console, resume)
     plan, run, console = session.plan, session.run, session.console
     if run.result.is_file() and not dry_run:
+        finished = run.read_result()
+        if finished["data"]["sha256"] != session.store.sha256:
+            raise PHAError(f"{out} is finished, on other data; choose another --out")
         console.print(f"{out} is finished; its result.json is as it was", soft_wrap=True)
-        return run.read_result() if session.accelerator.is_main_process else {}
+        return finished if session.accelerator.is_main_process else {}
     for line in describe_plan(session.config, plan, session.accelerator.device):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if dry_run:

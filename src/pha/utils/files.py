@@ -74,10 +74,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
+        # Two renames, so that no moment is long enough to lose both the old and the new.
+        old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
-            shutil.rmtree(path)
-        temporary.replace(path)
+            path.rename(old)
+        temporary.rename(path)
         fsync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

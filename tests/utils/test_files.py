@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pha.utils.errors import PHAError
+from pha.utils.files import atomic_folder, cache_folder, read_json, write_json
+from pha.utils.runs import RunFolder
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "made" / "here"
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert (target / "a").read_text() == "1"
+    with pytest.raises(OSError, match="missing"), atomic_folder(target) as folder:
+        (folder / "missing" / "a").write_text("2")
+    assert (target / "a").read_text() == "1"
+    with atomic_folder(target) as folder:
+        (folder / "b").write_text("3")
+    assert [f.name for f in target.iterdir()] == ["b"]
+    assert [f.name for f in target.parent.iterdir()] == ["here"]
+
+
+def test_json_round_trip_and_refusals(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, {"ä": [1.5, None]})
+    assert read_json(path) == {"ä": [1.5, None]}
+    path.write_text("{")
+    with pytest.raises(PHAError, match=r"x\.json cannot be read as JSON"):
+        read_json(path)
+    with pytest.raises(PHAError, match="does not exist"):
+        read_json(tmp_path / "y.json")
+
+
+def test_cache_folder_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHA_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("PHA_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "pha"
+
+
+def test_run_folder_skips_only_a_cut_last_line(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    lines = [json.dumps({"kind": kind, "step": i}) for i, kind in enumerate(("train", "eval"))]
+    run.metrics.write_text("\n".join(lines) + '\n{"kind": "tr')
+    assert [r["step"] for r in run.read_metrics()] == [0, 1]
+    assert [r["step"] for r in run.read_metrics("eval")] == [1]
+    run.metrics.write_text('{"kind": "tr\n' + lines[0] + "\n")
+    with pytest.raises(PHAError, match="line 1"):
+        list(run.read_metrics())
+
+
+def test_only_whole_checkpoints_count(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for name in ("step-3", "step-20", ".step-30.7.tmp", "step-x", "other"):
+        (run.checkpoints / name).mkdir(parents=True)
+    assert run.checkpoint_steps() == [3, 20]
