@@ -57,6 +57,14 @@ def _chunk_rows(rows: int, vocabulary: int) -> int:
     return max(1, min(rows, CHUNK_LOGITS // vocabulary))
 
 
+def _logits(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
+    """x W^T in the first rows of `buffer`."""
+    z = buffer[: x.shape[0]]
+    if x.dtype == buffer.dtype:
+        return torch.mm(x, w.T, out=z)
+    return z.copy_(x @ w.T)
+
+
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -68,20 +76,25 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=accumulate, device=x.device)
         dx = torch.empty_like(x) if need_x else None
         dw = torch.zeros_like(weight, dtype=accumulate) if need_weight else None
+        # One buffer for all chunks, overwritten in place from logits to gradients: fresh memory of
+        # this size costs a page fault every 4 KiB.
+        buffer = x.new_empty(chunk, weight.shape[0], dtype=accumulate)
         with torch.autocast(x.device.type, enabled=False):
             for start in range(0, x.shape[0], chunk):
                 rows = slice(start, start + chunk)
                 x_rows, y = x[rows].to(dtype), targets[rows]
-                kept = y != IGNORE_INDEX
-                y = y.masked_fill(~kept, 0).unsqueeze(1)
-                z = (x_rows @ w.T).to(accumulate)
-                normaliser = z.logsumexp(-1, keepdim=True)
-                total += ((normaliser - z.gather(1, y)).squeeze(1) * kept).sum()
+                kept = (y != IGNORE_INDEX).unsqueeze(1)
+                y = y.unsqueeze(1).masked_fill(~kept, 0)
+                z = _logits(x_rows, w, buffer)
+                largest, target = z.amax(-1, keepdim=True), z.gather(1, y)
+                exponentials = z.sub_(largest).exp_()
+                mass = exponentials.sum(-1, keepdim=True)
+                total += ((mass.log() + largest - target) * kept).sum()
                 if dx is None and dw is None:
                     continue
-                dz = z.sub_(normaliser).exp_()
-                dz.scatter_add_(1, y, dz.new_full(y.shape, -1.0))
-                dz = dz.mul_(kept.unsqueeze(1)).to(dtype)
+                dz = exponentials.mul_(kept / mass)
+                dz.scatter_add_(1, y, -kept.to(dz.dtype))
+                dz = dz.to(dtype)
                 if dx is not None:
                     dx[rows] = dz @ w
                 if dw is not None:
@@ -121,15 +134,21 @@ def token_statistics(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor
     dtype = _matmul_type(x)
     accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
     w = weight.to(dtype)
-    losses, hits = [], []
+    losses = x.new_empty(x.shape[0], dtype=accumulate)
+    hits = torch.empty(x.shape[0], dtype=torch.bool, device=x.device)
+    chunk = _chunk_rows(x.shape[0], weight.shape[0])
+    buffer = x.new_empty(chunk, weight.shape[0], dtype=accumulate)
     with torch.autocast(x.device.type, enabled=False):
-        for rows in torch.arange(x.shape[0]).split(_chunk_rows(x.shape[0], weight.shape[0])):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            z = (x[part].to(dtype) @ w.T).to(accumulate)
-            y = targets[part]
-            losses.append(z.logsumexp(-1) - z.gather(1, y.unsqueeze(1)).squeeze(1))
-            hits.append(z.argmax(-1) == y)
-    return torch.cat(losses), torch.cat(hits)
+        for start in range(0, x.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            y = targets[rows].unsqueeze(1)
+            z = _logits(x[rows].to(dtype), w, buffer)
+            largest, top = z.max(-1, keepdim=True)
+            target = z.gather(1, y)
+            mass = z.sub_(largest).exp_().sum(-1, keepdim=True)
+            losses[rows] = (mass.log() + largest - target).squeeze(1)
+            hits[rows] = (top == y).squeeze(1)
+    return losses, hits
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
