@@ -67,7 +67,7 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
             (True, True): "hybrid",
             (True, False): "full_attention",
             (False, True): "linear_attention",
-            (False, False): "dummy",
+            (False, False): "full_attention",
         }
         attention, state = "attention" in self.branches, "gss" in self.branches
         return [kinds[True, state]] + [kinds[attention, state]] * (self.num_hidden_layers - 1)
@@ -92,7 +92,8 @@ class _CacheAdapter:
         return self.cache.update(key, value, layer_idx)
 
     def recurrent_state(self, layer_idx: int) -> Tensor | None:
-        return self.cache.get_recurrent_state(layer_idx)
+        layer = self.cache.layers[layer_idx]
+        return layer.recurrent_states[0] if layer.has_previous_state[0] else None
 
     def set_recurrent_state(self, layer_idx: int, state: Tensor) -> None:
         self.cache.update_recurrent_state(state, layer_idx)
