@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from pha.nn import LearnableMixing, SwiGLU
-from pha.nn.norm import RMSNorm, compute_type
+from pha.nn.norm import RMSNorm
+from pha.ops.precision import compute_type
 
 NAMES = ["gss", "attention", "ffn"]
 

@@ -89,6 +89,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         with pytest.raises(TrainingInterruptedError, match="step 3 of 8"):
             train_small("cut")
     assert RunFolder(tmp_path / "cut").checkpoint_steps() == [3]
+    # What a kill may leave behind: lines of steps that no checkpoint holds.
+    with RunFolder(tmp_path / "cut").metrics.open("a") as file:
+        file.write('{"kind": "train", "step": 4}\n')
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
         with pytest.raises(TrainingInterruptedError):

@@ -13,8 +13,9 @@ from pha.nn.branches import Sequence, StateCache
 from pha.nn.config import ArchitectureConfig
 from pha.nn.gss import GatedStateSpace
 from pha.nn.mixing import LearnableMixing
-from pha.nn.norm import RMSNorm, compute_type
+from pha.nn.norm import RMSNorm
 from pha.ops.attention import attention_mask
+from pha.ops.precision import compute_type
 
 
 class Backbone(nn.Module):

@@ -6,11 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def compute_type(x: Tensor) -> torch.dtype:
-    """The type in which matrix products on `x` run: autocast's where it is on, else x's own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+from pha.ops.precision import compute_type
 
 
 class RMSNorm(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pha.ops.backends import Op
+from pha.ops.precision import accumulation_type, compute_type
 from pha.ops.testing import relative_error
 
 IGNORE_INDEX = -100
@@ -42,15 +43,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def linear_cross_entropy_naive(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The oracle: all logits, PyTorch's cross-entropy."""
     logits = F.linear(x, weight)
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    accumulate = accumulation_type(x)
     return F.cross_entropy(
         logits.to(accumulate), targets, reduction="sum", ignore_index=IGNORE_INDEX
     )
-
-
-def _matmul_type(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _chunk_rows(rows: int, vocabulary: int) -> int:
@@ -69,8 +65,8 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
-        dtype = _matmul_type(x)
-        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dtype = compute_type(x)
+        accumulate = accumulation_type(x)
         w = weight.to(dtype)
         chunk = _chunk_rows(x.shape[0], weight.shape[0])
         total = torch.zeros((), dtype=accumulate, device=x.device)
@@ -131,8 +127,8 @@ def token_statistics(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor
     Returns:
         (N,) float32 (or float64) negative log-likelihoods in nats, and (N,) bool hits.
     """
-    dtype = _matmul_type(x)
-    accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = compute_type(x)
+    accumulate = accumulation_type(x)
     w = weight.to(dtype)
     losses = x.new_empty(x.shape[0], dtype=accumulate)
     hits = torch.empty(x.shape[0], dtype=torch.bool, device=x.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pha.ops.backends import Op
+from pha.ops.precision import accumulation_type
 from pha.ops.testing import relative_error
 
 
@@ -35,15 +36,11 @@ def scan(
     return _OP(u.device.type)(u, a, h0, starts)
 
 
-def _state_type(u: Tensor) -> torch.dtype:
-    return torch.float64 if u.dtype == torch.float64 else torch.float32
-
-
 def scan_naive(
     u: Tensor, a: Tensor, h0: Tensor | None = None, starts: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The oracle: Eq. 2 as written, differentiated by autograd."""
-    dtype = _state_type(u)
+    dtype = accumulation_type(u)
     h = u.new_zeros(u.shape[0], u.shape[2], dtype=dtype) if h0 is None else h0.to(dtype)
     states = []
     for t in range(u.shape[1]):
@@ -69,7 +66,7 @@ class _LoopScan(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, a: Tensor, h0: Tensor | None, starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        dtype = _state_type(u)
+        dtype = accumulation_type(u)
         decay = a.to(dtype)
         h = torch.empty_like(u, memory_format=torch.contiguous_format)
         state = u.new_zeros(u.shape[0], u.shape[2], dtype=dtype) if h0 is None else h0.to(dtype)
@@ -91,7 +88,7 @@ class _LoopScan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor | None, ...]:
         h, a, h0, starts = ctx.saved_tensors
-        dtype = _state_type(h)
+        dtype = accumulation_type(h)
         decay = a.to(dtype)
         du = torch.empty_like(h)
         keep = _kept(starts, dtype)

@@ -1,0 +1,17 @@
+"""In which types an op multiplies and in which it adds up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_type(x: Tensor) -> torch.dtype:
+    """The type in which matrix products on `x` run: autocast's where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def accumulation_type(x: Tensor) -> torch.dtype:
+    """The type in which states, softmaxes and sums over `x` are kept: float32, or x's float64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
