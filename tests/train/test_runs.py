@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from pha.data import TokenStore, prepare
 from pha.train import trainer as trainer_module
-from pha.train.errors import TrainingInterruptedError
-from pha.utils.errors import PHAError
+from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.runs import RunFolder
 from tests.train.conftest import arguments
 

@@ -13,8 +13,7 @@ from rich.panel import Panel
 
 from pha.report import write_report
 from pha.report.tables import mixing_table, results_table
-from pha.train.errors import TrainingInterruptedError
-from pha.utils.errors import PHAError
+from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.runs import RunFolder
 
 TWINS = ("pha-tiny", "attention-only-tiny")

@@ -24,11 +24,10 @@ from pha.train.checkpoint import Progress, load_checkpoint, save_checkpoint, sav
 from pha.train.config import TrainConfig
 from pha.train.diagnose import first_bad_gradient, first_bad_value
 from pha.train.display import TrainingDisplay
-from pha.train.errors import TrainingInterruptedError
 from pha.train.metrics import MetricsWriter
 from pha.train.optim import Schedule, make_optimizer, set_rate
 from pha.train.plan import Plan
-from pha.utils.errors import PHAError
+from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
 from pha.utils.runs import RunFolder
 

@@ -1,4 +1,4 @@
-"""The one exception that users are meant to see."""
+"""How the package speaks to its user when something stops."""
 
 
 class PHAError(ValueError):
@@ -6,3 +6,7 @@ class PHAError(ValueError):
 
     The command line prints it as one line and exits with code 2, without a traceback.
     """
+
+
+class TrainingInterruptedError(Exception):
+    """A run was asked to stop and has written a checkpoint: early, but nothing is wrong."""

@@ -1,0 +1,23 @@
+"""The verbs of `pha`: for each its parser, and a function that calls the library and prints.
+
+Whatever a verb needs is imported when it runs, so that `pha --help` is quick.
+"""
+
+from collections.abc import Callable
+
+from pha.commands import data, evaluation, inspection, training
+from pha.commands.common import AddVerb
+
+VERBS: tuple[Callable[[AddVerb], None], ...] = (
+    training.add_demo,
+    data.add_prepare,
+    training.add_train,
+    training.add_recipes,
+    inspection.add_params,
+    evaluation.add_evaluate,
+    evaluation.add_generate,
+    inspection.add_mixing,
+    inspection.add_report,
+    inspection.add_doctor,
+)
+"""Every verb, in the order of `pha --help`."""
