@@ -76,3 +76,22 @@ def test_fresh_state_is_plain_json() -> None:
     assert schedule.state()["best"] is None
     schedule.load_state(schedule.state())
     assert schedule.best == math.inf
+
+
+def test_warmup_stable_decay_holds_the_peak_and_then_falls_in_a_line() -> None:
+    config = ScheduleConfig(
+        kind="warmup-stable-decay", warmup_fraction=0.1, decay_fraction=0.2, floor=0.1
+    )
+    schedule = Schedule(config, 3.0, 100)
+    assert schedule.rate(0) == pytest.approx(0.3)
+    assert [schedule.rate(step) for step in (9, 10, 50, 79)] == [3.0] * 4
+    assert schedule.rate(89) == pytest.approx(3.0 * (0.1 + 0.9 * 0.5))
+    assert schedule.rate(99) == pytest.approx(0.3)
+    falls = [schedule.rate(step) - schedule.rate(step + 1) for step in range(79, 99)]
+    assert falls == pytest.approx([3.0 * 0.9 / 20] * 20)
+
+
+def test_warmup_steps_win_over_the_fraction() -> None:
+    config = ScheduleConfig(kind="constant", warmup_steps=0, warmup_fraction=0.5)
+    assert Schedule(config, 1.0, 10).rate(0) == 1.0
+    assert Schedule(ScheduleConfig(kind="constant", warmup_fraction=0.5), 1.0, 10).rate(0) == 0.2

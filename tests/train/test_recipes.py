@@ -40,6 +40,14 @@ def test_preset_can_be_overridden() -> None:
     assert config.model.branches == ["attention"]
 
 
+def test_naming_steps_or_a_store_drops_the_recipe_s_epochs_or_source() -> None:
+    config = load_recipe("pha-tiny.wikitext103", ["--run.steps", "5", "--data.store=x"])
+    assert (config.run.steps, config.run.epochs) == (5, None)
+    assert (config.data.store, config.data.source) == ("x", None)
+    config = load_recipe("pha-tiny.stdlib", ["--run.epochs", "2"])
+    assert (config.run.steps, config.run.epochs) == (None, 2)
+
+
 def test_a_path_works_and_a_resolved_config_is_a_recipe(tmp_path: Path) -> None:
     first = load_recipe("pha-tiny.stdlib", ["--run.steps", "9"])
     path = tmp_path / "mine.yaml"
@@ -54,13 +62,15 @@ def test_a_path_works_and_a_resolved_config_is_a_recipe(tmp_path: Path) -> None:
         (["--run.steps", "many"], "run.steps"),
         (["--run.steps", "0"], "run.steps is 0"),
         (["--run.steps", "5", "--run.epochs", "1"], "either run.steps or run.epochs"),
+        (["--run.average_best", "2"], "run.average_best is 2"),
+        (["--schedule.decay_fraction", "1.5"], "schedule.decay_fraction is 1.5"),
         (["--run.precision", "fp8"], "run.precision"),
         (["--model.head_dim", "39"], "head_dim is 39"),
         (["--model.num_key_value_heads", "3"], "multiple of num_key_value_heads"),
         (["--model.dropout", "1.5"], "dropout is 1.5"),
         (["--optimizer.learning_rate", "-1"], "optimizer.learning_rate"),
         (["--schedule.kind", "linear"], "schedule.kind"),
-        (["--data.store", "x"], "not both"),
+        (["--data.store", "x", "--data.source", "stdlib"], "not both"),
         (["--run.trackers", "[mlflow]"], "mlflow"),
         (["--model.preset", "pha-tine"], "pha-tiny"),
         (["stray"], "stray"),

@@ -69,7 +69,7 @@ def train(options: Namespace, overrides: list[str]) -> None:
     from pha.train.session import run_training
 
     if options.data is not None:
-        overrides = [*overrides, "--data.store", options.data, "--data.source", "null"]
+        overrides = [*overrides, "--data.store", options.data]
     if options.init_from is not None:
         overrides = [*overrides, "--run.init_from", options.init_from]
     config = load_recipe(options.recipe, overrides)

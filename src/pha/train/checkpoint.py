@@ -19,7 +19,7 @@ from pha.utils.errors import PHAError
 from pha.utils.files import atomic_folder, read_json, sha256_file
 from pha.utils.runs import RunFolder
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -33,8 +33,8 @@ class Progress:
         seconds: time spent training, evaluations apart.
         peak_memory: most bytes held, over all parts of an interrupted run.
         schedule: state of the learning rate's schedule.
-        best_perplexity: lowest validation perplexity so far.
-        best_step: the step it was measured at; `model/` holds those weights.
+        best: (validation perplexity, step) of the best evaluations, best first; `model/` holds
+            the weights of the first, `best/` those of all where several are kept.
         metrics_bytes: length of metrics.jsonl, to which it is cut on resuming.
         data_sha256: of the token store, which must not change under a run.
     """
@@ -44,10 +44,20 @@ class Progress:
     seconds: float = 0.0
     peak_memory: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
-    best_perplexity: float | None = None
-    best_step: int | None = None
+    best: list[tuple[float, int]] = field(default_factory=list)
     metrics_bytes: int = 0
     data_sha256: str = ""
+
+    def rank(self, perplexity: float, keep: int) -> int | None:
+        """Enter the evaluation at the present step into `best`.
+
+        Returns:
+            its place there, 0 for the best; None if it is not among the best `keep`. Of equal
+            perplexities the earlier is better.
+        """
+        entry = (perplexity, self.step)
+        self.best = sorted([*self.best, entry])[:keep]
+        return self.best.index(entry) if entry in self.best else None
 
 
 def save_model(folder: Path, model: PHAForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -110,4 +120,6 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         raise PHAError(
             f"checkpoint {folder} belongs to another model ({str(error).splitlines()[0]})"
         ) from error
-    return Progress(**content["progress"])
+    progress = Progress(**content["progress"])
+    progress.best = [(perplexity, step) for perplexity, step in progress.best]
+    return progress

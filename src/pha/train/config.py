@@ -15,8 +15,9 @@ class DataConfig:
 
     Attributes:
         store: folder of a token store made by `pha prepare`; or
-        source: what to prepare one from (stdlib, a text file, a folder), kept in a cache.
-        tokenizer: for `source`: gpt2:FOLDER, bytes, bpe:SIZE or a folder.
+        source: what to prepare one from (stdlib, files, a folder, a Hub data set), kept in a
+            cache.
+        tokenizer: for `source`: gpt2, gpt2:FOLDER, bytes, bpe:SIZE or a folder.
         sequence_length: T, tokens per sequence.
         packed_documents: reset the state and bound attention at document starts. Off for
             WikiText, whose benchmark ignores them.
@@ -58,15 +59,20 @@ class ScheduleConfig:
 
     Attributes:
         kind: `cosine` from the peak to the floor, `plateau` (reduced when the validation
-            perplexity stops falling), or `constant`.
-        warmup_steps: linear rise from zero.
+            perplexity stops falling), `warmup-stable-decay` (the peak, then linearly to the
+            floor), or `constant`.
+        warmup_steps: linear rise from zero; null: `warmup_fraction` of the run.
+        warmup_fraction: part of the run that this rise takes where `warmup_steps` is null.
+        decay_fraction: part of the run that the decay of `warmup-stable-decay` takes, at its end.
         floor: lowest rate, as a fraction of the peak.
         plateau_factor: what the rate is multiplied by on a plateau.
         plateau_patience: evaluations without a new best before that.
     """
 
-    kind: Literal["cosine", "plateau", "constant"] = "cosine"
-    warmup_steps: int = 0
+    kind: Literal["cosine", "plateau", "warmup-stable-decay", "constant"] = "cosine"
+    warmup_steps: int | None = None
+    warmup_fraction: float = 0.0
+    decay_fraction: float = 0.2
     floor: float = 0.1
     plateau_factor: float = 0.5
     plateau_patience: int = 1
@@ -84,10 +90,14 @@ class RunConfig:
         precision: fp32, bf16 (autocast), or auto: bf16 where the device does it faster.
         seed: of the weights, the order of the data and dropout.
         deterministic: deterministic kernels only (on a GPU slower; a CPU run always is).
-        evaluate_every: steps between evaluations on the validation split; null: ten times a run.
+        evaluate_every: steps between evaluations on the validation split; null: `evaluations`.
+        evaluations: how many are made in a run, at even distances, where that is null.
         evaluate_tokens: validation tokens in those; null: the whole split. The end uses all.
         checkpoint_every: steps between checkpoints; null: at every evaluation.
-        keep_checkpoints: how many of the newest to keep.
+        keep_checkpoints: how many of the newest to keep, to resume from.
+        keep_best: of how many evaluations the weights are kept, the best by perplexity.
+        average_best: how many of these are averaged at the end, in float32; the average is chosen
+            if it is better than the best one on the whole validation split. 1: no average.
         log_every: steps between lines in metrics.jsonl.
         trackers: tensorboard and wandb, beside metrics.jsonl.
         init_from: a model or run to start the weights from, with its tokenizer.
@@ -102,9 +112,12 @@ class RunConfig:
     seed: int = 0
     deterministic: bool = False
     evaluate_every: int | None = None
+    evaluations: int = 10
     evaluate_tokens: int | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
+    keep_best: int = 1
+    average_best: int = 1
     log_every: int = 10
     trackers: list[str] = field(default_factory=list)
     init_from: str | None = None
@@ -154,9 +167,12 @@ class TrainConfig:
             ("run.global_batch", run.global_batch, 1),
             ("run.micro_batch", run.micro_batch, 1),
             ("run.evaluate_every", run.evaluate_every, 1),
+            ("run.evaluations", run.evaluations, 1),
             ("run.evaluate_tokens", run.evaluate_tokens, 1),
             ("run.checkpoint_every", run.checkpoint_every, 1),
             ("run.keep_checkpoints", run.keep_checkpoints, 1),
+            ("run.keep_best", run.keep_best, 1),
+            ("run.average_best", run.average_best, 1),
             ("run.log_every", run.log_every, 1),
             ("run.sample_tokens", run.sample_tokens, 0),
             ("run.seed", run.seed, 0),
@@ -168,6 +184,8 @@ class TrainConfig:
             ("optimizer.beta1", optimizer.beta1, 0.0, 1.0),
             ("optimizer.beta2", optimizer.beta2, 0.0, 1.0),
             ("schedule.floor", schedule.floor, 0.0, 1.0),
+            ("schedule.warmup_fraction", schedule.warmup_fraction, 0.0, 1.0),
+            ("schedule.decay_fraction", schedule.decay_fraction, 0.0, 1.0),
             ("schedule.plateau_factor", schedule.plateau_factor, 0.0, 1.0),
         ):
             _require(low <= number <= high, f"{key} is {number}; it must be in [{low}, {high}]")
@@ -182,6 +200,11 @@ class TrainConfig:
             ("optimizer.gradient_clip", optimizer.gradient_clip),
         ):
             _require(number >= 0, f"{key} is {number}; it must not be negative")
+        _require(
+            run.average_best <= run.keep_best,
+            f"run.average_best is {run.average_best}, more than the run.keep_best "
+            f"({run.keep_best}) that are kept; raise run.keep_best",
+        )
         _require(run.epochs is None or run.epochs > 0, f"run.epochs is {run.epochs}; above 0")
         unknown = set(run.trackers) - {"tensorboard", "wandb"}
         _require(

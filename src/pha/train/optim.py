@@ -55,21 +55,28 @@ class Schedule:
 
     def __init__(self, config: ScheduleConfig, peak: float, total_steps: int) -> None:
         self.config, self.peak, self.total_steps = config, peak, total_steps
+        steps = config.warmup_steps
+        self.warmup = round(config.warmup_fraction * total_steps) if steps is None else steps
         self.scale = 1.0
         self.best = math.inf
         self.waited = 0
 
     def rate(self, step: int) -> float:
         """The rate of the optimiser step number `step`, counted from 0."""
-        config = self.config
-        if step < config.warmup_steps:
-            return self.peak * (step + 1) / config.warmup_steps
+        config, warmup = self.config, self.warmup
+        if step < warmup:
+            return self.peak * (step + 1) / warmup
         if config.kind == "plateau":
             return self.peak * max(self.scale, config.floor)
         if config.kind == "constant":
             return self.peak
-        span = max(1, self.total_steps - 1 - config.warmup_steps)
-        turned = (1 + math.cos(math.pi * min(1.0, (step - config.warmup_steps) / span))) / 2
+        last = self.total_steps - 1
+        if config.kind == "warmup-stable-decay":
+            decay = max(1, round(config.decay_fraction * self.total_steps))
+            left = min(1.0, max(0, last - step) / decay)
+            return self.peak * (config.floor + (1 - config.floor) * left)
+        span = max(1, last - warmup)
+        turned = (1 + math.cos(math.pi * min(1.0, (step - warmup) / span))) / 2
         return self.peak * (config.floor + (1 - config.floor) * turned)
 
     def observe(self, perplexity: float) -> None:

@@ -72,6 +72,23 @@ def _preset_override(overrides: list[str]) -> str | None:
     return finder.parse_known_args(overrides)[0].preset
 
 
+# Pairs of which a configuration gives one: naming the first on the command line drops the other.
+_EXCLUSIVE = (
+    ("run.steps", "run.epochs"),
+    ("run.epochs", "run.steps"),
+    ("data.store", "data.source"),
+    ("data.source", "data.store"),
+)
+
+
+def _yield_to(overrides: list[str], content: dict[str, Any]) -> None:
+    named = {argument.split("=")[0].removeprefix("--") for argument in overrides}
+    for key, other in _EXCLUSIVE:
+        section, name = other.split(".")
+        if key in named and other not in named and isinstance(content.get(section), dict):
+            content[section].pop(name, None)
+
+
 def make_parser(program: str = "pha train RECIPE") -> jsonargparse.ArgumentParser:
     """A parser of `--section.key value` for every key of `TrainConfig`."""
     parser = jsonargparse.ArgumentParser(
@@ -99,6 +116,7 @@ def load_recipe(recipe: str, overrides: list[str] | None = None) -> TrainConfig:
     model = content.get("model") or {}
     if not isinstance(model, dict):
         raise PHAError(f"recipe {recipe}: model must be a mapping")
+    _yield_to(overrides, content)
     chosen = _preset_override(overrides) or model.get("preset")
     if chosen is not None:
         model = (preset(str(chosen)) if chosen != "custom" else {}) | model | {"preset": chosen}

@@ -15,20 +15,18 @@ from rich.console import Console
 
 from pha.data.store import TokenStore, cached_store
 from pha.data.tokenizer import tokenizer_sha256
-from pha.evals.generation import sample
 from pha.evals.loading import load_model
-from pha.evals.perplexity import evaluate
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.nn import ArchitectureConfig
-from pha.nn.parameters import count_parameters
 from pha.train.checkpoint import Progress
 from pha.train.config import TrainConfig
 from pha.train.display import count, duration, memory
+from pha.train.finish import finish
 from pha.train.plan import Plan, make_plan, vars_of
 from pha.train.trainer import Trainer
 from pha.utils.errors import PHAError
-from pha.utils.files import cache_folder, write_json, write_text
-from pha.utils.hardware import choose_precision, device_name, provenance
+from pha.utils.files import cache_folder, write_text
+from pha.utils.hardware import choose_precision, device_name
 from pha.utils.runs import RunFolder
 
 # Keys that may change when a run is resumed: they touch neither the weights nor the order of data.
@@ -258,69 +256,3 @@ def make_model(config: TrainConfig) -> PHAForCausalLM:
     fresh = PHAForCausalLM(model_config)
     fresh.load_state_dict(model.state_dict())
     return fresh
-
-
-def finish(session: Session, progress: Progress) -> dict[str, Any]:
-    """Evaluate the chosen weights on the test split and write result.json."""
-    config, plan, run = session.config, session.plan, session.run
-    store, console, device = session.store, session.console, session.accelerator.device
-    loaded = load_model(run.path, device)
-    # The validation split chose these weights; what counts is the one that they never met.
-    split = "test" if "test" in store.splits else "validation"
-    with console.status(f"{run.name}: evaluating on the {split} split"):
-        evaluation = evaluate(
-            loaded.model,
-            store,
-            split,
-            sequence_length=config.data.sequence_length,
-            packed_documents=config.data.packed_documents,
-            precision=config.run.precision,
-        )
-    samples = []
-    if config.run.sample_tokens:
-        with console.status(f"{run.name}: sampling"):
-            samples = [
-                sample(loaded, prompt, max_new_tokens=config.run.sample_tokens, seed=i)
-                for i, prompt in enumerate(_prompts(store))
-            ]
-    components = count_parameters(config.model)
-    speed = progress.tokens / progress.seconds
-    result = {
-        "name": run.name,
-        "recipe": config.recipe,
-        "seed": config.run.seed,
-        "steps": progress.step,
-        "tokens_seen": progress.tokens,
-        "seconds": progress.seconds,
-        "tokens_per_second": speed,
-        "utilisation": 6.0 * plan.parameters * speed / plan.matmul_flops,
-        "matmul_flops": plan.matmul_flops,
-        "peak_memory_bytes": progress.peak_memory,
-        "chosen_step": progress.best_step,
-        "model": {
-            "preset": config.model.preset,
-            "parameters": {
-                "total": plan.parameters,
-                "embedding": components["embedding"],
-                "non_embedding": plan.parameters - components["embedding"],
-                "components": components,
-            },
-        },
-        "evaluations": [evaluation.to_dict()],
-        "best_validation_perplexity": progress.best_perplexity,
-        "mixing": loaded.model.model.mixing_weights(),
-        "samples": samples,
-        "data": store.describe(),
-        "provenance": provenance(device, config.run.precision),
-    }
-    write_json(run.result, result)
-    return result
-
-
-def _prompts(store: TokenStore) -> list[str]:
-    """The openings of two validation documents, or of the two halves of a running text."""
-    tokens = store.tokens("validation")
-    starts = store.document_starts("validation")
-    second = int(starts[len(starts) // 2]) if len(starts) > 1 else len(tokens) // 2
-    tokenizer = store.tokenizer()
-    return [tokenizer.decode(tokens[s : s + 24].tolist()) for s in (0, second)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from pha.train.metrics import MetricsWriter
 from pha.train.optim import Schedule, make_optimizer, set_rate
 from pha.train.plan import Plan
 from pha.utils.errors import PHAError, TrainingInterruptedError
+from pha.utils.files import copy_folder
 from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
 from pha.utils.runs import RunFolder
 
@@ -108,7 +110,7 @@ class Trainer:
             PHAError: the loss or a gradient is not finite; the last checkpoint stays as it was.
         """
         run, plan, progress = self.config.run, self.plan, self.progress
-        evaluate_every = run.evaluate_every or max(1, math.ceil(plan.steps / 10))
+        evaluate_every = run.evaluate_every or max(1, math.ceil(plan.steps / run.evaluations))
         checkpoint_every = run.checkpoint_every or evaluate_every
         metrics = MetricsWriter(self.run.metrics, progress.metrics_bytes, self.accelerator)
         flops_per_token = 6.0 * plan.parameters
@@ -263,10 +265,16 @@ class Trainer:
         if not math.isfinite(result.loss):
             raise PHAError(f"step {progress.step}: the validation loss is {result.loss}")
         self.schedule.observe(result.perplexity)
-        if progress.best_perplexity is None or result.perplexity < progress.best_perplexity:
-            progress.best_perplexity, progress.best_step = result.perplexity, progress.step
-            if self._main:
-                save_model(self.run.model, self.plain_model, self.tokenizer)
+        rank = progress.rank(result.perplexity, self.config.run.keep_best)
+        if rank is None or not self._main:
+            return
+        if self.config.run.keep_best == 1:
+            save_model(self.run.model, self.plain_model, self.tokenizer)
+            return
+        kept = self.run.best_model(progress.step)
+        save_model(kept, self.plain_model, self.tokenizer)
+        if rank == 0:
+            copy_folder(kept, self.run.model)
 
     def _checkpoint(self, metrics: MetricsWriter) -> None:
         progress = self.progress
@@ -282,6 +290,9 @@ class Trainer:
                 progress,
                 self.config.run.keep_checkpoints,
             )
+            # Only now: until this checkpoint was whole, a resumed run might have needed them.
+            for step in set(self.run.best_steps()) - {step for _, step in progress.best}:
+                shutil.rmtree(self.run.best_model(step))
         self.accelerator.wait_for_everyone()
 
     def _agree_to_stop(self) -> bool:

@@ -86,6 +86,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def copy_folder(source: Path, target: Path) -> None:
+    """Make `target` a copy of the folder `source`, atomically; files are shared where they can be.
+
+    Nothing in the package changes a file in place, so a hard link is as good as a copy.
+    """
+
+    def link_or_copy(old: str, new: str) -> str:
+        try:
+            os.link(old, new)
+        except OSError:
+            shutil.copy2(old, new)
+        return new
+
+    with atomic_folder(target) as folder:
+        shutil.copytree(source, folder, copy_function=link_or_copy, dirs_exist_ok=True)
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with path.open("rb") as file:

@@ -19,7 +19,9 @@ class RunFolder:
     - `config.yaml`: the fully resolved configuration.
     - `metrics.jsonl`: one JSON object per line, its `kind` one of `train`, `eval`, `mixing`.
     - `checkpoints/step-N/`: weights, optimiser state and position, enough to resume exactly.
-    - `model/`: the chosen weights with configuration and tokenizer, for `from_pretrained`.
+    - `best/step-N/`: the weights of the best evaluations, where several are kept.
+    - `averaged/`: the mean of the best of them.
+    - `model/`: the chosen weights. All of these load with `from_pretrained`.
     - `result.json`: metrics, protocol, tokens seen, provenance; present only when finished.
     - `report.html`.
     """
@@ -47,6 +49,16 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def best(self) -> Path:
+        """`best/`."""
+        return self.path / "best"
+
+    @property
+    def averaged(self) -> Path:
+        """`averaged/`."""
+        return self.path / "averaged"
+
+    @property
     def model(self) -> Path:
         """`model/`."""
         return self.path / "model"
@@ -67,10 +79,15 @@ class RunFolder:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps that have a complete checkpoint, ascending (unfinished ones have other names)."""
-        if not self.checkpoints.is_dir():
-            return []
-        names = [entry.name for entry in self.checkpoints.iterdir() if entry.is_dir()]
-        return sorted(int(n[5:]) for n in names if n.startswith("step-") and n[5:].isdigit())
+        return _steps(self.checkpoints)
+
+    def best_model(self, step: int) -> Path:
+        """The folder of the weights kept after `step` optimiser steps."""
+        return self.best / f"step-{step}"
+
+    def best_steps(self) -> list[int]:
+        """Steps whose weights are kept in `best/`, ascending."""
+        return _steps(self.best)
 
     def read_metrics(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
         """Yield the records of `metrics.jsonl` in order, all or those of one `kind`.
@@ -105,3 +122,10 @@ class RunFolder:
             raise PHAError(f"{self.path} has no result.json: the run has not finished (resume it)")
         result: dict[str, Any] = read_json(self.result)
         return result
+
+
+def _steps(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+    return sorted(int(n[5:]) for n in names if n.startswith("step-") and n[5:].isdigit())
