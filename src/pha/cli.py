@@ -13,7 +13,7 @@ from pha.commands import VERBS
 from pha.utils.errors import PHAError, TrainingInterruptedError
 
 # Verbs that pass arguments of the form --section.key on to the recipe.
-OPEN = frozenset({"train"})
+OPEN = frozenset({"train", "sweep"})
 
 ABOUT = """\
 The Parallel Hybrid Architecture: train, evaluate and study language models whose every layer runs a

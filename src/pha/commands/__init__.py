@@ -5,17 +5,19 @@ Whatever a verb needs is imported when it runs, so that `pha --help` is quick.
 
 from collections.abc import Callable
 
-from pha.commands import data, evaluation, inspection, training
+from pha.commands import data, evaluation, generation, inspection, studies, training
 from pha.commands.common import AddVerb
 
 VERBS: tuple[Callable[[AddVerb], None], ...] = (
     training.add_demo,
     data.add_prepare,
     training.add_train,
+    studies.add_sweep,
+    training.add_average,
     training.add_recipes,
     inspection.add_params,
     evaluation.add_evaluate,
-    evaluation.add_generate,
+    generation.add_generate,
     inspection.add_mixing,
     inspection.add_report,
     inspection.add_doctor,

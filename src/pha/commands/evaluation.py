@@ -1,4 +1,4 @@
-"""Verbs that put questions to a trained model: eval, generate."""
+"""Verbs that score a trained model: eval."""
 
 from __future__ import annotations
 
@@ -33,18 +33,6 @@ def add_evaluate(verb: AddVerb) -> None:
         help="reset at document starts (as the run was trained)",
     )
     sub.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="fp32")
-    sub.add_argument("--json", action="store_true", help="print as JSON")
-
-
-def add_generate(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb("generate", generate, "continue a text")
-    sub.add_argument("model", metavar="RUN_OR_MODEL", type=Path)
-    sub.add_argument("--prompt", required=True, help="text to continue")
-    sub.add_argument("--max-new-tokens", type=int, default=128)
-    sub.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest")
-    sub.add_argument("--top-p", type=float, default=0.95)
-    sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--json", action="store_true", help="print as JSON")
 
 
@@ -109,23 +97,3 @@ def evaluate(options: Namespace) -> None:
         f"{protocol['stride']}, {protocol['documents']}, {protocol['precision']}",
         highlight=False,
     )
-
-
-def generate(options: Namespace) -> None:
-    """`pha generate`."""
-    from pha.evals.generation import sample
-    from pha.evals.loading import load_model
-    from pha.utils.hardware import default_device
-
-    result = sample(
-        load_model(options.model, default_device()),
-        options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
-    if options.json:
-        print_json(result)
-    else:
-        print(result["prompt"] + result["text"])

@@ -1,4 +1,4 @@
-"""Verbs that train: demo, train, recipes."""
+"""Verbs that train: demo, train, average, recipes."""
 
 from __future__ import annotations
 
@@ -49,6 +49,19 @@ def add_train(verb: AddVerb) -> None:
     sub.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
+def add_average(verb: AddVerb) -> None:
+    """The parser of its verb."""
+    sub = verb(
+        "average",
+        average,
+        "average the weights of saved models",
+        "MODEL is a run, a checkpoint or a saved model; all must be of one shape. Runs average\n"
+        "their own best checkpoints where run.average_best says so.",
+    )
+    sub.add_argument("models", metavar="MODEL", nargs="+", type=Path)
+    sub.add_argument("--out", type=Path, required=True, help="folder of the averaged model")
+
+
 def add_recipes(verb: AddVerb) -> None:
     """The parser of its verb."""
     sub = verb("recipes", recipes, "list recipes, or explain their keys")
@@ -85,6 +98,19 @@ def train(options: Namespace, overrides: list[str]) -> None:
 
         console.print(results_table([result]))
         console.print(f"run folder: {out}", highlight=False)
+
+
+def average(options: Namespace) -> None:
+    """`pha average`."""
+    from pha.evals.loading import model_folder
+    from pha.train.averaging import average_models
+    from pha.utils.errors import PHAError
+
+    if options.out.exists() and any(options.out.iterdir()):
+        raise PHAError(f"{options.out} is not empty; choose another --out")
+    folders = [model_folder(path)[0] for path in options.models]
+    average_models(folders, options.out)
+    print(f"{options.out}: the average of {len(folders)} models")
 
 
 def recipes(options: Namespace) -> None:

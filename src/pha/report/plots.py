@@ -117,7 +117,7 @@ def learning_curves(series: Sequence[Series], axis: Axis, y_label: str) -> Figur
     The largest fifth of the prominent values runs out of the frame: the first steps of training
     would otherwise flatten all that the curves differ by.
     """
-    with _style():
+    with styled():
         figure, axes = _line_figure(series, axis, y_label, height=3.1)
         main = _sorted_values([s for s in series if not s.faint] or series)
         if main:
@@ -132,7 +132,7 @@ def learning_curves(series: Sequence[Series], axis: Axis, y_label: str) -> Figur
 
 def history(series: Sequence[Series], axis: Axis, y_label: str) -> Figure:
     """Any other quantity over training, from zero up, in a low panel."""
-    with _style():
+    with styled():
         figure, axes = _line_figure(series, axis, y_label, height=2.1)
         axes.set_ylim(bottom=0)
         return figure
@@ -147,10 +147,10 @@ def mixing_heat_map(layers: Sequence[Mapping[str, float]], color: int) -> Figure
     means = {b: mean_share(layers, b) for b in branches}
     largest = max((v for layer in layers for v in layer.values()), default=0.0) or 1.0
     rows = [(str(index), layer) for index, layer in enumerate(layers)]
-    with _style():
+    with styled():
         from matplotlib.patches import Rectangle
 
-        figure, axes = _figure(height=0.55 + 0.235 * (len(rows) + 1.3))
+        figure, axes = new_figure(height=0.55 + 0.235 * (len(rows) + 1.3))
         tops = [float(index) for index in range(len(rows))] + [len(rows) + 0.3]
         for top, (_, shares) in zip(tops, [*rows, ("mean", means)], strict=True):
             for column, branch in enumerate(branches):
@@ -159,7 +159,7 @@ def mixing_heat_map(layers: Sequence[Mapping[str, float]], color: int) -> Figure
                     # Never opaque: the number in the cell keeps its contrast in both schemes.
                     shade = 0.5 * max(share, 0.0) / largest
                     axes.add_patch(Rectangle((column + 0.015, top + 0.03), 0.97, 0.94, lw=0)).set(
-                        facecolor=_color(color), alpha=min(shade, 0.5)
+                        facecolor=series_color(color), alpha=min(shade, 0.5)
                     )
                 label = text.DASH if share is None else f"{100 * share:.1f}"
                 axes.text(column + 0.5, top + 0.53, label, ha="center", va="center")
@@ -199,7 +199,7 @@ def mixing_history(
             series.append(Series(branch, line, color, faint=True))
         mean = [(x, mean_share(layers, branch)) for x, layers in points]
         series.append(Series(branch, [(x, 100 * y) for x, y in mean if y is not None], color))
-    with _style():
+    with styled():
         figure, _ = _line_figure(series, axis, y_label, height=2.5)
         return figure
 
@@ -240,7 +240,7 @@ def to_svg(figure: Figure, title: str) -> str:
             a page need different titles: their element ids are derived from title and content.
     """
     buffer = io.StringIO()
-    with _style():
+    with styled():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     root = ElementTree.fromstring(buffer.getvalue())
     for child in list(root):
@@ -296,7 +296,7 @@ def _drop_unused_ids(root: ElementTree.Element, prefix: str) -> None:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def styled() -> Iterator[None]:
     """This module's look for the time of a drawing, whatever a user's matplotlibrc says."""
     import matplotlib
 
@@ -312,11 +312,13 @@ def _sorted_values(series: Sequence[Series]) -> list[float]:
     return sorted(y for line in series for _, y in line.points)
 
 
-def _color(index: int) -> str:
+def series_color(index: int) -> str:
+    """The colour of series `index`, from the light palette."""
     return LIGHT[f"series-{index % SERIES_COUNT}"]
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def new_figure(height: float) -> tuple[Figure, Axes]:
+    """An empty figure `height` inches high, of the width that all have."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
@@ -334,7 +336,7 @@ def _line_figure(
     # Short names share a legend row; long ones get a row each.
     columns = 3 if all(len(line.label) <= 14 for line in named) else 1
     rows = math.ceil(len(named) / columns) if len(named) > 1 else 0
-    figure, axes = _figure(height + 0.2 * rows)
+    figure, axes = new_figure(height + 0.2 * rows)
     factor, unit = _unit(axis, max((line.points[-1][0] for line in shown), default=0.0))
     handles = []
     for line in shown:
@@ -343,7 +345,7 @@ def _line_figure(
         (handle,) = axes.plot(
             [x / factor for x, _ in points],
             [y for _, y in points],
-            color=_color(line.color),
+            color=series_color(line.color),
             alpha=0.32 if line.faint else 1.0,
             linewidth=1.6 if marked else 0.8 if line.faint else 1.2,
             # Without markers, dashes tell lines apart and let an equal line show beneath.

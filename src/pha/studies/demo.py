@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,7 @@ from rich.panel import Panel
 
 from pha.report import write_report
 from pha.report.tables import mixing_table, results_table
-from pha.utils.errors import PHAError, TrainingInterruptedError
-from pha.utils.runs import RunFolder
+from pha.studies.jobs import Job, run_jobs
 
 TWINS = ("pha-tiny", "attention-only-tiny")
 PROTOCOL = "stdlib"
@@ -37,12 +34,10 @@ def run_demo(out: Path, console: Console, steps: int | None = None) -> list[dict
         PHAError: a training failed; its own message has been printed.
         TrainingInterruptedError: stopped by the user, resumable.
     """
-    results = []
-    for preset in TWINS:
-        run = RunFolder(out / preset)
-        console.rule(f"[bold]{preset}")
-        _train(f"{preset}.{PROTOCOL}", run, steps)
-        results.append(run.read_result())
+    length = () if steps is None else (f"--run.steps={steps}",)
+    jobs = [Job(f"{preset}.{PROTOCOL}", out / preset, length) for preset in TWINS]
+    run_jobs(jobs, console)
+    results = [job.run.read_result() for job in jobs]
     console.rule("[bold]results")
     console.print(results_table(results))
     for result in results:
@@ -57,19 +52,3 @@ def run_demo(out: Path, console: Console, steps: int | None = None) -> list[dict
     report = write_report([out / preset for preset in TWINS], out / "report.html", title=title)
     console.print(f"report: {report}", highlight=False)
     return results
-
-
-def _train(recipe: str, run: RunFolder, steps: int | None) -> None:
-    command = [sys.executable, "-m", "pha", "train", recipe, "--out", str(run.path), "--quiet"]
-    if steps is not None:
-        command += ["--run.steps", str(steps)]
-    process = subprocess.Popen(command)
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        # The terminal sends Ctrl-C to both; the child is writing its checkpoint.
-        code = process.wait()
-    if code == 130:
-        raise TrainingInterruptedError("stopped; the same command continues")
-    if code != 0:
-        raise PHAError(f"training {recipe} failed with exit code {code}; see above")

@@ -114,6 +114,31 @@ def _require_same(run: RunFolder, saved: dict[str, Any], now: dict[str, Any]) ->
                 )
 
 
+def finished_result(run: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
+    """The result of a run that has ended under this configuration; None if it has not ended.
+
+    Unlike `run_training` this neither opens the data nor settles what the configuration leaves
+    open, so it costs nothing.
+
+    Raises:
+        PHAError: the folder holds a run with another configuration.
+    """
+    if not run.result.is_file():
+        return None
+    saved = _saved_config(run)
+    if saved is None:
+        raise PHAError(f"{run.path} has a result without a config.yaml; choose another folder")
+    asked = config.to_dict()
+    asked["model"]["vocab_size"] = saved.get("model", {}).get("vocab_size")
+    if config.run.init_from is not None:
+        asked["model"] = saved.get("model", {})
+    for key, unsettled in (("precision", "auto"), ("micro_batch", None)):
+        if asked["run"][key] == unsettled:
+            asked["run"][key] = saved.get("run", {}).get(key)
+    _require_same(run, saved, asked)
+    return run.read_result()
+
+
 def describe_plan(config: TrainConfig, plan: Plan, device: torch.device) -> list[str]:
     """The plan in lines for people."""
     run = config.run

@@ -29,7 +29,7 @@ from pha.train.metrics import MetricsWriter
 from pha.train.optim import Schedule, make_optimizer, set_rate
 from pha.train.plan import Plan
 from pha.utils.errors import PHAError, TrainingInterruptedError
-from pha.utils.files import copy_folder
+from pha.utils.files import copy_folder, write_json
 from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
 from pha.utils.runs import RunFolder
 
@@ -112,6 +112,8 @@ class Trainer:
         run, plan, progress = self.config.run, self.plan, self.progress
         evaluate_every = run.evaluate_every or max(1, math.ceil(plan.steps / run.evaluations))
         checkpoint_every = run.checkpoint_every or evaluate_every
+        if self._main:
+            self.run.diverged.unlink(missing_ok=True)
         metrics = MetricsWriter(self.run.metrics, progress.metrics_bytes, self.accelerator)
         flops_per_token = 6.0 * plan.parameters
         matmul = plan.matmul_flops * self.accelerator.num_processes
@@ -223,6 +225,8 @@ class Trainer:
             where = first_bad_value(model, **inputs) or first_bad_gradient(model) or "the loss"
         steps = self.run.checkpoint_steps()
         kept = f"{self.run.checkpoint(steps[-1])} is intact" if steps else "no checkpoint yet"
+        if self._main:
+            write_json(self.run.diverged, {"step": step + 1, "loss": str(loss), "where": where})
         raise PHAError(
             f"step {step + 1}: the loss is {loss:.4g} and {where} is not finite; nothing was "
             f"updated, {kept}. Lower optimizer.learning_rate or lengthen schedule.warmup_steps"

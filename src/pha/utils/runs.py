@@ -23,6 +23,7 @@ class RunFolder:
     - `averaged/`: the mean of the best of them.
     - `model/`: the chosen weights. All of these load with `from_pretrained`.
     - `result.json`: metrics, protocol, tokens seen, provenance; present only when finished.
+    - `diverged.json`: the step and the place where a number was not finite, if the run ended so.
     - `report.html`.
     """
 
@@ -67,6 +68,11 @@ class RunFolder:
     def result(self) -> Path:
         """`result.json`."""
         return self.path / "result.json"
+
+    @property
+    def diverged(self) -> Path:
+        """`diverged.json`."""
+        return self.path / "diverged.json"
 
     @property
     def report(self) -> Path:
