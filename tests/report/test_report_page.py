@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from pha.report import write_report
+from pha.report.collect import collect
+from pha.report.facts import fact_groups
+from pha.report.tables import results_table
 from pha.utils.errors import PHAError
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> & \x00\x1b[31m {{ 7 * 7 }}"
@@ -212,3 +217,36 @@ def test_a_bad_run_leaves_no_page(two, tmp_path):
 def test_out_must_be_a_file(two, tmp_path):
     with pytest.raises(PHAError, match="is a folder"):
         write_report(two, tmp_path)
+
+
+def test_the_weights_that_were_chosen_among_are_shown(make_run):
+    def average(result: dict) -> None:
+        evaluation = result["evaluations"][0]
+        result["chosen"] = "average"
+        result["candidates"] = [
+            {
+                "name": name,
+                "steps": steps,
+                "validation_perplexity": perplexity,
+                "evaluation": evaluation | {"perplexity": perplexity + 0.25},
+            }
+            for name, steps, perplexity in (
+                ("best checkpoint", [300], 31.5),
+                ("average", [300, 200, 400], 30.125),
+            )
+        ]
+
+    path = make_run("a", change=average)
+    (group,) = (g for g in fact_groups(collect([path])) if g.title == "Weights")
+    facts = {fact.name: fact.values for fact in group.facts}
+    assert facts["chosen"] == ["average"]
+    assert facts["average, from steps"] == ["300, 200, 400"]
+    assert facts["average, validation perplexity"] == ["30.125"]
+    assert facts["best checkpoint, test perplexity"] == ["31.750"]
+    result = json.loads((path / "result.json").read_text())
+    console = Console(file=io.StringIO(), width=120)
+    console.print(results_table([result]))
+    printed = console.file.getvalue()
+    assert "30.38 (chosen)" in printed
+    assert "31.75 " in printed
+    assert not [g for g in fact_groups(collect([make_run("b")])) if g.title == "Weights"]

@@ -70,6 +70,16 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """Weights that the run chose among: its best checkpoint, or an average of several."""
+
+    name: str
+    steps: tuple[int, ...]
+    validation_perplexity: float | None
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
 class LayerMixing:
     """Branch name -> softplus weight, and -> effective share, of one layer."""
 
@@ -107,7 +117,9 @@ class Run:
     recipe: str | None
     seed: Any
     steps: float | None
+    chosen: str | None
     chosen_step: float | None
+    candidates: tuple[Candidate, ...]
     tokens_seen: float | None
     seconds: float | None
     tokens_per_second: float | None
@@ -219,7 +231,9 @@ def _read(folder: RunFolder, result: Mapping[str, Any], label: str) -> Run:
         recipe=_text(result.get("recipe", config.get("recipe"))),
         seed=result.get("seed", run.get("seed")),
         steps=number(result.get("steps", last.step if last else None)),
+        chosen=_text(result.get("chosen")),
         chosen_step=number(result.get("chosen_step")),
+        candidates=tuple(_candidate(entry) for entry in _entries(result.get("candidates"))),
         tokens_seen=number(result.get("tokens_seen", tokens)),
         seconds=number(result.get("seconds", seconds)),
         tokens_per_second=number(
@@ -349,6 +363,16 @@ def _layers(value: Any) -> tuple[LayerMixing, ...]:
 def _shares(entry: Mapping[str, Any], key: str) -> dict[str, float]:
     values = {str(name): number(value) for name, value in section(entry, key).items()}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _candidate(entry: Mapping[str, Any]) -> Candidate:
+    steps = entry.get("steps")
+    return Candidate(
+        name=_text(entry.get("name")) or "?",
+        steps=tuple(s for s in steps if isinstance(s, int)) if isinstance(steps, list) else (),
+        validation_perplexity=number(entry.get("validation_perplexity")),
+        evaluation=_evaluation(section(entry, "evaluation")),
+    )
 
 
 def _sample(entry: Mapping[str, Any]) -> Sample:

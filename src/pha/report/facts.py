@@ -53,6 +53,7 @@ def fact_groups(runs: Sequence[Run]) -> list[Group]:
             _group(name, [_evaluation_facts(named.get(name)) for named in evaluations])
             for name in names
         ),
+        _group("Weights", [_weights_facts(run) for run in runs], outcomes=True),
         _group("Data", [_nested_facts(run.data) for run in runs]),
         _group("Software and hardware", [_nested_facts(run.provenance) for run in runs]),
         Group("Settings that differ", _differing_settings(runs)),
@@ -60,12 +61,12 @@ def fact_groups(runs: Sequence[Run]) -> list[Group]:
     return [group for group in groups if group.facts]
 
 
-def _group(title: str, runs: Sequence[Mapping[str, str]]) -> Group:
+def _group(title: str, runs: Sequence[Mapping[str, str]], outcomes: bool = False) -> Group:
     facts = []
     for name in dict.fromkeys(name for facts_of_run in runs for name in facts_of_run):
         values = [facts_of_run.get(name, DASH) for facts_of_run in runs]
         # A value that one run lacks is unknown there, which is not a difference.
-        differs = len(set(values) - {DASH}) > 1 and name not in _OUTCOMES
+        differs = len(set(values) - {DASH}) > 1 and name not in _OUTCOMES and not outcomes
         facts.append(Fact(name, values, differs))
     return Group(title, facts)
 
@@ -90,6 +91,23 @@ def _model_facts(run: Run) -> dict[str, str]:
     facts = {"preset": plain(run.model.get("preset"))} if run.model else {}
     for key, value in flatten(section(run.model, "parameters")):
         facts[f"parameters, {_words(key.removeprefix('components.'))}"] = fixed(number(value), 0)
+    return facts
+
+
+def _weights_facts(run: Run) -> dict[str, str]:
+    """What the weights were chosen from, where there was a choice."""
+    if len(run.candidates) < 2:
+        return {}
+    facts = {"chosen": plain(run.chosen)}
+    for candidate in run.candidates:
+        scores = candidate.evaluation.scores
+        facts[f"{candidate.name}, from steps"] = ", ".join(map(str, candidate.steps))
+        facts[f"{candidate.name}, validation perplexity"] = fixed(
+            candidate.validation_perplexity, 3
+        )
+        facts[f"{candidate.name}, {candidate.evaluation.split} perplexity"] = fixed(
+            scores.perplexity, 3
+        )
     return facts
 
 

@@ -42,7 +42,19 @@ def results_table(results: Sequence[dict[str, Any]], split: str | None = None) -
         values = [value(result, evaluation) for result, evaluation in pairs]
         mark = best(values) if best is not None and comparable else None
         table.add_row(heading, *(f"[bold]{show(v)}[/]" if v == mark else show(v) for v in values))
+    for name in ("best checkpoint", "average"):
+        if any(len(result.get("candidates", [])) > 1 for result, _ in pairs):
+            table.add_row(f"perplexity, {name}", *(_of_candidate(r, name) for r, _ in pairs))
     return table
+
+
+def _of_candidate(result: dict[str, Any], name: str) -> str:
+    """Perplexity of the best checkpoint or of the average; the chosen one is marked."""
+    for candidate in result.get("candidates", []):
+        if candidate["name"] == name:
+            mark = " (chosen)" if result["chosen"] == name else ""
+            return f"{candidate['evaluation']['perplexity']:.2f}{mark}"
+    return "-"
 
 
 def _evaluation(result: dict[str, Any], split: str | None) -> dict[str, Any]:

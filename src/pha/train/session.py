@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -177,6 +178,9 @@ def open_session(
     Raises:
         PHAError: bad data, a run folder in the way, an impossible plan.
     """
+    if config.run.deterministic:
+        # cuBLAS reads this when it is first used, which planning does.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     for tracker in config.run.trackers:
         if find_spec(tracker) is None:
             raise PHAError(f"{tracker} is not installed; run `pip install 'pha[{tracker}]'`")
