@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -164,6 +165,57 @@ def test_mask_by_its_definition(T: int, S: int, documents: bool, padding: bool) 
                 visible = not padding or bool(tokens[b, key]) or key == query
                 expected = key <= query and bool(same_document) and visible
                 assert bool(mask[b, 0, row, key]) == expected, (b, query, key)
+
+
+@each_backend
+@pytest.mark.parametrize(("T", "S"), [(7, 7), (5, 9), (1, 8), (6, 6)])
+@pytest.mark.parametrize("window", [1, 2, 5, 20])
+@pytest.mark.parametrize("masked", [False, True])
+def test_window_equals_a_loop_over_keys(
+    backend: str, T: int, S: int, window: int, masked: bool
+) -> None:
+    q, k, v = problem(2, 4, 2, T, S, 6)
+    starts, tokens = starts_and_padding(2, S)
+    document = starts.cumsum(-1)
+
+    def allowed(b: int, query: int, key: int) -> bool:
+        if not query - window < key <= query:
+            return False
+        if not masked or key == query:
+            return True
+        return bool(document[b, query] == document[b, key]) and bool(tokens[b, key])
+
+    mask = attention_mask(T, S, CPU, starts, tokens) if masked else None
+    y = backend_function(backend)(q, k, v, mask, window)
+    torch.testing.assert_close(y, literal(q, k, v, allowed), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "naive"])
+@pytest.mark.parametrize("window", [1, 5, 16, 64, 500])
+@pytest.mark.parametrize(("T", "past"), [(63, 0), (40, 23), (1, 70)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_windows_in_blocks_match_the_oracle(
+    backend: str, window: int, T: int, past: int, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["pha.ops.attention"], "WINDOW_BLOCK", 16)
+    starts, tokens = starts_and_padding(2, T + past)
+    mask = attention_mask(T, T + past, CPU, starts, tokens) if masked else None
+    q, k, v = problem(2, 8, 2, T, T + past, 60)
+
+    def windowed(name: str) -> list[Tensor]:
+        function = backend_function(name)
+        return values_and_gradients(lambda *x: function(*x, window), q, k, v, mask)
+
+    assert worst(windowed(backend), windowed("naive"), q, k, v) <= 5e-15
+
+
+def test_masks_of_the_last_keys_are_cut_from_longer_ones() -> None:
+    starts, tokens = starts_and_padding(2, 12)
+    whole = attention_mask(4, 12, CPU, starts, tokens)
+    last = attention_mask(4, 7, CPU, starts, tokens)
+    assert whole is not None
+    assert last is not None
+    assert torch.equal(whole[..., -7:], last)
 
 
 @each_backend

@@ -74,7 +74,9 @@ def test_self_check_is_small(name: str, backend: str) -> None:
 
 WRONG: dict[str, Callable[..., Any]] = {
     "scan": lambda u, a, h0, starts: OPS["scan"].backends["naive"](u, a, h0, None),
-    "attention": lambda q, k, v, mask=None: OPS["attention"].backends["naive"](q, k, v, None),
+    "attention": lambda q, k, v, mask=None, window=None: OPS["attention"].backends["naive"](
+        q, k, v, mask
+    ),
     "linear_cross_entropy": lambda x, w, y: OPS["linear_cross_entropy"].backends["naive"](
         x, w, y.clamp(min=0)
     ),

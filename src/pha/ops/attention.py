@@ -12,8 +12,12 @@ from torch import Tensor
 from pha.ops.backends import Op
 from pha.ops.testing import relative_error
 
+WINDOW_BLOCK = 256  # queries at a time under a window: each block reads this many keys too many
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
+) -> Tensor:
     """softmax(q k^T) v, causal; any scaling of the logits is already in q.
 
     Args:
@@ -22,11 +26,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
         v: (B, G, S, K) values.
         mask: (B, 1, T, S) bool from `attention_mask`, true where a query may look; None means
             plain causal attention, the fast path.
+        window: how many keys a query may see, its own included; None means all. Work and memory
+            are then linear in T.
 
     Returns:
         (B, H, T, K) in the type of `v`.
     """
-    return _OP(q.device.type)(q, k, v, mask)
+    return _OP(q.device.type)(q, k, v, mask, window)
 
 
 def attention_mask(
@@ -40,11 +46,12 @@ def attention_mask(
 
     Args:
         queries: T, the number of new tokens.
-        keys: S >= T, the number of cached and new tokens.
+        keys: S >= T, the number of cached and new tokens that have keys.
         device: where the mask lives.
-        document_starts: (B, S) bool, true where a document begins; attention stays within it.
-        token_mask: (B, S) bool, false at padding, which nobody attends to. A padding position
-            may still attend to itself, since a softmax over nothing is not a number.
+        document_starts: (B, S or more) bool, true where a document begins; attention stays within
+            it. The last S of its columns are those of the keys.
+        token_mask: (B, S or more) bool, false at padding, which nobody attends to. A padding
+            position may still attend to itself, since a softmax over nothing is not a number.
 
     Returns:
         (B or 1, 1, T, S) bool, or None when plain causal attention says the same.
@@ -55,33 +62,74 @@ def attention_mask(
     query = key[keys - queries :, None]
     mask = (key <= query)[None]
     if document_starts is not None:
-        document = document_starts.cumsum(-1)
+        document = document_starts.cumsum(-1)[:, -keys:]
         mask = mask & (document[:, keys - queries :, None] == document[:, None, :])
     if token_mask is not None:
-        mask = mask & (token_mask[:, None, :] | (key == query)[None])
+        mask = mask & (token_mask[:, None, -keys:] | (key == query)[None])
     return mask[:, None]
 
 
-def attention_naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def _within(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """(T, S) bool: the causal band in which the last T of S positions see `window` keys each."""
+    key = torch.arange(keys, device=device)
+    query = key[keys - queries :, None]
+    return (key <= query) & (key > query - window)
+
+
+def attention_naive(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
+) -> Tensor:
     """The oracle: the T x S matrix written out."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     queries, keys = q.shape[2], k.shape[2]
     if mask is None:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    if window is not None:
+        mask = mask & _within(queries, keys, window, q.device)
     logits = (q @ k.transpose(-1, -2)).masked_fill(~mask, -math.inf)
     return logits.softmax(-1) @ v
 
 
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
+) -> Tensor:
     """PyTorch's scaled_dot_product_attention, any head size, key heads shared without copies."""
+    queries, keys = q.shape[2], k.shape[2]
+    if window is not None and keys > window:
+        return _windowed_sdpa(q, k, v, mask, window)
     # One new token sees every cached one, so causality needs no mask there.
-    causal = mask is None and q.shape[2] == k.shape[2] and q.shape[2] > 1
-    if mask is None and not causal and q.shape[2] > 1:
-        mask = attention_mask(q.shape[2], k.shape[2], q.device)
+    causal = mask is None and queries == keys and queries > 1
+    if mask is None and not causal and queries > 1:
+        mask = attention_mask(queries, keys, q.device)
+    return _sdpa(q, k, v, mask, causal)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def _windowed_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int) -> Tensor:
+    """Blocks of queries, each against the stretch of keys that its window reaches."""
+    queries, keys = q.shape[2], k.shape[2]
+    past = keys - queries
+    bands: dict[tuple[int, int], Tensor] = {}
+    outputs = []
+    for begin in range(0, queries, WINDOW_BLOCK):
+        end = min(begin + WINDOW_BLOCK, queries)
+        low, high = max(0, past + begin - window + 1), past + end
+        shape = (end - begin, high - low)
+        if shape not in bands:  # all blocks but the first and last few have the same
+            bands[shape] = _within(*shape, window, q.device)
+        allowed = bands[shape]
+        if mask is not None:
+            allowed = allowed & mask[:, :, begin:end, low:high]
+        outputs.append(
+            _sdpa(q[:, :, begin:end], k[:, :, low:high], v[:, :, low:high], allowed, False)
+        )
+    return torch.cat(outputs, dim=2)
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
@@ -90,9 +138,11 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     q, k, v = (torch.randn(*s, generator=generator).to(device_type) for s in shapes)
     starts = (torch.rand(2, 37, generator=generator) < 0.1).to(device_type)
     mask = attention_mask(37, 37, q.device, starts)
-    plain = relative_error(backend, oracle, q, k, v)
     return max(
-        plain, relative_error(lambda *x: backend(*x, mask), lambda *x: oracle(*x, mask), q, k, v)
+        relative_error(
+            lambda *x, o=options: backend(*x, *o), lambda *x, o=options: oracle(*x, *o), q, k, v
+        )
+        for options in ((), (mask,), (None, 11), (mask, 11))
     )
 
 
