@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticLayer
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pha.nn import ArchitectureConfig, Backbone
+from pha.nn import BRANCHES, ArchitectureConfig, Backbone, Branch
 from pha.nn.model import initialise
 from pha.nn.presets import preset
 from pha.ops import linear_cross_entropy
@@ -58,19 +58,43 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
         return cls(**(preset(name) | overrides))
 
     @property
+    def sliding_window(self) -> int | None:
+        """transformers' word for `attention_window`."""
+        return self.attention_window
+
+    @property
     def layer_types(self) -> list[str]:
         """What each layer keeps in a transformers cache.
 
-        Without attention the first layer still has room for keys, which then count the past.
+        Where no layer keeps keys, the first still has room for them, which then counts the past.
         """
+        keys_kind, both = "full_attention", "hybrid"
+        if self.attention_window is not None and self.keeps_keys:
+            keys_kind, both = "sliding_attention", "hybrid_sliding"
+        # A layer that keeps nothing counts as linear: one with keys would be asked for its length.
         kinds = {
-            (True, True): "hybrid",
-            (True, False): "full_attention",
+            (True, True): both,
+            (True, False): keys_kind,
             (False, True): "linear_attention",
-            (False, False): "full_attention",
+            (False, False): "linear_attention",
         }
-        attention, state = "attention" in self.branches, "gss" in self.branches
-        return [kinds[True, state]] + [kinds[attention, state]] * (self.num_hidden_layers - 1)
+        kept = [
+            (self._keeps(layer, "keeps_keys"), self._keeps(layer, "keeps_state"))
+            for layer in range(self.num_hidden_layers)
+        ]
+        if not self.keeps_keys:
+            kept[0] = (True, kept[0][1])
+        return [kinds[layer] for layer in kept]
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether some layer keeps keys and values."""
+        return any(self._keeps(layer, "keeps_keys") for layer in range(self.num_hidden_layers))
+
+    def _keeps(self, layer_idx: int, what: str) -> bool:
+        # A name that is not known here is refused where the model is made.
+        names = self.layer_branches(layer_idx)
+        return any(getattr(BRANCHES.get(name, Branch), what) for name in names)
 
 
 class _CacheAdapter:
@@ -78,15 +102,23 @@ class _CacheAdapter:
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
+        self.keyed = next(i for i, x in enumerate(cache.layers) if isinstance(x, CacheLayerMixin))
+        self.is_static = isinstance(cache.layers[self.keyed], StaticLayer)
 
-    def length(self) -> int:
+    def length(self) -> int | Tensor:
         """Tokens seen so far."""
-        return int(self.cache.get_seq_length())
+        length: int | Tensor = self.cache.get_seq_length(self.keyed)
+        return length
+
+    def key_range(self, queries: int) -> tuple[int, int]:
+        """How many keys `update` will return, and the position of the first."""
+        keys, first = self.cache.get_mask_sizes(queries, self.keyed)
+        return int(keys), int(first)
 
     def count(self, x_BTd: Tensor) -> None:
         """Note T more tokens where no keys do: transformers asks every cache for its length."""
         marks = x_BTd.new_zeros(x_BTd.shape[0], 1, x_BTd.shape[1], 1, dtype=torch.bool)
-        self.cache.update(marks, marks, 0)
+        self.cache.update(marks, marks, self.keyed)
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         return self.cache.update(key, value, layer_idx)
@@ -94,6 +126,21 @@ class _CacheAdapter:
     def recurrent_state(self, layer_idx: int) -> Tensor | None:
         layer = self.cache.layers[layer_idx]
         return layer.recurrent_states[0] if layer.has_previous_state[0] else None
+
+    def check_batch(self, batch: int) -> None:
+        """Refuse a state of another batch size: transformers can repeat keys without the state.
+
+        Raises:
+            PHAError: the cache was repeated, selected or made for other sequences.
+        """
+        for index, layer in enumerate(self.cache.layers):
+            state = getattr(layer, "recurrent_states", {}).get(0)
+            if state is not None and layer.has_previous_state[0] and state.shape[0] != batch:
+                raise PHAError(
+                    f"the cache holds states of {state.shape[0]} sequences in layer {index}, but "
+                    f"{batch} are given: begin with a new cache (transformers repeats keys, not "
+                    "recurrent states)"
+                )
 
     def set_recurrent_state(self, layer_idx: int, state: Tensor) -> None:
         self.cache.update_recurrent_state(state, layer_idx)
@@ -110,9 +157,17 @@ class PHAPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["ParallelBlock", "SequentialBlock"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
+    # A state cannot be taken back: transformers refuses what would crop the cache.
     _is_stateful = True
-    # Decay rates, time steps and mixing scalars are float32 whatever the rest is loaded in.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["log_A", "log_dt", "theta", "logit_scale"]
+    # State spaces and mixing scalars are float32 whatever the rest is loaded in.
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
+        "log_A",
+        "log_dt",
+        "theta",
+        "logit_scale",
+        *("Lambda_re", "Lambda_im", "C_re", "C_im", "D"),
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -139,6 +194,7 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         document_starts: Tensor | None = None,
         shift_labels: Tensor | None = None,
@@ -155,33 +211,32 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
             inputs_embeds: (B, T, d) in place of `input_ids`.
             labels: (B, T) aligned with `input_ids`; -100 is ignored. Gives the loss.
             use_cache: return the state; off while training.
+            output_hidden_states: return what enters each layer, and what leaves the last norm.
             logits_to_keep: how many last positions get logits (0: all), or which.
             document_starts: (B, S) bool, true where a packed document begins.
             shift_labels: (B, T) the token that follows each one, instead of `labels`.
             num_items_in_batch: what the summed loss is divided by; the number of labels if absent.
 
         Returns:
-            loss (nats per token), logits (B, T', V), past_key_values. While training with labels
-            there are no logits: the loss never forms them all.
+            loss (nats per token), logits (B, T', V), past_key_values, hidden_states. While training
+            with labels there are no logits: the loss never forms them all.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise PHAError("give exactly one of input_ids and inputs_embeds")
         use_cache = self.config.use_cache if use_cache is None else use_cache
         use_cache = use_cache and not self.training
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        cache = None if past_key_values is None else _CacheAdapter(past_key_values)
-        x = self.model(
-            input_ids=input_ids,
+            past_key_values = self.new_cache()
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        layer_inputs: list[Tensor] | None = [] if output_hidden_states else None
+        x = self.hidden_states(
+            input_ids,
             inputs_embeds=inputs_embeds,
-            positions=position_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
             document_starts=document_starts,
-            token_mask=_token_mask(attention_mask),
-            cache=cache,
-            past_length=0 if cache is None else cache.length(),
+            past_key_values=past_key_values,
+            layer_inputs=layer_inputs,
         )
-        if cache is not None and "attention" not in self.config.branches:
-            cache.count(x)
         loss = logits = None
         if labels is not None:
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
@@ -196,7 +251,71 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
                 slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             )
             logits = self.lm_head(x[:, kept])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values,
+            hidden_states=None if layer_inputs is None else (*layer_inputs, x),
+        )
+
+    def new_cache(self) -> Cache:
+        """An empty cache for keys, values and recurrent states, which grows as it is used."""
+        return DynamicCache(config=self.config)
+
+    def hidden_states(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_starts: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        layer_inputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """What the output head is applied to, (B, T, d); arguments as in `forward`.
+
+        Args:
+            input_ids: (B, T) tokens, or
+            inputs_embeds: (B, T, d) in their place.
+            attention_mask: (B, S), 0 at padding.
+            position_ids: (B, T).
+            document_starts: (B, S) bool.
+            past_key_values: the state so far; updated.
+            layer_inputs: receives what enters each layer.
+
+        Raises:
+            PHAError: both inputs or none, or a cache of another batch size.
+        """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise PHAError("give exactly one of input_ids and inputs_embeds")
+        cache = None
+        if past_key_values is not None:
+            cache = _CacheAdapter(past_key_values)
+            cache.check_batch(tokens.shape[0])
+        x: Tensor = self.model(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            positions=position_ids,
+            document_starts=document_starts,
+            token_mask=_token_mask(attention_mask),
+            cache=cache,
+            attention_backend=_BACKENDS.get(self.config._attn_implementation),
+            layer_inputs=layer_inputs,
+        )
+        if cache is not None and not self.config.keeps_keys:
+            cache.count(x)
+        return x
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+        """Let `generate` hand over its mask as it is: (B, S), whatever the cache."""
+        return attention_mask
+
+
+# transformers' names of attention implementations -> backends of ours; any other is the default.
+_BACKENDS = {"eager": "naive"}
 
 
 def _token_mask(attention_mask: Tensor | None) -> Tensor | None:

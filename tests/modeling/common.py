@@ -13,7 +13,9 @@ from torch import Tensor
 from pha.modeling import PHAConfig, PHAForCausalLM
 
 VOCABULARY = 31
-FLOAT32_PARAMETERS = {"log_A", "log_dt", "theta", "logit_scale"}
+GSS_PARAMETERS = {"log_A", "log_dt"}
+MEHTA_PARAMETERS = {"Lambda_re", "Lambda_im", "C_re", "C_im", "D"}
+FLOAT32_PARAMETERS = {"theta", "logit_scale", *GSS_PARAMETERS, *MEHTA_PARAMETERS}
 SUBSETS = [
     subset
     for size in (1, 2, 3)
@@ -21,6 +23,10 @@ SUBSETS = [
 ]
 KINDS = [("parallel", subset) for subset in SUBSETS]
 KINDS += [("sequential", ("attention", "gss")), ("sequential", ("gss",))]
+KINDS += [("parallel", ("mehta_gss", "attention", "ffn")), ("sequential", ("mehta_gss",))]
+# In a hybrid the second layer has attention alone; see `small_config`.
+KINDS += [("hybrid", ("mehta_gss",)), ("hybrid", ("gss", "ffn"))]
+MEHTA_SHAPE = {"channels": 12, "modes": 20, "expansion": 2}
 # Logits are of order one; other matrix shapes add their terms in another order, a few units of
 # float32 apiece, and two layers pass them on.
 ATOL = 1e-5
@@ -35,8 +41,10 @@ each_main_kind = pytest.mark.parametrize(
         ("parallel", ("attention",)),
         ("parallel", ("gss",)),
         ("sequential", ("attention", "gss")),
+        ("parallel", ("mehta_gss", "attention", "ffn")),
+        ("hybrid", ("mehta_gss",)),
     ],
-    ids=["pha", "attention-only", "gss-only", "sequential"],
+    ids=["pha", "attention-only", "gss-only", "sequential", "pha-mehta", "mehta-hybrid"],
 )
 
 
@@ -49,8 +57,12 @@ def small_config(**overrides: Any) -> PHAConfig:
         "num_key_value_heads": 2,
         "head_dim": 10,
         "state_size": 48,
-    }
-    return PHAConfig(**(fields | overrides))
+    } | overrides
+    if fields.get("block") == "hybrid":
+        fields |= {"block": "sequential", "attention_layers": [1], "primary_ffn_expansion": 0}
+    if "mehta_gss" in fields.get("branches", ()):
+        fields.setdefault("branch_options", {"mehta_gss": MEHTA_SHAPE})
+    return PHAConfig(**fields)
 
 
 def scrambled(config: PHAConfig, seed: int = 0) -> PHAForCausalLM:

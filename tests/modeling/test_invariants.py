@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pha.modeling import PHAConfig, PHAForCausalLM
-from pha.nn.presets import PRESETS
+from pha.nn.presets import PRESETS, preset
+from pha.ops import OPS
 from pha.utils.errors import PHAError
 from tests.modeling.common import (
+    MEHTA_SHAPE,
     VOCABULARY,
     assert_same,
     cached_model,
@@ -34,6 +38,7 @@ from tests.modeling.common import (
 @functools.cache
 def shrunken(name: str) -> PHAForCausalLM:
     """The preset with its kind, branches, expansions and ratio of heads, at a small size."""
+    fields = preset(name)
     config = PHAConfig.from_preset(
         name,
         vocab_size=VOCABULARY,
@@ -41,10 +46,22 @@ def shrunken(name: str) -> PHAForCausalLM:
         num_hidden_layers=2,
         head_dim=8,
         state_size=32,
+        attention_layers=[x for x in fields.get("attention_layers", []) if x < 2],
+        branch_options={"mehta_gss": MEHTA_SHAPE}
+        if "mehta_gss" in fields.get("branches", [])
+        else {},
     )
     return scrambled(config).requires_grad_(False)
 
 
+@pytest.fixture
+def steps() -> Iterator[None]:
+    """State spaces step by step: an FFT lets rounding, though nothing else, flow back in time."""
+    with OPS["dss"].force("naive"):
+        yield
+
+
+@pytest.mark.usefixtures("steps")
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_a_later_token_never_changes_an_earlier_logit(name: str) -> None:
     model = shrunken(name)
@@ -59,6 +76,7 @@ def test_a_later_token_never_changes_an_earlier_logit(name: str) -> None:
         assert not torch.equal(after[:, t], before[:, t])
 
 
+@pytest.mark.usefixtures("steps")
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_no_gradient_flows_back_from_later_tokens(name: str) -> None:
     model = shrunken(name)
@@ -71,6 +89,7 @@ def test_no_gradient_flows_back_from_later_tokens(name: str) -> None:
         assert bool(gradient[0, : t + 1].abs().amax(-1).gt(0).all())
 
 
+@pytest.mark.usefixtures("steps")
 @each_main_kind
 def test_a_long_sequence_is_causal_too(block: str, branches: tuple[str, ...]) -> None:
     # Long enough for fused attention to work in several blocks of queries and keys.
@@ -80,6 +99,17 @@ def test_a_long_sequence_is_causal_too(block: str, branches: tuple[str, ...]) ->
     ids[:, 400:] = tokens(1, 300, seed=1)
     after = model(ids).logits
     assert torch.equal(after[:, :400], before[:, :400])
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if "mehta" in name])
+def test_convolutions_by_fft_let_only_rounding_flow_back(name: str) -> None:
+    model = shrunken(name)
+    ids = tokens(2, 70)
+    before = model(ids).logits
+    ids[:, 40:] = tokens(2, 30, seed=1)
+    after = model(ids).logits
+    assert_same(after[:, :40], before[:, :40])
+    assert (after[:, 40:] - before[:, 40:]).abs().max() > 0.1
 
 
 # Packing and padding
@@ -247,8 +277,17 @@ def test_the_cache_is_the_state_and_nothing_else() -> None:
         model.config.use_cache = True
 
 
-def test_recurrent_state_is_float32_beside_bfloat16_keys() -> None:
-    model = scrambled(small_config()).bfloat16()
+def test_the_complex_state_is_kept_as_pairs_of_real_numbers() -> None:
+    model = cached_model("parallel", ("mehta_gss", "attention", "ffn"))
+    for T in (1, 9):
+        for layer in model(tokens(2, T), use_cache=True).past_key_values.layers:
+            state = layer.recurrent_states[0]
+            assert (state.shape, state.dtype) == ((2, 12, 20, 2), torch.float32)
+
+
+@pytest.mark.parametrize("first", ["gss", "mehta_gss"])
+def test_recurrent_state_is_float32_beside_bfloat16_keys(first: str) -> None:
+    model = scrambled(small_config(branches=[first, "attention"])).bfloat16()
     cache = model(tokens(2, 9)).past_key_values
     assert cache.layers[0].recurrent_states[0].dtype == torch.float32
     assert cache.layers[0].keys.dtype == torch.bfloat16
@@ -261,6 +300,32 @@ def test_what_each_layer_keeps() -> None:
     }
     for branches, kind in kept.items():
         assert small_config(branches=list(branches)).layer_types == [kind] * 2
+
+
+def test_what_layers_of_different_branches_keep() -> None:
+    def kinds(**fields: Any) -> list[str]:
+        return small_config(num_hidden_layers=4, **fields).layer_types
+
+    linear, full = "linear_attention", "full_attention"
+    # Without keys anywhere, the first layer counts the past.
+    assert kinds(branches=["mehta_gss"]) == ["hybrid", linear, linear, linear]
+    assert kinds(branches=["gss"], attention_layers=[1, 3]) == [linear, full, linear, full]
+    assert kinds(branches=["gss", "attention"], attention_layers=[0]) == [full, *["hybrid"] * 3]
+    # Layers that keep nothing are not asked for the length of the past.
+    assert kinds(branches=["ffn"], attention_layers=[2]) == [linear, linear, full, linear]
+    window = kinds(branches=["gss", "attention"], attention_layers=[3], attention_window=8)
+    assert window == [*["hybrid_sliding"] * 3, "sliding_attention"]
+
+
+def test_the_past_is_counted_where_the_first_layers_keep_nothing() -> None:
+    config = small_config(branches=["ffn"], attention_layers=[1], num_hidden_layers=3)
+    model = scrambled(config)
+    ids = tokens(2, 9)
+    cache = model(ids[:, :5]).past_key_values
+    assert cache.get_seq_length() == 5
+    rest = model(ids[:, 5:], past_key_values=cache).logits
+    assert cache.get_seq_length() == 9
+    assert_same(rest, model(ids).logits[:, 5:])
 
 
 @each_main_kind

@@ -22,6 +22,8 @@ from pha.ops import OPS
 from pha.utils.errors import PHAError
 from tests.modeling.common import (
     FLOAT32_PARAMETERS,
+    GSS_PARAMETERS,
+    MEHTA_PARAMETERS,
     VOCABULARY,
     assert_same,
     cached_model,
@@ -118,6 +120,7 @@ def test_gradients_are_those_of_the_oracles(block: str, branches: tuple[str, ...
     fast = gradients()
     with (
         OPS["scan"].force("naive"),
+        OPS["dss"].force("naive"),
         OPS["attention"].force("naive"),
         OPS["linear_cross_entropy"].force("naive"),
     ):
@@ -187,8 +190,13 @@ def test_tied_embedding_is_saved_once_and_stays_tied(tmp_path: Path) -> None:
     assert bool(loaded.model.embed_tokens.weight.grad.abs().amax(-1).gt(0).all())
 
 
-def test_loading_in_bfloat16_keeps_the_scalars_in_float32(tmp_path: Path) -> None:
-    model = scrambled(small_config())
+@pytest.mark.parametrize(
+    ("state_space", "absent"), [("gss", MEHTA_PARAMETERS), ("mehta_gss", GSS_PARAMETERS)]
+)
+def test_loading_in_bfloat16_keeps_the_scalars_in_float32(
+    state_space: str, absent: set[str], tmp_path: Path
+) -> None:
+    model = scrambled(small_config(branches=[state_space, "attention"]))
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     exact = dict(model.named_parameters())
@@ -201,7 +209,7 @@ def test_loading_in_bfloat16_keeps_the_scalars_in_float32(tmp_path: Path) -> Non
             assert torch.equal(parameter, exact[name]), name
         else:
             assert parameter.dtype == torch.bfloat16, name
-    assert seen == FLOAT32_PARAMETERS
+    assert seen == FLOAT32_PARAMETERS - absent
     assert loaded(tokens(2, 9)).logits.dtype == torch.bfloat16
 
 

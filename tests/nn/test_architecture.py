@@ -34,7 +34,13 @@ MINIATURES = {
     "attention-gss-180m": "attention-gss-tiny",
     "gss-ffn-180m": "gss-ffn-tiny",
     "gss-only-180m": "gss-only-tiny",
+    "pha-125m-openwebtext": "pha-125m-openwebtext-tiny",
+    "pha-125m-mehta": "pha-125m-mehta-tiny",
+    "pha-180m-mehta": "pha-180m-mehta-tiny",
+    "mehta-gss-only-125m": "mehta-gss-only-tiny",
+    "mehta-gss-hybrid-125m": "mehta-gss-hybrid-tiny",
 }
+MEHTA = [name for name in MINIATURES if "mehta" in name]
 TINY = [name for name in PRESETS if "tiny" in name]
 # The published sizes in miniature differ in size on purpose, as the published ones do.
 TWINS = [name for name in TINY if name not in ("pha-125m-tiny", "pha-180m-tiny")]
@@ -59,12 +65,19 @@ BAD_SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("branches", {"branches": []}),
     ("branches", {"branches": ["gss", "gss"]}),
     ("branch_options", {"branch_options": {"other": {}}}),
+    ("attention_layers", {"attention_layers": [12]}),
+    ("attention_layers", {"attention_layers": [-1]}),
+    ("attention_layers", {"attention_layers": [7, 1]}),
+    ("attention_layers", {"attention_layers": [1, 1]}),
+    ("attention_layers", {"attention_layers": [True]}),
+    ("attention_layers", {"attention_layers": 3}),
     ("block", {"block": "diagonal"}),
     ("residual", {"residual": "none"}),
     ("input_scale", {"input_scale": "one"}),
     ("attention_logits", {"attention_logits": "cosine"}),
     ("deepnorm_init", {"deepnorm_init": True}),
     ("primary_ffn_expansion", {"primary_ffn_expansion": 0.001}),
+    ("primary_ffn_expansion", {"primary_ffn_expansion": -1.0}),
     ("auxiliary_ffn_expansion", {"auxiliary_ffn_expansion": 0.0}),
 ]
 
@@ -130,6 +143,25 @@ def test_ablations_are_comparable_to_the_full_model(name: str) -> None:
     assert total == pytest.approx(180e6, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("name", "total"), [("pha-125m-mehta", 125.2e6), ("pha-180m-mehta", 180.4e6)]
+)
+def test_the_layer_of_mehta_gives_the_stated_sizes(name: str, total: float) -> None:
+    assert sum(count_parameters(preset_config(name)).values()) == pytest.approx(total, abs=0.1e6)
+
+
+@pytest.mark.parametrize("name", [name for name in MEHTA if "only" in name or "hybrid" in name])
+def test_models_of_table_5_are_of_the_125m_class(name: str) -> None:
+    total = sum(count_parameters(preset_config(name)).values())
+    assert total == pytest.approx(125e6, rel=0.02)
+
+
+def test_attention_is_the_second_layer_and_one_half_a_depth_later() -> None:
+    for name in ("mehta-gss-hybrid-125m", "mehta-gss-hybrid-tiny"):
+        config = preset_config(name)
+        assert config.attention_layers == [1, 1 + config.num_hidden_layers // 2]
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_presets_are_tiny(name: str) -> None:
     counts = count_parameters(preset_config(name, vocab_size=2048))
@@ -138,10 +170,11 @@ def test_tiny_presets_are_tiny(name: str) -> None:
 
 @pytest.mark.parametrize("name", TWINS)
 def test_tiny_twins_are_within_one_percent(name: str) -> None:
-    def total(preset_name: str) -> int:
-        return sum(count_parameters(preset_config(preset_name, vocab_size=2048)).values())
+    def sizes(preset_name: str) -> tuple[int, int]:
+        counts = count_parameters(preset_config(preset_name, vocab_size=2048))
+        return sum(counts.values()), sum(counts.values()) - counts["embedding"]
 
-    assert total(name) == pytest.approx(total("pha-tiny"), rel=0.01)
+    assert sizes(name) == pytest.approx(sizes("pha-tiny"), rel=0.01)
 
 
 @pytest.mark.parametrize(("full", "tiny"), MINIATURES.items())
@@ -154,7 +187,7 @@ def test_every_full_size_has_a_tiny_one_of_its_kind(full: str, tiny: str) -> Non
 
 def test_no_preset_is_left_out() -> None:
     assert set(PRESETS) == {*MINIATURES, *MINIATURES.values(), "pha-tiny"}
-    assert set(MINIATURES) == {*PAPER_PARAMETERS, *ABLATIONS}
+    assert set(MINIATURES) == {*PAPER_PARAMETERS, *ABLATIONS, *MEHTA}
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -169,6 +202,8 @@ def test_presets_are_sound_and_named(name: str) -> None:
 
 def test_preset_is_a_copy() -> None:
     preset("pha-tiny")["hidden_size"] = 1
+    preset("pha-125m-mehta-tiny")["branch_options"]["mehta_gss"]["modes"] = 1
+    assert PRESETS["pha-125m-mehta-tiny"]["branch_options"]["mehta_gss"]["modes"] == 112
     assert PRESETS["pha-tiny"]["hidden_size"] != 1
     assert preset_config("pha-tiny", hidden_size=48).hidden_size == 48
     assert preset_config("pha-tiny").hidden_size != 48
@@ -203,6 +238,41 @@ def test_counts_sum_to_the_real_model(block: str, branches: list[str], residual:
     assert sum(counts.values()) == sum(p.numel() for p in PHAForCausalLM(config).parameters())
 
 
+@pytest.mark.parametrize("block", ["parallel", "sequential"])
+def test_counts_of_layers_with_different_branches(block: str) -> None:
+    shape = {"channels": 5, "modes": 7, "expansion": 2}
+    config = PHAConfig(
+        vocab_size=37,
+        hidden_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=6,
+        block=block,
+        branches=["mehta_gss"],
+        branch_options={"mehta_gss": shape},
+        attention_layers=[1],
+        primary_ffn_expansion=0,
+    )
+    counts = count_parameters(config)
+    norms = 24 * (2 * 4 if block == "parallel" else 4) + 24 + (4 if block == "parallel" else 0)
+    assert counts == {
+        "embedding": 37 * 24,
+        "mehta_gss": 3 * (2 * 24 * 48 + 24 * 5 + 5 * 48 + 2 * 7 + 2 * 5 * 7 + 5),
+        "attention": 2 * 24 * 12 + 2 * 24 * 6 + 2,
+        "primary_ffn": 0,
+        "norms_and_mixing": norms,
+    }
+    assert sum(counts.values()) == sum(p.numel() for p in PHAForCausalLM(config).parameters())
+
+
+def test_options_of_attention_where_only_some_layers_have_it() -> None:
+    fields: dict[str, Any] = {"branches": ["gss"], "branch_options": {"attention": {}}}
+    with pytest.raises(PHAError, match="branch_options names attention"):
+        ArchitectureConfig(**fields).check()
+    ArchitectureConfig(**fields, attention_layers=[0]).check()
+
+
 def test_counts_by_component(small: Callable[..., Any]) -> None:
     d, n, L, H, G, K = 24, 48, 3, 6, 2, 10
     config = small(primary_ffn_expansion=2.0, auxiliary_ffn_expansion=1.0)
@@ -233,6 +303,13 @@ def test_mixing_weights_are_reported_by_layer_and_branch(small: Callable[..., An
     assert report[2]["weights"] == report[0]["weights"]
     assert report[2]["effective"]["gss"] == pytest.approx(0.75, rel=3e-7)
     assert Backbone(small(block="sequential")).mixing_weights() == []
+
+
+def test_mixing_weights_of_layers_with_different_branches(small: Callable[..., Any]) -> None:
+    report = Backbone(small(branches=["gss", "ffn"], attention_layers=[1])).mixing_weights()
+    names = [list(layer["weights"]) for layer in report]
+    assert names == [["gss", "ffn"], ["attention"], ["gss", "ffn"]]
+    assert report[1] == {"weights": {"attention": 1.0}, "effective": {"attention": 1.0}}
 
 
 def test_embedding_is_scaled_by_the_root_of_the_width(small: Callable[..., Any]) -> None:

@@ -113,6 +113,38 @@ def test_sequential_block_goes_in_the_order_of_branches(
     torch.testing.assert_close(block(x, sequence), expected, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("block", [ParallelBlock, SequentialBlock])
+@pytest.mark.parametrize("attention_layer", [False, True])
+def test_a_layer_without_a_primary_ffn(
+    block: type[ParallelBlock] | type[SequentialBlock],
+    attention_layer: bool,
+    small: Callable[..., Any],
+    scramble: Callable[..., Any],
+    plain_sequence: Callable[..., Any],
+) -> None:
+    config = small(
+        branches=["gss"],
+        attention_layers=[1] if attention_layer else [],
+        primary_ffn_expansion=0,
+    )
+    module = scramble(block(config, 1)).double()
+    name = "attention" if attention_layer else "gss"
+    assert list(module.branches) == [name]
+    assert not any("ffn" in parameter for parameter, _ in module.named_parameters())
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    z = rms(x, next(p for n, p in module.named_parameters() if n.endswith("norm.weight")))
+    y = module.branches[name](z, plain_sequence(config, 7))
+    if block is ParallelBlock:
+        y = rms(y, module.mixing.norms[name].weight)
+    expected = x + y / 6**0.25
+    torch.testing.assert_close(
+        module(x, plain_sequence(config, 7)),
+        expected,
+        rtol=0,
+        atol=1e-13 * float(expected.abs().max()),
+    )
+
+
 @pytest.fixture
 def recorders(registry: None) -> list[tuple[str, Tensor, Sequence]]:
     """Two branches, `first` and `second`, that record what they are given."""
@@ -163,4 +195,4 @@ def test_sequential_branches_hand_on_their_output(
 
 
 def test_the_recorders_are_gone_again() -> None:
-    assert set(BRANCHES) == {"gss", "attention", "ffn"}
+    assert set(BRANCHES) == {"gss", "mehta_gss", "attention", "ffn"}

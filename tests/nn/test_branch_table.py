@@ -102,19 +102,16 @@ def test_options_of_another_subclass_of_a_paper_branch(small: Callable[..., Any]
             with torch.no_grad():
                 self.log_dt.sub_(slower)
 
-    config = small(
-        branches=["gss", "slow-gss"],
-        branch_options={"slow-gss": {"slower": 2.0}},
-        dt_min=0.01,
-        dt_max=0.01,
-    )
-    layer = Backbone(config).layers[0]
-    difference = layer.branches["gss"].log_dt - layer.branches["slow-gss"].log_dt
+    def log_dt(name: str, **options: Any) -> Tensor:
+        config = small(branches=[name], branch_options={name: options}, dt_min=0.01, dt_max=0.01)
+        return Backbone(config).layers[0].branches[name].log_dt
+
+    difference = log_dt("gss") - log_dt("slow-gss", slower=2.0)
     torch.testing.assert_close(difference, torch.full((3,), 2.0))
 
 
 def test_unknown_branch_names_the_field_and_what_there_is(small: Callable[..., Any]) -> None:
-    with pytest.raises(PHAError, match=r"branches names 'gsss'.*attention, ffn, gss"):
+    with pytest.raises(PHAError, match=r"branches names 'gsss'.*attention, ffn, gss, mehta_gss"):
         Backbone(small(branches=["gsss"]))
     config = PHAConfig(vocab_size=37, hidden_size=24, branches=["gsss"])
     with pytest.raises(PHAError, match=r"branches names 'gsss'"):
@@ -139,6 +136,66 @@ def test_unknown_option_names_the_branch_and_what_it_takes(
 def test_options_of_an_absent_branch_are_refused(small: Callable[..., Any]) -> None:
     with pytest.raises(PHAError, match=r"branch_options names ffn, not in branches"):
         small(branches=["gss"], branch_options={"ffn": {}})
+
+
+@pytest.mark.parametrize("name", ["keys", "items", "a.b", ""])
+def test_names_that_a_module_cannot_have_are_refused(name: str) -> None:
+    with pytest.raises(PHAError, match=f"a branch cannot be called '{name}'"):
+        register_branch(name)(type("Other", (Branch,), {}))
+    assert name not in BRANCHES
+
+
+@pytest.mark.parametrize("block", ["parallel", "sequential"])
+def test_two_branches_of_a_layer_cannot_share_a_place_in_the_cache(
+    block: str, small: Callable[..., Any]
+) -> None:
+    class Keys(Branch):
+        keeps_keys = True
+
+    register_branch("shared")(Keys)
+    with pytest.raises(
+        PHAError, match=r"^model: branches gss and mehta_gss both keep a state"
+    ) as e:
+        Backbone(small(block=block, branches=["gss", "ffn", "mehta_gss"]))
+    assert "\n" not in str(e.value)
+    with pytest.raises(PHAError, match=r"branches shared and attention both keep keys"):
+        Backbone(small(block=block, branches=["shared", "attention", "gss"]))
+    # In different layers they may.
+    Backbone(small(block=block, branches=["shared", "gss"], attention_layers=[1]))
+
+
+def test_a_branch_of_ones_own_may_keep_a_state(small: Callable[..., Any]) -> None:
+    @register_branch("sum")
+    class RunningSum(Branch):
+        keeps_state = True
+
+        def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
+            super().__init__(config, layer_idx)
+            self.gain = torch.nn.Parameter(torch.empty(config.hidden_size))
+            self.reset_parameters()
+
+        def reset_parameters(self) -> None:
+            torch.nn.init.constant_(self.gain, 0.25)
+
+        def forward(self, z_BTd: Tensor, sequence: Sequence) -> Tensor:
+            before = None
+            if sequence.cache is not None:
+                before = sequence.cache.recurrent_state(self.layer_idx)
+            total = z_BTd.cumsum(1) + (0 if before is None else before.unsqueeze(1))
+            if sequence.cache is not None:
+                sequence.cache.set_recurrent_state(self.layer_idx, total[:, -1])
+            return self.gain * total
+
+    config = PHAConfig(
+        vocab_size=37, hidden_size=24, num_hidden_layers=2, branches=["sum", "attention"]
+    )
+    assert config.layer_types == ["hybrid"] * 2
+    model = PHAForCausalLM(config).eval()
+    assert model.model.layers[0].branches["sum"].gain.tolist() == [0.25] * 24
+    ids = torch.randint(37, (2, 9))
+    cache = model(ids[:, :4]).past_key_values
+    rest = model(ids[:, 4:], past_key_values=cache).logits
+    torch.testing.assert_close(rest, model(ids).logits[:, 4:], rtol=0, atol=1e-5)
 
 
 def test_a_name_cannot_be_taken_twice(average: type[Branch]) -> None:

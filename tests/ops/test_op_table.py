@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pha.ops import OPS, Op, attention, linear_cross_entropy, scan
+from pha.ops import OPS, Op, attention, dss, linear_cross_entropy, scan
 from pha.utils.errors import PHAError
 
 EVERY_BACKEND = [(op, backend) for op in sorted(OPS) for backend in sorted(OPS[op].backends)]
@@ -18,6 +18,7 @@ q = torch.ones(1, 2, 3, 4)
 CALLS: dict[str, Callable[[], Any]] = {
     "scan": lambda: scan(u, a),
     "attention": lambda: attention(q, q, q),
+    "dss": lambda: dss(u, *[u[0, 0]] * 2, *[u[0, 0].expand(3, 3)] * 2, u[0, 0]),
     "linear_cross_entropy": lambda: linear_cross_entropy(u[0], u[0], torch.zeros(2).long()),
 }
 
@@ -77,6 +78,7 @@ WRONG: dict[str, Callable[..., Any]] = {
     "attention": lambda q, k, v, mask=None, window=None: OPS["attention"].backends["naive"](
         q, k, v, mask
     ),
+    "dss": lambda v, *rest: OPS["dss"].backends["naive"](v, *rest[:-1]),
     "linear_cross_entropy": lambda x, w, y: OPS["linear_cross_entropy"].backends["naive"](
         x, w, y.clamp(min=0)
     ),

@@ -15,6 +15,25 @@ def model() -> PHAForCausalLM:
     return PHAForCausalLM(config)
 
 
+def test_the_state_space_of_mehta_does_not_decay_and_its_rates_are_capped() -> None:
+    config = PHAConfig.from_preset("pha-125m-mehta-tiny", vocab_size=50, num_hidden_layers=2)
+    model = PHAForCausalLM(config)
+    optimizer = make_optimizer(
+        model, OptimizerConfig(weight_decay=0.3, state_space_learning_rate=1e-4)
+    )
+    set_rate(optimizer, 1e-2)
+    names = {id(p): name.rpartition(".")[2] for name, p in model.named_parameters()}
+    settings = {
+        names[id(p)]: (group["weight_decay"], group["lr"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert settings["Lambda_re"] == settings["Lambda_im"] == (0.0, 1e-4)
+    assert settings["C_re"] == settings["C_im"] == settings["D"] == (0.0, 1e-2)
+    seen = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(seen) == sorted(id(p) for p in model.parameters())
+
+
 def test_only_matrices_decay_and_every_parameter_is_in_one_group(model: PHAForCausalLM) -> None:
     optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.3))
     names = {id(p): name for name, p in model.named_parameters()}

@@ -5,7 +5,16 @@ Whatever a verb needs is imported when it runs, so that `pha --help` is quick.
 
 from collections.abc import Callable
 
-from pha.commands import data, evaluation, generation, inspection, studies, training
+from pha.commands import (
+    data,
+    evaluation,
+    generation,
+    inspection,
+    scoring,
+    sharing,
+    studies,
+    training,
+)
 from pha.commands.common import AddVerb
 
 VERBS: tuple[Callable[[AddVerb], None], ...] = (
@@ -18,6 +27,9 @@ VERBS: tuple[Callable[[AddVerb], None], ...] = (
     inspection.add_params,
     evaluation.add_evaluate,
     generation.add_generate,
+    scoring.add_score,
+    sharing.add_export,
+    sharing.add_harness,
     inspection.add_mixing,
     inspection.add_report,
     inspection.add_doctor,

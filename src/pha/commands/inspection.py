@@ -75,10 +75,10 @@ def params(options: Namespace) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         paper, difference = row["paper"], row["difference"]
-        parts = [
-            row["components"].get(c, 0)
-            for c in ("embedding", "gss", "attention", "ffn", "primary_ffn")
-        ]
+        components = row["components"]
+        state_spaces = components.get("gss", 0) + components.get("mehta_gss", 0)
+        others = [components.get(c, 0) for c in ("attention", "ffn", "primary_ffn")]
+        parts = [components["embedding"], state_spaces, *others]
         digits = 1 if row["total"] > 2e7 else 2
         table.add_row(
             row["preset"],

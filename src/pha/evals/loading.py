@@ -50,8 +50,15 @@ def model_folder(path: Path) -> tuple[Path, RunFolder | None]:
     raise PHAError(f"{path} is neither a run folder nor a saved model (no config.json)")
 
 
-def load_model(path: Path, device: torch.device | None = None) -> LoadedModel:
+def load_model(
+    path: Path, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> LoadedModel:
     """Load a run, checkpoint or model for evaluation. Weights come from safetensors only.
+
+    Args:
+        path: see `model_folder`.
+        device: where the model goes; the CPU if absent.
+        dtype: of the weights, whatever they are saved in; decays and mixing stay in fp32.
 
     Raises:
         PHAError: nothing there, damaged weights, or another kind of model.
@@ -67,7 +74,7 @@ def load_model(path: Path, device: torch.device | None = None) -> LoadedModel:
         raise PHAError(f"{folder} has no tokenizer.json; models are saved with their tokenizer")
     logging.disable_progress_bar()
     try:
-        model = PHAForCausalLM.from_pretrained(folder, use_safetensors=True)
+        model = PHAForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (SafetensorError, OSError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]

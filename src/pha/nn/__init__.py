@@ -6,6 +6,7 @@ from pha.nn.branches import BRANCHES, Branch, register_branch
 from pha.nn.config import ArchitectureConfig
 from pha.nn.ffn import SwiGLU
 from pha.nn.gss import GatedStateSpace
+from pha.nn.mehta import MehtaGSS
 from pha.nn.mixing import LearnableMixing
 from pha.nn.model import Backbone
 
@@ -17,6 +18,7 @@ __all__ = [
     "GatedStateSpace",
     "GroupedQueryAttention",
     "LearnableMixing",
+    "MehtaGSS",
     "ParallelBlock",
     "SequentialBlock",
     "SwiGLU",

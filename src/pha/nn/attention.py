@@ -46,6 +46,8 @@ class GroupedQueryAttention(Branch):
     s = ln 10 at the start: scaled-cosine attention without 1 / sqrt(K) and without relative bias.
     """
 
+    keeps_keys = True
+
     def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -58,7 +60,7 @@ class GroupedQueryAttention(Branch):
         self.W_o = nn.Linear(self.heads * self.head_dim, d, bias=False)
         self.W_q.unit_gain = self.W_k.unit_gain = True  # type: ignore[assignment]
         if self.cosine:
-            self.logit_scale = nn.Parameter(torch.empty(self.heads))
+            self.logit_scale = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -82,5 +84,12 @@ class GroupedQueryAttention(Branch):
         q, k = rotate(q, sequence.rotary).to(v.dtype), rotate(k, sequence.rotary).to(v.dtype)
         if sequence.cache is not None:
             k, v = sequence.cache.update(k, v, self.layer_idx)
-        y = attention(q, k, v, sequence.attention_mask)
+        y = attention(
+            q,
+            k,
+            v,
+            sequence.attention_mask,
+            sequence.attention_window,
+            backend=sequence.attention_backend,
+        )
         return self.W_o(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pha.nn.branches import Branch, Sequence, make_branch
+from pha.nn.branches import Branch, Sequence, make_branches
 from pha.nn.config import ArchitectureConfig
 from pha.nn.ffn import SwiGLU
 from pha.nn.mixing import LearnableMixing
@@ -35,19 +35,33 @@ class Residual(nn.Module):
         return torch.add(x_BTd, self.dropout(f(self.norm(x_BTd))), alpha=1 / self.alpha)
 
 
-class ParallelBlock(nn.Module):
+class FeedForwardSublayer(nn.Module):
+    """The end of a block of either kind: the primary FFN around its residual, if there is one."""
+
+    has_primary_ffn: bool
+
+    def add_primary_ffn(self, config: ArchitectureConfig) -> None:
+        """Make the FFN, unless the configuration gives it no size."""
+        inner = config.ffn_size(config.primary_ffn_expansion)
+        self.has_primary_ffn = inner > 0
+        if self.has_primary_ffn:
+            self.primary_ffn = SwiGLU(config.hidden_size, inner)
+            self.ffn_residual = Residual(config)
+
+    def feed_forward(self, x_BTd: Tensor) -> Tensor:
+        """Map (B, T, d) to (B, T, d)."""
+        return self.ffn_residual(x_BTd, self.primary_ffn) if self.has_primary_ffn else x_BTd
+
+
+class ParallelBlock(FeedForwardSublayer):
     """z = RMSNorm(x);  x += mix_i(branch_i(z));  x += FFN(RMSNorm(x))   (pre-norm shown)."""
 
     def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
         super().__init__()
-        self.branches = nn.ModuleDict(
-            {name: make_branch(name, config, layer_idx) for name in config.branches}
-        )
-        self.mixing = LearnableMixing(config.branches, config.hidden_size, config.rms_norm_eps)
+        self.branches = make_branches(config, layer_idx)
+        self.mixing = LearnableMixing(list(self.branches), config.hidden_size, config.rms_norm_eps)
         self.mix_residual = Residual(config)
-        inner = config.ffn_size(config.primary_ffn_expansion)
-        self.primary_ffn = SwiGLU(config.hidden_size, inner)
-        self.ffn_residual = Residual(config)
+        self.add_primary_ffn(config)
 
     def forward(self, x_BTd: Tensor, sequence: Sequence) -> Tensor:
         """Map (B, T, d) to (B, T, d)."""
@@ -56,22 +70,17 @@ class ParallelBlock(nn.Module):
             outputs = {name: branch(z_BTd, sequence) for name, branch in self.branches.items()}
             return self.mixing(outputs)
 
-        x_BTd = self.mix_residual(x_BTd, mix)
-        return self.ffn_residual(x_BTd, self.primary_ffn)
+        return self.feed_forward(self.mix_residual(x_BTd, mix))
 
 
-class SequentialBlock(nn.Module):
+class SequentialBlock(FeedForwardSublayer):
     """The same branches one after the other, each a sublayer of its own, then the primary FFN."""
 
     def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
         super().__init__()
-        self.branches = nn.ModuleDict(
-            {name: make_branch(name, config, layer_idx) for name in config.branches}
-        )
-        self.residuals = nn.ModuleDict({name: Residual(config) for name in config.branches})
-        inner = config.ffn_size(config.primary_ffn_expansion)
-        self.primary_ffn = SwiGLU(config.hidden_size, inner)
-        self.ffn_residual = Residual(config)
+        self.branches = make_branches(config, layer_idx)
+        self.residuals = nn.ModuleDict({name: Residual(config) for name in self.branches})
+        self.add_primary_ffn(config)
 
     def forward(self, x_BTd: Tensor, sequence: Sequence) -> Tensor:
         """Map (B, T, d) to (B, T, d)."""
@@ -82,7 +91,7 @@ class SequentialBlock(nn.Module):
 
         for name, branch in self.branches.items():
             x_BTd = self.residuals[name](x_BTd, bind(branch))
-        return self.ffn_residual(x_BTd, self.primary_ffn)
+        return self.feed_forward(x_BTd)
 
 
 BLOCKS: dict[str, type[ParallelBlock] | type[SequentialBlock]] = {

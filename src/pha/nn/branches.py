@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -27,16 +27,27 @@ if TYPE_CHECKING:
 class StateCache(Protocol):
     """What a branch needs of the model's cache to carry its past from call to call."""
 
+    is_static: bool
+    """Whether keys have fixed places, so that their number says nothing of how many are filled."""
+
+    def length(self) -> int | Tensor:
+        """Tokens seen so far."""
+        ...
+
+    def key_range(self, queries: int) -> tuple[int, int]:
+        """How many keys `update` will return for T new tokens, and the position of the first."""
+        ...
+
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, G, T, K); return all of them (B, G, S, K)."""
+        """Append keys and values (B, G, T, K); return those to attend to, (B, G, S, K)."""
         ...
 
     def recurrent_state(self, layer_idx: int) -> Tensor | None:
-        """The state (B, n) that the layer left behind, or None at the beginning."""
+        """The state that the layer left behind, (B, ...), or None at the beginning."""
         ...
 
     def set_recurrent_state(self, layer_idx: int, state: Tensor) -> None:
-        """Keep the layer's state (B, n)."""
+        """Keep the layer's state: one real tensor (B, ...), of the same shape at every call."""
         ...
 
 
@@ -47,6 +58,8 @@ class Sequence:
     Attributes:
         rotary: cosine and sine (B or 1, T, K / 2) of the rotary angles, float32.
         attention_mask: (B or 1, 1, T, S) bool, or None for plain causal attention.
+        attention_window: keys that a query may see besides, or None.
+        attention_backend: name in the op table; None for the one of the device.
         document_starts: (B, T) bool, true where a document begins, or None.
         token_mask: (B, T) bool, false at padding, or None.
         cache: where the past is, or None when the tokens are the whole sequence.
@@ -54,6 +67,8 @@ class Sequence:
 
     rotary: tuple[Tensor, Tensor]
     attention_mask: Tensor | None = None
+    attention_window: int | None = None
+    attention_backend: str | None = None
     document_starts: Tensor | None = None
     token_mask: Tensor | None = None
     cache: StateCache | None = None
@@ -65,11 +80,22 @@ class Branch(nn.Module):
     A subclass takes `(config, layer_idx)` and, as keyword arguments, whatever it wants to receive
     from `branch_options`. Its `forward(z_BTd, sequence)` returns (B, T, d), must not look ahead,
     and must respect `sequence`: documents, padding and, if it has one, the cache.
+
+    Attributes:
+        keeps_keys: it passes keys and values to `StateCache.update`, exactly once a call.
+        keeps_state: it keeps a recurrent state in the cache. The cache holds one of each kind per
+            layer, so no two branches of a layer may keep the same.
     """
+
+    keeps_keys: ClassVar[bool] = False
+    keeps_state: ClassVar[bool] = False
 
     def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+
+    def reset_parameters(self) -> None:
+        """Set the starting values of the branch's own parameters, not those of linear layers."""
 
     def forward(self, z_BTd: Tensor, sequence: Sequence) -> Tensor:
         """Map (B, T, d) to (B, T, d)."""
@@ -85,10 +111,12 @@ def register_branch(name: str) -> Callable[[_B], _B]:
     """Class decorator: make a branch known under `name`.
 
     Raises:
-        PHAError: another class has that name.
+        PHAError: another class has that name, or no module can have it.
     """
 
     def register(cls: _B) -> _B:
+        if not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise PHAError(f"a branch cannot be called {name!r}, a word of torch; choose another")
         if BRANCHES.setdefault(name, cls) is not cls:
             raise PHAError(f"there is a branch {name!r} already: {BRANCHES[name].__name__}")
         return cls
@@ -96,12 +124,26 @@ def register_branch(name: str) -> Callable[[_B], _B]:
     return register
 
 
-def make_branch(name: str, config: ArchitectureConfig, layer_idx: int) -> Branch:
-    """Construct the branch called `name`.
+def make_branches(config: ArchitectureConfig, layer_idx: int) -> nn.ModuleDict:
+    """Construct the branches of one layer, by name and in order.
 
     Raises:
-        PHAError: no such branch, or options that its constructor does not take.
+        PHAError: no such branch, options that its constructor does not take, or two branches that
+            need the same place in the cache.
     """
+    names = config.layer_branches(layer_idx)
+    branches = nn.ModuleDict({name: _make_branch(name, config, layer_idx) for name in names})
+    for what, kept in (("a state", "keeps_state"), ("keys", "keeps_keys")):
+        keepers = [name for name, branch in branches.items() if getattr(branch, kept)]
+        if len(keepers) > 1:
+            raise PHAError(
+                f"model: branches {' and '.join(keepers)} both keep {what}, and the cache holds "
+                "one per layer; leave one of them out"
+            )
+    return branches
+
+
+def _make_branch(name: str, config: ArchitectureConfig, layer_idx: int) -> Branch:
     if name not in BRANCHES:
         known = ", ".join(sorted(BRANCHES))
         raise PHAError(f"model: branches names {name!r}; there is {known}")

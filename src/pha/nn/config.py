@@ -22,10 +22,12 @@ class ArchitectureConfig:
             with its own norm and residual, in the order of `branches`.
         branches: names in `pha.nn.BRANCHES`; the primary FFN comes after them and is not one.
         branch_options: keyword arguments for the constructors of branches, by branch name.
+        attention_layers: layers, counted from 0, whose only branch is `attention`, whatever
+            `branches` says, as in stacks of state spaces with a few layers of attention.
         num_attention_heads: H, query heads.
         num_key_value_heads: G, shared key-value heads.
         head_dim: K, size of a head (even, for the rotary embedding).
-        primary_ffn_expansion: hidden size of the primary FFN over d.
+        primary_ffn_expansion: hidden size of the primary FFN over d; 0 for layers without one.
         auxiliary_ffn_expansion: hidden size of the `ffn` branch over d.
         state_size: n, a multiple of 16 [ours: chosen to reach the paper's parameter counts].
         dt_min: shortest initial time step of the state space, log-uniform [ours].
@@ -33,6 +35,9 @@ class ArchitectureConfig:
         input_scale: b in Eq. 2: `unit-variance` is sqrt(1 - a^2), `zero-order-hold` is 1 - a
             [ours, measured equal; the first keeps slow states at unit scale].
         rope_theta: base of the rotary embedding [ours: the value was lost].
+        attention_window: how many keys a query sees, its own included; None is all of them. With a
+            window, cost is linear and memory constant in length, and the state space alone carries
+            what lies behind it [ours: not in the paper].
         attention_logits: `scaled-cosine` as in the paper, or `dot-product` over sqrt(K).
         residual: `pre` is x + f(RMSNorm(x)) / alpha, `post` is RMSNorm(alpha x + f(x)), the two
             sound readings of "scales residual connections by alpha" [ours: pre].
@@ -49,6 +54,7 @@ class ArchitectureConfig:
     block: Literal["parallel", "sequential"] = "parallel"
     branches: list[str] = field(default_factory=lambda: ["gss", "attention", "ffn"])
     branch_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attention_layers: list[int] = field(default_factory=list)
     num_attention_heads: int = 8
     num_key_value_heads: int = 2
     head_dim: int = 76
@@ -59,6 +65,7 @@ class ArchitectureConfig:
     dt_max: float = 1e-1
     input_scale: Literal["unit-variance", "zero-order-hold"] = "unit-variance"
     rope_theta: float = 10000.0
+    attention_window: int | None = None
     attention_logits: Literal["scaled-cosine", "dot-product"] = "scaled-cosine"
     residual: Literal["pre", "post"] = "pre"
     deepnorm_init: bool = False
@@ -75,6 +82,16 @@ class ArchitectureConfig:
     def deepnorm_beta(self) -> float:
         """DeepNorm's beta = (8 L)^(-1/4), the gain of value, output and FFN weights."""
         return float((8 * self.num_hidden_layers) ** -0.25)
+
+    @property
+    def branch_names(self) -> list[str]:
+        """Every branch that some layer may have: `branches`, and what `attention_layers` adds."""
+        added = ["attention"] if self.attention_layers else []
+        return list(dict.fromkeys([*self.branches, *added]))
+
+    def layer_branches(self, layer_idx: int) -> list[str]:
+        """Names of the branches of one layer."""
+        return ["attention"] if layer_idx in self.attention_layers else list(self.branches)
 
     def ffn_size(self, expansion: float) -> int:
         """Hidden size of an FFN: `expansion` times d, to the nearest multiple of 8 [ours]."""
@@ -119,6 +136,10 @@ class ArchitectureConfig:
             0 < self.dt_min <= self.dt_max,
             f"dt_min ({self.dt_min}) must be above 0 and at most dt_max ({self.dt_max})",
         )
+        _require(
+            self.attention_window is None or self.attention_window >= 2,
+            f"attention_window is {self.attention_window}; at least 2, or null for no window",
+        )
         _require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)")
         _require(bool(self.branches), "branches is empty; name at least one, such as gss")
         _require(
@@ -137,13 +158,25 @@ class ArchitectureConfig:
             self.residual == "post" or not self.deepnorm_init,
             "deepnorm_init needs residual post; with pre, leave it off",
         )
-        unknown = set(self.branch_options) - set(self.branches)
+        last = self.num_hidden_layers - 1
+        _require(
+            self.attention_layers == sorted(set(self.attention_layers))
+            and all(0 <= layer <= last for layer in self.attention_layers),
+            f"attention_layers is {self.attention_layers}; name each layer once, in order, "
+            f"from 0 to {last}",
+        )
+        unknown = set(self.branch_options) - set(self.branch_names)
         _require(not unknown, f"branch_options names {', '.join(sorted(unknown))}, not in branches")
-        for name in ("primary_ffn_expansion", "auxiliary_ffn_expansion"):
-            size = self.ffn_size(getattr(self, name))
+        for name, may_be_zero in (
+            ("primary_ffn_expansion", True),
+            ("auxiliary_ffn_expansion", False),
+        ):
+            expansion = getattr(self, name)
+            size = self.ffn_size(expansion)
             _require(
-                size >= 8,
-                f"{name} is {getattr(self, name)}, a hidden size of {size}; at least 8 is needed",
+                size >= 8 or (may_be_zero and expansion == 0),
+                f"{name} is {expansion}, a hidden size of {size}; at least 8 is needed"
+                + (", or 0 for no FFN" if may_be_zero else ""),
             )
 
 

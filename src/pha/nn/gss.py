@@ -27,6 +27,8 @@ class GatedStateSpace(Branch):
     space and in float32 whatever the precision of the rest. b is `input_scale`.
     """
 
+    keeps_state = True
+
     def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         d, n = config.hidden_size, config.state_size
@@ -34,8 +36,9 @@ class GatedStateSpace(Branch):
         self.W_B = nn.Linear(d, n, bias=False)
         self.W_C = nn.Linear(n, d, bias=False)
         self.W_g.unit_gain = True  # type: ignore[assignment]
-        self.log_A = nn.Parameter(torch.empty(n))
-        self.log_dt = nn.Parameter(torch.empty(n // GROUP))
+        # Not in the default type, which loaders set to that of the other weights.
+        self.log_A = nn.Parameter(torch.empty(n, dtype=torch.float32))
+        self.log_dt = nn.Parameter(torch.empty(n // GROUP, dtype=torch.float32))
         self.input_scale = config.input_scale
         self.dt_range = (config.dt_min, config.dt_max)
         self.reset_parameters()

@@ -18,7 +18,7 @@ class LearnableMixing(nn.Module):
     def __init__(self, names: list[str], hidden_size: int, eps: float) -> None:
         super().__init__()
         self.names = list(names)
-        self.theta = nn.Parameter(torch.zeros(len(names)))
+        self.theta = nn.Parameter(torch.zeros(len(names), dtype=torch.float32))
         self.norms = nn.ModuleDict({name: RMSNorm(hidden_size, eps) for name in names})
 
     def reset_parameters(self) -> None:

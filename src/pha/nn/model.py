@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from pha.nn.attention import GroupedQueryAttention, rotary_angles
+from pha.nn.attention import rotary_angles
 from pha.nn.block import BLOCKS, ParallelBlock
-from pha.nn.branches import Sequence, StateCache
+from pha.nn.branches import Branch, Sequence, StateCache
 from pha.nn.config import ArchitectureConfig
-from pha.nn.gss import GatedStateSpace
 from pha.nn.mixing import LearnableMixing
 from pha.nn.norm import RMSNorm
-from pha.ops.attention import attention_mask
+from pha.ops.attention import attention_mask, placed_attention_mask
 from pha.ops.precision import compute_type
 
 
@@ -32,6 +34,11 @@ class Backbone(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         block = BLOCKS[config.block]
         self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
+        # Set by transformers' gradient_checkpointing_enable, or by hand.
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Tensor] = partial(
+            checkpoint, use_reentrant=False
+        )
         # With the post reading each layer ends in a norm of its own.
         self.norm = (
             RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -47,37 +54,70 @@ class Backbone(nn.Module):
         document_starts: Tensor | None = None,
         token_mask: Tensor | None = None,
         cache: StateCache | None = None,
-        past_length: int = 0,
+        attention_backend: str | None = None,
+        layer_inputs: list[Tensor] | None = None,
     ) -> Tensor:
         """Hidden states (B, T, d) after the final norm, in the compute type.
 
         Args:
             input_ids: (B, T) tokens, or
             inputs_embeds: (B, T, d) in their place, before the scaling by sqrt(d).
-            positions: (B or 1, T); counts on from `past_length` when absent. Only differences
-                matter, since attention is rotary.
+            positions: (B or 1, T); counts on from the cache when absent. Only differences matter,
+                since attention is rotary.
             document_starts: (B, S) bool over cached and new tokens, true where one begins.
             token_mask: (B, S) bool over cached and new tokens, false at padding.
             cache: the model's state so far; updated.
-            past_length: number of tokens in the cache, S - T.
+            attention_backend: name in the op table; None for the one of the device.
+            layer_inputs: receives what enters each layer, (B, T, d).
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        T = inputs_embeds.shape[1]
-        S = past_length + T
-        if positions is None:
-            positions = torch.arange(past_length, S, device=inputs_embeds.device).unsqueeze(0)
-        sequence = Sequence(
-            rotary=rotary_angles(positions, self.config.head_dim, self.config.rope_theta),
-            attention_mask=attention_mask(T, S, inputs_embeds.device, document_starts, token_mask),
-            document_starts=None if document_starts is None else document_starts[:, -T:],
-            token_mask=None if token_mask is None else token_mask[:, -T:],
-            cache=cache,
+        sequence = self._sequence(
+            inputs_embeds, positions, document_starts, token_mask, cache, attention_backend
         )
         x = self.dropout(inputs_embeds * math.sqrt(self.config.hidden_size))
         for layer in self.layers:
-            x = layer(x, sequence)
+            if layer_inputs is not None:
+                layer_inputs.append(x)
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer, x, sequence)
+            else:
+                x = layer(x, sequence)
         return self.norm(x).to(compute_type(x))
+
+    def _sequence(
+        self,
+        inputs_embeds: Tensor,
+        positions: Tensor | None,
+        document_starts: Tensor | None,
+        token_mask: Tensor | None,
+        cache: StateCache | None,
+        attention_backend: str | None,
+    ) -> Sequence:
+        """What all layers need to know of the tokens."""
+        T, device, config = inputs_embeds.shape[1], inputs_embeds.device, self.config
+        past, (keys, first) = (0, (T, 0)) if cache is None else (cache.length(), cache.key_range(T))
+        query = torch.arange(T, device=device) + past
+        window = config.attention_window
+        new: Tensor | slice = slice(-T, None)
+        mask: Tensor | None
+        if cache is not None and cache.is_static:
+            key = torch.arange(keys, device=device) + first
+            mask = placed_attention_mask(query, key, document_starts, token_mask, window)
+            window, new = None, query
+        else:
+            mask = attention_mask(T, keys, device, document_starts, token_mask)
+        return Sequence(
+            rotary=rotary_angles(
+                query[None] if positions is None else positions, config.head_dim, config.rope_theta
+            ),
+            attention_mask=mask,
+            attention_window=window,
+            attention_backend=attention_backend,
+            document_starts=None if document_starts is None else document_starts[:, new],
+            token_mask=None if token_mask is None else token_mask[:, new],
+            cache=cache,
+        )
 
     @torch.no_grad()
     def mixing_weights(self) -> list[dict[str, dict[str, float]]]:
@@ -105,7 +145,7 @@ def initialise(module: nn.Module, config: ArchitectureConfig) -> None:
     """
     if isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=config.hidden_size**-0.5)
-    elif isinstance(module, RMSNorm | LearnableMixing | GatedStateSpace | GroupedQueryAttention):
+    elif isinstance(module, RMSNorm | LearnableMixing | Branch):
         module.reset_parameters()
     elif isinstance(module, nn.Linear) and not config.deepnorm_init:
         nn.init.normal_(module.weight, std=config.initializer_range)

@@ -20,7 +20,7 @@ def count_parameters(config: ArchitectureConfig) -> dict[str, int]:
     with torch.device("meta"):
         backbone = Backbone(config)
     counts: Counter[str] = Counter({"embedding": 0})
-    counts.update(dict.fromkeys(config.branches, 0))
+    counts.update(dict.fromkeys(config.branch_names, 0))
     counts.update({"primary_ffn": 0, "norms_and_mixing": 0})
     for name, parameter in backbone.named_parameters():
         parts = name.split(".")

@@ -16,7 +16,13 @@ WINDOW_BLOCK = 256  # queries at a time under a window: each block reads this ma
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    window: int | None = None,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """softmax(q k^T) v, causal; any scaling of the logits is already in q.
 
@@ -28,11 +34,13 @@ def attention(
             plain causal attention, the fast path.
         window: how many keys a query may see, its own included; None means all. Work and memory
             are then linear in T.
+        backend: `sdpa` or `naive`; None for the one of the device.
 
     Returns:
         (B, H, T, K) in the type of `v`.
     """
-    return _OP(q.device.type)(q, k, v, mask, window)
+    function = _OP(q.device.type) if backend is None else _OP.backends[backend]
+    return function(q, k, v, mask, window)
 
 
 def attention_mask(
@@ -66,6 +74,40 @@ def attention_mask(
         mask = mask & (document[:, keys - queries :, None] == document[:, None, :])
     if token_mask is not None:
         mask = mask & (token_mask[:, None, -keys:] | (key == query)[None])
+    return mask[:, None]
+
+
+def placed_attention_mask(
+    query: Tensor,
+    key: Tensor,
+    document_starts: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """The mask of a cache whose keys have fixed places, filled or not.
+
+    Args:
+        query: (T,) positions of the new tokens.
+        key: (S,) positions of the places.
+        document_starts: (B, N) bool over positions 0 .. N - 1.
+        token_mask: (B, N) bool over the same, false at padding.
+        window: how many keys a query may see.
+
+    Returns:
+        (B or 1, 1, T, S) bool.
+    """
+    q, k = query[:, None], key[None, :]
+    mask = (k <= q) & (k >= 0)
+    if window is not None:
+        mask = mask & (k > q - window)
+    mask = mask[None]
+    if document_starts is not None:
+        document = document_starts.cumsum(-1)
+        known = key.clamp(0, document.shape[1] - 1)
+        mask = mask & (document[:, query, None] == document[:, None, known])
+    if token_mask is not None:
+        known = key.clamp(0, token_mask.shape[1] - 1)
+        mask = mask & (token_mask[:, None, known] | (k == q)[None])
     return mask[:, None]
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from pha.report.plots import branch_names, mean_share
+
 Row = tuple[str, Callable[[dict[str, Any], dict[str, Any]], float], Callable[[float], str], Any]
 
 # Heading, value of a result and its evaluation, how it is shown, which extreme is best.
@@ -63,36 +65,36 @@ def _evaluation(result: dict[str, Any], split: str | None) -> dict[str, Any]:
 
 
 def mixing_table(layers: Sequence[dict[str, dict[str, float]]], title: str) -> Table:
-    """Weight and effective share of each branch, layer by layer, and their means."""
+    """Weight and effective share of each branch, layer by layer, and means of those that have it."""
     table = Table(title=title)
     table.add_column("layer", justify="right")
-    names = list(layers[0]["weights"])
+    weights, effective = ([layer[kind] for layer in layers] for kind in ("weights", "effective"))
+    names = branch_names(weights)
     for name in names:
         table.add_column(name, justify="right")
-    for i, layer in enumerate(layers):
-        table.add_row(str(i), *(_share(layer["weights"][n], layer["effective"][n]) for n in names))
-    means = [
-        [sum(layer[kind][n] for layer in layers) / len(layers) for kind in ("weights", "effective")]
-        for n in names
-    ]
+    for i, (w, e) in enumerate(zip(weights, effective, strict=True)):
+        table.add_row(str(i), *(_share(w.get(n), e.get(n)) for n in names))
     table.add_section()
+    means = ((mean_share(weights, n), mean_share(effective, n)) for n in names)
     table.add_row("mean", *(_share(w, e) for w, e in means))
     return table
 
 
-def _share(weight: float, effective: float) -> str:
+def _share(weight: float | None, effective: float | None) -> str:
+    if weight is None or effective is None:
+        return "-"
     return f"{weight:.1%} ({effective:.1%})"
 
 
 def mixing_history_table(records: Sequence[dict[str, Any]]) -> Table:
-    """Mean weight over the layers at every recorded step."""
+    """Mean weight over the layers that have a branch, at every recorded step."""
     table = Table(title="mean weight over the layers, by step")
-    names = list(records[0]["layers"][0]["weights"])
+    names = branch_names([layer["weights"] for layer in records[0]["layers"]])
     table.add_column("step", justify="right")
     for name in names:
         table.add_column(name, justify="right")
     for record in records:
-        layers = record["layers"]
-        means = (sum(layer["weights"][n] for layer in layers) / len(layers) for n in names)
-        table.add_row(f"{record['step']:,}", *(f"{m:.2%}" for m in means))
+        weights = [layer["weights"] for layer in record["layers"]]
+        means = (mean_share(weights, n) for n in names)
+        table.add_row(f"{record['step']:,}", *("-" if m is None else f"{m:.2%}" for m in means))
     return table

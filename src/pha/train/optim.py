@@ -10,19 +10,22 @@ from torch import nn
 
 from pha.train.config import OptimizerConfig, ScheduleConfig
 
-STATE_SPACE = ("log_A", "log_dt")
+STATE_SPACE = ("log_A", "log_dt", "Lambda_re", "Lambda_im")
+STATE_SPACE_MATRICES = ("C_re", "C_im")
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW in three groups: matrices decay, vectors do not, A and dt have a capped rate.
+    """AdamW in three groups: matrices decay, vectors do not, decays and steps have a capped rate.
 
-    Norm gains, mixing scalars and attention scales are vectors.
+    Norm gains, mixing scalars and attention scales are vectors. The matrix C of a state space
+    counts as vectors: a weight per mode, not a projection.
     """
     matrices, vectors, state_space = [], [], []
     for name, parameter in model.named_parameters():
-        if name.rsplit(".", 1)[-1] in STATE_SPACE:
+        own_name = name.rsplit(".", 1)[-1]
+        if own_name in STATE_SPACE:
             state_space.append(parameter)
-        elif parameter.ndim >= 2:
+        elif parameter.ndim >= 2 and own_name not in STATE_SPACE_MATRICES:
             matrices.append(parameter)
         else:
             vectors.append(parameter)

@@ -259,10 +259,10 @@ def _train(session: Session) -> Progress:
         write_text(run.config, yaml.safe_dump(config.to_dict(), sort_keys=False))
     if config.run.trackers:
         accelerator.init_trackers("pha", config={"recipe": config.recipe or "custom"})
-    model = make_model(config)
-    trainer = Trainer(
-        config, plan, run, model, store.tokenizer(), store, accelerator, session.console
-    )
+    model, tokenizer = make_model(config), store.tokenizer()
+    # So that generation from a saved model ends where a document does.
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    trainer = Trainer(config, plan, run, model, tokenizer, store, accelerator, session.console)
     if trainer.resume():
         if trainer.progress.data_sha256 != store.sha256:
             raise PHAError(f"{store.path} is not the data that {run.path} was trained on")

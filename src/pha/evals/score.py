@@ -1,0 +1,246 @@
+"""Scoring a document of any length in pieces, with the model's state carried along."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pha.data.encoding import TextEncoder
+from pha.evals.loading import LoadedModel
+from pha.ops import token_statistics
+from pha.utils.errors import PHAError
+from pha.utils.hardware import PRECISIONS, peak_memory
+
+READ_CHARACTERS = 1 << 20
+EARLY_TOKENS = 8192
+"""Where memory is looked at a first time, to be compared with the end of the document."""
+
+
+@dataclass(frozen=True)
+class Surprisal:
+    """A piece of a document, scored.
+
+    Attributes:
+        ids: (T,) tokens.
+        nats: (T,) float32, -log p of each token given all before it; not a number for the first
+            token of the document, which nothing predicts.
+        hits: (T,) bool, whether it was the top prediction.
+    """
+
+    ids: np.ndarray
+    nats: np.ndarray
+    hits: np.ndarray
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model makes of a document.
+
+    Attributes:
+        name: of the document.
+        tokens: scored, so all but the first.
+        words: whitespace words and line ends.
+        bytes: of UTF-8.
+        loss: mean -log p, nats per token.
+        perplexity: exp(loss).
+        word_perplexity: exp(total / words).
+        byte_perplexity: exp(total / bytes).
+        bits_per_byte: total / bytes, in bits.
+        accuracy: fraction of tokens that were the top prediction.
+        seconds: wall time.
+        tokens_per_second: over the whole document.
+        memory_early: most bytes held after 8,192 tokens.
+        memory_end: most bytes held at the end.
+        protocol: how it was measured.
+    """
+
+    name: str
+    tokens: int
+    words: int
+    bytes: int
+    loss: float
+    perplexity: float
+    word_perplexity: float
+    byte_perplexity: float
+    bits_per_byte: float
+    accuracy: float
+    seconds: float
+    tokens_per_second: float
+    memory_early: int
+    memory_end: int
+    protocol: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain mapping for JSON."""
+        return asdict(self)
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """Yield a UTF-8 file in parts of a megabyte or so, line ends untouched.
+
+    Raises:
+        PHAError: not there, or not UTF-8.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            while part := file.read(READ_CHARACTERS):
+                yield part
+    except UnicodeDecodeError as error:
+        raise PHAError(f"{path} is not UTF-8 text; convert it to UTF-8") from error
+    except OSError as error:
+        raise PHAError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def token_stream(parts: Iterator[str], encoder: TextEncoder) -> Iterator[np.ndarray]:
+    """Ids of a text that comes in parts, the same as those of the whole.
+
+    What may still change with the next part is held back. A tokenizer whose text cannot be cut
+    needs all of it at once.
+    """
+    held = ""
+    for part in parts:
+        pieces = list(encoder.pieces(held + part))
+        held = pieces.pop()
+        for piece in pieces:
+            yield encoder.encode(piece)
+    if held:
+        yield encoder.encode(held)
+
+
+def _regroup(arrays: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """The same ids in arrays of `size`, the last one shorter."""
+    held: list[np.ndarray] = []
+    count = 0
+    for array in arrays:
+        held.append(array)
+        count += len(array)
+        if count >= size:
+            ids = np.concatenate(held)
+            whole = count - count % size
+            yield from np.split(ids[:whole], whole // size)
+            held, count = [ids[whole:]], count - whole
+    if count:
+        yield np.concatenate(held)
+
+
+@torch.inference_mode()
+def stream(
+    loaded: LoadedModel, parts: Iterator[str], piece: int = 2048, precision: str = "fp32"
+) -> Iterator[Surprisal]:
+    """Score a text piece by piece; the numbers are those of one forward pass over all of it.
+
+    Args:
+        loaded: model and tokenizer.
+        parts: the text, in any division.
+        piece: tokens per forward pass.
+        precision: fp32, or bf16 for autocast.
+
+    Raises:
+        PHAError: a piece of less than one token.
+    """
+    if piece < 1:
+        raise PHAError(f"a piece has {piece} tokens; at least 1")
+    model, device = loaded.model, loaded.model.device
+    cache = model.new_cache()
+    previous: torch.Tensor | None = None  # hidden state at the last token of the piece before
+    autocast = torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+    for array in _regroup(token_stream(parts, TextEncoder(loaded.tokenizer)), piece):
+        ids = torch.from_numpy(array).to(device)
+        with autocast:
+            hidden = model.hidden_states(ids[None], past_key_values=cache)[0]
+            before = hidden[:-1] if previous is None else torch.cat([previous, hidden[:-1]])
+            targets = ids[1:] if previous is None else ids
+            nats, hits = token_statistics(before, model.lm_head.weight, targets)
+        values, right = nats.float().cpu().numpy(), hits.cpu().numpy()
+        if previous is None:
+            values = np.concatenate([[np.float32(math.nan)], values])
+            right = np.concatenate([[False], right])
+        previous = hidden[-1:]
+        yield Surprisal(array, values, right)
+
+
+def score(
+    loaded: LoadedModel,
+    name: str,
+    parts: Iterator[str],
+    *,
+    piece: int = 2048,
+    precision: str = "fp32",
+    each: Callable[[Surprisal], None] | None = None,
+) -> Score:
+    """Score a document and sum up.
+
+    Args:
+        loaded: model and tokenizer.
+        name: of the document.
+        parts: its text, in any division.
+        piece: tokens per forward pass.
+        precision: fp32, or bf16 for autocast.
+        each: called with every piece as it is done.
+
+    Raises:
+        PHAError: fewer than two tokens.
+    """
+    words = size = tokens = seen = hits = early = 0
+    total = 0.0
+    in_word = False
+
+    def counted() -> Iterator[str]:
+        nonlocal words, size, in_word
+        for part in parts:
+            # A word that crosses two parts counts once.
+            words += len(part.split()) - (in_word and not part[0].isspace()) + part.count("\n")
+            in_word = not part[-1].isspace()
+            size += len(part.encode())
+            yield part
+
+    begin = time.perf_counter()
+    device = loaded.model.device
+    for surprisal in stream(loaded, counted(), piece, precision):
+        known = surprisal.nats[np.isfinite(surprisal.nats)] if not seen else surprisal.nats
+        total += float(known.sum(dtype=np.float64))
+        hits += int(surprisal.hits.sum())
+        seen += len(surprisal.ids)
+        if early == 0 and seen >= EARLY_TOKENS:
+            early = peak_memory(device)
+        if each is not None:
+            each(surprisal)
+    tokens = seen - 1
+    if tokens < 1:
+        raise PHAError(f"{name} has {seen} tokens; at least 2 are needed to predict anything")
+    seconds = time.perf_counter() - begin
+    window = loaded.model.config.attention_window
+    return Score(
+        name=name,
+        tokens=tokens,
+        words=words,
+        bytes=size,
+        loss=total / tokens,
+        perplexity=_exp(total / tokens),
+        word_perplexity=_exp(total / words) if words else math.inf,
+        byte_perplexity=_exp(total / size),
+        bits_per_byte=total / size / math.log(2),
+        accuracy=hits / tokens,
+        seconds=seconds,
+        tokens_per_second=seen / seconds,
+        memory_early=early or peak_memory(device),
+        memory_end=peak_memory(device),
+        protocol={
+            "windows": "one document, state carried from piece to piece",
+            "piece": piece,
+            "attention_window": window,
+            "first_token": "not scored",
+            "precision": precision,
+        },
+    )
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf

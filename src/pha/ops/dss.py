@@ -1,0 +1,261 @@
+"""The diagonal state space of Mehta et al. (2022), "simplified DSS": N modes shared by H channels.
+
+Every channel h of the input drives N complex modes, which all channels share:
+
+    h_t = exp(Lambda) h_{t-1} + v_t                 (H, N) complex, one state per channel and mode
+    y_t = Re(sum_n C~_n h_{t,n}) + D v_t            C~ = C (exp(Lambda) - 1) / Lambda
+
+with Lambda = -exp(Lambda_re) + i exp(Lambda_im). Unrolled, y is a causal convolution with the
+kernel K_h[l] = Re(sum_n C~_hn exp(Lambda_n l)), plus D at l = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
+
+from pha.ops.backends import Op
+from pha.ops.precision import accumulation_type
+from pha.ops.testing import relative_error
+
+
+def dss(
+    v: Tensor,
+    Lambda_re: Tensor,
+    Lambda_im: Tensor,
+    C_re: Tensor,
+    C_im: Tensor,
+    D: Tensor,
+    h0: Tensor | None = None,
+    starts: Tensor | None = None,
+    last_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Run the state space over time.
+
+    Args:
+        v: (B, T, H) inputs, any floating type.
+        Lambda_re: (N,) logarithms of the modes' decay rates, per step.
+        Lambda_im: (N,) logarithms of their angular frequencies, in radians per step.
+        C_re: (H, N) real part of C.
+        C_im: (H, N) imaginary part of C.
+        D: (H,) weights of the direct path.
+        h0: (B, H, N, 2) real and imaginary parts of the state before the first step; zeros when
+            absent.
+        starts: (B, T) bool, true where a document begins: the state is reset before that step.
+        last_state: whether the last state is wanted. It costs as much as a matrix product.
+
+    Returns:
+        y (B, T, H) in the type of `v`, and the last state (B, H, N, 2), or None if not wanted.
+        Computed in float32 (float64 for float64 inputs), the type of the last state.
+    """
+    with torch.autocast(v.device.type, enabled=False):
+        return _OP(v.device.type)(v, Lambda_re, Lambda_im, C_re, C_im, D, h0, starts, last_state)
+
+
+def dss_naive(
+    v: Tensor,
+    Lambda_re: Tensor,
+    Lambda_im: Tensor,
+    C_re: Tensor,
+    C_im: Tensor,
+    D: Tensor,
+    h0: Tensor | None = None,
+    starts: Tensor | None = None,
+    last_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The oracle: the recurrence as written, differentiated by autograd; also one decoding step."""
+    dtype = accumulation_type(v)
+    Lambda, C = _modes(Lambda_re, Lambda_im, C_re, C_im, dtype)
+    decay = Lambda.exp().to(C.dtype)
+    if h0 is None:
+        h = C.new_zeros(v.shape[0], *C.shape)
+    else:
+        h = torch.view_as_complex(h0.to(dtype).contiguous())
+    outputs = []
+    for t in range(v.shape[1]):
+        if starts is not None:
+            h = torch.where(starts[:, t, None, None], 0.0, h)
+        v_t = v[:, t].to(dtype)
+        h = decay * h + v_t.unsqueeze(-1)
+        outputs.append((C * h).sum(-1).real + D.to(dtype) * v_t)
+    return torch.stack(outputs, dim=1).to(v.dtype), torch.view_as_real(h) if last_state else None
+
+
+def _modes(
+    Lambda_re: Tensor, Lambda_im: Tensor, C_re: Tensor, C_im: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Lambda (N,) complex128 and C~ (H, N) complex, in the complex type of `dtype`.
+
+    What there is N of is computed in float64: a float32 angle would be wrong after long lags, and
+    exp(Lambda) - 1 for slow modes.
+    """
+    Lambda = torch.complex(-Lambda_re.double().exp(), Lambda_im.double().exp())
+    input_scale = Lambda.expm1() / Lambda
+    C = torch.complex(C_re.to(dtype), C_im.to(dtype))
+    return Lambda, C * input_scale.to(C.dtype)
+
+
+def _powers(Lambda: Tensor, T: int, dtype: torch.dtype) -> Tensor:
+    """exp(Lambda l) for l = 0..T-1: (T, N) in the complex type `dtype`.
+
+    Each is the product of a coarse and a fine power, so that there are 2 sqrt(T) N exponentials.
+    """
+    step = math.isqrt(T - 1) + 1
+    count = torch.arange(step, device=Lambda.device).unsqueeze(-1)
+    fine = (Lambda * count).exp().to(dtype)
+    coarse = (Lambda * step * count).exp().to(dtype)
+    return (coarse.unsqueeze(1) * fine).flatten(0, 1)[:T]
+
+
+def _real(z: Tensor) -> Tensor:
+    """(..., N) complex as (..., 2 N) real: parts in turn."""
+    return torch.view_as_real(z.resolve_conj()).flatten(-2)
+
+
+def _fft_length(T: int) -> int:
+    """A length of at least 2 T - 1 that splits into factors of 2 and at most one 3 or 5."""
+    least = 2 * T - 1
+    return min(odd << ((least - 1) // odd).bit_length() for odd in (1, 3, 5))
+
+
+class _CausalConvolution(torch.autograd.Function):
+    """y_t = sum_{l <= t} K[l] v_{t-l} by real FFTs, with the backward pass in closed form.
+
+    dv is the correlation of dy with K, dK that of dy with v, summed over the batch. (Autograd's
+    own backward of a real FFT is a complex one of twice the work.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v_BTH: Tensor, K_TH: Tensor) -> Tensor:
+        T = v_BTH.shape[1]
+        n = _fft_length(T)
+        v_f, K_f = torch.fft.rfft(v_BTH, n, dim=1), torch.fft.rfft(K_TH, n, dim=0)
+        ctx.save_for_backward(v_f, K_f)
+        ctx.lengths = T, n
+        return torch.fft.irfft(v_f * K_f, n, dim=1)[:, :T]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BTH: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        v_f, K_f = ctx.saved_tensors
+        T, n = ctx.lengths
+        dy_f = torch.fft.rfft(dy_BTH, n, dim=1)
+        dv = dK = None
+        if ctx.needs_input_grad[1]:
+            dK = torch.fft.irfft((dy_f * v_f.conj()).sum(0), n, dim=0)[:T]
+        if ctx.needs_input_grad[0]:
+            dv = torch.fft.irfft(dy_f * K_f.conj(), n, dim=1)[:, :T]
+        return dv, dK
+
+
+def _convolve(v_BTH: Tensor, K_TH: Tensor, starts: Tensor | None) -> Tensor:
+    """Causal convolution over time of each document by itself.
+
+    Documents are padded to the longest of those with lengths between the same powers of two, so
+    that no more than half of what is transformed is padding, whatever their lengths.
+    """
+    B, T, H = v_BTH.shape
+    if starts is None:
+        return _CausalConvolution.apply(v_BTH, K_TH)
+    begins = starts.clone()
+    begins[:, 0] = True
+    first = begins.flatten().nonzero().flatten()
+    lengths = first.diff(append=first.new_tensor([B * T])).tolist()
+    pieces = v_BTH.flatten(0, 1).split(lengths)
+    outputs = list(pieces)
+    order = sorted(range(len(pieces)), key=lambda i: lengths[i])
+    for _, group in groupby(order, key=lambda i: (lengths[i] - 1).bit_length()):
+        members = list(group)
+        padded = pad_sequence([pieces[i] for i in members], batch_first=True)
+        convolved = _CausalConvolution.apply(padded, K_TH[: padded.shape[1]])
+        for i, y in zip(members, convolved.unbind(0), strict=True):
+            outputs[i] = y[: lengths[i]]
+    return torch.cat(outputs).view(B, T, H)
+
+
+def _from_state(h0: Tensor, C: Tensor, Lambda: Tensor, modes: Tensor) -> Tensor:
+    """What the state before the first step adds to y: Re(C~ exp(Lambda (t + 1)) h0), (B, T, H)."""
+    state = torch.view_as_complex(h0.to(modes.dtype).contiguous())
+    weights = C * Lambda.exp().to(C.dtype) * state
+    return (_real(weights.conj()) @ modes.T).transpose(1, 2)
+
+
+def _last_state(
+    v_BTH: Tensor, h0: Tensor | None, Lambda: Tensor, modes: Tensor, starts: Tensor | None
+) -> Tensor:
+    """exp(Lambda T) h0 + sum_t exp(Lambda (T - 1 - t)) v_t over the last document of each row."""
+    B, T, H = v_BTH.shape
+    if starts is not None:
+        from_here_on = starts.flip(1).cumsum(1).flip(1)
+        ended = (from_here_on - starts.to(from_here_on.dtype)) > 0
+        v_BTH = v_BTH.masked_fill(ended.unsqueeze(-1), 0.0)
+    h = (v_BTH.transpose(1, 2) @ modes.flip(0)).view(B, H, -1, 2)
+    if h0 is None:
+        return h
+    decay = (Lambda * T).exp().to(modes.dtype.to_complex())
+    carried = torch.view_as_real(decay * torch.view_as_complex(h0.to(modes.dtype).contiguous()))
+    if starts is not None:
+        carried = carried.masked_fill(starts.any(1).view(B, 1, 1, 1), 0.0)
+    return h + carried
+
+
+def dss_fft(
+    v: Tensor,
+    Lambda_re: Tensor,
+    Lambda_im: Tensor,
+    C_re: Tensor,
+    C_im: Tensor,
+    D: Tensor,
+    h0: Tensor | None = None,
+    starts: Tensor | None = None,
+    last_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Convolution by FFT; one token alone takes a step of the recurrence. See `dss`.
+
+    The state h0 and the last state enter by matrix products with exp(Lambda l); no state is formed
+    for the steps between. An FFT adds up all steps: rounding, though nothing else, reaches from
+    later inputs to earlier outputs.
+    """
+    T = v.shape[1]
+    if T == 1:
+        return dss_naive(v, Lambda_re, Lambda_im, C_re, C_im, D, h0, starts, last_state)
+    dtype = accumulation_type(v)
+    Lambda, C = _modes(Lambda_re, Lambda_im, C_re, C_im, dtype)
+    # Re(C~ p) is a product of real vectors, conj(C~) and p: half the work of complex ones.
+    modes = _real(_powers(Lambda, T, C.dtype))
+    kernel = modes @ _real(C.conj()).T
+    kernel = torch.cat([kernel[:1] + D.to(dtype), kernel[1:]])
+    if starts is not None and not bool(starts.any()):
+        starts = None
+    x = v.to(dtype)
+    y = _convolve(x, kernel, starts)
+    if h0 is not None:
+        carried = _from_state(h0, C, Lambda, modes)
+        if starts is not None:
+            carried = carried.masked_fill(starts.cumsum(1).gt(0).unsqueeze(-1), 0.0)
+        y = y + carried
+    h_last = _last_state(x, h0, Lambda, modes, starts) if last_state else None
+    return y.to(v.dtype), h_last
+
+
+def _check(backend: Any, oracle: Any, device_type: str) -> float:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device_type)
+
+    B, T, H, N = 2, 37, 5, 7
+    inputs = normal(B, T, H), normal(N) - 1, normal(N), normal(H, N), normal(H, N), normal(H)
+    starts = (torch.rand(B, T, generator=generator) < 0.1).to(device_type)
+    return relative_error(
+        lambda *x: backend(*x, starts), lambda *x: oracle(*x, starts), *inputs, normal(B, H, N, 2)
+    )
+
+
+_OP = Op("dss", {"naive": dss_naive, "fft": dss_fft}, {"default": "fft"}, _check)

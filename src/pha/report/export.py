@@ -1,0 +1,135 @@
+"""A model as a folder to share: weights, configuration, tokenizer and model card."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard
+from transformers import GenerationConfig
+
+from pha.evals.loading import LoadedModel, load_model, model_folder
+from pha.report.card import LIBRARY, model_card
+from pha.report.collect import Run, collect
+from pha.utils.errors import PHAError
+from pha.utils.files import atomic_folder
+
+CARD = "README.md"
+
+_WEIGHTS = "model.safetensors"
+_FILES = {
+    CARD,
+    _WEIGHTS,
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: the folder.
+        results: evaluations on its card.
+        note: why there are none, if so.
+    """
+
+    path: Path
+    results: int
+    note: str | None
+
+
+def export_model(
+    source: Path,
+    out: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    license_id: str | None = None,
+    datasets: Sequence[str] = (),
+    force: bool = False,
+) -> Exported:
+    """Write a model as a folder that transformers loads after `import pha`.
+
+    Args:
+        source: a run, one of its checkpoints, or a saved model.
+        out: the folder to write, in one step; its name is the model's.
+        dtype: of the weights; decays and mixing stay in fp32.
+        license_id: for the card, such as `apache-2.0`.
+        datasets: for the card, as the Hub names them.
+        force: replace an earlier export.
+
+    Raises:
+        PHAError: no model there, a damaged result, or a folder in the way.
+    """
+    _require_replaceable(out, force)
+    run, note = _results_of(source)
+    loaded = load_model(source, dtype=dtype)
+    card = model_card(
+        out.resolve().name,
+        loaded.model.config,
+        run,
+        no_results=note,
+        weights="bf16" if dtype == torch.bfloat16 else "fp32",
+        license_id=license_id,
+        datasets=datasets,
+    )
+    try:
+        _write(loaded, card, out)
+    except OSError as error:
+        raise PHAError(f"{out} cannot be written ({error.strerror or error})") from error
+    return Exported(out, 0 if run is None or note else len(run.evaluations), note)
+
+
+def _results_of(source: Path) -> tuple[Run | None, str | None]:
+    """The run that a model is from, and why its results cannot be given, if so."""
+    folder, run = model_folder(source)
+    if run is None:
+        return None, "This model was exported from a folder outside a training run, so no results."
+    record = collect([run.path])[0]
+    if not record.finished:
+        return record, "The training run had not finished, so there are no results."
+    if folder.resolve() != run.model.resolve():
+        return record, "The results of the training run are of other weights than these."
+    return record, None
+
+
+def _require_replaceable(out: Path, force: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise PHAError(f"{out} is a file; name a folder")
+    names = {path.name for path in out.iterdir()}
+    if not names:
+        return
+    if not (names <= _FILES and _is_export(out)):
+        raise PHAError(f"{out} is not empty and is no earlier export; name another folder")
+    if not force:
+        raise PHAError(f"{out} holds an earlier export; give --force to replace it")
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        card = ModelCard.load(folder / CARD)
+    except (OSError, ValueError):
+        return False
+    return card.data.get("library_name") == LIBRARY
+
+
+def _write(loaded: LoadedModel, card: ModelCard, out: Path) -> None:
+    model, tokenizer = loaded.model, loaded.tokenizer
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    for name, value in ids.items():
+        setattr(model.config, name, value)
+    # Padding is masked, so any token will do, and generation asks for one.
+    model.generation_config = GenerationConfig(**ids, pad_token_id=tokenizer.eos_token_id)
+    with atomic_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / CARD).write_text(card.content, encoding="utf-8")
+        # safetensors lets only the owner read what it writes.
+        (folder / _WEIGHTS).chmod((folder / CARD).stat().st_mode)

@@ -1,0 +1,192 @@
+"""What transformers and its users expect of every model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, StaticCache
+
+from pha.modeling import PHAForCausalLM
+from pha.utils.errors import PHAError
+from tests.modeling.common import (
+    FLOAT32_PARAMETERS,
+    assert_same,
+    cached_model,
+    each_kind,
+    each_main_kind,
+    padded_batch,
+    scrambled,
+    small_config,
+    starts_of,
+    tokens,
+)
+from tests.modeling.test_generation import generate, greedy
+
+# Loading
+
+
+def test_import_pha_is_enough_for_the_auto_classes(tmp_path: Path) -> None:
+    scrambled(small_config()).save_pretrained(tmp_path)
+    program = (
+        "import sys, pha; from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "print(AutoConfig.from_pretrained(sys.argv[1]).model_type)\n"
+        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["pha", "PHAForCausalLM"]
+
+
+@each_main_kind
+def test_decays_and_mixing_stay_in_float32(block: str, branches: tuple[str, ...]) -> None:
+    config = small_config(block=block, branches=list(branches))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        is_kept = name.rpartition(".")[2] in FLOAT32_PARAMETERS
+        assert parameter.dtype == (torch.float32 if is_kept else torch.bfloat16), name
+    assert model(tokens(1, 9)).logits.dtype == torch.bfloat16
+
+
+# Static caches
+
+
+@each_main_kind
+@pytest.mark.parametrize("window", [None, 5])
+@settings(max_examples=15)
+@given(sizes=st.lists(st.integers(1, 13), min_size=1, max_size=6))
+def test_any_split_with_a_static_cache_equals_the_whole(
+    block: str, branches: tuple[str, ...], window: int | None, sizes: list[int]
+) -> None:
+    config = small_config(block=block, branches=list(branches), attention_window=window)
+    model = scrambled(config).requires_grad_(False)
+    ids = tokens(2, sum(sizes))
+    cache = StaticCache(config=model.config, max_cache_len=80)
+    logits, done = [], 0
+    for size in sizes:
+        logits.append(model(ids[:, done : done + size], past_key_values=cache).logits)
+        done += size
+    assert_same(torch.cat(logits, 1), model(ids).logits)
+
+
+@each_main_kind
+@pytest.mark.parametrize("window", [None, 5])
+def test_generation_with_a_static_cache(
+    block: str, branches: tuple[str, ...], window: int | None
+) -> None:
+    config = small_config(block=block, branches=list(branches), attention_window=window)
+    model = scrambled(config).requires_grad_(False)
+    ids, mask = padded_batch((8, 3), 8)
+    result = generate(
+        model,
+        ids,
+        10,
+        attention_mask=mask,
+        pad_token_id=0,
+        cache_implementation="static",
+        disable_compile=True,
+    )
+    for row, real in enumerate(mask.bool()):
+        alone = greedy(model, ids[row : row + 1, real], 10)
+        assert torch.equal(result[row, 8:], alone[0, -10:])
+
+
+@each_main_kind
+def test_documents_with_a_static_cache(block: str, branches: tuple[str, ...]) -> None:
+    model = cached_model(block, branches)
+    ids, starts = tokens(1, 20), starts_of([3, 9, 8])
+    cache = StaticCache(config=model.config, max_cache_len=30)
+    first = model(ids[:, :7], document_starts=starts[:, :7], past_key_values=cache).logits
+    rest = model(ids[:, 7:], document_starts=starts, past_key_values=cache).logits
+    assert_same(torch.cat([first, rest], 1), model(ids, document_starts=starts).logits)
+
+
+# What would need the state back
+
+
+@each_main_kind
+def test_what_crops_or_repeats_the_cache_is_refused(block: str, branches: tuple[str, ...]) -> None:
+    model = cached_model(block, branches)
+    ids = tokens(1, 6)
+    with pytest.raises(ValueError, match="not supported with stateful"):
+        generate(model, ids, 4, assistant_model=model)
+    if "gss" not in branches:
+        return
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(RuntimeError, match="crop"):
+        cache.crop(-2)
+    cache.layers[0].batch_repeat_interleave(2)
+    with pytest.raises(PHAError, match="states of 1 sequences"):
+        model(tokens(2, 1), past_key_values=cache)
+
+
+# Outputs
+
+
+@each_kind
+def test_hidden_states_are_the_stream_and_what_the_head_sees(
+    block: str, branches: tuple[str, ...]
+) -> None:
+    model = cached_model(block, branches)
+    output = model(tokens(2, 9), output_hidden_states=True)
+    assert len(output.hidden_states) == model.config.num_hidden_layers + 1
+    assert all(x.shape == (2, 9, 32) for x in output.hidden_states)
+    assert_same(model.lm_head(output.hidden_states[-1]), output.logits)
+    assert model(tokens(2, 9)).hidden_states is None
+
+
+@each_main_kind
+def test_attention_implementations_agree(block: str, branches: tuple[str, ...]) -> None:
+    model = scrambled(small_config(block=block, branches=list(branches)))
+    ids = tokens(2, 17)
+    fused = model(ids).logits
+    model.set_attn_implementation("eager")
+    assert_same(model(ids).logits, fused)
+
+
+# Training
+
+
+@each_main_kind
+@pytest.mark.parametrize("by_transformers", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(
+    block: str, branches: tuple[str, ...], by_transformers: bool
+) -> None:
+    config = small_config(block=block, branches=list(branches), dropout=0.1)
+    model = scrambled(config).train()
+    ids = tokens(2, 33)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(5)  # the same dropout
+        model(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = model.model.layers[0].register_forward_pre_hook(count)
+    if by_transformers:
+        model.gradient_checkpointing_enable()
+    else:
+        model.model.gradient_checkpointing = True
+    for actual, wanted in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0)
+    assert calls == 2  # forward, and again in backward
+    handle.remove()
+
+
+def test_checkpointing_is_off_in_evaluation() -> None:
+    model = PHAForCausalLM(small_config()).eval()
+    model.gradient_checkpointing_enable()
+    output = model(tokens(1, 9), use_cache=True)
+    assert output.past_key_values.get_seq_length() == 9
