@@ -3,14 +3,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import sysconfig
-from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pha.data.sources import SPLITS, hash_split, open_source
+from pha.data.documents import SPLITS, Meter
+from pha.data.sources import open_source
 from pha.utils.errors import PHAError
 
 
@@ -19,25 +19,6 @@ def texts(spec: Path | str, split: str) -> dict[str, str]:
     by_name = {document.name: document.text for document in documents}
     assert len(by_name) == len(documents)
     return by_name
-
-
-def test_hash_split_never_changes() -> None:
-    expected = {
-        "os.py": "validation",
-        "json/__init__.py": "train",
-        "notes/été.md": "train",
-        "doc-0.txt": "train",
-        "doc-7.txt": "test",
-        "doc-10.txt": "test",
-        "doc-72.txt": "validation",
-    }
-    assert {name: hash_split(name) for name in expected} == expected
-
-
-def test_hash_split_is_about_90_5_5() -> None:
-    shares = Counter(hash_split(f"folder/file{number}.py") for number in range(20_000))
-    assert shares["train"] / 20_000 == pytest.approx(0.90, abs=0.01)
-    assert shares["validation"] / 20_000 == pytest.approx(0.05, abs=0.005)
 
 
 def test_documents_stay_in_their_split_when_others_come_and_go(document_folder: Path) -> None:
@@ -78,8 +59,7 @@ def test_folder_of_documents(document_folder: Path, tmp_path: Path) -> None:
     assert "103 files" in source.description
     names = [document.name for document in source.documents("train")]
     assert names == sorted(names)
-    train = texts(document_folder, "train").values()
-    assert source.size("train") == sum(len(text.encode()) for text in train)
+    assert source.split_rule["rule"] == "hash of the path"
 
 
 def test_folder_with_too_few_documents(tmp_path: Path, refuses) -> None:
@@ -147,8 +127,8 @@ def test_text_file_is_cut_at_line_ends(tmp_path: Path) -> None:
     parts = [texts(path, split)["text.txt"] for split in SPLITS]
     assert "".join(parts) == "".join(lines)
     assert [len(part.splitlines()) for part in parts] == [91, 4, 5]
-    assert [source.size(split) for split in SPLITS] == [len(part.encode()) for part in parts]
     assert source.joins_documents
+    assert [(d.split, d.text) for d in source.documents()] == list(zip(SPLITS, parts, strict=True))
 
 
 @given(st.lists(st.integers(0, 30), max_size=60))
@@ -195,9 +175,10 @@ def test_sources_that_are_not_there(tmp_path: Path, refuses) -> None:
     (tmp_path / "empty.txt").touch()
     with refuses("empty"):
         open_source(str(tmp_path / "empty.txt"))
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 100)
-    with refuses("rows.jsonl", "not plain text"):
-        open_source(str(tmp_path / "rows.jsonl"))
+    for name in ("rows.json", "rows.csv.gz", "texts.zip", "text.md.xz"):
+        (tmp_path / name).write_text("text\n" * 100)
+        with refuses(name, "not a kind of text", ".jsonl"):
+            open_source(str(tmp_path / name))
 
 
 @pytest.fixture
@@ -244,8 +225,9 @@ def test_stdlib_of_this_python() -> None:
     assert source.description.startswith("standard library of ")
     assert not source.joins_documents
     assert validation["os.py"] == Path(sysconfig.get_path("stdlib"), "os.py").read_text("utf-8")
-    assert source.size("validation") == sum(len(text.encode()) for text in validation.values())
-    assert (source.size("train") or 0) > 4_000_000
+    meter = Meter()
+    assert sum(len(document.text) for document in source.documents("train", meter)) > 4_000_000
+    assert meter.done == meter.total
 
 
 def test_identity_changes_with_the_files(split_folder: Path) -> None:
@@ -261,8 +243,10 @@ def test_identity_changes_with_the_files(split_folder: Path) -> None:
 
 def test_importing_the_package_is_light() -> None:
     code = (
-        "import sys, pha.data, pha.data.store, pha.data.sampler\n"
-        "print(sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
+        "import sys; sys.argv[0] = 'pha'\n"
+        "import pha.data, pha.data.worker\n"
+        "heavy = {'torch', 'transformers', 'tokenizers', 'datasets', 'pyarrow'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "[]\n"

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pha.data import SPLITS, Counts, PreparationState, TokenStore, cached_store, prepare
 from pha.data.encoding import byte_vocabulary
-from pha.data.sources import SPLITS, open_source
-from pha.data.store import Counts, TokenStore, cached_store, prepare
+from pha.data.sources import open_source
 from pha.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_sha256
 
 
@@ -216,9 +216,8 @@ def test_folders_that_are_no_store(store: TokenStore, tmp_path: Path, refuses) -
 
 
 def test_failure_in_the_middle_leaves_nothing(split_folder: Path, tmp_path: Path) -> None:
-    def fail(stage: str, done: int, total: int | None) -> None:
-        if stage == "validation":
-            raise KeyboardInterrupt
+    def fail(state: PreparationState) -> None:
+        raise KeyboardInterrupt
 
     out = tmp_path / "new" / "store"
     with pytest.raises(KeyboardInterrupt):
@@ -252,13 +251,12 @@ def test_other_folders_are_not_overwritten(split_folder: Path, tmp_path: Path, r
 
 
 def test_progress_ends_with_all_bytes(split_folder: Path, tmp_path: Path) -> None:
-    calls: list[tuple[str, int, int | None]] = []
-    prepare(str(split_folder), "bpe:260", tmp_path / "s", progress=lambda *call: calls.append(call))
-    assert calls == [
-        ("tokenizer", 460, 460),
-        ("train", 460, 460),
-        ("validation", 16, 16),
-        ("test", 11, 11),
+    states: list[PreparationState] = []
+    store = prepare(str(split_folder), "bpe:260", tmp_path / "s", progress=states.append)
+    tokens = sum(store.counts(split).tokens for split in SPLITS)
+    assert states == [
+        PreparationState("tokenizer", fraction=1.0, documents=1, bytes=460, tokens=0),
+        PreparationState("encoding", fraction=1.0, documents=3, bytes=487, tokens=tokens),
     ]
 
 
@@ -271,19 +269,19 @@ def test_cached_store_is_prepared_once(split_folder: Path, tmp_path: Path) -> No
             str(split_folder),
             tokenizer,
             tmp_path / "stores",
-            lambda stage, *_: stages.append(stage),
+            lambda state: stages.append(state.stage),
         )
 
     first = opened()
     assert first.path.parent == tmp_path / "stores"
     assert first.path.name.startswith("corpus-bytes-")
-    assert stages == list(SPLITS)
+    assert stages == ["encoding"]
     assert opened().path == first.path
     assert stages == []
 
     (first.path / "train.bin").write_bytes(b"damaged")
     assert opened().sha256 == first.sha256
-    assert stages == list(SPLITS)
+    assert stages == ["encoding"]
 
     assert opened("bpe:258").path != first.path
     (split_folder / "test.txt").write_text("a new test text")

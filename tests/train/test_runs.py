@@ -290,6 +290,13 @@ def test_epochs_count_whole_passes(train_small: Train, store: TokenStore) -> Non
     assert result["steps"] == round(0.1 * (windows // 4))
 
 
+def test_gradient_checkpointing_changes_no_step(train_small: Train, tmp_path: Path) -> None:
+    train_small("plain")
+    train_small("checkpointed", run__gradient_checkpointing="true")
+    plain, checkpointed = RunFolder(tmp_path / "plain"), RunFolder(tmp_path / "checkpointed")
+    assert_same_weights(plain.checkpoint(8), checkpointed.checkpoint(8))
+
+
 def test_bf16_trains_close_to_fp32(train_small: Train) -> None:
     changes = {"run__steps": 30, "run__evaluate_every": 30, "model__dropout": 0.0}
     full = train_small("fp32", **changes)

@@ -6,6 +6,7 @@ Whatever a verb needs is imported when it runs, so that `pha --help` is quick.
 from collections.abc import Callable
 
 from pha.commands import (
+    comparison,
     data,
     evaluation,
     generation,
@@ -26,6 +27,7 @@ VERBS: tuple[Callable[[AddVerb], None], ...] = (
     training.add_recipes,
     inspection.add_params,
     evaluation.add_evaluate,
+    comparison.add_compare,
     generation.add_generate,
     scoring.add_score,
     sharing.add_export,

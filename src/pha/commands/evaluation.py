@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
-
-from rich.progress import Progress
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from pha.commands.common import AddVerb, console_for, print_json
+from pha.utils.errors import PHAError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pha.evals.perplexity import Evaluation
+    from pha.evals.protocols import Protocol
 
 
 def add_evaluate(verb: AddVerb) -> None:
@@ -19,8 +23,27 @@ def add_evaluate(verb: AddVerb) -> None:
         "eval",
         evaluate,
         "token, word and byte perplexity and accuracy over a whole split",
+        "  pha eval runs/mine --data STORE                             as the run was trained\n"
+        "  pha eval runs/mine --data STORE --protocol all              three protocols, one table\n"
+        "  pha eval runs/mine --data STORE --protocol 1024 --protocol 1024/256\n"
+        "With T the run's sequence length, protocols are `non-overlapping` (windows of T tokens,\n"
+        "stride T), `strided` (T, stride T/2), `long` (4T, stride 4T), `all` of these, and LENGTH\n"
+        "or LENGTH/STRIDE in tokens.",
     )
     sub.add_argument("model", metavar="RUN_OR_MODEL", type=Path)
+    add_window_options(sub)
+    sub.add_argument(
+        "--protocol",
+        metavar="NAME_OR_SPEC",
+        action="append",
+        default=[],
+        help="see above; again for more, side by side",
+    )
+    sub.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def add_window_options(sub: argparse.ArgumentParser) -> None:
+    """The options that say which tokens are scored, and how."""
     sub.add_argument("--data", metavar="STORE", type=Path, required=True)
     sub.add_argument("--split", default="test", help="train, validation or test (test)")
     sub.add_argument(
@@ -33,50 +56,84 @@ def add_evaluate(verb: AddVerb) -> None:
         help="reset at document starts (as the run was trained)",
     )
     sub.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="fp32")
-    sub.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def protocol_of(options: Namespace, trained: Protocol | None) -> Protocol:
+    """The protocol that the options name; what they leave open is as in training."""
+    from pha.evals.protocols import DEFAULT_LENGTH, Protocol
+
+    length, packed = options.sequence_length, options.packed_documents
+    if length is None:
+        length = trained.sequence_length if trained else DEFAULT_LENGTH
+    if packed is None:
+        packed = trained is not None and trained.packed_documents
+    stride = length if options.stride is None else options.stride
+    return Protocol(length, stride, packed)
+
+
+def describe_protocol(protocol: dict[str, Any]) -> str:
+    """What a result says of its protocol, in a line."""
+    return (
+        f"{protocol['windows']} windows of {protocol['sequence_length']} tokens, stride "
+        f"{protocol['stride']}, {protocol['documents']}, {protocol['precision']}"
+    )
 
 
 def evaluate(options: Namespace) -> None:
     """`pha eval`."""
-    import yaml
+    from rich.progress import Progress
 
     from pha.data import TokenStore, tokenizer_sha256
     from pha.evals.loading import load_model
     from pha.evals.perplexity import evaluate as run_evaluation
+    from pha.evals.protocols import parse_protocols, trained_protocol
     from pha.utils.hardware import choose_precision, default_device, provenance
 
+    if options.protocol and options.stride is not None:
+        raise PHAError("--stride goes with one protocol; write --protocol LENGTH/STRIDE")
     device = default_device()
     loaded = load_model(options.model, device)
     store = TokenStore.open(options.data)
     store.require_tokenizer(tokenizer_sha256(loaded.tokenizer))
-    trained: dict[str, Any] = {}
-    if loaded.run is not None and loaded.run.config.is_file():
-        trained = yaml.safe_load(loaded.run.config.read_text(encoding="utf-8"))["data"]
-    length = options.sequence_length or trained.get("sequence_length", 1024)
-    packed = options.packed_documents
-    if packed is None:
-        packed = trained.get("packed_documents", False)
+    base = protocol_of(options, trained_protocol(loaded.run))
+    protocols = [base]
+    if options.protocol:
+        protocols = parse_protocols(options.protocol, base.sequence_length, base.packed_documents)
     precision = choose_precision(options.precision, device)
     console = console_for(options)
+    results = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"scoring {options.split}")
-        result = run_evaluation(
-            loaded.model,
-            store,
-            options.split,
-            sequence_length=length,
-            stride=options.stride,
-            packed_documents=packed,
-            precision=precision,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+        for protocol in protocols:
+            task = progress.add_task(f"scoring {options.split} {protocol.name}".rstrip())
+            results.append(
+                run_evaluation(
+                    loaded.model,
+                    store,
+                    options.split,
+                    sequence_length=protocol.sequence_length,
+                    stride=protocol.stride,
+                    packed_documents=protocol.packed_documents,
+                    precision=precision,
+                    progress=lambda done, total, task=task: progress.update(
+                        task, completed=done, total=total
+                    ),
+                    name=protocol.name,
+                )
+            )
     if options.json:
-        print_json(
-            {"model": str(options.model)}
-            | result.to_dict()
-            | {"provenance": provenance(device, precision)}
-        )
-        return
+        content = [result.to_dict() for result in results]
+        whole = content[0] if len(content) == 1 else {"evaluations": content}
+        facts = {"provenance": provenance(device, precision)}
+        print_json({"model": str(options.model)} | whole | facts)
+    elif len(results) == 1:
+        _print_one(options, results[0], console)
+    else:
+        _print_all(options, results, console)
+
+
+def _print_one(options: Namespace, result: Evaluation, console: Console) -> None:
+    from rich.table import Table
+
     table = Table(title=f"{options.model} on the {options.split} split of {options.data}")
     table.add_column("measure")
     table.add_column("value", justify="right")
@@ -91,9 +148,41 @@ def evaluate(options: Namespace) -> None:
     ):
         table.add_row(name, value)
     console.print(table)
-    protocol = result.protocol
+    console.print(f"protocol: {describe_protocol(result.protocol)}", highlight=False)
+
+
+def _print_all(options: Namespace, results: list[Evaluation], console: Console) -> None:
+    from rich import box
+    from rich.table import Table
+
+    from pha.report.text import perplexity
+
+    table = Table(
+        title=f"{options.model} on the {options.split} split of {options.data}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("protocol", no_wrap=True)
+    for heading in ("T/stride", "token", "word", "byte", "bits/B", "acc.", "tokens", "s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        protocol = result.protocol
+        table.add_row(
+            protocol["name"],
+            f"{protocol['sequence_length']}/{protocol['stride']}",
+            f"{result.perplexity:,.2f}",
+            perplexity(result.word_perplexity),
+            f"{result.byte_perplexity:.4f}",
+            f"{result.bits_per_byte:.4f}",
+            f"{result.accuracy:.2%}",
+            f"{result.tokens:,}",
+            f"{result.seconds:.3g}",
+        )
+    console.print(table)
+    protocol = results[0].protocol
     console.print(
-        f"protocol: {protocol['windows']} windows of {protocol['sequence_length']} tokens, stride "
-        f"{protocol['stride']}, {protocol['documents']}, {protocol['precision']}",
+        f"perplexity per token, word and byte; windows of T tokens; {protocol['documents']}, "
+        f"{protocol['precision']}",
         highlight=False,
     )

@@ -2,19 +2,23 @@
 
     source (documents) -> tokenizer (ids) -> token store (files) -> sampler (batches)
 
-torch, tokenizers and transformers are imported only by the functions that need them.
+torch, tokenizers, transformers and datasets are imported only by the functions that need them.
 """
 
+from pha.data.documents import SPLITS, Document, Source
 from pha.data.encoding import TextEncoder
+from pha.data.options import SourceOptions
+from pha.data.preparation import PreparationState, Progress, cached_store, prepare
 from pha.data.sampler import (
     Batch,
     EvaluationWindow,
     WindowSampler,
     evaluation_windows,
 )
-from pha.data.sources import SPLITS, Document, Source, open_source
-from pha.data.store import Counts, Progress, TokenStore, cached_store, prepare
+from pha.data.sources import open_source
+from pha.data.store import TokenStore
 from pha.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_sha256
+from pha.data.writer import Counts
 
 __all__ = [
     "END_OF_TEXT",
@@ -23,8 +27,10 @@ __all__ = [
     "Counts",
     "Document",
     "EvaluationWindow",
+    "PreparationState",
     "Progress",
     "Source",
+    "SourceOptions",
     "TextEncoder",
     "TokenStore",
     "WindowSampler",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +32,24 @@ def cut_text(text: str, size: int = _PIECE_CHARACTERS) -> Iterator[str]:
     tokens of a byte-level BPE with GPT-2's pre-tokeniser, and the words of `str.split`, are the
     same for the pieces as for the whole. A text without such places stays whole.
     """
-    start = 0
-    while len(text) - start > size:
-        cut = _CUT.search(text, start + size)
-        if cut is None:
-            break
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:] if start else text
+    return cut_parts((text,), size)
+
+
+def cut_parts(parts: Iterable[str], size: int = _PIECE_CHARACTERS) -> Iterator[str]:
+    """As `cut_text`, for a text that comes in parts: memory holds one part and one piece.
+
+    Where parts begin and end makes no difference to the pieces.
+    """
+    rest = ""
+    for part in parts:
+        text, start = rest + part, 0
+        begin = max(size, len(rest))
+        while (cut := _CUT.search(text, begin)) is not None:
+            yield text[start : cut.start()]
+            start = cut.start()
+            begin = start + size
+        rest = text[start:]
+    yield rest
 
 
 def byte_vocabulary() -> dict[str, int]:
@@ -54,17 +64,25 @@ class TextEncoder:
 
     Nothing is added, padded or truncated, whatever the tokenizer was told elsewhere. The encoder
     works on its own copy, because transformers resets these settings at every call.
+
+    Args:
+        tokenizer: one of transformers', or the JSON of its backend, which needs no transformers.
+
+    Attributes:
+        state: the tokenizer's backend as JSON.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast | str) -> None:
         from tokenizers import Tokenizer
 
-        state = tokenizer.backend_tokenizer.to_str()
-        self._backend = Tokenizer.from_str(state)
+        if not isinstance(tokenizer, str):
+            tokenizer = tokenizer.backend_tokenizer.to_str()
+        self.state: str = tokenizer
+        self._backend = Tokenizer.from_str(self.state)
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
-        parts = json.loads(state)
+        parts = json.loads(self.state)
         self._cuts = _can_cut(parts)
         self._is_bytes = self._cuts and _is_bytes(parts["model"])
 
@@ -73,7 +91,11 @@ class TextEncoder:
 
         The text is cut as `cut_text` does where that is sound for the tokenizer, and else whole.
         """
-        return cut_text(text) if self._cuts else iter((text,))
+        return self.pieces_of((text,))
+
+    def pieces_of(self, parts: Iterable[str]) -> Iterator[str]:
+        """As `pieces`, for a text that comes in parts."""
+        return cut_parts(parts) if self._cuts else iter(("".join(parts),))
 
     def encode(self, text: str) -> np.ndarray:
         """The ids (int64, one dimension) of one text of any length."""

@@ -12,38 +12,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pha.data.encoding import TextEncoder
-from pha.data.sources import SPLITS, Source, open_source
-from pha.data.tokenizer import (
-    load_tokenizer,
-    saved_tokenizer_sha256,
-    tokenizer_identity,
-    tokenizer_sha256,
-    vocabulary_size,
-)
-from pha.data.writer import Counts, Progress, SplitWriter, bin_name, starts_name
+from pha.data.documents import SPLITS
+from pha.data.tokenizer import load_tokenizer, saved_tokenizer_sha256
+from pha.data.writer import Counts, bin_name, starts_name
 from pha.utils.errors import PHAError
-from pha.utils.files import atomic_folder, read_json, sha256_file, write_json
+from pha.utils.files import read_json, sha256_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["FORMAT", "Counts", "Progress", "Separator", "TokenStore", "cached_store", "prepare"]
-
 FORMAT = 1
-Separator = Literal["auto", "end-of-text", "none"]
+RECORD = "store.json"
+TOKENIZER = "tokenizer"
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
-_RECORD = "store.json"
-_TOKENIZER = "tokenizer"
-_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _CHECK_TOKENS = 1 << 22
 
 
@@ -62,7 +50,7 @@ class TokenStore:
         self.path = path
         self._record = record
         self._entries: dict[str, dict[str, Any]] = record["splits"]
-        self._dtype = _DTYPES[record["dtype"]]
+        self._dtype = DTYPES[record["dtype"]]
         self.splits = tuple(split for split in SPLITS if split in self._entries)
         self.vocab_size = int(record["vocab_size"])
         self.tokenizer_sha256 = str(record["tokenizer_sha256"])
@@ -85,12 +73,12 @@ class TokenStore:
                 altered or made by another tokenizer.
         """
         path = Path(path)
-        if not (path / _RECORD).is_file():
-            raise PHAError(f"{path} is not a token store: it has no {_RECORD}")
-        record = read_json(path / _RECORD)
+        if not (path / RECORD).is_file():
+            raise PHAError(f"{path} is not a token store: it has no {RECORD}")
+        record = read_json(path / RECORD)
         version = record.get("format") if isinstance(record, dict) else None
         if version is None:
-            raise PHAError(f"{path} is not a token store: its {_RECORD} names no format")
+            raise PHAError(f"{path} is not a token store: its {RECORD} names no format")
         if version != FORMAT:
             raise PHAError(
                 f"{path} has store format {version}, but this version of pha reads {FORMAT}: "
@@ -99,10 +87,10 @@ class TokenStore:
         try:
             store = cls(path, record)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise PHAError(f"{path / _RECORD} is damaged: prepare the store again") from error
-        if saved_tokenizer_sha256(path / _TOKENIZER) != store.tokenizer_sha256:
+            raise PHAError(f"{path / RECORD} is damaged: prepare the store again") from error
+        if saved_tokenizer_sha256(path / TOKENIZER) != store.tokenizer_sha256:
             raise PHAError(
-                f"{path / _TOKENIZER} is not the tokenizer that made the ids of this store: "
+                f"{path / TOKENIZER} is not the tokenizer that made the ids of this store: "
                 "prepare the store again"
             )
         for split in store.splits:
@@ -132,7 +120,7 @@ class TokenStore:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Load the tokenizer that made the ids."""
-        return load_tokenizer(str(self.path / _TOKENIZER))
+        return load_tokenizer(str(self.path / TOKENIZER))
 
     def require_tokenizer(self, sha256: str) -> None:
         """Check that a model's tokenizer, given by its hash, is the one that made the ids.
@@ -153,6 +141,8 @@ class TokenStore:
         return {
             "sha256": self.sha256,
             **{key: self._record[key] for key in keys},
+            "tokenizer_training_bytes": self._record.get("tokenizer_training_bytes"),
+            "split": self._record.get("split"),
             "counts": {split: asdict(self._counts[split]) for split in self.splits},
         }
 
@@ -196,147 +186,18 @@ class TokenStore:
         largest = max(int(tokens[start : start + _CHECK_TOKENS].max()) for start in parts)
         if largest >= self.vocab_size:
             raise PHAError(
-                f"{path} has id {largest}, but {_RECORD} says there are {self.vocab_size}: "
+                f"{path} has id {largest}, but {RECORD} says there are {self.vocab_size}: "
                 "prepare the store again"
             )
 
 
-def prepare(
-    source_spec: str,
-    tokenizer_spec: str,
-    out: Path,
-    *,
-    separator: Separator = "auto",
-    progress: Progress | None = None,
-) -> TokenStore:
-    """Encode a corpus into a token store.
-
-    Text is streamed: memory holds one document, not the corpus.
-
-    Args:
-        source_spec: see `open_source`.
-        tokenizer_spec: see `load_tokenizer`; `bpe:SIZE` is trained on the train split.
-        out: the store's folder; an existing store there is replaced when the new one is whole.
-        separator: `end-of-text` ends every document with that token, `none` puts nothing between
-            them, `auto` picks `none` where a split is one running text (a single file, files named
-            for their split) and `end-of-text` elsewhere.
-        progress: told how far the work is.
-
-    Raises:
-        PHAError: see `open_source` and `load_tokenizer`; `out` exists and is no store or cannot
-            be written; a split without text.
-    """
-    return _prepare(open_source(source_spec), source_spec, tokenizer_spec, out, separator, progress)
-
-
-def cached_store(
-    source_spec: str, tokenizer_spec: str, root: Path, progress: Progress | None = None
-) -> TokenStore:
-    """Open the store of a corpus and tokenizer below `root`, after preparing it if need be.
-
-    Its folder is named for both and for a hash that changes with the corpus's files (their names,
-    sizes and dates), the tokenizer's files and the Python version that `stdlib` comes from. A
-    damaged store is prepared again.
-
-    Raises:
-        PHAError: see `prepare`.
-    """
-    source = open_source(source_spec)
-    key = json.dumps([FORMAT, source.identity, tokenizer_identity(tokenizer_spec)])
-    names = f"{Path(source_spec).name} {Path(tokenizer_spec).name}"
-    slug = "-".join(re.findall(r"[a-z0-9]+", names.lower()))[:48]
-    path = Path(root) / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if (path / _RECORD).is_file():
-        try:
-            return TokenStore.open(path)
-        except PHAError:
-            pass  # prepared anew below
-    return _prepare(source, source_spec, tokenizer_spec, path, "auto", progress)
-
-
-def _prepare(
-    source: Source,
-    source_spec: str,
-    tokenizer_spec: str,
-    out: Path,
-    separator: Separator,
-    progress: Progress | None,
-) -> TokenStore:
-    out = Path(out)
-    _require_replaceable(out)
-    if separator not in get_args(Separator):
-        raise PHAError(f"no separator {separator!r}: give one of {', '.join(get_args(Separator))}")
-    if separator == "auto":
-        separator = "none" if source.joins_documents else "end-of-text"
-    report = progress or (lambda stage, done, total: None)
-    tokenizer = load_tokenizer(tokenizer_spec, _training_texts(source, report))
-    if separator == "end-of-text" and tokenizer.eos_token_id is None:
-        raise PHAError(
-            f"the tokenizer {tokenizer_spec} has no end-of-text token: use separator none"
-        )
-    vocab_size = vocabulary_size(tokenizer)
-    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+def is_store(folder: Path) -> bool:
+    """Whether a folder holds a token store, of any format."""
     try:
-        with atomic_folder(out) as folder:
-            writer = SplitWriter(
-                folder,
-                TextEncoder(tokenizer),
-                _DTYPES[dtype],
-                tokenizer.eos_token_id if separator == "end-of-text" else None,
-            )
-            entries = {
-                split: _write_split(writer, source, split, report) for split in source.splits
-            }
-            tokenizer.save_pretrained(str(folder / _TOKENIZER))
-            record = {
-                "format": FORMAT,
-                "source": source_spec,
-                "description": source.description,
-                "tokenizer": tokenizer_spec,
-                "tokenizer_sha256": tokenizer_sha256(tokenizer),
-                "vocab_size": vocab_size,
-                "dtype": dtype,
-                "separator": separator,
-                "splits": entries,
-            }
-            write_json(folder / _RECORD, record)
-    except OSError as error:
-        raise PHAError(
-            f"the token store {out} cannot be written ({error.strerror or error})"
-        ) from error
-    return TokenStore.open(out, verify=False)
-
-
-def _require_replaceable(out: Path) -> None:
-    is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    if not (is_free or _is_store(out)):
-        raise PHAError(f"{out} exists and is not a token store: remove it or name another folder")
-
-
-def _is_store(folder: Path) -> bool:
-    try:
-        record = read_json(folder / _RECORD)
+        record = read_json(folder / RECORD)
     except PHAError:
         return False
     return isinstance(record, dict) and {"format", "tokenizer_sha256"} <= record.keys()
-
-
-def _training_texts(source: Source, report: Progress) -> Iterator[str]:
-    done, total = 0, source.size("train")
-    for document in source.documents("train"):
-        yield document.text
-        done += len(document.text.encode())
-        report("tokenizer", done, total)
-
-
-def _write_split(
-    writer: SplitWriter, source: Source, split: str, report: Progress
-) -> dict[str, Any]:
-    total = source.size(split)
-    entry = writer.write(split, source.documents(split), lambda done: report(split, done, total))
-    if entry["documents"] == 0:
-        raise PHAError(f"the {split} split of {source.description} has no text: add some")
-    return entry
 
 
 def _combined_sha256(tokenizer: str, entries: dict[str, dict[str, Any]]) -> str:

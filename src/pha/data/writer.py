@@ -1,23 +1,19 @@
-"""Writing one split of a token store: documents to ids on disk, a megabyte of text at a time."""
+"""Writing the files of a token store, as encoded pieces of documents come in."""
 
 from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 
-from pha.data.encoding import TextEncoder, cut_text
-from pha.data.sources import Document
-
-Progress = Callable[[str, int, int | None], None]
-"""Called with the stage (`tokenizer` or a split), its bytes of text done, and all of them."""
-
-_BATCH_CHARACTERS = 1 << 20  # encoded side by side, at some 100 bytes of memory each
+from pha.data.pieces import Encoded, Piece
 
 
 @dataclass(frozen=True)
@@ -32,85 +28,90 @@ class Counts:
         bytes: UTF-8 bytes.
     """
 
-    tokens: int
-    documents: int
-    words: int
-    lines: int
-    bytes: int
+    tokens: int = 0
+    documents: int = 0
+    words: int = 0
+    lines: int = 0
+    bytes: int = 0
 
 
-class SplitWriter:
-    """Writes `SPLIT.bin` and `SPLIT.documents.npy` into a folder.
+class StoreWriter:
+    """Writes `SPLIT.bin` and `SPLIT.documents.npy` into a folder; a context manager.
+
+    Memory holds 8 bytes for each document, its place in the list of starts.
 
     Args:
         folder: an existing folder.
-        encoder: turns text into ids.
+        splits: to be written.
         dtype: of the ids on disk.
         separator: id written after every document, or None.
     """
 
     def __init__(
-        self, folder: Path, encoder: TextEncoder, dtype: np.dtype[Any], separator: int | None
+        self, folder: Path, splits: Sequence[str], dtype: np.dtype[Any], separator: int | None
     ) -> None:
-        self._folder = folder
-        self._encoder = encoder
-        self._dtype = dtype
-        self._separator = [] if separator is None else [np.array([separator])]
-
-    def write(
-        self, split: str, documents: Iterable[Document], report: Callable[[int], None]
-    ) -> dict[str, Any]:
-        """Write a split and return its entry in store.json: counts and hashes.
-
-        Memory holds one document and its place in the list of starts, whatever their number.
-
-        Args:
-            split: names the files.
-            documents: those without text are passed over.
-            report: called now and then with the bytes of text done.
-        """
-        starts = array("q")
-        digest = hashlib.sha256()
-        tokens = words = lines = size = 0
-        with (self._folder / bin_name(split)).open("wb") as file:
-            for batch in _batches(self._pieces(documents)):
-                encoded = self._encoder.encode_batch([piece.text for piece in batch])
-                for piece, ids in zip(batch, encoded, strict=True):
-                    if piece.is_first:
-                        starts.append(tokens)
-                    if piece.is_last:
-                        ids = np.concatenate([ids, *self._separator])
-                    data = ids.astype(self._dtype).tobytes()
-                    file.write(data)
-                    digest.update(data)
-                    tokens += len(ids)
-                    lines += piece.text.count("\n")
-                    # In small parts: splitting a whole corpus takes many times its memory.
-                    for part in cut_text(piece.text):
-                        words += len(part.split())
-                        size += len(part.encode())
-                report(size)
-        offsets = np.array(starts, dtype="<i8")
-        np.save(self._folder / starts_name(split), offsets, allow_pickle=False)
-        return {
-            **asdict(Counts(tokens, len(offsets), words, lines, size)),
-            "sha256": digest.hexdigest(),
-            "document_starts_sha256": hashlib.sha256(offsets.tobytes()).hexdigest(),
+        ending = b"" if separator is None else np.array([separator], dtype=dtype).tobytes()
+        self._files = ExitStack()
+        self._writers = {
+            split: _SplitWriter(folder, split, ending, dtype.itemsize) for split in splits
         }
 
-    def _pieces(self, documents: Iterable[Document]) -> Iterator[_Piece]:
-        for document in documents:
-            done = 0
-            for text in self._encoder.pieces(document.text):
-                if text:
-                    first, done = done == 0, done + len(text)
-                    yield _Piece(text, first, done == len(document.text))
+    def __enter__(self) -> StoreWriter:
+        for writer in self._writers.values():
+            self._files.enter_context(writer.file)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._files.close()
+
+    def add(self, batch: Sequence[Piece], encoded: Encoded) -> None:
+        """Write the ids of the next pieces."""
+        end = 0
+        for piece, (tokens, words, lines) in zip(batch, encoded.counts.tolist(), strict=True):
+            start, end = end, end + tokens
+            self._writers[piece.split].add(piece, encoded.ids[start:end].tobytes(), words, lines)
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """Write what remains and return each split's entry in store.json: counts and hashes."""
+        return {split: writer.finish() for split, writer in self._writers.items()}
 
 
-class _Piece(NamedTuple):
-    text: str
-    is_first: bool
-    is_last: bool
+class _SplitWriter:
+    def __init__(self, folder: Path, split: str, ending: bytes, itemsize: int) -> None:
+        self.file = (folder / bin_name(split)).open("wb")
+        self._starts_file = folder / starts_name(split)
+        self._ending = ending
+        self._itemsize = itemsize
+        self._digest = hashlib.sha256()
+        self._starts = array("q")
+        self._tokens = self._words = self._lines = self._bytes = 0
+
+    def add(self, piece: Piece, ids: bytes, words: int, lines: int) -> None:
+        if piece.is_first:
+            self._starts.append(self._tokens)
+        data = ids + self._ending if piece.is_last else ids
+        self.file.write(data)
+        self._digest.update(data)
+        self._tokens += len(data) // self._itemsize
+        self._words += words
+        self._lines += lines
+        self._bytes += len(piece.data)
+
+    def finish(self) -> dict[str, Any]:
+        self.file.close()
+        starts = np.array(self._starts, dtype="<i8")
+        np.save(self._starts_file, starts, allow_pickle=False)
+        counts = Counts(self._tokens, len(starts), self._words, self._lines, self._bytes)
+        return {
+            **asdict(counts),
+            "sha256": self._digest.hexdigest(),
+            "document_starts_sha256": hashlib.sha256(starts.tobytes()).hexdigest(),
+        }
 
 
 def bin_name(split: str) -> str:
@@ -121,16 +122,3 @@ def bin_name(split: str) -> str:
 def starts_name(split: str) -> str:
     """The file with the positions of a split's documents."""
     return f"{split}.documents.npy"
-
-
-def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    batch: list[_Piece] = []
-    characters = 0
-    for piece in pieces:
-        batch.append(piece)
-        characters += len(piece.text)
-        if characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pha.data.sampler import EvaluationWindow, evaluation_windows
 from pha.data.store import TokenStore
+from pha.evals.losses import BATCH_TOKENS, evaluation_mode, score_windows, split_windows
+from pha.evals.protocols import Protocol
 from pha.modeling import PHAForCausalLM
-from pha.ops import token_statistics
-from pha.utils.errors import PHAError
-from pha.utils.hardware import PRECISIONS, synchronise
+from pha.utils.hardware import synchronise
 
 
 @dataclass(frozen=True)
@@ -57,24 +55,23 @@ class Evaluation:
         return asdict(self)
 
 
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the scored tokens of a split.
 
+    Attributes:
+        nll: negative log-likelihood in nats, separators between documents included.
+        hits: tokens that were the top prediction.
+        scored: tokens scored.
+        read: tokens read, with the first, which nothing predicts.
+        seconds: wall time.
+    """
 
-def _batches(windows: list[EvaluationWindow], batch_size: int) -> Iterator[list[EvaluationWindow]]:
-    """Group consecutive windows of equal shape, at most `batch_size` at a time."""
-    group: list[EvaluationWindow] = []
-    for window in windows:
-        same = group and (group[0][1] - group[0][0], group[0][2]) == (
-            window[1] - window[0],
-            window[2],
-        )
-        if group and (not same or len(group) == batch_size):
-            yield group
-            group = []
-        group.append(window)
-    if group:
-        yield group
+    nll: float
+    hits: int
+    scored: int
+    read: int
+    seconds: float
 
 
 def evaluate(
@@ -86,11 +83,12 @@ def evaluate(
     stride: int | None = None,
     packed_documents: bool = False,
     precision: str = "fp32",
-    batch_tokens: int = 8192,
+    batch_tokens: int = BATCH_TOKENS,
     max_tokens: int | None = None,
     share: tuple[int, int] = (0, 1),
     reduce: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    name: str = "",
 ) -> Evaluation:
     """Score every token of a split but its first, each exactly once.
 
@@ -111,82 +109,80 @@ def evaluate(
         share: (rank, ranks) when several processes take turns at the windows.
         reduce: sums a float64 tensor over those processes.
         progress: called with (windows done, windows in all).
+        name: what the result calls its protocol.
 
     Raises:
-        PHAError: no such split, or too few tokens.
+        PHAError: no such split, too few tokens, or an impossible length or stride.
     """
-    if split not in store.splits:
-        raise PHAError(f"{store.path} has no {split} split; it has {', '.join(store.splits)}")
     stride = sequence_length if stride is None else stride
-    if not 1 <= stride <= sequence_length:
-        raise PHAError(f"stride is {stride}; it must be from 1 to {sequence_length}")
-    tokens = store.tokens(split)
-    total = len(tokens) if max_tokens is None else min(len(tokens), max_tokens + 1)
-    if total < 2:
-        raise PHAError(f"the {split} split of {store.path} has {len(tokens)} tokens; 2 are needed")
-    windows = list(evaluation_windows(total, sequence_length, stride))[share[0] :: share[1]]
-    starts = np.zeros(0, dtype=bool)
-    if packed_documents:
-        starts = np.zeros(len(tokens), dtype=bool)
-        starts[store.document_starts(split)] = True
-    device = model.device
-    autocast = torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+    protocol = Protocol(sequence_length, stride, packed_documents, name)
+    windows, total = split_windows(store, split, protocol, max_tokens)
+    windows = windows[share[0] :: share[1]]
     sums = torch.zeros(3, dtype=torch.float64)  # negative log-likelihood, hits, tokens
-    begin, done, was_training = time.perf_counter(), 0, model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), autocast:
-            for group in _batches(windows, max(1, batch_tokens // sequence_length)):
-                first = group[0][2]
-                rows = np.stack([tokens[s : e + 1].astype(np.int64) for s, e, _ in group])
-                ids = torch.from_numpy(rows).to(device)
-                document_starts = None
-                if packed_documents:
-                    document_starts = torch.from_numpy(np.stack([starts[s:e] for s, e, _ in group]))
-                    document_starts = document_starts.to(device)
-                x = model.model(input_ids=ids[:, :-1], document_starts=document_starts)
-                nll, hits = token_statistics(
-                    x[:, first:].flatten(0, 1), model.lm_head.weight, ids[:, first + 1 :].flatten()
-                )
-                sums[0] += float(nll.double().sum())
-                sums[1] += float(hits.sum())
-                sums[2] += nll.numel()
-                done += len(group)
-                if progress is not None:
-                    progress(done, len(windows))
-    finally:
-        model.train(was_training)
-    synchronise(device)
+    begin, done = time.perf_counter(), 0
+    with evaluation_mode(model):
+        for batch in score_windows(
+            model,
+            store,
+            split,
+            protocol,
+            windows,
+            precision=precision,
+            batch_tokens=batch_tokens,
+        ):
+            sums[0] += float(batch.nats.sum(dtype="float64"))
+            sums[1] += int(batch.hits.sum())
+            sums[2] += batch.nats.size
+            done += len(batch.windows)
+            if progress is not None:
+                progress(done, len(windows))
+    synchronise(model.device)
     if reduce is not None:
         sums = reduce(sums)
-    nll_sum, hit_sum, scored = sums.tolist()
-    counts = store.counts(split)
+    nll, hits, scored = sums.tolist()
+    totals = Totals(nll, int(hits), int(scored), total, time.perf_counter() - begin)
+    return summarise(store, split, protocol, precision, totals)
+
+
+def summarise(
+    store: TokenStore, split: str, protocol: Protocol, precision: str, totals: Totals
+) -> Evaluation:
+    """All figures of a split from its sums.
+
+    Args:
+        store: where the tokens are from; its counts of words, lines and bytes are of the text.
+        split: which split.
+        protocol: the windows.
+        precision: of the computation.
+        totals: the sums. Where less than the whole split was read, words and bytes are estimated.
+    """
+    counts, nll, scored = store.counts(split), totals.nll, totals.scored
     # All but the first token are scored; words and bytes are those of the whole split.
-    fraction = 1.0 if total == len(tokens) else total / len(tokens)
+    whole = totals.read == counts.tokens
+    fraction = 1.0 if whole else totals.read / counts.tokens
     words, size = (counts.words + counts.lines) * fraction, counts.bytes * fraction
-    loss = nll_sum / scored
+    loss = nll / scored
     return Evaluation(
         split=split,
         loss=loss,
         perplexity=_exp(loss),
-        word_perplexity=_exp(nll_sum / words) if words else math.inf,
-        byte_perplexity=_exp(nll_sum / size),
-        bits_per_byte=nll_sum / size / math.log(2),
-        accuracy=hit_sum / scored,
-        tokens=int(scored),
+        word_perplexity=_exp(nll / words) if words else math.inf,
+        byte_perplexity=_exp(nll / size),
+        bits_per_byte=nll / size / math.log(2),
+        accuracy=totals.hits / scored,
+        tokens=scored,
         words=words,
         bytes=size,
-        seconds=time.perf_counter() - begin,
-        protocol={
-            "sequence_length": sequence_length,
-            "stride": stride,
-            "windows": "non-overlapping" if stride == sequence_length else "sliding",
-            "documents": "state and attention reset at document starts"
-            if packed_documents
-            else "document boundaries ignored",
-            "tokens_scored": int(scored),
-            "whole_split": total == len(tokens),
+        seconds=totals.seconds,
+        protocol=protocol.describe()
+        | {
+            "tokens_scored": scored,
+            "whole_split": whole,
             "precision": precision,
             "data_sha256": store.sha256,
         },
     )
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf

@@ -65,7 +65,7 @@ def _evaluation(result: dict[str, Any], split: str | None) -> dict[str, Any]:
 
 
 def mixing_table(layers: Sequence[dict[str, dict[str, float]]], title: str) -> Table:
-    """Weight and effective share of each branch, layer by layer, and means of those that have it."""
+    """Weight and effective share of each branch by layer, and means over layers that have it."""
     table = Table(title=title)
     table.add_column("layer", justify="right")
     weights, effective = ([layer[kind] for layer in layers] for kind in ("weights", "effective"))

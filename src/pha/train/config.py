@@ -89,6 +89,8 @@ class RunConfig:
         micro_batch: sequences per forward pass and device; chosen from memory when null.
         precision: fp32, bf16 (autocast), or auto: bf16 where the device does it faster.
         seed: of the weights, the order of the data and dropout.
+        gradient_checkpointing: keep only what enters each layer and compute the rest again in the
+            backward pass: less memory, about a third more time, the same weights.
         deterministic: deterministic kernels only (on a GPU slower; a CPU run always is).
         evaluate_every: steps between evaluations on the validation split; null: `evaluations`.
         evaluations: how many are made in a run, at even distances, where that is null.
@@ -110,6 +112,7 @@ class RunConfig:
     micro_batch: int | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
+    gradient_checkpointing: bool = False
     deterministic: bool = False
     evaluate_every: int | None = None
     evaluations: int = 10

@@ -125,6 +125,10 @@ def make_plan(
     parameters = sum(count_parameters(config.model).values())
     weights = parameters * 4 * 4
     per_token = activation_bytes_per_token(config.model, precision)
+    if run.gradient_checkpointing:
+        # What enters each layer, in float32, and the inside of one layer at a time.
+        layers = config.model.num_hidden_layers
+        per_token = 4 * layers * config.model.hidden_size + per_token / layers
     free = free_memory(device)
     # The loss holds a chunk of logits and what is computed from it, and the head's gradient.
     chunk = min(CHUNK_LOGITS, share * length * config.model.vocab_size)

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
-from pha.data.store import TokenStore, cached_store
+from pha.data.preparation import cached_store
+from pha.data.store import TokenStore
 from pha.data.tokenizer import tokenizer_sha256
 from pha.evals.loading import load_model
 from pha.modeling import PHAConfig, PHAForCausalLM
@@ -40,6 +41,7 @@ FREE_KEYS = {
     "run.trackers",
     "run.sample_tokens",
     "run.log_every",
+    "run.gradient_checkpointing",
 }
 
 

@@ -69,6 +69,7 @@ class Trainer:
             config.run.seed,
             store.document_starts("train") if data.packed_documents else None,
         )
+        model.model.gradient_checkpointing = config.run.gradient_checkpointing
         optimizer = make_optimizer(model, config.optimizer)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.schedule = Schedule(config.schedule, config.optimizer.learning_rate, plan.steps)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from pha.utils.errors import PHAError
 
@@ -64,7 +68,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     An existing `path` is replaced only then; after an exception nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path, "tmp")
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir()
@@ -75,7 +79,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         # Two renames, so that no moment is long enough to lose both the old and the new.
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
+        old = _beside(path, "old")
         if path.exists():
             path.rename(old)
         temporary.rename(path)
@@ -84,6 +88,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what `atomic_folder(path)` left behind in processes of this host that were killed."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(platform.node())}-(\d+)\.(tmp|old)")
+    if not path.parent.is_dir():
+        return
+    for folder in path.parent.iterdir():
+        match = name.fullmatch(folder.name)
+        if match and not psutil.pid_exists(int(match.group(1))):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """A name beside `path` that no other process uses, on this host or another."""
+    return path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.{ending}")
 
 
 def copy_folder(source: Path, target: Path) -> None:

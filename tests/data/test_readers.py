@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+import json
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from pha.data.readers import kind_of, read_records, read_text, stem_of
+from tests.data.common import COMPRESS, RECORDS, write_records
+
+AWKWARD = [
+    "plain",
+    "",
+    "café 中 😀 \x00 \u2028 \ufeff",
+    "a\r\nb\n\n",
+    '"quoted" \\ {',
+    "x" * 100_000,
+]
+
+
+def ignore(done: int) -> None:
+    pass
+
+
+@pytest.mark.parametrize("suffix", RECORDS)
+def test_records_come_back_unchanged(tmp_path: Path, suffix: str) -> None:
+    texts = AWKWARD * 5
+    path = write_records(tmp_path / f"rows{suffix}", texts)
+    done: list[int] = []
+    assert list(read_records(path, "text", done.append)) == list(enumerate(texts, start=1))
+    assert done == sorted(done)
+    assert done[-1] == path.stat().st_size
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+@pytest.mark.parametrize("block", [1, 2, 7, 1 << 20])
+def test_text_comes_back_unchanged(
+    tmp_path: Path, suffix: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pha.data.readers._BLOCK", block)
+    text = "\ufeffcafé 中 😀\r\nend\n \n" * 3
+    path = tmp_path / f"text.txt{suffix}"
+    path.write_bytes(COMPRESS[suffix](text.encode()))
+    done: list[int] = []
+    assert "".join(read_text(path, done.append)) == text
+    assert done[-1] == path.stat().st_size
+
+
+def test_a_stretch_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pha.data.readers._BLOCK", 4)
+    path = tmp_path / "text.txt"
+    path.write_text("0123456789" * 3)
+    done: list[int] = []
+    assert "".join(read_text(path, done.append, 5, 18)) == "5678901234567"
+    assert done[-1] == 13
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_blank_lines_and_a_byte_order_mark_are_no_records(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows.jsonl{suffix}"
+    lines = '\ufeff{"text": "a"}\r\n\n  \n{"text": "b"}'
+    path.write_bytes(COMPRESS[suffix](lines.encode()))
+    assert list(read_records(path, "text", ignore)) == [(1, "a"), (4, "b")]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_packed_files_in_several_pieces(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"text.txt{suffix}"
+    path.write_bytes(b"".join(COMPRESS[suffix](text) for text in (b"one ", b"", b"two")))
+    assert "".join(read_text(path, ignore)) == "one two"
+
+
+@pytest.mark.parametrize("suffix", [s for s in RECORDS if s != ".jsonl"])
+def test_files_cut_short_are_refused(tmp_path: Path, suffix: str, refuses) -> None:
+    path = write_records(tmp_path / f"rows{suffix}", [f"row {number}" * 9 for number in range(200)])
+    whole = path.read_bytes()
+    for size in sorted({1, 2, 5, 11, len(whole) // 3, len(whole) // 2, len(whole) - 9}):
+        path.write_bytes(whole[:size])
+        with refuses(path.name, "get"):
+            list(read_records(path, "text", ignore))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.xz", ".jsonl.zst"])
+def test_damaged_archives_are_refused(tmp_path: Path, suffix: str, refuses) -> None:
+    path = write_records(tmp_path / f"rows{suffix}", [f"row {number}" for number in range(200)])
+    path.write_bytes(b"this is no archive, whatever its name says")
+    with refuses(path.name):
+        list(read_records(path, "text", ignore))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz"])
+def test_a_wrong_checksum_is_refused(tmp_path: Path, suffix: str, refuses) -> None:
+    path = tmp_path / f"text.txt{suffix}"
+    data = bytearray(COMPRESS[suffix](b"some text " * 99))
+    data[-6 if suffix == ".gz" else -30] ^= 1
+    path.write_bytes(data)
+    with refuses(path.name):
+        list(read_text(path, ignore))
+
+
+def test_a_file_of_zstandard_made_with_a_long_window(tmp_path: Path) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    path = tmp_path / "text.txt.zst"
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path.write_bytes(stream.compress(b"text ") + stream.flush())
+    assert "".join(read_text(path, ignore)) == "text "
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        (b'{"text": "cut', ("line 2", "rows.jsonl", "not JSON")),
+        (b"[1, 2]", ("line 2", "not a JSON object")),
+        (b"7", ("line 2", "not a JSON object")),
+        (b"[" * 100_000, ("line 2", "not JSON")),
+        (b'{"text": "caf\xe9"}', ("line 2", "UTF-8")),
+        (b'{"body": "a", "title": "b"}', ("line 2", "no field 'text'", "body, title", "--text-f")),
+        (b"{}", ("line 2", "no field 'text'", "none")),
+        (b'{"text": null}', ("line 2", "'text'", "null")),
+        (b'{"text": 3}', ("line 2", "'text'", "int")),
+        (b'{"text": ["a"]}', ("line 2", "'text'", "list")),
+        (b'{"text": "\\ud800"}', ("line 2", "surrogate")),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: bytes, parts: tuple[str, ...], refuses) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    rows = read_records(path, "text", ignore)
+    assert next(rows) == (1, "good")
+    with refuses(*parts):
+        next(rows)
+
+
+def test_fields_of_parquet(tmp_path: Path, refuses) -> None:
+    path = write_records(tmp_path / "rows.parquet", ["a", "b"], field="body")
+    assert list(read_records(path, "body", ignore)) == [(1, "a"), (2, "b")]
+    with refuses("rows.parquet", "no field 'text'", "number, body"):
+        list(read_records(path, "text", ignore))
+    with refuses("row 1", "rows.parquet", "int"):
+        list(read_records(path, "number", ignore))
+    pq.write_table(pa.table({"text": ["a", None]}), path)
+    with refuses("row 2", "null"):
+        list(read_records(path, "text", ignore))
+    pq.write_table(pa.table({"text": pa.array(["a", "b"], pa.large_string())}), path)
+    assert [text for _, text in read_records(path, "text", ignore)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_text_that_is_not_utf8(tmp_path: Path, suffix: str, refuses) -> None:
+    path = tmp_path / f"text.txt{suffix}"
+    for data in (b"caf\xe9 ", b"cut in a character \xc3"):
+        path.write_bytes(COMPRESS[suffix](data))
+        with refuses(path.name, "UTF-8"):
+            list(read_text(path, ignore))
+
+
+def test_files_that_cannot_be_opened(tmp_path: Path, refuses) -> None:
+    for name in ("gone.jsonl", "gone.jsonl.zst"):
+        with refuses(name, "cannot be read"):
+            list(read_records(tmp_path / name, "text", ignore))
+
+
+def test_libraries_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses
+) -> None:
+    for name, suffix in (("pyarrow", ".parquet"), ("zstandard", ".jsonl.zst")):
+        path = write_records(tmp_path / f"rows{suffix}", ["a"])
+        monkeypatch.setitem(sys.modules, name, None)
+        with refuses(name, "pip install 'pha[data]'"):
+            list(read_records(path, "text", ignore))
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "sort"),
+    [
+        ("train.jsonl.xz", "train", "records"),
+        ("Train.JSONL", "Train", "records"),
+        ("a.b.parquet", "a.b", "records"),
+        ("wiki.train.txt.gz", "wiki.train", "packed text"),
+        ("text.raw.zst", "text", "packed text"),
+        ("text.txt", "text", "other"),
+        ("rows.parquet.gz", "rows", "other"),
+        ("archive.gz", "archive", "other"),
+        ("archive.tar.gz", "archive", "other"),
+        ("README", "README", "other"),
+    ],
+)
+def test_kinds_by_name(name: str, stem: str, sort: str) -> None:
+    kind = kind_of(Path(name))
+    assert stem_of(Path(name)) == stem
+    found = "records" if kind.is_records else "packed text" if kind.is_packed_text else "other"
+    assert found == sort
+
+
+def test_memory_holds_a_line_not_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    line = json.dumps({"text": "x" * 10_000}) + "\n"
+    path.write_text(line * 2_000)
+    tracemalloc.start()
+    try:
+        assert sum(len(text) for _, text in read_records(path, "text", ignore)) == 20_000_000
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
