@@ -119,7 +119,7 @@ def test_gradients_are_those_of_the_oracles(block: str, branches: tuple[str, ...
 
     fast = gradients()
     with (
-        OPS["scan"].force("naive"),
+        OPS["gated_scan"].force("naive"),
         OPS["dss"].force("naive"),
         OPS["attention"].force("naive"),
         OPS["linear_cross_entropy"].force("naive"),

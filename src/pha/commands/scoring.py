@@ -43,7 +43,7 @@ def score(options: Namespace) -> None:
     from pha.evals.score import score as score_text
     from pha.report.surprise import Collector, write_page
     from pha.utils.files import write_json
-    from pha.utils.hardware import choose_precision, default_device, provenance
+    from pha.utils.hardware import choose_precision, default_device, provenance, return_freed_memory
 
     for path in options.files:
         if not path.is_file():
@@ -51,6 +51,7 @@ def score(options: Namespace) -> None:
     names = [path.stem for path in options.files]
     if options.out is not None and len(set(names)) < len(names):
         raise PHAError("two files have the same name; score them into different --out folders")
+    return_freed_memory()
     device = default_device()
     loaded = load_model(options.model, device)
     if options.attention_window is not None:

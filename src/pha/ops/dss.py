@@ -127,29 +127,31 @@ def _fft_length(T: int) -> int:
 class _CausalConvolution(torch.autograd.Function):
     """y_t = sum_{l <= t} K[l] v_{t-l} by real FFTs, with the backward pass in closed form.
 
-    dv is the correlation of dy with K, dK that of dy with v, summed over the batch. (Autograd's
-    own backward of a real FFT is a complex one of twice the work.)
+    dv is the correlation of dy with K, dK that of dy with v, summed over the batch. Saved are v and
+    K: transforming them again costs less than their transforms, padded and complex, would hold.
     """
 
     @staticmethod
     def forward(ctx: Any, v_BTH: Tensor, K_TH: Tensor) -> Tensor:
         T = v_BTH.shape[1]
         n = _fft_length(T)
+        ctx.save_for_backward(v_BTH, K_TH)
         v_f, K_f = torch.fft.rfft(v_BTH, n, dim=1), torch.fft.rfft(K_TH, n, dim=0)
-        ctx.save_for_backward(v_f, K_f)
-        ctx.lengths = T, n
         return torch.fft.irfft(v_f * K_f, n, dim=1)[:, :T]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BTH: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        v_f, K_f = ctx.saved_tensors
-        T, n = ctx.lengths
+        v_BTH, K_TH = ctx.saved_tensors
+        T = v_BTH.shape[1]
+        n = _fft_length(T)
         dy_f = torch.fft.rfft(dy_BTH, n, dim=1)
         dv = dK = None
         if ctx.needs_input_grad[1]:
+            v_f = torch.fft.rfft(v_BTH, n, dim=1)
             dK = torch.fft.irfft((dy_f * v_f.conj()).sum(0), n, dim=0)[:T]
         if ctx.needs_input_grad[0]:
+            K_f = torch.fft.rfft(K_TH, n, dim=0)
             dv = torch.fft.irfft(dy_f * K_f.conj(), n, dim=1)[:, :T]
         return dv, dK
 

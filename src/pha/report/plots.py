@@ -210,8 +210,8 @@ def branch_names(layers: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def mean_share(layers: Sequence[Mapping[str, float]], branch: str) -> float | None:
-    """Mean share of a branch over the layers that have it."""
-    shares = [layer[branch] for layer in layers if branch in layer]
+    """Mean share of a branch over the layers that mix it with others."""
+    shares = [layer[branch] for layer in layers if branch in layer and len(layer) > 1]
     return sum(shares) / len(shares) if shares else None
 
 

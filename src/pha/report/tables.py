@@ -65,7 +65,7 @@ def _evaluation(result: dict[str, Any], split: str | None) -> dict[str, Any]:
 
 
 def mixing_table(layers: Sequence[dict[str, dict[str, float]]], title: str) -> Table:
-    """Weight and effective share of each branch by layer, and means over layers that have it."""
+    """Weight and effective share of each branch by layer, and means over the layers that mix it."""
     table = Table(title=title)
     table.add_column("layer", justify="right")
     weights, effective = ([layer[kind] for layer in layers] for kind in ("weights", "effective"))
@@ -87,7 +87,7 @@ def _share(weight: float | None, effective: float | None) -> str:
 
 
 def mixing_history_table(records: Sequence[dict[str, Any]]) -> Table:
-    """Mean weight over the layers that have a branch, at every recorded step."""
+    """Mean weight over the layers that mix a branch with others, at every recorded step."""
     table = Table(title="mean weight over the layers, by step")
     names = branch_names([layer["weights"] for layer in records[0]["layers"]])
     table.add_column("step", justify="right")

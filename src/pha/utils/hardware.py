@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
@@ -78,6 +79,21 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_freed_memory() -> None:
+    """Ask glibc to give large freed blocks back at once, for memory that stays flat for hours.
+
+    By default it keeps what is freed and raises its thresholds with use, so that a loop over
+    blocks of changing size grows by fragmentation. Does nothing with other C libraries.
+    """
+    trim_threshold, mmap_threshold, size = -1, -3, 128 * 1024
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(trim_threshold, size)
+    mallopt(mmap_threshold, size)
 
 
 def free_memory(device: torch.device) -> int:
