@@ -53,17 +53,18 @@ def parse_axis(text: str) -> Axis:
         PHAError: not of this form.
     """
     key, equals, values = text.partition("=")
-    try:
-        parsed = yaml.safe_load(f"[{values}]")
-    except yaml.YAMLError:
-        parsed = None
-    if not (equals and re.fullmatch(r"\w+\.\w+", key) and isinstance(parsed, list) and parsed):
+    # At commas outside brackets.
+    parts = [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", values)]
+    if not (equals and re.fullmatch(r"\w+\.\w+", key) and all(map(_is_yaml, parts))):
         raise PHAError(f"{text!r} is not SECTION.KEY=VALUE,VALUE,...")
-    shown = [
-        value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True)
-        for value in parsed
-    ]
-    return Axis(key, tuple(value.removesuffix("\n...\n").strip() for value in shown))
+    return Axis(key, tuple(parts))
+
+
+def _is_yaml(text: str) -> bool:
+    try:
+        return yaml.safe_load(text) is not None
+    except yaml.YAMLError:
+        return False
 
 
 @dataclass(frozen=True)
