@@ -6,15 +6,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 from transformers import PreTrainedTokenizerFast
 
 from pha.data.tokenizer import load_tokenizer
 from pha.utils.errors import PHAError
-
-# Times vary too much between machines for a limit on each example.
-settings.register_profile("no-deadline", deadline=None)
-settings.load_profile("no-deadline")
 
 Refuses = Callable[..., AbstractContextManager[None]]
 

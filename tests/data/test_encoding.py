@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pha.data.encoding import TextEncoder, byte_vocabulary, cut_text
+from pha.data.encoding import TextEncoder, byte_vocabulary, cut_parts, cut_text
 from pha.data.tokenizer import load_tokenizer
 
 GPT2_PATTERN = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -32,6 +33,13 @@ def test_cut_text_keeps_tokens_and_words(text: str, size: int) -> None:
     assert [token for piece in pieces for token in pre_tokens(piece)] == pre_tokens(text)
     assert sum(len(piece.split()) for piece in pieces) == len(text.split())
     assert all(len(piece) >= size for piece in pieces[:-1])
+
+
+@given(AWKWARD, st.integers(1, 12), st.lists(st.integers(0, 60), max_size=8))
+def test_pieces_do_not_depend_on_the_parts_of_a_text(text: str, size: int, cuts: list[int]) -> None:
+    bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    parts = [text[start:end] for start, end in pairwise(bounds)]
+    assert list(cut_parts(parts, size)) == list(cut_text(text, size))
 
 
 def test_cuts_elsewhere_would_change_tokens() -> None:
@@ -86,6 +94,11 @@ def test_long_text_has_the_ids_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> 
     ids = TextEncoder(tokenizer).encode(long)
     assert ids.dtype == np.int64
     assert ids.tolist() == whole
+
+
+def test_an_encoder_of_the_state_alone_is_the_same() -> None:
+    first = TextEncoder(load_tokenizer("bpe:280", [SAMPLE]))
+    assert TextEncoder(first.state).encode(SAMPLE).tolist() == first.encode(SAMPLE).tolist()
 
 
 @pytest.mark.parametrize("spec", ["bytes", "bpe:280"])

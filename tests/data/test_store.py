@@ -4,15 +4,25 @@ import json
 import platform
 import sysconfig
 from dataclasses import astuple
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pha.data import SPLITS, Counts, PreparationState, TokenStore, cached_store, prepare
+from pha.data import (
+    SPLITS,
+    Counts,
+    PreparationState,
+    SourceOptions,
+    TokenStore,
+    cached_store,
+    prepare,
+)
 from pha.data.encoding import byte_vocabulary
 from pha.data.sources import open_source
 from pha.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_sha256
+from tests.data.common import write_records
 
 
 @pytest.fixture
@@ -147,6 +157,16 @@ def test_split_that_is_absent(split_folder: Path, tmp_path: Path, refuses) -> No
 
 
 @pytest.mark.parametrize("verify", [True, False])
+def test_stores_without_a_split_rule_are_read(store: TokenStore, verify: bool) -> None:
+    record = json.loads((store.path / "store.json").read_text())
+    del record["split"], record["tokenizer_training_bytes"]
+    (store.path / "store.json").write_text(json.dumps(record))
+    older = TokenStore.open(store.path, verify=verify)
+    assert older.sha256 == store.sha256
+    assert older.describe()["split"] is None
+
+
+@pytest.mark.parametrize("verify", [True, False])
 def test_truncated_tokens(store: TokenStore, verify: bool, refuses) -> None:
     path = store.path / "train.bin"
     path.write_bytes(path.read_bytes()[:-2])
@@ -207,6 +227,9 @@ def test_folders_that_are_no_store(store: TokenStore, tmp_path: Path, refuses) -
     change_record(store, format=1, splits={"train": {"tokens": "many"}})
     with refuses("store.json", "damaged"):
         TokenStore.open(store.path)
+    change_record(store, split="by hand")
+    with refuses("store.json", "damaged"):
+        TokenStore.open(store.path)
     (store.path / "store.json").write_text("[]")
     with refuses("not a token store"):
         TokenStore.open(store.path)
@@ -255,9 +278,54 @@ def test_progress_ends_with_all_bytes(split_folder: Path, tmp_path: Path) -> Non
     store = prepare(str(split_folder), "bpe:260", tmp_path / "s", progress=states.append)
     tokens = sum(store.counts(split).tokens for split in SPLITS)
     assert states == [
+        PreparationState("tokenizer", fraction=None, documents=0, bytes=0, tokens=0),
         PreparationState("tokenizer", fraction=1.0, documents=1, bytes=460, tokens=0),
+        PreparationState("encoding", fraction=None, documents=0, bytes=0, tokens=0),
         PreparationState("encoding", fraction=1.0, documents=3, bytes=487, tokens=tokens),
     ]
+
+
+def test_a_tokenizer_is_trained_on_the_beginning_of_a_large_corpus(
+    split_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (split_folder / "train.txt").rename(split_folder / "train.1.txt")
+    (split_folder / "train.2.txt").write_text("qqqq zzzz " * 500)
+    states: list[PreparationState] = []
+    whole = prepare(str(split_folder), "bpe:262", tmp_path / "whole", progress=states.append)
+    assert whole.describe()["tokenizer_training_bytes"] == 460 + 5000
+    assert [s.fraction for s in states if s.stage == "tokenizer"] == [None, 460 / 5460, 1.0]
+    monkeypatch.setattr("pha.data.preparation.TRAINING_BYTES", 400)
+    store = prepare(str(split_folder), "bpe:262", tmp_path / "store")
+    expected = load_tokenizer("bpe:262", [(split_folder / "train.1.txt").read_bytes().decode()])
+    assert store.tokenizer_sha256 == tokenizer_sha256(expected) != whole.tokenizer_sha256
+    assert store.describe()["tokenizer_training_bytes"] == 460
+    assert store.counts("train").bytes == 5460
+    plain = prepare(str(split_folder), "bytes", tmp_path / "plain")
+    assert plain.describe()["tokenizer_training_bytes"] is None
+
+
+def test_a_split_that_stays_empty(split_folder: Path, tmp_path: Path, refuses) -> None:
+    rows = write_records(tmp_path / "rows.jsonl", ["one", "two", "three"])
+    with refuses("falls into the", "larger --holdout"):
+        prepare(str(rows), "bytes", tmp_path / "store")
+    write_records(tmp_path / "named" / "train.jsonl", ["", ""])
+    write_records(tmp_path / "named" / "valid.jsonl", ["a"])
+    with refuses("the train split", "no text"):
+        prepare(str(tmp_path / "named"), "bytes", tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+    assert leftovers(tmp_path) == []
+
+
+def test_cached_store_follows_the_split(tmp_path: Path) -> None:
+    rows = write_records(tmp_path / "rows.jsonl", [f"text {number}" for number in range(200)])
+
+    def path(**options) -> Path:
+        chosen = SourceOptions(**options)
+        return cached_store(str(rows), "bytes", tmp_path / "stores", options=chosen).path
+
+    default = cached_store(str(rows), "bytes", tmp_path / "stores").path
+    assert default == path() == path(split_seed=0)
+    assert len({default, path(split_seed=1), path(holdout=Fraction(1, 8))}) == 3
 
 
 def test_cached_store_is_prepared_once(split_folder: Path, tmp_path: Path) -> None:
@@ -275,13 +343,13 @@ def test_cached_store_is_prepared_once(split_folder: Path, tmp_path: Path) -> No
     first = opened()
     assert first.path.parent == tmp_path / "stores"
     assert first.path.name.startswith("corpus-bytes-")
-    assert stages == ["encoding"]
+    assert stages == ["encoding", "encoding"]
     assert opened().path == first.path
     assert stages == []
 
     (first.path / "train.bin").write_bytes(b"damaged")
     assert opened().sha256 == first.sha256
-    assert stages == ["encoding"]
+    assert stages == ["encoding", "encoding"]
 
     assert opened("bpe:258").path != first.path
     (split_folder / "test.txt").write_text("a new test text")

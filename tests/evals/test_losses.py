@@ -52,7 +52,9 @@ def sliding_loop(
     return total, scored
 
 
-@pytest.mark.parametrize(("max_length", "stride"), [(65, 64), (65, 16), (33, 32), (40, 7), (301, 50)])
+@pytest.mark.parametrize(
+    ("max_length", "stride"), [(65, 64), (65, 16), (33, 32), (40, 7), (301, 50)]
+)
 def test_equals_the_loop_for_models_of_fixed_length(
     model: PHAForCausalLM, store: TokenStore, max_length: int, stride: int
 ) -> None:

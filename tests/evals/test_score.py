@@ -14,11 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pha.cli import main
-from pha.data.encoding import TextEncoder
 from pha.data.tokenizer import load_tokenizer
 from pha.evals import score as module
 from pha.evals.loading import LoadedModel
-from pha.evals.score import read_text, score, stream, token_stream
+from pha.evals.score import read_text, score, stream
 from pha.report.surprise import Collector, words
 from pha.utils.errors import PHAError
 from tests.conftest import synthetic_text
@@ -73,19 +72,6 @@ def test_pieces_give_what_one_pass_gives(
     assert summary.bits_per_byte == pytest.approx(total / len(ids) / math.log(2), rel=1e-5)
     assert summary.accuracy == pytest.approx(float(hits[1:].mean()))
     assert summary.protocol["attention_window"] == window
-
-
-@settings(max_examples=40)
-@given(sizes=st.lists(st.integers(1, 400), max_size=12), text=st.text(max_size=80))
-def test_tokens_and_counts_do_not_depend_on_how_the_text_arrives(
-    sizes: list[int], text: str
-) -> None:
-    text = (text + " a b\n" + TEXT) * 2
-    encoder = TextEncoder(load_tokenizer("bytes"))
-    parts = [part for part in cut(text, sizes) if part]
-    assert "".join(parts) == text
-    ids = np.concatenate(list(token_stream(iter(parts), encoder)))
-    assert bytes(ids.tolist()) == text.encode()
 
 
 @settings(max_examples=10, deadline=None)

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pha.commands.common import AddVerb, console_for, print_json
-from pha.commands.evaluation import add_window_options, describe_protocol, protocol_of
+from pha.commands.evaluation import (
+    add_window_options,
+    describe_protocol,
+    protocol_of,
+    show_perplexity,
+)
 from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:
@@ -139,8 +144,6 @@ def _print(options: Namespace, result: PairedComparison, console: Console) -> No
 def _totals_table(result: PairedComparison, split: str) -> Table:
     from rich.table import Table
 
-    from pha.report.text import perplexity
-
     a, b = result.evaluations
     table = Table(title=f"on the {split} split, {a.tokens:,} tokens", title_justify="left")
     table.add_column("")
@@ -154,7 +157,7 @@ def _totals_table(result: PairedComparison, split: str) -> Table:
         ("perplexity per word", a.word_perplexity, b.word_perplexity),
         ("perplexity per byte", a.byte_perplexity, b.byte_perplexity),
     ):
-        table.add_row(name, perplexity(one), perplexity(two), f"{one / two - 1:+.2%}")
+        table.add_row(name, show_perplexity(one), show_perplexity(two), f"{one / two - 1:+.2%}")
     bits = a.bits_per_byte, b.bits_per_byte
     table.add_row("bits per byte", *(f"{x:.4f}" for x in bits), f"{bits[0] - bits[1]:+.4f}")
     right = a.accuracy, b.accuracy

@@ -92,16 +92,12 @@ def prepare(options: Namespace) -> None:
 
 
 def _effort(store: TokenStore, seconds: float) -> dict[str, Any]:
-    """Time, rates and memory of a preparation, tokenizer training included."""
-    from pha.data.pool import peak_resident
-
+    """Time and rates of a preparation, with the tokenizer's training where there was one."""
     counts = [store.counts(split) for split in store.splits]
-    main, worker = peak_resident()
     return {
         "seconds": round(seconds, 2),
         "tokens_per_second": round(sum(c.tokens for c in counts) / seconds),
         "bytes_per_second": round(sum(c.bytes for c in counts) / seconds),
-        "peak_memory_bytes": {"main": main, "largest_worker": worker},
     }
 
 
@@ -118,7 +114,7 @@ def _print_store(console: Console, store: TokenStore, effort: dict[str, Any]) ->
     lines = [
         f"{effort['seconds']:,} s, {effort['tokens_per_second']:,} tokens/s, "
         f"{effort['bytes_per_second'] / 1e6:.2f} MB/s",
-        f"split by {facts['rule']}, sha256 {facts['sha256']}",
+        f"split: {facts['rule']}, sha256 {facts['sha256']}",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 

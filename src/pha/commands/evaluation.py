@@ -79,9 +79,16 @@ def describe_protocol(protocol: dict[str, Any]) -> str:
     )
 
 
+def show_perplexity(value: float) -> str:
+    """Four significant figures while they are decimals; three and an exponent from 10^7 on."""
+    from pha.report.text import perplexity
+
+    return perplexity(value) if value < 1e7 else f"{value:.3g}"
+
+
 def evaluate(options: Namespace) -> None:
     """`pha eval`."""
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
     from pha.data import TokenStore, tokenizer_sha256
     from pha.evals.loading import load_model
@@ -105,6 +112,10 @@ def evaluate(options: Namespace) -> None:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         for protocol in protocols:
             task = progress.add_task(f"scoring {options.split} {protocol.name}".rstrip())
+
+            def show(done: int, total: int, task: TaskID = task) -> None:
+                progress.update(task, completed=done, total=total)
+
             results.append(
                 run_evaluation(
                     loaded.model,
@@ -114,9 +125,7 @@ def evaluate(options: Namespace) -> None:
                     stride=protocol.stride,
                     packed_documents=protocol.packed_documents,
                     precision=precision,
-                    progress=lambda done, total, task=task: progress.update(
-                        task, completed=done, total=total
-                    ),
+                    progress=show,
                     name=protocol.name,
                 )
             )
@@ -155,13 +164,11 @@ def _print_all(options: Namespace, results: list[Evaluation], console: Console) 
     from rich import box
     from rich.table import Table
 
-    from pha.report.text import perplexity
-
     table = Table(
         title=f"{options.model} on the {options.split} split of {options.data}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
     table.add_column("protocol", no_wrap=True)
     for heading in ("T/stride", "token", "word", "byte", "bits/B", "acc.", "tokens", "s"):
@@ -171,9 +178,9 @@ def _print_all(options: Namespace, results: list[Evaluation], console: Console) 
         table.add_row(
             protocol["name"],
             f"{protocol['sequence_length']}/{protocol['stride']}",
-            f"{result.perplexity:,.2f}",
-            perplexity(result.word_perplexity),
-            f"{result.byte_perplexity:.4f}",
+            show_perplexity(result.perplexity),
+            show_perplexity(result.word_perplexity),
+            show_perplexity(result.byte_perplexity),
             f"{result.bits_per_byte:.4f}",
             f"{result.accuracy:.2%}",
             f"{result.tokens:,}",

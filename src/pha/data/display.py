@@ -52,10 +52,11 @@ class PreparationDisplay:
         now = time.monotonic()
         if state.stage != self._stage:
             self._stage, self._begin = state.stage, now
-            total = None if state.fraction is None else 1.0
-            self._task = self._progress.add_task(state.stage, total=total, status="")
+            self._task = self._progress.add_task(state.stage, total=None, status="")
         status = describe_state(state, now - self._begin)
-        self._progress.update(self._task, completed=state.fraction or 0.0, status=status)
+        total = None if state.fraction is None else 1.0
+        completed = state.fraction or 0.0
+        self._progress.update(self._task, total=total, completed=completed, status=status)
         if not self._live and now - self._last_line > PLAIN_SECONDS:
             self._last_line = now
             self._console.print(f"{state.stage}: {status}", highlight=False, soft_wrap=True)

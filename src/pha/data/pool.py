@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import resource
 import subprocess
 import sys
 from collections import deque
@@ -34,14 +33,6 @@ def usable_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS
         return os.cpu_count() or 1
-
-
-def peak_resident() -> tuple[int, int]:
-    """Most bytes resident so far: in this process, and in the largest of those that have ended."""
-    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    unit = 1 if sys.platform == "darwin" else 1024
-    own, largest = (resource.getrusage(kind).ru_maxrss * unit for kind in kinds)
-    return own, largest
 
 
 def encode_batches(

@@ -41,7 +41,7 @@ TRAINING_BYTES = 1_000_000_000
 
 @dataclass(frozen=True)
 class PreparationState:
-    """How far a preparation is.
+    """How far a preparation is; each stage begins with one in which nothing is done.
 
     Attributes:
         stage: `tokenizer` (reading text to train one) or `encoding`.
@@ -218,6 +218,7 @@ def _encode(
     meter = Meter()
     pieces = document_pieces(source.documents(meter=meter), encoder, split_hash)
     documents = size = tokens = 0
+    report(PreparationState("encoding", None, documents, size, tokens))
     results = encode_batches(batches(pieces), encoder, DTYPES[dtype], workers or usable_cores())
     with closing(results):
         for batch, encoded in results:
@@ -239,6 +240,7 @@ class _TrainingTexts:
 
     def __iter__(self) -> Iterator[str]:
         meter = Meter()
+        self._report(PreparationState("tokenizer", None, 0, 0, 0))
         for number, document in enumerate(self._source.documents("train", meter), start=1):
             for piece in cut_parts(document.parts):
                 yield piece

@@ -51,6 +51,8 @@ class TokenStore:
         self._record = record
         self._entries: dict[str, dict[str, Any]] = record["splits"]
         self._dtype = DTYPES[record["dtype"]]
+        if not isinstance(record.get("split", {}), dict):
+            raise TypeError("split")
         self.splits = tuple(split for split in SPLITS if split in self._entries)
         self.vocab_size = int(record["vocab_size"])
         self.tokenizer_sha256 = str(record["tokenizer_sha256"])

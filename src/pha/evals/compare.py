@@ -106,11 +106,16 @@ class BinDifference:
         return asdict(self)
 
 
+def default_block(stride: int) -> int:
+    """The fewest whole windows, of `stride` scored tokens each, that have `BLOCK_TOKENS`."""
+    return -(-BLOCK_TOKENS // stride) * stride
+
+
 def choose_block(difference: np.ndarray, stride: int, requested: int | None = None) -> int:
     """Tokens per block: as requested, else enough for blocks to be independent.
 
-    The search begins with the fewest whole windows that have `BLOCK_TOKENS`, and doubles that while
-    neighbouring blocks are alike and `MIN_BLOCKS` remain.
+    The search begins with `default_block`, and doubles it while neighbouring blocks are alike and
+    `MIN_BLOCKS` remain.
 
     Args:
         difference: (N,) differences in loss, in the order of the text.
@@ -121,7 +126,7 @@ def choose_block(difference: np.ndarray, stride: int, requested: int | None = No
         PHAError: a size below 1, or one that gives fewer than `MIN_BLOCKS` blocks.
     """
     tokens = len(difference)
-    size = -(-BLOCK_TOKENS // stride) * stride if requested is None else requested
+    size = default_block(stride) if requested is None else requested
     require_blocks(tokens, size)
     if requested is not None:
         return size

@@ -13,7 +13,6 @@ import numpy as np
 from pha.data.store import TokenStore
 from pha.data.tokenizer import tokenizer_sha256
 from pha.evals.compare import (
-    BLOCK_TOKENS,
     BinDifference,
     Interval,
     are_alike,
@@ -23,6 +22,7 @@ from pha.evals.compare import (
     break_down,
     choose_block,
     context_bins,
+    default_block,
     frequency_bins,
     mean_interval,
     neighbour_correlation,
@@ -106,7 +106,7 @@ class PairedComparison:
         correlation = neighbour_correlation(self.block_differences)
         return (
             f"neighbouring blocks of {self.block_tokens:,} tokens are alike (correlation "
-            f"{correlation:.2f}), so the interval is too narrow: take larger blocks, or more text"
+            f"{correlation:.2f}), so the interval is too narrow: take larger blocks or more text"
         )
 
     @property
@@ -196,7 +196,7 @@ def compare_models(
         )
     store.require_tokenizer(hashes[0])
     _, total = split_windows(store, split, protocol)
-    require_blocks(total - 1, BLOCK_TOKENS if block is None else block)
+    require_blocks(total - 1, default_block(protocol.stride) if block is None else block)
     losses, evaluations = [], []
     for name, loaded in (("A", a), ("B", b)):
         begin = time.perf_counter()

@@ -98,22 +98,6 @@ def read_text(path: Path) -> Iterator[str]:
         raise PHAError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def token_stream(parts: Iterator[str], encoder: TextEncoder) -> Iterator[np.ndarray]:
-    """Ids of a text that comes in parts, the same as those of the whole.
-
-    What may still change with the next part is held back. A tokenizer whose text cannot be cut
-    needs all of it at once.
-    """
-    held = ""
-    for part in parts:
-        pieces = list(encoder.pieces(held + part))
-        held = pieces.pop()
-        for piece in pieces:
-            yield encoder.encode(piece)
-    if held:
-        yield encoder.encode(held)
-
-
 def _regroup(arrays: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """The same ids in arrays of `size`, the last one shorter."""
     held: list[np.ndarray] = []
@@ -151,7 +135,8 @@ def stream(
     cache = model.new_cache()
     previous: torch.Tensor | None = None  # hidden state at the last token of the piece before
     autocast = torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
-    for array in _regroup(token_stream(parts, TextEncoder(loaded.tokenizer)), piece):
+    encoder = TextEncoder(loaded.tokenizer)
+    for array in _regroup(map(encoder.encode, encoder.pieces_of(parts)), piece):
         ids = torch.from_numpy(array).to(device)
         with autocast:
             hidden = model.hidden_states(ids[None], past_key_values=cache)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,8 @@ def save_speed_plots(mode: str, rows: Sequence[Mapping[str, Any]], folder: Path)
     """Write the pictures of the rows of `pha.bench.runner.run_benchmark`.
 
     There is one for each measure, precision, batch size and compiled or not, as
-    `MODE-MEASURE-PRECISION-bB[-compiled]` in SVG and PNG; failed rows are left out.
+    `MODE-MEASURE-PRECISION-bB[-compiled]` in SVG and PNG, where at least two lengths were measured;
+    failed rows are left out.
 
     Args:
         mode: what was measured.
@@ -39,6 +41,8 @@ def save_speed_plots(mode: str, rows: Sequence[Mapping[str, Any]], folder: Path)
             groups.setdefault(key, []).append(row)
     written = []
     for (precision, batch, compiled), group in groups.items():
+        if len({row["length"] for row in group}) < 2:
+            continue
         for measure, (field, unit, label) in MEASURES.items():
             suffix = "-compiled" if compiled else ""
             stem = folder / f"{mode}-{measure}-{precision}-b{batch}{suffix}"
@@ -76,7 +80,8 @@ def length_plot(lines: Lines, y_label: str) -> Figure:
     """
     lengths = sorted({point[0] for points in lines.values() for point in points})
     with plots.styled():
-        figure, axes = plots.new_figure(2.9 + 0.2 * len(lines))
+        columns = 2 if all(len(label) <= 22 for label in lines) else 1
+        figure, axes = plots.new_figure(2.9 + 0.2 * math.ceil(len(lines) / columns))
         for index, (label, points) in enumerate(lines.items()):
             color = plots.series_color(index)
             # Colours repeat after six; a dash then tells the lines apart.
@@ -96,14 +101,13 @@ def length_plot(lines: Lines, y_label: str) -> Figure:
                 markersize=4.5,
                 label=label,
             )
-        if len(lengths) > 1:
-            axes.set_xscale("log", base=2)
-            axes.minorticks_off()
+        axes.set_xscale("log", base=2)
+        axes.minorticks_off()
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.set_ylim(bottom=0)
         axes.set_xlabel("tokens")
         axes.set_ylabel(y_label)
         axes.grid(axis="y")
         if len(lines) > 1:
-            figure.legend(loc="outside upper left", frameon=False)
+            figure.legend(loc="outside upper left", frameon=False, ncols=columns)
         return figure

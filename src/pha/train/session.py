@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from pha.data.display import PreparationDisplay
 from pha.data.preparation import cached_store
 from pha.data.store import TokenStore
 from pha.data.tokenizer import tokenizer_sha256
@@ -54,8 +55,9 @@ def open_data(config: TrainConfig, console: Console) -> TokenStore:
     if config.data.store is not None:
         return TokenStore.open(Path(config.data.store))
     assert config.data.source is not None
-    with console.status(f"preparing {config.data.source} as {config.data.tokenizer}"):
-        return cached_store(config.data.source, config.data.tokenizer, cache_folder() / "stores")
+    source, tokenizer = config.data.source, config.data.tokenizer
+    with PreparationDisplay(console) as display:
+        return cached_store(source, tokenizer, cache_folder() / "stores", display)
 
 
 def resolve(

@@ -1,0 +1,181 @@
+"""`pha prepare` as a user meets it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pha.cli import main
+from pha.data import PreparationState, TokenStore
+from pha.data.display import PreparationDisplay, describe_state
+from tests.data.common import COMPRESS, write_hub, write_records
+
+TEXTS = [f"text number {number}\nof many\n" for number in range(400)]
+
+
+@pytest.fixture
+def pha(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Prepare in this process and return what is printed."""
+
+    def call(*words: Any) -> str:
+        main(["prepare", *(str(word) for word in words)])
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+    """Prepare in vain: exit code 2 and one line, which is returned; no store."""
+
+    def call(*words: Any) -> str:
+        out = tmp_path / "refused"
+        with pytest.raises(SystemExit) as stop:
+            main(["prepare", "--out", str(out), "--tokenizer", "bytes", *map(str, words)])
+        assert stop.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert not out.exists()
+        return captured.err
+
+    return call
+
+
+def test_a_folder_of_split_archives(pha: Callable[..., str], tmp_path: Path) -> None:
+    folder = tmp_path / "books"
+    for name, texts in (("train", TEXTS[:9]), ("train-2", TEXTS[9:20]), ("valid", TEXTS[20:25])):
+        write_records(folder / f"{name}.jsonl.xz", texts)
+    words = [folder, "--tokenizer", "bytes", "--out", tmp_path / "store"]
+    printed = pha(*words)
+    store = TokenStore.open(tmp_path / "store")
+    assert store.counts("train").documents == 20
+    assert store.counts("validation").documents == 5
+    split = store.describe()["split"]
+    assert f"split: files named for their split, sha256 {split['sha256']}" in printed
+    for part in ("tokens/s", "MB/s", "validation", f"{store.counts('train').tokens}"):
+        assert part in printed
+    facts = json.loads(pha(*words, "--json"))
+    assert facts["sha256"] == store.sha256
+    assert facts["split"] == split
+    assert facts["counts"]["train"]["lines"] == 40
+    assert facts["preparation"]["seconds"] > 0
+    assert facts["preparation"]["tokens_per_second"] > 0
+    assert facts["preparation"]["bytes_per_second"] > 0
+
+
+def test_options_of_the_split(pha: Callable[..., str], tmp_path: Path) -> None:
+    rows = write_records(tmp_path / "rows.parquet", TEXTS, field="body")
+    words = [rows, "--tokenizer", "bytes", "--json", "--text-field", "body", "--workers", "1"]
+    first = json.loads(pha(*words, "--out", tmp_path / "a", "--holdout", "0.2"))
+    assert first["split"]["fractions"] == {"train": "3/5", "test": "1/5", "validation": "1/5"}
+    assert 50 < first["counts"]["test"]["documents"] < 110
+    options = ["--holdout", "1/5", "--split-seed", "9"]
+    other = json.loads(pha(*words, "--out", tmp_path / "b", *options))
+    assert other["split"]["seed"] == 9
+    assert other["split"]["sha256"] != first["split"]["sha256"]
+
+
+def test_the_documented_check_of_a_split(
+    pha: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "data.md"
+    (program,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    write_records(tmp_path / "corpus.jsonl", [*TEXTS, "", "café"])
+    pha("corpus.jsonl", "--tokenizer", "bytes", "--out", "store")
+    exec(program, {})
+    expected = TokenStore.open(tmp_path / "store").describe()["split"]["sha256"]
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_a_pattern_and_a_folder_of_the_hubs_layout(pha: Callable[..., str], tmp_path: Path) -> None:
+    write_records(tmp_path / "a" / "one.jsonl.gz", TEXTS[:200])
+    write_records(tmp_path / "b" / "two.jsonl.gz", TEXTS[200:])
+    folder = write_hub(tmp_path / "hub", "plain_text", {"train": TEXTS})
+    words = ["--tokenizer", "bytes", "--json", "--holdout", "0.05", "--out"]
+    first = json.loads(pha(tmp_path / "**" / "*.jsonl.gz", *words, tmp_path / "s1"))
+    second = json.loads(pha(f"hf:{folder}:plain_text", *words, tmp_path / "s2"))
+    assert first["counts"] == second["counts"]
+    assert first["split"] == second["split"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["rows.jsonl", "--text-field", "body"], "has no field 'body': it has number, text"),
+        (["rows.jsonl", "--holdout", "0.7"], "between 0 and 0.5"),
+        (["rows.jsonl", "--holdout", "some"], "'some' is no number"),
+        (["rows.jsonl", "--holdout", "1/0"], "'1/0' is no number"),
+        (["rows.jsonl", "--holdout", "0.0001"], "larger --holdout"),
+        (["rows.jsonl", "--split-seed", "-1"], "split seed is -1"),
+        (["rows.jsonl", "--workers", "0"], "0 workers"),
+        (["bad.jsonl"], "line 2 of bad.jsonl is not JSON"),
+        (["cut.jsonl.xz"], "cut.jsonl.xz is cut short"),
+        (["text.txt.gz"], "decompress it"),
+        (["*.parquet"], "no file matches '*.parquet'"),
+        (["hf:no/such/thing"], "OWNER/NAME"),
+        (["nowhere"], "wikitext-103"),
+        (["stdlib", "--holdout", "0.1"], "leave out --holdout"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    refused: Callable[..., str],
+    words: list[str],
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_records(tmp_path / "rows.jsonl", TEXTS)
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": "bad\n')
+    path = write_records(tmp_path / "cut.jsonl.xz", TEXTS)
+    path.write_bytes(path.read_bytes()[:-20])
+    (tmp_path / "text.txt.gz").write_bytes(COMPRESS[".gz"](b"text\n"))
+    assert expected in refused(*words)
+
+
+def test_what_is_said_on_the_way() -> None:
+    state = PreparationState("encoding", 0.25, documents=1200, bytes=50_000_000, tokens=12_000_000)
+    assert describe_state(state, 20.0) == (
+        "25%  1,200 documents  50 MB  2.5 MB/s  600,000 tokens/s  0:01:00 left"
+    )
+    stream = PreparationState("tokenizer", None, documents=3, bytes=2_000_000, tokens=0)
+    assert describe_state(stream, 2.0) == "3 documents  2 MB  1.0 MB/s"
+    assert describe_state(stream, 0.0) == "3 documents  2 MB"
+
+
+def test_plain_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("pha.data.display.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    with PreparationDisplay(Console(file=stream)) as display:
+        for step in range(1, 50):
+            now[0] += 1.0
+            display(PreparationState("encoding", step / 100, step, step * 10**6, step * 10**5))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith("encoding: 16%  16 documents  16 MB  1.1 MB/s")
+
+
+def test_a_terminal_sees_a_bar() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=120)
+    with PreparationDisplay(console) as display:
+        display(PreparationState("tokenizer", 0.5, 1, 10**6, 0))
+        display(PreparationState("encoding", None, 2, 3 * 10**6, 10**6))
+        display(PreparationState("encoding", 0.5, 4, 6 * 10**6, 2 * 10**6))
+    printed = stream.getvalue()
+    assert "tokenizer" in printed
+    assert "1 documents" in printed
+    assert "50%  4 documents" in printed
