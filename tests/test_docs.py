@@ -33,6 +33,8 @@ def test_some_page_has_code() -> None:
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # The corpus that docs/data.md speaks of; its own test compares what is printed.
+    (tmp_path / "corpus.jsonl").write_text('{"text": "one document"}\n', encoding="utf-8")
     namespace: dict[str, object] = {"__name__": "docs"}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), namespace)
