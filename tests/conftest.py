@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from pha.data import TokenStore, prepare
 
 torch.set_num_threads(1)
+# Times vary too much between machines for a limit on each example.
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
 
 
 def synthetic_text(lines: int, seed: int) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pha.nn import GatedStateSpace
-from pha.ops import scan
+from pha.ops import gated_scan
 
 EPS32 = torch.finfo(torch.float32).eps
 each_input_scale = pytest.mark.parametrize("input_scale", ["unit-variance", "zero-order-hold"])
@@ -142,15 +142,15 @@ def test_time_step_is_shared_by_a_group_of_sixteen(make_gss: Callable[..., Any])
     assert changed.tolist() == list(range(16, 32))
 
 
-def spy_on_scan(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.dtype]:
+def spy_on_gated_scan(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.dtype]:
     seen = {}
 
-    def spy(u: Tensor, a: Tensor, *rest: Any) -> Any:
-        h, h_last = scan(u, a, *rest)
-        seen.update(u=u.dtype, a=a.dtype, h_last=h_last.dtype)
+    def spy(gate: Tensor, value: Tensor, a: Tensor, *rest: Any) -> Any:
+        h, h_last = gated_scan(gate, value, a, *rest)
+        seen.update(gate=gate.dtype, value=value.dtype, a=a.dtype, h_last=h_last.dtype)
         return h, h_last
 
-    monkeypatch.setattr("pha.nn.gss.scan", spy)
+    monkeypatch.setattr("pha.nn.gss.gated_scan", spy)
     return seen
 
 
@@ -162,14 +162,19 @@ def test_decays_are_float32_under_autocast(
 ) -> None:
     gss = make_gss()
     exact, _ = gss.decay_and_scale()
-    seen = spy_on_scan(monkeypatch)
+    seen = spy_on_gated_scan(monkeypatch)
     with torch.autocast("cpu", torch.bfloat16):
         a, b = gss.decay_and_scale()
         y = gss(torch.randn(2, 5, 24), plain_sequence(small(), 5))
     assert torch.equal(a, exact)
     assert b.dtype == torch.float32
     assert y.dtype == torch.bfloat16
-    assert seen == {"u": torch.bfloat16, "a": torch.float32, "h_last": torch.float32}
+    assert seen == {
+        "gate": torch.bfloat16,
+        "value": torch.bfloat16,
+        "a": torch.float32,
+        "h_last": torch.float32,
+    }
 
 
 def test_decays_are_float32_in_a_bfloat16_model(
@@ -179,10 +184,15 @@ def test_decays_are_float32_in_a_bfloat16_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gss = make_gss().bfloat16()
-    seen = spy_on_scan(monkeypatch)
+    seen = spy_on_gated_scan(monkeypatch)
     y = gss(torch.randn(2, 5, 24).bfloat16(), plain_sequence(small(), 5))
     assert y.dtype == torch.bfloat16
-    assert seen == {"u": torch.bfloat16, "a": torch.float32, "h_last": torch.float32}
+    assert seen == {
+        "gate": torch.bfloat16,
+        "value": torch.bfloat16,
+        "a": torch.float32,
+        "h_last": torch.float32,
+    }
     # The logarithms are rounded when cast; what is computed from them is not rounded again.
     a_exact, _ = literal_decay_and_scale(gss)
     assert (gss.decay_and_scale()[0] - a_exact).abs().max().item() <= 2 * EPS32
@@ -227,3 +237,18 @@ def test_padding_puts_nothing_into_the_state(
     alone = gss(z[:, 4:], plain_sequence(small(), 5))
     torch.testing.assert_close(padded[:, 4:], alone, rtol=0, atol=1e-14)
     assert torch.equal(padded[:, :4], torch.zeros_like(padded[:, :4]))
+
+
+def test_the_branch_goes_into_one_graph(
+    small: Callable[..., Any], make_gss: Callable[..., Any], plain_sequence: Callable[..., Any]
+) -> None:
+    gss = make_gss()
+    z = torch.randn(2, 9, 24)
+    sequence = plain_sequence(small(), 9)
+    compiled = torch.compile(gss, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (gss, compiled):
+        y = function(z, sequence)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(gss.parameters()))])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-6)

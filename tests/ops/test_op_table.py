@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pha.ops import OPS, Op, attention, dss, linear_cross_entropy, scan
+from pha.ops import OPS, Op, attention, dss, gated_scan, linear_cross_entropy, scan
 from pha.utils.errors import PHAError
 
 EVERY_BACKEND = [(op, backend) for op in sorted(OPS) for backend in sorted(OPS[op].backends)]
@@ -17,6 +17,7 @@ u, a = torch.ones(1, 2, 3), torch.full((3,), 0.5)
 q = torch.ones(1, 2, 3, 4)
 CALLS: dict[str, Callable[[], Any]] = {
     "scan": lambda: scan(u, a),
+    "gated_scan": lambda: gated_scan(u, u, a, a),
     "attention": lambda: attention(q, q, q),
     "dss": lambda: dss(u, *[u[0, 0]] * 2, *[u[0, 0].expand(3, 3)] * 2, u[0, 0]),
     "linear_cross_entropy": lambda: linear_cross_entropy(u[0], u[0], torch.zeros(2).long()),
@@ -74,6 +75,7 @@ def test_self_check_is_small(name: str, backend: str) -> None:
 
 
 WRONG: dict[str, Callable[..., Any]] = {
+    "gated_scan": lambda *x: OPS["gated_scan"].backends["naive"](*x[:-1], None),
     "scan": lambda u, a, h0, starts: OPS["scan"].backends["naive"](u, a, h0, None),
     "attention": lambda q, k, v, mask=None, window=None: OPS["attention"].backends["naive"](
         q, k, v, mask
@@ -97,6 +99,14 @@ def test_self_check_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setitem(OPS["scan"].backends, "wrong", detached)
     assert OPS["scan"].self_check("wrong", "cpu") > 0.1
+
+
+def test_a_backend_of_one_device_is_preferred_on_no_other() -> None:
+    assert OPS["scan"].runs_on("numba", "cpu")
+    assert not OPS["scan"].runs_on("numba", "cuda")
+    assert OPS["scan"].runs_on("loop", "cuda")
+    for op in OPS.values():
+        assert all(op.runs_on(op.choice(device), device) for device in ("cpu", "cuda", "mps"))
 
 
 def test_a_new_op_enters_the_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def examine() -> dict[str, Any]:
     backends = []
     for op in OPS.values():
         for where in devices:
-            for name in op.backends:
+            for name in (name for name in op.backends if op.runs_on(name, where)):
                 error = op.self_check(name, where)
                 backends.append(
                     {

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pha.nn.branches import Branch, Sequence, register_branch
 from pha.nn.config import ArchitectureConfig
-from pha.ops import scan
+from pha.ops import gated_scan
 
 GROUP = 16  # states per HiPPO group: A = -(k + 1) for k = 0..15
 
@@ -65,12 +65,9 @@ class GatedStateSpace(Branch):
         """Map (B, T, d) to (B, T, d), starting from and updating the cached state."""
         a, b = self.decay_and_scale()
         gate, value = self.W_g(z_BTd), self.W_B(z_BTd)
-        u = gate.sigmoid() * value * b.to(value.dtype)
-        if sequence.token_mask is not None:
-            u = u * sequence.token_mask.unsqueeze(-1)
         cache = sequence.cache
         h0 = cache.recurrent_state(self.layer_idx) if cache is not None else None
-        h, h_last = scan(u, a, h0, sequence.document_starts)
+        h, h_last = gated_scan(gate, value, a, b, h0, sequence.document_starts, sequence.token_mask)
         if cache is not None:
             cache.set_recurrent_state(self.layer_idx, h_last)
         return self.W_C(h)

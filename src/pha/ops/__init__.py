@@ -7,7 +7,17 @@ n state size, H query heads, G key-value heads, K head size, V vocabulary, N = B
 from pha.ops.attention import attention
 from pha.ops.backends import OPS, Op
 from pha.ops.dss import dss
+from pha.ops.gated_scan import gated_scan
 from pha.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
 from pha.ops.scan import scan
 
-__all__ = ["OPS", "Op", "attention", "dss", "linear_cross_entropy", "scan", "token_statistics"]
+__all__ = [
+    "OPS",
+    "Op",
+    "attention",
+    "dss",
+    "gated_scan",
+    "linear_cross_entropy",
+    "scan",
+    "token_statistics",
+]

@@ -22,12 +22,14 @@ class Op:
         preferred: device type -> backend name; `"default"` is the fallback for other devices.
         check: a self-check that compares a backend with the oracle and returns the largest
             relative error of values and gradients.
+        only_on: backend name -> the one device type it is made for; others run on all.
     """
 
     name: str
     backends: dict[str, Callable[..., Any]]
     preferred: dict[str, str]
     check: Callable[[Callable[..., Any], Callable[..., Any], str], float]
+    only_on: dict[str, str] = field(default_factory=dict)
     forced: str | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -36,6 +38,10 @@ class Op:
     def choice(self, device_type: str) -> str:
         """The backend that runs on tensors of `device_type` (`"cpu"`, `"cuda"`, ...)."""
         return self.forced or self.preferred.get(device_type, self.preferred["default"])
+
+    def runs_on(self, backend: str, device_type: str) -> bool:
+        """Whether `backend` is made for tensors of `device_type`."""
+        return self.only_on.get(backend, device_type) == device_type
 
     def __call__(self, device_type: str) -> Callable[..., Any]:
         """The function of the chosen backend."""

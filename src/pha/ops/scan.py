@@ -3,6 +3,9 @@
 Backward in closed form, with dh the gradient of the outputs and g that of the states:
 g_t = dh_t + a * g_{t+1},   du = g,   da = sum_t g_t * h_{t-1},   dh_0 = a * g_1.
 Only h is saved. A document start at t replaces a by 0 for that step.
+
+On the CPU the scan is compiled by numba and, as an operator of torch (`torch.ops.pha.scan`), goes
+into a graph of torch.compile whole.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pha.ops import numba_runtime
 from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type
 from pha.ops.testing import relative_error
@@ -59,6 +63,59 @@ def _kept(starts: Tensor | None, dtype: torch.dtype) -> dict[int, Tensor]:
     return {t: (~starts[:, t, None]).to(dtype) for t in steps}
 
 
+def _loop_forward(
+    u: Tensor, a: Tensor, h0: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_type(u)
+    decay = a.to(dtype)
+    h = torch.empty_like(u, memory_format=torch.contiguous_format)
+    state = u.new_zeros(u.shape[0], u.shape[2], dtype=dtype) if h0 is None else h0.to(dtype)
+    keep = _kept(starts, dtype)
+    # Unbinding once gives the T slices as views without T indexing calls.
+    in_place = u.dtype == dtype
+    for t, (u_t, h_t) in enumerate(zip(u.unbind(1), h.unbind(1), strict=True)):
+        if t in keep:
+            state = state * keep[t]
+        if in_place:
+            state = torch.addcmul(u_t, decay, state, out=h_t)
+        else:
+            state = torch.addcmul(u_t.to(dtype), decay, state)
+            h_t.copy_(state)
+    return h, state.clone()
+
+
+def loop_backward(
+    dh: Tensor,
+    dh_last: Tensor,
+    h: Tensor,
+    a: Tensor,
+    h0: Tensor | None,
+    starts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """du, da and dh0 (of zeros when h0 is absent), by a loop over time."""
+    dtype = accumulation_type(h)
+    decay = a.to(dtype)
+    du = torch.empty_like(h)
+    keep = _kept(starts, dtype)
+    h_steps, dh_steps, du_steps = h.unbind(1), dh.unbind(1), du.unbind(1)
+    da = torch.zeros_like(dh_last, dtype=dtype)
+    carry = dh_last.to(dtype)
+    in_place = h.dtype == dtype
+    for t in range(h.shape[1] - 1, -1, -1):
+        if in_place:
+            g = torch.add(dh_steps[t], carry, out=du_steps[t])
+        else:
+            g = dh_steps[t].to(dtype) + carry
+            du_steps[t].copy_(g)
+        kept = g * keep[t] if t in keep else g
+        if t > 0:
+            da.addcmul_(kept, h_steps[t - 1])
+        elif h0 is not None:
+            da.addcmul_(kept, h0.to(dtype))
+        carry = kept * decay
+    return du, da.sum(0).to(a.dtype), carry.to(dtype if h0 is None else h0.dtype)
+
+
 class _LoopScan(torch.autograd.Function):
     """A loop over time of fused multiply-adds on (B, n) slices, in both directions."""
 
@@ -66,50 +123,15 @@ class _LoopScan(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, a: Tensor, h0: Tensor | None, starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_type(u)
-        decay = a.to(dtype)
-        h = torch.empty_like(u, memory_format=torch.contiguous_format)
-        state = u.new_zeros(u.shape[0], u.shape[2], dtype=dtype) if h0 is None else h0.to(dtype)
-        keep = _kept(starts, dtype)
-        # Unbinding once gives the T slices as views without T indexing calls.
-        in_place = u.dtype == dtype
-        for t, (u_t, h_t) in enumerate(zip(u.unbind(1), h.unbind(1), strict=True)):
-            if t in keep:
-                state = state * keep[t]
-            if in_place:
-                state = torch.addcmul(u_t, decay, state, out=h_t)
-            else:
-                state = torch.addcmul(u_t.to(dtype), decay, state)
-                h_t.copy_(state)
+        h, h_last = _loop_forward(u, a, h0, starts)
         ctx.save_for_backward(h, a, h0, starts)
-        return h, state.clone()
+        return h, h_last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor | None, ...]:
-        h, a, h0, starts = ctx.saved_tensors
-        dtype = accumulation_type(h)
-        decay = a.to(dtype)
-        du = torch.empty_like(h)
-        keep = _kept(starts, dtype)
-        h_steps, dh_steps, du_steps = h.unbind(1), dh.unbind(1), du.unbind(1)
-        da = torch.zeros_like(h_steps[0], dtype=dtype)
-        carry = dh_last.to(dtype)
-        in_place = h.dtype == dtype
-        for t in range(h.shape[1] - 1, -1, -1):
-            if in_place:
-                g = torch.add(dh_steps[t], carry, out=du_steps[t])
-            else:
-                g = dh_steps[t].to(dtype) + carry
-                du_steps[t].copy_(g)
-            kept = g * keep[t] if t in keep else g
-            if t > 0:
-                da.addcmul_(kept, h_steps[t - 1])
-            elif h0 is not None:
-                da.addcmul_(kept, h0.to(dtype))
-            carry = kept * decay
-        dh0 = carry.to(h0.dtype) if h0 is not None else None
-        return du, da.sum(0).to(a.dtype), dh0, None
+        du, da, dh0 = loop_backward(dh, dh_last, *ctx.saved_tensors)
+        return du, da, dh0 if ctx.needs_input_grad[2] else None, None
 
 
 def scan_loop(
@@ -117,6 +139,109 @@ def scan_loop(
 ) -> tuple[Tensor, Tensor]:
     """Closed-form backward; saves only h. See `scan`."""
     return _LoopScan.apply(u, a, h0, starts)
+
+
+@torch.library.custom_op(
+    "pha::scan",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor u, Tensor a, Tensor? h0, Tensor? starts) -> (Tensor, Tensor)",
+)
+def _compiled_forward(
+    u: Tensor, a: Tensor, h0: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    kernel = numba_runtime.kernel("scan_forward", u.dtype)
+    if kernel is None:
+        return _loop_forward(u, a, h0, starts)
+    h, h_last = _outputs(u, a, h0, starts)
+    flat, dtype = numba_runtime.flat, h_last.dtype
+    numba_runtime.run(
+        kernel,
+        u.shape,
+        *numba_runtime.strided(u),
+        flat(a, dtype),
+        flat(h0, dtype),
+        numba_runtime.flags(starts),
+        flat(h, h.dtype),
+        flat(h_last, dtype),
+    )
+    return h, h_last
+
+
+@_compiled_forward.register_fake
+def _outputs(
+    u: Tensor, a: Tensor, h0: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    h = torch.empty_like(u, memory_format=torch.contiguous_format)
+    return h, u.new_empty(u.shape[0], u.shape[2], dtype=accumulation_type(u))
+
+
+@torch.library.custom_op(
+    "pha::scan_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor dh, Tensor dh_last, Tensor h, Tensor a, Tensor? h0, Tensor? starts) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+def _compiled_backward(
+    dh: Tensor, dh_last: Tensor, h: Tensor, a: Tensor, h0: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel = numba_runtime.kernel("scan_backward", h.dtype)
+    if kernel is None:
+        return loop_backward(dh, dh_last, h, a, h0, starts)
+    dtype = accumulation_type(h)
+    du = torch.empty_like(h)
+    da, dh0 = (dh_last.new_empty(dh_last.shape, dtype=dtype) for _ in range(2))
+    flat = numba_runtime.flat
+    numba_runtime.run(
+        kernel,
+        h.shape,
+        *numba_runtime.strided(dh),
+        flat(dh_last, dtype),
+        flat(h, h.dtype),
+        flat(a, dtype),
+        flat(h0, dtype),
+        numba_runtime.flags(starts),
+        *(flat(x, x.dtype) for x in (du, da, dh0)),
+    )
+    return du, da.sum(0).to(a.dtype), dh0 if h0 is None else dh0.to(h0.dtype)
+
+
+@_compiled_backward.register_fake
+def _gradients(
+    dh: Tensor, dh_last: Tensor, h: Tensor, a: Tensor, h0: Tensor | None, starts: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulation_type(h) if h0 is None else h0.dtype
+    return torch.empty_like(h), a.new_empty(a.shape), dh_last.new_empty(dh_last.shape, dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, a, h0, starts = inputs
+    ctx.save_for_backward(output[0], a, h0, starts)
+
+
+def _differentiate(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor | None, ...]:
+    du, da, dh0 = _compiled_backward(dh, dh_last, *ctx.saved_tensors)
+    return du, da, dh0 if ctx.needs_input_grad[2] else None, None
+
+
+_compiled_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def scan_numba(
+    u: Tensor, a: Tensor, h0: Tensor | None = None, starts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Rows of states in compiled loops, on several threads, on the CPU. See `scan`.
+
+    float16 is computed in float32 and rounded at the end. Where numba fails the loop takes over,
+    with a warning. One token alone takes a step of the equation: calling an operator costs more.
+    """
+    if u.shape[1] == 1:
+        return scan_naive(u, a, h0, starts)
+    if u.dtype == torch.float16:
+        h, h_last = scan_numba(u.float(), a, h0, starts)
+        return h.half(), h_last
+    return _compiled_forward(u, a, h0, starts)
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
@@ -128,4 +253,10 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     return relative_error(lambda *x: backend(*x, starts), lambda *x: oracle(*x, starts), u, a, h0)
 
 
-_OP = Op("scan", {"naive": scan_naive, "loop": scan_loop}, {"default": "loop"}, _check)
+_OP = Op(
+    "scan",
+    {"naive": scan_naive, "loop": scan_loop, "numba": scan_numba},
+    {"cpu": "numba", "default": "loop"},
+    _check,
+    only_on={"numba": "cpu"},
+)
