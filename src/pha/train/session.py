@@ -29,7 +29,7 @@ from pha.train.plan import Plan, make_plan, vars_of
 from pha.train.trainer import Trainer
 from pha.utils.errors import PHAError
 from pha.utils.files import cache_folder, write_text
-from pha.utils.hardware import choose_precision, device_name
+from pha.utils.hardware import choose_precision, device_name, keep_freed_memory
 from pha.utils.runs import RunFolder
 
 # Keys that may change when a run is resumed: they touch neither the weights nor the order of data.
@@ -257,6 +257,8 @@ def run_training(
 def _train(session: Session) -> Progress:
     plan, run, store, accelerator = session.plan, session.run, session.store, session.accelerator
     config = replace(session.config, run=replace(session.config.run, micro_batch=plan.micro_batch))
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     accelerator.wait_for_everyone()  # all have looked at the folder before anything appears in it
     if accelerator.is_main_process:
         run.path.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -87,13 +88,28 @@ def return_freed_memory() -> None:
     By default it keeps what is freed and raises its thresholds with use, so that a loop over
     blocks of changing size grows by fragmentation. Does nothing with other C libraries.
     """
-    trim_threshold, mmap_threshold, size = -1, -3, 128 * 1024
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(trim_threshold, size)
-    mallopt(mmap_threshold, size)
+    _mallopt(_TRIM_THRESHOLD, 128 * 1024)
+    _mallopt(_MMAP_THRESHOLD, 128 * 1024)
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed blocks for the next ones, for a loop that allocates the same again.
+
+    By default every block above 32 MB comes fresh from the system and is touched for the first
+    time, page by page, which can take longer than what is computed in it. Does nothing with other
+    C libraries.
+    """
+    _mallopt(_MMAP_MAX, 0)
+    _mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+# Parameters of mallopt, from malloc.h.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+
+
+def _mallopt(parameter: int, value: int) -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(parameter, value)
 
 
 def free_memory(device: torch.device) -> int:
