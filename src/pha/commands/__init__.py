@@ -6,6 +6,7 @@ Whatever a verb needs is imported when it runs, so that `pha --help` is quick.
 from collections.abc import Callable
 
 from pha.commands import (
+    benchmark,
     comparison,
     data,
     evaluation,
@@ -35,5 +36,6 @@ VERBS: tuple[Callable[[AddVerb], None], ...] = (
     inspection.add_mixing,
     inspection.add_report,
     inspection.add_doctor,
+    benchmark.add_bench,
 )
 """Every verb, in the order of `pha --help`."""

@@ -1,0 +1,160 @@
+"""What is timed of an op: one backend, forward or forward and backward, at a preset's shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pha.bench.floors import Need
+from pha.bench.peers import AttentionShape, model_config
+from pha.bench.work import Job, Work
+from pha.modeling import PHAConfig
+from pha.ops import OPS
+from pha.utils.errors import PHAError
+from pha.utils.hardware import PRECISIONS
+
+OP_MODES = {"scan": "scan", "loss": "linear_cross_entropy", "attention": "attention"}
+"""Mode -> name of the op in `pha.ops.OPS`."""
+
+PASSES = ("forward", "forward+backward")
+
+
+def op_backends(mode: str) -> list[str]:
+    """Backends of the op that are worth timing: all but the oracle."""
+    return [name for name in OPS[OP_MODES[mode]].backends if name != "naive"]
+
+
+class OpWork(Work):
+    """A function of tensors, with or without the gradients of all of them.
+
+    Args:
+        function: of the inputs, returning a tensor or a tuple of which the first counts.
+        inputs: floating tensors.
+        backward: whether gradients are computed too.
+        autocast: the type of matrix products, None for that of the inputs.
+        tokens: of one unit.
+        need: of one unit.
+        setting: in words.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        inputs: list[Tensor],
+        *,
+        backward: bool,
+        autocast: torch.dtype | None,
+        tokens: int,
+        need: Need,
+        setting: str,
+    ) -> None:
+        self.function, self.backward, self.autocast = function, backward, autocast
+        self.inputs = [x.requires_grad_(backward) for x in inputs]
+        self.tokens, self.need, self.setting = tokens, need, setting
+        self.output_gradient: Tensor | None = None
+
+    def unit(self) -> None:
+        """Forward, and backward if asked for."""
+        device = self.inputs[0].device.type
+        with (
+            torch.set_grad_enabled(self.backward),
+            torch.autocast(device, self.autocast, enabled=self.autocast is not None),
+        ):
+            output = self.function(*self.inputs)
+        if not self.backward:
+            return
+        first = output[0] if isinstance(output, tuple) else output
+        if self.output_gradient is None:
+            self.output_gradient = torch.ones_like(first)
+        torch.autograd.grad(first, self.inputs, self.output_gradient)
+
+
+def make_op_work(job: Job, device: torch.device) -> OpWork:
+    """The work of a job whose mode is an op. `job.backend` is `NAME` or `NAME, forward+backward`.
+
+    Raises:
+        PHAError: the model is not one of ours, or there is no such backend.
+    """
+    config = model_config(job.model, job.length)
+    if not isinstance(config, PHAConfig):
+        raise PHAError(f"{job.mode} is timed at the shapes of a preset of ours, not {job.model}")
+    op = OPS[OP_MODES[job.mode]]
+    name, _, passes = job.backend.partition(", ")
+    if name not in op.backends:
+        raise PHAError(f"{job.mode} has no backend {name!r}; it has {', '.join(op.backends)}")
+    make = {"scan": _scan, "loss": _loss, "attention": _attention}[job.mode]
+    return make(job, config, device, op.backends[name], passes == PASSES[1])
+
+
+def _random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    generator = torch.Generator(device).manual_seed(1)
+    return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+
+def _scan(
+    job: Job, config: PHAConfig, device: torch.device, function: Callable[..., Any], backward: bool
+) -> OpWork:
+    """Must read u and write h; backward reads their like, dh and h, and writes du."""
+    dtype = PRECISIONS[job.precision]
+    u = _random(device, dtype, job.batch, job.length, config.state_size)
+    a = torch.linspace(0.9, 0.999, config.state_size, device=device)
+    return OpWork(
+        function,
+        [u, a],
+        backward=backward,
+        autocast=None,
+        tokens=job.batch * job.length,
+        need=Need(moved_bytes=(5.0 if backward else 2.0) * u.nbytes),
+        setting=f"u ({job.batch}, {job.length}, {config.state_size})",
+    )
+
+
+def _loss(
+    job: Job, config: PHAConfig, device: torch.device, function: Callable[..., Any], backward: bool
+) -> OpWork:
+    """Must multiply for the logits, and for dx and dW backward. Weights are fp32 as in training."""
+    dtype = PRECISIONS[job.precision]
+    rows = job.batch * job.length
+    x = _random(device, dtype, rows, config.hidden_size)
+    weight = 0.02 * _random(device, torch.float32, config.vocab_size, config.hidden_size)
+    targets = torch.arange(rows, device=device) % config.vocab_size
+    products = 3 if backward else 1
+    return OpWork(
+        lambda x, weight: function(x, weight, targets),
+        [x, weight],
+        backward=backward,
+        autocast=dtype if job.precision == "bf16" else None,
+        tokens=rows,
+        need=Need(matmul_flops=2.0 * products * x.numel() * config.vocab_size),
+        setting=f"x ({rows}, {config.hidden_size}), V {config.vocab_size}",
+    )
+
+
+def _attention(
+    job: Job, config: PHAConfig, device: torch.device, function: Callable[..., Any], backward: bool
+) -> OpWork:
+    """Must multiply over causal pairs, at best at the matmul rate; backward twice as much again."""
+    dtype = PRECISIONS[job.precision]
+    heads, key_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    # Unit-length queries and keys make moderate logits, as in the model.
+    q, k, v = (
+        torch.nn.functional.normalize(
+            _random(device, dtype, job.batch, h, job.length, size), dim=-1
+        )
+        for h in (heads, key_heads, key_heads)
+    )
+    window = config.attention_window
+    shape = AttentionShape(1, heads, key_heads, size, window)
+    flops = job.batch * shape.flops(job.length, job.length)
+    return OpWork(
+        lambda q, k, v: function(q, k, v, None, window),
+        [q, k, v],
+        backward=backward,
+        autocast=None,
+        tokens=job.batch * job.length,
+        need=Need(matmul_flops=flops * (3 if backward else 1)),
+        setting=f"H {heads}, G {key_heads}, K {size}, T {job.length}",
+    )

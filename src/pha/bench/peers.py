@@ -1,0 +1,270 @@
+"""Peers from transformers at the size of our models: shapes only, the weights are random.
+
+All have GPT-2's vocabulary. Shapes follow the published families at this scale; the targets are
+the sizes at which they stand beside pha-125m and pha-180m.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from pha.modeling import PHAConfig
+from pha.nn.presets import PRESETS
+from pha.utils.errors import PHAError
+
+VOCABULARY = 50257
+PREFIX = "hf:"
+POSITIONS = 8192  # learned positions of GPT-2 at least; more where a run is longer
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A model of transformers.
+
+    Attributes:
+        model_type: its name in transformers.
+        about: what it is, in a few words.
+        parameters: the size that the shape is chosen for; None where it is only for trying out.
+        shape: fields of its configuration.
+    """
+
+    model_type: str
+    about: str
+    parameters: float | None
+    shape: dict[str, Any]
+
+
+_TIED = {"tie_word_embeddings": True}
+# The others have none by default; it would keep attention off the fast path in training.
+_NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+
+PEERS: dict[str, Peer] = {
+    "gpt2": Peer("gpt2", "attention and FFN, learned positions", 130e6, _NO_DROPOUT),
+    "llama": Peer(
+        "llama",
+        "grouped-query attention and SwiGLU",
+        183e6,
+        _TIED
+        | {
+            "hidden_size": 768,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "intermediate_size": 1920,
+        },
+    ),
+    "falcon-h1": Peer(
+        "falcon_h1",
+        "Mamba-2 beside attention in every layer",
+        174e6,
+        _TIED
+        | {
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "intermediate_size": 2560,
+            "mamba_d_ssm": 1536,
+            "mamba_n_heads": 24,
+            "mamba_d_head": 64,
+            "mamba_d_state": 128,
+        },
+    ),
+    "mamba2": Peer(
+        "mamba2",
+        "state space only",
+        129e6,
+        _TIED
+        | {
+            "hidden_size": 768,
+            "num_hidden_layers": 24,
+            "num_heads": 24,
+            "head_dim": 64,
+            "state_size": 128,
+            "n_groups": 1,
+        },
+    ),
+    "recurrent-gemma": Peer(
+        "recurrent_gemma",
+        "two gated recurrences to one attention of window 2,048",
+        123e6,
+        {
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 1,
+            "intermediate_size": 4608,
+        },
+    ),
+    # Miniatures, for trying a command out before the real models are paid for.
+    "gpt2-tiny": Peer(
+        "gpt2", "miniature", None, _NO_DROPOUT | {"n_embd": 64, "n_layer": 2, "n_head": 4}
+    ),
+    "llama-tiny": Peer(
+        "llama",
+        "miniature",
+        None,
+        _TIED
+        | {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 160,
+        },
+    ),
+    "falcon-h1-tiny": Peer(
+        "falcon_h1",
+        "miniature",
+        None,
+        _TIED
+        | {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 160,
+            "mamba_d_ssm": 128,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+        },
+    ),
+    "mamba2-tiny": Peer(
+        "mamba2",
+        "miniature",
+        None,
+        _TIED
+        | {
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "num_heads": 4,
+            "head_dim": 32,
+            "state_size": 16,
+            "n_groups": 1,
+        },
+    ),
+    "recurrent-gemma-tiny": Peer(
+        "recurrent_gemma",
+        "miniature",
+        None,
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "intermediate_size": 320,
+        },
+    ),
+}
+"""By the name that follows `hf:`."""
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What the attention of a model costs: layers that have it, H, G, K, and the window, if any."""
+
+    layers: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    window: int | None
+
+    def pairs(self, queries: int, keys: int) -> int:
+        """How many (query, key) pairs the last `queries` of `keys` positions look at, causally."""
+
+        def seen(length: int) -> int:
+            reach = length if self.window is None else min(length, self.window)
+            return reach * (reach + 1) // 2 + (length - reach) * reach
+
+        return seen(keys) - seen(keys - queries)
+
+    def flops(self, queries: int, keys: int) -> float:
+        """Of q k^T and its product with v, in all layers, for one sequence."""
+        return 4.0 * self.layers * self.heads * self.head_dim * self.pairs(queries, keys)
+
+    def cached_numbers(self, length: int) -> int:
+        """How many numbers the keys and values of `length` tokens are, for one sequence."""
+        kept = length if self.window is None else min(length, self.window)
+        return 2 * self.layers * self.key_heads * self.head_dim * kept
+
+
+def model_config(name: str, length: int) -> PreTrainedConfig:
+    """The configuration of a model of the benchmark.
+
+    Args:
+        name: one of our presets, or `hf:` and the name of a peer.
+        length: tokens that it must be able to read.
+
+    Raises:
+        PHAError: there is no such model.
+    """
+    if name in PRESETS:
+        return PHAConfig.from_preset(name, vocab_size=VOCABULARY)
+    if name.removeprefix(PREFIX) not in PEERS or not name.startswith(PREFIX):
+        known = [*PRESETS, *(PREFIX + peer for peer in PEERS)]
+        close = difflib.get_close_matches(name, known, n=2, cutoff=0.4) or ["pha-125m", "hf:gpt2"]
+        raise PHAError(
+            f"there is no model {name!r}; did you mean {' or '.join(close)}? Give presets of "
+            "`pha params` or hf: and one of " + ", ".join(peer_names())
+        )
+    peer = PEERS[name.removeprefix(PREFIX)]
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    fields = {"vocab_size": VOCABULARY} | special | peer.shape
+    positions = max(POSITIONS, length)
+    fields["n_positions" if peer.model_type == "gpt2" else "max_position_embeddings"] = positions
+    return AutoConfig.for_model(peer.model_type, **fields)
+
+
+def peer_names() -> list[str]:
+    """Names after `hf:`, miniatures left out."""
+    return [name for name, peer in PEERS.items() if peer.parameters is not None]
+
+
+def build(
+    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The model with random weights of `dtype`, attention by PyTorch's fused kernels if it has any.
+
+    What a model declares to stay in fp32, as ours does its decays, stays so.
+    """
+    attends = attention_shape(config).layers > 0
+    implementation = {"attn_implementation": "sdpa"} if attends else {}
+    torch.manual_seed(0)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **implementation)
+
+
+def count_multiplied(model: nn.Module) -> tuple[int, int]:
+    """All parameters, and those that multiply every token.
+
+    Tables that are only looked up (learned positions, an untied embedding) are not among the
+    latter; an embedding that is also the output head is.
+    """
+    head = model.get_output_embeddings().weight  # type: ignore[operator]
+    looked_up = {
+        id(module.weight): module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.weight is not head
+    }
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return total, total - sum(looked_up.values())
+
+
+def attention_shape(config: PreTrainedConfig) -> AttentionShape:
+    """What the attention of any of the models costs."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    layers = 0
+    if getattr(config, "keeps_keys", True):  # ours alone says so
+        layers = sum(kind != "linear_attention" for kind in kinds)
+    heads = getattr(config, "num_attention_heads", 1)
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    window = getattr(config, "sliding_window", None)
+    return AttentionShape(layers, heads, key_heads, head_dim, window)

@@ -1,0 +1,303 @@
+"""A benchmark: every case in processes of its own, taking turns, gathered into rows."""
+
+from __future__ import annotations
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pha.bench.op_work import OP_MODES, PASSES, op_backends
+from pha.bench.peers import model_config
+from pha.bench.work import MODEL_MODES, Job
+from pha.modeling import PHAConfig
+from pha.ops import OPS
+from pha.utils.errors import PHAError
+from pha.utils.hardware import PRECISIONS
+
+MODES = (*MODEL_MODES, *OP_MODES)
+MEDIANS = (
+    *("unit_seconds", "peak_memory", "work_memory"),
+    *("floor_seconds", "of_floor", "utilisation", "weight_bandwidth"),
+)
+SIZES = ("parameters", "weight_bytes", "setting", "device", "threads")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure.
+
+    Attributes:
+        mode: one of `MODES`.
+        models: presets, or `hf:` and a peer; for an op, presets whose shapes it takes. The first
+            is what the others are compared with.
+        lengths: T; for decode, of the prompt.
+        batch: B; decode runs at 1 as well.
+        precisions: fp32, bf16.
+        runs: processes for each case.
+        seconds: how long each goes on measuring.
+        seconds_limit: for the whole benchmark; None for no limit.
+        compiled: also measure every model under torch.compile.
+        chunk: tokens of a prompt read at a time; 0 reads it whole.
+        backends: of an op; None for all but the oracle.
+
+    Raises:
+        PHAError: a value out of range, or a name that there is not.
+    """
+
+    mode: str
+    models: tuple[str, ...]
+    lengths: tuple[int, ...]
+    batch: int = 2
+    precisions: tuple[str, ...] = ("fp32",)
+    runs: int = 3
+    seconds: float = 2.0
+    seconds_limit: float | None = None
+    compiled: bool = False
+    chunk: int = 0
+    backends: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.mode in MODES, f"there is no mode {self.mode!r}; choose {', '.join(MODES)}")
+        for name in ("models", "lengths", "precisions"):
+            values = getattr(self, name)
+            _require(bool(values), f"{name} is empty; give at least one")
+            _require(len(set(values)) == len(values), f"{name} names one twice")
+        for name, value in (("batch", self.batch), ("runs", self.runs)):
+            _require(value >= 1, f"{name} is {value}; at least 1")
+        shortest = min(self.lengths)
+        _require(shortest >= 2, f"a length is {shortest}; at least 2 tokens")
+        for precision in self.precisions:
+            _require(
+                precision in PRECISIONS, f"there is no precision {precision!r}; choose fp32 or bf16"
+            )
+        _require(0 < self.seconds < float("inf"), f"seconds is {self.seconds}; above 0 is needed")
+        limit = self.seconds_limit
+        _require(limit is None or limit > 0, f"the limit is {limit} seconds; above 0 is needed")
+        is_op = self.mode in OP_MODES
+        for model in self.models:
+            config = model_config(model, max(self.lengths))
+            _require(
+                not is_op or isinstance(config, PHAConfig),
+                f"{self.mode} is timed at the shapes of our presets; {model} is not one",
+            )
+        _require(self.chunk >= 0, f"chunk is {self.chunk}; at least 1 token")
+        _require(
+            not self.chunk or self.mode in ("prefill", "decode"),
+            f"{self.mode} reads no prompt; leave chunk out",
+        )
+        _require(not (is_op and self.compiled), f"{self.mode} has no compiled form; leave it out")
+        _require(is_op or self.backends is None, f"{self.mode} has no backends; leave them out")
+        for backend in self.backends or ():
+            known = OPS[OP_MODES[self.mode]].backends
+            _require(
+                backend in known,
+                f"{self.mode} has no backend {backend!r}; it has {', '.join(known)}",
+            )
+
+    def groups(self) -> list[list[Job]]:
+        """Jobs that are compared with each other, one list for every setting."""
+        batches = [self.batch]
+        if self.mode == "decode" and self.batch > 1:
+            batches = [1, self.batch]
+        return [
+            self._group(precision, batch, length)
+            for precision in self.precisions
+            for batch in batches
+            for length in self.lengths
+        ]
+
+    def _group(self, precision: str, batch: int, length: int) -> list[Job]:
+        common: dict[str, Any] = {
+            "precision": precision,
+            "batch": batch,
+            "length": length,
+            "seconds": self.seconds,
+            "chunk": self.chunk,
+        }
+        if self.mode in OP_MODES:
+            return [
+                Job(self.mode, model, backend=f"{name}, {passes}", **common)
+                for model in self.models
+                for passes in PASSES
+                for name in self.backends or op_backends(self.mode)
+            ]
+        kinds = (False, True) if self.compiled else (False,)
+        return [
+            Job(self.mode, model, compiled=compiled, **common)
+            for compiled in kinds
+            for model in self.models
+        ]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise PHAError(message)
+
+
+def run_benchmark(
+    request: Request, progress: Callable[[str], object] = lambda line: None
+) -> list[dict[str, Any]]:
+    """Measure everything.
+
+    Within a setting the cases take turns (A B A B), so that a machine that slows down slows all of
+    them. A case that fails is not tried again; the others go on.
+
+    Args:
+        request: what to measure.
+        progress: called with a line before each process.
+
+    Returns:
+        A row for each case, in order; see `make_row`.
+    """
+    end = None if request.seconds_limit is None else time.monotonic() + request.seconds_limit
+    rows: list[dict[str, Any]] = []
+    for group in request.groups():
+        results: list[list[dict[str, Any]]] = [[] for _ in group]
+        for turn in range(request.runs):
+            for job, so_far in zip(group, results, strict=True):
+                if so_far and "error" in so_far[-1]:
+                    continue
+                progress(f"{describe(job)}, run {turn + 1} of {request.runs}")
+                result = run_worker(job, end)
+                if not (so_far and result.get("out_of_time")):  # the runs so far count
+                    so_far.append(result)
+        rows += [make_row(job, runs) for job, runs in zip(group, results, strict=True)]
+        add_ratios(rows[-len(group) :])
+    return rows
+
+
+def describe(job: Job) -> str:
+    """A job in a line."""
+    name = f"{job.model} {job.backend}".strip() + (" compiled" if job.compiled else "")
+    return f"{job.mode} of {name}, {job.precision}, {job.batch} x {job.length}"
+
+
+def run_worker(job: Job, end: float | None = None) -> dict[str, Any]:
+    """Measure a job in a process of its own, which never outlives this call.
+
+    Args:
+        job: what to measure.
+        end: `time.monotonic()` at which to give up.
+
+    Returns:
+        What `pha.bench.worker.measure` returns, or `{"error": why}`, with `out_of_time` where the
+        limit is why.
+    """
+    left = None if end is None else end - time.monotonic()
+    if left is not None and left <= 0:
+        return {"error": "not run: the time limit was reached", "out_of_time": True}
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "pha.bench.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        try:
+            return _answer(process, job, left) or _failure(process, log)
+        finally:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with suppress(BrokenPipeError):  # what is left to write is of no use
+                    pipe.close()  # type: ignore[union-attr]
+
+
+def _answer(
+    process: subprocess.Popen[str], job: Job, seconds: float | None
+) -> dict[str, Any] | None:
+    """The result that a worker prints; None where it ends without one."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(asdict(job)) + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        return None
+    # Only waiting for the process has a time limit; its one line fits into the pipe meanwhile.
+    # The worker ends by itself after its answer, although its input stays open.
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return {"error": "stopped: the time limit was reached", "out_of_time": True}
+    lines = process.stdout.read().splitlines()
+    if not lines:
+        return None
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
+
+
+def _failure(process: subprocess.Popen[str], log: Any) -> dict[str, Any]:
+    code = process.wait()
+    if code == -signal.SIGKILL:
+        return {"error": "killed, most likely out of memory"}
+    if code < 0:
+        return {"error": f"ended by {signal.Signals(-code).name}"}
+    log.seek(0)
+    last = ([line.strip() for line in log if line.strip()] or ["it said nothing"])[-1]
+    return {"error": f"ended with exit code {code}: {last[:200]}"}
+
+
+def make_row(job: Job, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row of the benchmark.
+
+    Returns:
+        What the case is (`mode`, `model`, `backend`, `compiled`, `precision`, `batch`, `length`,
+        `chunk`) and either `error`, or medians over runs: `tokens_per_second` (with `low`, `high`
+        and `values`), `runs`, `MEDIANS` as `pha.bench.worker.measure` has them, `floors`; and
+        the `SIZES` of the first run.
+    """
+    row = {name: value for name, value in asdict(job).items() if name != "seconds"}
+    row["error"] = next((run["error"] for run in runs if "error" in run), None)
+    if row["error"] is not None:
+        return row
+    speeds = [run["tokens_per_second"] for run in runs]
+    row["tokens_per_second"] = {
+        "median": statistics.median(speeds),
+        "low": min(speeds),
+        "high": max(speeds),
+        "values": speeds,
+    }
+    row["runs"] = len(runs)
+    for name in MEDIANS:
+        row[name] = statistics.median(run[name] for run in runs)
+    first = runs[0]
+    row["floors"] = {
+        name: statistics.median(run["floors"][name] for run in runs) for name in first["floors"]
+    }
+    row |= {name: first[name] for name in ("units", *SIZES)}
+    return row
+
+
+def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
+    """Add `speed_ratio` and `memory_ratio` to rows of one setting: against the first of a kind.
+
+    Compiled rows are compared among themselves, and so are forward and forward+backward. Where
+    that first one failed there are no ratios.
+    """
+    first: dict[Any, dict[str, Any]] = {}
+    for row in rows:
+        kind = (row["compiled"], row["backend"].partition(", ")[2])
+        reference = first.setdefault(kind, row)
+        measured = row["error"] is None and reference["error"] is None
+        for ratio, value in (("speed_ratio", _speed), ("memory_ratio", _memory)):
+            row[ratio] = value(row) / value(reference) if measured else None
+
+
+def _speed(row: dict[str, Any]) -> float:
+    speed: float = row["tokens_per_second"]["median"]
+    return speed
+
+
+def _memory(row: dict[str, Any]) -> float:
+    memory: float = row["peak_memory"]
+    return memory

@@ -1,0 +1,125 @@
+"""One measurement in a process of its own: a job as a JSON line comes in, a result goes out.
+
+`python -m pha.bench.worker` ends when its standard input is closed, so none outlives its parent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pha.bench import memory
+from pha.bench.floors import measure_floors
+from pha.bench.op_work import OP_MODES, make_op_work
+from pha.bench.work import MODEL_MODES, Job, Work
+from pha.utils.errors import PHAError
+from pha.utils.hardware import default_device, device_name, synchronise
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Do the work of a job and describe it.
+
+    Returns:
+        `unit_seconds` (the median of `units`), `tokens_per_second`; `peak_memory`, `work_memory`
+        (above what was held before); `floors`, `floor_seconds`, `of_floor` (the time they allow
+        over the time taken), `utilisation` (FLOPs of products with weights per second, over the
+        matmul rate), `weight_bandwidth` (bytes/s, decode only); sizes, `setting`, `device`.
+
+    Raises:
+        PHAError: no such mode, model or backend.
+    """
+    device = default_device()
+    work = _make(job, device)
+    held = memory.held(device)
+    memory.reset_peak(device)
+    times = time_units(work, device, job.seconds)
+    peak = memory.peak(device)
+    seconds = statistics.median(times)
+    floors = measure_floors(device, job.precision, job.length)
+    floor = floors.seconds(work.need)
+    return {
+        "unit_seconds": seconds,
+        "units": len(times),
+        "tokens_per_second": work.tokens / seconds,
+        "peak_memory": peak,
+        "work_memory": max(0, peak - held),
+        "parameters": work.parameters,
+        "weight_bytes": work.weight_bytes,
+        "floors": floors.to_dict(),
+        "floor_seconds": floor,
+        "of_floor": floor / seconds,
+        "utilisation": work.need.matmul_flops / seconds / floors.matmul,
+        "weight_bandwidth": work.weight_reads * work.weight_bytes / seconds,
+        "setting": work.setting,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _make(job: Job, device: torch.device) -> Work:
+    if job.mode in MODEL_MODES:
+        return MODEL_MODES[job.mode](job, device)
+    if job.mode in OP_MODES:
+        return make_op_work(job, device)
+    raise PHAError(f"there is no mode {job.mode!r}; choose {', '.join([*MODEL_MODES, *OP_MODES])}")
+
+
+def time_units(work: Work, device: torch.device, seconds: float) -> list[float]:
+    """Seconds of every unit: at least one, for as long as `seconds`; a quarter more to warm up."""
+
+    def go_on(limit: float) -> list[float]:
+        times: list[float] = []
+        while not times or (sum(times) < limit and len(times) < work.most_units):
+            synchronise(device)
+            begin = time.perf_counter()
+            work.unit()
+            synchronise(device)
+            times.append(time.perf_counter() - begin)
+        return times
+
+    go_on(seconds / 4)
+    return go_on(seconds)
+
+
+def main() -> None:
+    """Read the job, answer with one line: the result, or `{"error": ...}`."""
+    # Libraries may print; the answer must be all that arrives.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    with suppress(OSError):  # where memory runs out, this process is the one to go
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    job = Job(**json.loads(sys.stdin.readline()))
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    try:
+        result = measure(job)
+    except (MemoryError, torch.OutOfMemoryError):
+        result = {"error": "out of memory"}
+    except Exception as error:  # whatever a model does, its row says so
+        result = {"error": _one_line(error)}
+    print(json.dumps(result), file=answers, flush=True)
+
+
+def _leave_with_parent() -> None:
+    os.read(0, 1)  # returns when the other end of the pipe is closed
+    os._exit(1)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if "DefaultCPUAllocator" in text:
+        return "out of memory"
+    name = "" if isinstance(error, PHAError) else f"{type(error).__name__}: "
+    return f"{name}{text}"[:200]
+
+
+if __name__ == "__main__":
+    main()

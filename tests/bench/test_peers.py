@@ -1,0 +1,100 @@
+"""The models of the benchmark: their sizes, and what they are said to need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pha.bench.peers import (
+    PEERS,
+    VOCABULARY,
+    AttentionShape,
+    attention_shape,
+    build,
+    count_multiplied,
+    model_config,
+    peer_names,
+)
+from pha.bench.work import Job, Prefill, Train
+from pha.nn.parameters import count_parameters
+from pha.nn.presets import preset_config
+from pha.utils.errors import PHAError
+
+META = torch.device("meta")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", peer_names())
+def test_peers_have_the_size_and_vocabulary_they_are_listed_with(name: str) -> None:
+    config = model_config(f"hf:{name}", 16384)
+    total, _ = count_multiplied(build(model_config(f"hf:{name}", 1024), META))
+    target = PEERS[name].parameters
+    assert target is not None
+    assert abs(total / target - 1) < 0.05
+    assert config.vocab_size == VOCABULARY
+    assert config.max_position_embeddings >= 16384 if name in ("gpt2", "llama") else True
+
+
+def test_only_what_multiplies_counts_as_multiplied() -> None:
+    gpt2 = build(model_config("hf:gpt2-tiny", 16), META)
+    total, multiplied = count_multiplied(gpt2)
+    assert total - multiplied == 8192 * 64  # learned positions
+    ours = count_multiplied(build(model_config("pha-tiny", 16), META))
+    assert ours[0] == ours[1] == sum(count_parameters(preset_config("pha-tiny")).values())
+
+
+def test_unknown_models_are_refused_with_the_nearest_names() -> None:
+    for wrong, near in (("hf:gtp2", "hf:gpt2"), ("pha-125", "pha-125m"), ("gpt2", "hf:gpt2")):
+        with pytest.raises(PHAError, match=near):
+            model_config(wrong, 64)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 40])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (7, 7), (1, 12), (5, 12)])
+def test_pairs_are_those_of_the_mask(window: int | None, queries: int, keys: int) -> None:
+    reach = keys if window is None else window
+    seen = sum(
+        0 <= query - key < reach for query in range(keys - queries, keys) for key in range(keys)
+    )
+    shape = AttentionShape(3, 4, 2, 8, window)
+    assert shape.pairs(queries, keys) == seen
+    assert shape.flops(queries, keys) == 4 * 3 * 4 * 8 * seen
+    assert shape.cached_numbers(keys) == 2 * 3 * 2 * 8 * min(keys, reach)
+
+
+def test_attention_layers_are_those_with_keys() -> None:
+    def layers(name: str) -> int:
+        return attention_shape(model_config(name, 64)).layers
+
+    assert layers("pha-125m") == 12
+    assert layers("gss-only-180m") == 0
+    assert layers("mehta-gss-hybrid-125m") == 2
+    assert layers("hf:mamba2") == 0
+    assert layers("hf:gpt2") == layers("hf:falcon-h1") == 12
+    assert layers("hf:recurrent-gemma") == 4
+
+
+def matmul_flops(work: Callable[[], Any]) -> float:
+    """FLOPs that PyTorch counts for products of matrices; its fused attention is none."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    counts = counter.get_flop_counts()["Global"]
+    products = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+    return sum(counts.get(op, 0) for op in products)
+
+
+@pytest.mark.parametrize("model", ["hf:llama-tiny", "hf:gpt2-tiny", "attention-only-tiny"])
+def test_needed_flops_are_those_that_pytorch_counts(model: str) -> None:
+    # PyTorch does not count products into a given tensor, as our loss makes them.
+    ours = not model.startswith("hf:")
+    prefill = Prefill(Job("prefill", model, "fp32", 2, 16), CPU)
+    # Norms and biases are parameters too, but less than a hundredth.
+    assert prefill.need.matmul_flops == pytest.approx(matmul_flops(prefill.unit), rel=0.01)
+    if ours:
+        return
+    train = Train(Job("train", model, "fp32", 2, 16), CPU)
+    assert train.need.matmul_flops == pytest.approx(matmul_flops(train.unit), rel=0.01)

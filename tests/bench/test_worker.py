@@ -1,0 +1,199 @@
+"""Every mode on tiny models in this process, and what the floors are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicCache, StaticCache
+
+from pha.bench import floors as floors_module
+from pha.bench import memory, peers
+from pha.bench import work as work_module
+from pha.bench.floors import Floors, Need, measure_floors
+from pha.bench.op_work import OP_MODES, make_op_work, op_backends
+from pha.bench.work import DECODE_TOKENS, TRIAL_UNITS, Decode, Job, Prefill, Train
+from pha.bench.worker import _one_line, measure, time_units
+from pha.ops import OPS
+from pha.utils.errors import PHAError
+
+CPU = torch.device("cpu")
+MODELS = (
+    *("pha-tiny", "gss-only-tiny", "hf:gpt2-tiny", "hf:llama-tiny"),
+    *("hf:falcon-h1-tiny", "hf:mamba2-tiny", "hf:recurrent-gemma-tiny"),
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small() -> Iterator[None]:
+    """Bandwidths of small buffers and a small vocabulary, to be quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(floors_module.BUFFER_BYTES, "cpu", 1 << 22)
+        patch.setattr(peers, "VOCABULARY", 512)
+        yield
+
+
+def test_the_time_allowed_is_the_slower_of_products_and_reads_plus_what_is_moved() -> None:
+    rates = Floors(matmul=100.0, sdpa=10.0, read=5.0, copy=2.0)
+    assert rates.seconds(Need(matmul_flops=200, attention_flops=10)) == 3.0
+    assert rates.seconds(Need(matmul_flops=200, attention_flops=10, read_bytes=20)) == 4.0
+    assert rates.seconds(Need(matmul_flops=200, read_bytes=5, moved_bytes=6)) == 5.0
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_measured_floors_are_those_of_a_computer(precision: str) -> None:
+    rates = measure_floors(CPU, precision, 64)
+    assert 1e8 < rates.matmul < 1e16
+    assert 1e6 < rates.sdpa < 1e16
+    assert 1e8 < rates.read < 1e13
+    assert 1e8 < rates.copy < 1e13
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_decoding_goes_on_where_the_prompt_ends(model: str, precision: str) -> None:
+    """The cache holds what was read: the next tokens are those of one pass over everything."""
+    work = Prefill(Job("prefill", model, precision, 2, 16), CPU)
+    work.unit()
+    first = work.logits.argmax(-1, keepdim=True)
+    with torch.inference_mode():
+        step = work.read(first, work.cache)
+        whole = work.read(torch.cat([work.ids, first], dim=1), work.new_cache())
+    error = (whole.float() - step.float()).abs().max()
+    assert error < (0.05 if precision == "bf16" else 1e-3) * whole.float().abs().max()
+
+
+@pytest.mark.parametrize("model", ["pha-tiny", "hf:gpt2-tiny", "hf:llama-tiny"])
+def test_both_caches_write_the_same_and_the_faster_is_used(model: str) -> None:
+    work = Decode(Job("decode", model, "fp32", 2, 16), CPU)
+    caches = (StaticCache, DynamicCache)
+    assert isinstance(work.cache, caches["growing" in work.setting])
+    tokens = []
+    for static in (False, True):
+        work.choose_cache((static,))
+        assert isinstance(work.cache, caches[not static])
+        work.unit()
+        tokens.append(work.token)
+    assert tokens[0].equal(tokens[1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_training_steps_lower_the_loss(model: str, precision: str) -> None:
+    work = Train(Job("train", model, precision, 2, 12), CPU)
+    before = [p.detach().clone() for p in work.model.parameters()]
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(work.model(input_ids=work.ids, labels=work.ids, use_cache=False).loss)
+
+    start = loss()
+    for _ in range(3):
+        work.unit()
+    assert loss() < start
+    assert all(
+        not torch.equal(a, b)
+        for a, b in zip(before, work.model.parameters(), strict=True)
+        if a.ndim > 1
+    )
+
+
+@pytest.mark.parametrize(
+    "model", ["pha-tiny", "hf:gpt2-tiny", "hf:falcon-h1-tiny", "hf:mamba2-tiny"]
+)
+def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(model: str) -> None:
+    whole = Prefill(Job("prefill", model, "fp32", 2, 13), CPU)
+    pieces = Prefill(Job("prefill", model, "fp32", 2, 13, chunk=5), CPU)
+    whole.unit()
+    pieces.unit()
+    torch.testing.assert_close(pieces.logits, whole.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_stops_before_learned_positions_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "POSITIONS", 1)
+    monkeypatch.setattr(work_module, "DECODE_UNITS", 2)
+    monkeypatch.setattr(Decode, "most_units", 2)
+    work = Decode(Job("decode", "hf:gpt2-tiny", "fp32", 1, 8), CPU)
+    assert work.config.n_positions == 8 + (2 * 2 + TRIAL_UNITS) * DECODE_TOKENS
+    assert len(time_units(work, CPU, 60.0)) == 2
+
+
+def test_what_cannot_be_read_in_pieces_says_so() -> None:
+    with pytest.raises(PHAError, match="recurrent-gemma cannot read"):
+        Prefill(Job("prefill", "hf:recurrent-gemma-tiny", "fp32", 1, 8, chunk=4), CPU)
+
+
+@pytest.mark.parametrize("mode", ["train", "prefill", "decode"])
+def test_a_measurement_of_a_model_is_complete(mode: str) -> None:
+    result = measure(Job(mode, "pha-tiny", "fp32", 2, 16, seconds=0.01))
+    tokens = 2 * (DECODE_TOKENS if mode == "decode" else 16)
+    assert result["tokens_per_second"] == pytest.approx(tokens / result["unit_seconds"])
+    assert result["of_floor"] == pytest.approx(result["floor_seconds"] / result["unit_seconds"])
+    assert result["utilisation"] > 0
+    assert result["peak_memory"] > result["work_memory"] >= 0
+    assert result["weight_bytes"] == 4 * result["parameters"]
+    expected = DECODE_TOKENS * result["weight_bytes"] / result["unit_seconds"]
+    assert result["weight_bandwidth"] == pytest.approx(expected if mode == "decode" else 0.0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("passes", ["forward", "forward+backward"])
+@pytest.mark.parametrize(
+    ("mode", "backend"), [(mode, backend) for mode in OP_MODES for backend in op_backends(mode)]
+)
+def test_every_backend_of_every_op_can_be_measured(
+    mode: str, backend: str, passes: str, precision: str
+) -> None:
+    job = Job(mode, "pha-tiny", precision, 2, 12, backend=f"{backend}, {passes}")
+    work = make_op_work(job, CPU)
+    (seconds,) = time_units(work, CPU, 1e-9)
+    assert seconds > 0
+    assert work.tokens == 24
+    need = Floors(1.0, 1.0, 1.0, 1.0).seconds(work.need)
+    assert math.isfinite(need)
+    assert need > 0
+
+
+def test_ops_need_what_their_shapes_say() -> None:
+    def need(mode: str, passes: str, precision: str = "fp32") -> Need:
+        backend = next(name for name in OPS[OP_MODES[mode]].backends if name != "naive")
+        job = Job(mode, "pha-tiny", precision, 2, 12, backend=f"{backend}, {passes}")
+        return make_op_work(job, CPU).need
+
+    inputs = 2 * 12 * 544
+    assert need("scan", "forward").moved_bytes == 2 * 4 * inputs
+    assert need("scan", "forward+backward", "bf16").moved_bytes == 5 * 2 * inputs
+    assert need("loss", "forward").matmul_flops == 2 * 24 * 160 * 512
+    assert need("loss", "forward+backward").matmul_flops == 6 * 24 * 160 * 512
+    assert need("attention", "forward").matmul_flops == 2 * 4 * 4 * 40 * (12 * 13 / 2)
+
+
+def test_bad_jobs_are_refused() -> None:
+    with pytest.raises(PHAError, match="no mode 'sleep'"):
+        measure(Job("sleep", "pha-tiny", "fp32", 1, 8))
+    with pytest.raises(PHAError, match="shapes of a preset"):
+        make_op_work(Job("scan", "hf:gpt2", "fp32", 1, 8, backend="loop"), CPU)
+    with pytest.raises(PHAError, match="no backend 'fast'"):
+        make_op_work(Job("scan", "pha-tiny", "fp32", 1, 8, backend="fast"), CPU)
+
+
+def test_errors_become_one_line() -> None:
+    with pytest.raises(RuntimeError) as too_much:
+        torch.empty(1 << 50)
+    assert _one_line(too_much.value) == "out of memory"
+    assert _one_line(KeyError("no\nsuch")) == r"KeyError: 'no\nsuch'"
+    assert _one_line(PHAError("this  is wrong")) == "this is wrong"
+
+
+def test_the_peak_is_that_of_the_work_alone() -> None:
+    size = 1 << 26
+    torch.ones(3 * size // 4)  # freed at once, before the peak is reset
+    held = memory.held(CPU)
+    forgotten = memory.reset_peak(CPU)
+    kept = torch.ones(size // 4)
+    peak = memory.peak(CPU)
+    assert peak >= held + 0.9 * kept.nbytes
+    if forgotten:
+        assert peak < held + 1.5 * kept.nbytes
