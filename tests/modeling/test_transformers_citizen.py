@@ -219,3 +219,39 @@ def test_checkpointing_is_off_in_evaluation() -> None:
     model.gradient_checkpointing_enable()
     output = model(tokens(1, 9), use_cache=True)
     assert output.past_key_values.get_seq_length() == 9
+
+
+# Compilation
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    ("block", "branches"), [("parallel", ("gss", "attention", "ffn")), ("parallel", ("attention",))]
+)
+def test_training_compiles_without_a_break(
+    block: str, branches: tuple[str, ...], documents: bool
+) -> None:
+    config = small_config(block=block, branches=list(branches))
+    model = scrambled(config).train()
+    ids = tokens(2, 33)
+    starts = starts_of([3, 9, 21]).expand(2, -1) if documents else None
+
+    def gradients(function: object) -> list[torch.Tensor]:
+        model.zero_grad()
+        function(ids, labels=ids, document_starts=starts).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    # Without a compiler of C++: the graph is captured whole and then run as it is.
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for actual, expected in zip(gradients(compiled), gradients(model), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_decoding_with_a_static_cache_compiles_without_a_break() -> None:
+    model = cached_model("parallel", ("gss", "attention", "ffn"))
+    ids = tokens(2, 20)
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    model(ids[:, :12], past_key_values=cache)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    logits = [compiled(ids[:, t : t + 1], past_key_values=cache).logits for t in range(12, 20)]
+    assert_same(torch.cat(logits, 1), model(ids).logits[:, 12:])
