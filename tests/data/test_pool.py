@@ -239,7 +239,7 @@ main(["prepare", *sys.argv[1:], "--workers", "2"])
 def started(corpus: Path, out: Path) -> subprocess.Popen[str]:
     """A preparation in a process of its own that has two workers and will not end soon."""
     with corpus.open("a") as file:
-        for number in range(20_000):
+        for number in range(100_000):
             file.write(json.dumps({"text": text(number)}) + "\n")
     tokenizer = corpus.parent / "tokenizer"
     load_tokenizer("bpe:300", [text(20)]).save_pretrained(str(tokenizer))

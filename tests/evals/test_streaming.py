@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pha.data.encoding import TextEncoder
 from pha.data.tokenizer import load_tokenizer
 from pha.evals.streaming import TextStream
 
@@ -37,7 +38,7 @@ def test_any_bytes_decode_as_they_do_at_once(tokens: list[int]) -> None:
 @given(st.text(max_size=30))
 def test_characters_come_whole(text: str) -> None:
     stream = TextStream(BYTES)
-    parts = pieces(stream, BYTES(text)["input_ids"])
+    parts = pieces(stream, TextEncoder(BYTES).encode(text).tolist())
     assert "".join(parts) == text == stream.text
     # One character for each last byte, nothing at the end.
     assert [len(part) for part in parts if part] == [1] * len(text)

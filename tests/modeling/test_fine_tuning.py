@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +21,13 @@ from pha.data.tokenizer import load_tokenizer
 from pha.modeling import PHAForCausalLM
 from tests.conftest import synthetic_text
 from tests.modeling.common import assert_same, small_config, tokens
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate fixes one precision for a whole process; other tests have theirs."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Lines(Dataset[dict[str, list[int]]]):
