@@ -226,8 +226,11 @@ def test_no_workers(corpus: Path, tmp_path: Path, workers: int, refuses) -> None
     assert usable_cores() >= 1
 
 
+# A suite that was started in the background ignores SIGINT, and so would its children.
 PROGRAM = """
-import sys; sys.argv[0] = "pha"
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv[0] = "pha"
 import pha.data.pieces, pha.data.pool
 from pha.cli import main
 pha.data.pieces._BATCH_BYTES = 10_000
@@ -239,7 +242,7 @@ main(["prepare", *sys.argv[1:], "--workers", "2"])
 def started(corpus: Path, out: Path) -> subprocess.Popen[str]:
     """A preparation in a process of its own that has two workers and will not end soon."""
     with corpus.open("a") as file:
-        for number in range(100_000):
+        for number in range(40_000):
             file.write(json.dumps({"text": text(number)}) + "\n")
     tokenizer = corpus.parent / "tokenizer"
     load_tokenizer("bpe:300", [text(20)]).save_pretrained(str(tokenizer))
