@@ -22,7 +22,7 @@ from pha.bench.floors import measure_floors
 from pha.bench.op_work import OP_MODES, make_op_work
 from pha.bench.work import MODEL_MODES, Job, Work
 from pha.utils.errors import PHAError
-from pha.utils.hardware import default_device, device_name, synchronise
+from pha.utils.hardware import default_device, device_name, keep_freed_memory, synchronise
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -38,6 +38,8 @@ def measure(job: Job) -> dict[str, Any]:
         PHAError: no such mode, model or backend.
     """
     device = default_device()
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does; for every model alike
     work = _make(job, device)
     held = memory.held(device)
     memory.reset_peak(device)
