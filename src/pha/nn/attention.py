@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pha.nn.branches import Branch, Sequence, register_branch
 from pha.nn.config import ArchitectureConfig
+from pha.nn.projection import project
 from pha.ops import attention
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -68,12 +69,17 @@ class GroupedQueryAttention(Branch):
         if self.cosine:
             nn.init.constant_(self.logit_scale, math.log(10.0))
 
-    def forward(self, z_BTd: Tensor, sequence: Sequence) -> Tensor:
+    def input_projections(self) -> tuple[nn.Module, ...]:
+        """W_q (B, T, H K), W_k and W_v (B, T, G K)."""
+        return self.W_q, self.W_k, self.W_v
+
+    def forward(self, z_BTd: Tensor, sequence: Sequence, *projected: Tensor) -> Tensor:
         """Map (B, T, d) to (B, T, d), attending to cached positions as well."""
         B, T, _ = z_BTd.shape
-        q = self.W_q(z_BTd).view(B, T, self.heads, self.head_dim).transpose(1, 2)
-        k = self.W_k(z_BTd).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        v = self.W_v(z_BTd).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k, v = (
+            x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for x in projected or project(z_BTd, self.input_projections())
+        )
         if self.cosine:
             scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
             q = F.normalize(q.float(), dim=-1) * scale.view(-1, 1, 1)
