@@ -77,7 +77,7 @@ def test_layers_that_cannot_be_packed_are_called(how: str) -> None:
         torch.testing.assert_close(output, linear(z))
 
 
-@pytest.mark.parametrize("name", ["pha-tiny", "sequential-tiny", "mehta-gss-hybrid-tiny"])
+@pytest.mark.parametrize("name", ["pha-tiny", "sequential-tiny", "pha-125m-mehta-tiny"])
 def test_a_model_packs_without_changing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     config = PHAConfig.from_preset(
