@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pha.commands import VERBS
 from pha.utils.errors import PHAError, TrainingInterruptedError
 
 # Verbs that pass arguments of the form --section.key on to the recipe.
-OPEN = frozenset({"train", "sweep"})
+OPEN = frozenset({"train", "sweep", "study"})
 
 ABOUT = """\
 The Parallel Hybrid Architecture: train, evaluate and study language models whose every layer runs a
@@ -73,6 +74,9 @@ def build_parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb; mistakes that a user can put right end in one line and exit code 2."""
+    # OpenMP's threads spin for milliseconds after each piece of work, on processors that compiled
+    # kernels between two pieces need. Read when torch is imported, which verbs do later.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     if options.version:

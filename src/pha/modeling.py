@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from pha.caching import CacheAdapter, decode
 from pha.nn import BRANCHES, ArchitectureConfig, Backbone, Branch
 from pha.nn.model import initialise
 from pha.nn.presets import preset
@@ -97,57 +98,6 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
         return any(getattr(BRANCHES.get(name, Branch), what) for name in names)
 
 
-class _CacheAdapter:
-    """`pha.nn.StateCache` on top of a transformers cache, which stays the only store."""
-
-    def __init__(self, cache: Cache) -> None:
-        self.cache = cache
-        self.keyed = next(i for i, x in enumerate(cache.layers) if isinstance(x, CacheLayerMixin))
-        self.is_static = isinstance(cache.layers[self.keyed], StaticLayer)
-
-    def length(self) -> int | Tensor:
-        """Tokens seen so far."""
-        length: int | Tensor = self.cache.get_seq_length(self.keyed)
-        return length
-
-    def key_range(self, queries: int) -> tuple[int, int]:
-        """How many keys `update` will return, and the position of the first."""
-        keys, first = self.cache.get_mask_sizes(queries, self.keyed)
-        return int(keys), int(first)
-
-    def count(self, x_BTd: Tensor) -> None:
-        """Note T more tokens where no keys do: transformers asks every cache for its length."""
-        marks = x_BTd.new_zeros(x_BTd.shape[0], 1, x_BTd.shape[1], 1, dtype=torch.bool)
-        self.cache.update(marks, marks, self.keyed)
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        return self.cache.update(key, value, layer_idx)
-
-    def recurrent_state(self, layer_idx: int) -> Tensor | None:
-        layer = self.cache.layers[layer_idx]
-        return layer.recurrent_states[0] if layer.has_previous_state[0] else None
-
-    def check_batch(self, batch: int) -> None:
-        """Refuse a state of another batch size: transformers can repeat keys without the state.
-
-        Raises:
-            PHAError: the cache was repeated, selected or made for other sequences.
-        """
-        for index, layer in enumerate(self.cache.layers):
-            state = getattr(layer, "recurrent_states", {}).get(0)
-            if state is not None and layer.has_previous_state[0] and state.shape[0] != batch:
-                raise PHAError(
-                    f"the cache holds states of {state.shape[0]} sequences in layer {index}, but "
-                    f"{batch} are given: begin with a new cache (transformers repeats keys, not "
-                    "recurrent states)"
-                )
-
-    def set_recurrent_state(self, layer_idx: int, state: Tensor) -> None:
-        self.cache.update_recurrent_state(state, layer_idx)
-        # transformers marks a layer as started only with its convolution state; there is none here.
-        self.cache.layers[layer_idx].has_previous_state[0] = True
-
-
 class PHAPreTrainedModel(PreTrainedModel):
     """Weights, saving and loading, shared by every PHA model."""
 
@@ -228,6 +178,15 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         layer_inputs: list[Tensor] | None = [] if output_hidden_states else None
+        only_tokens = all(x is None for x in (inputs_embeds, document_starts, labels, shift_labels))
+        if (
+            only_tokens
+            and past_key_values is not None
+            and not (output_hidden_states or self.training)
+        ):
+            logits = self._decode(input_ids, past_key_values, attention_mask, position_ids)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         x = self.hidden_states(
             input_ids,
             inputs_embeds=inputs_embeds,
@@ -257,6 +216,20 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             hidden_states=None if layer_inputs is None else (*layer_inputs, x),
         )
+
+    def _decode(
+        self,
+        input_ids: Tensor | None,
+        cache: Cache,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Tensor | None:
+        """Logits after one more token by compiled instructions, where that is possible."""
+        if input_ids is None or input_ids.shape[1] != 1:
+            return None
+        if self.config._attn_implementation in _BACKENDS:  # a backend that was asked for
+            return None
+        return decode(self.model, self.lm_head, input_ids, cache, attention_mask, position_ids)
 
     def new_cache(self) -> Cache:
         """An empty cache for keys, values and recurrent states, which grows as it is used."""
@@ -292,7 +265,7 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
             raise PHAError("give exactly one of input_ids and inputs_embeds")
         cache = None
         if past_key_values is not None:
-            cache = _CacheAdapter(past_key_values)
+            cache = CacheAdapter(past_key_values)
             cache.check_batch(tokens.shape[0])
         x: Tensor = self.model(
             input_ids=input_ids,

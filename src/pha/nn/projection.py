@@ -30,21 +30,30 @@ def project(z: Tensor, linears: Sequence[nn.Module]) -> list[Tensor]:
     Returns:
         z W_i^T, (..., n_i), for each layer: slices of one tensor where the product was one.
     """
-    if len(linears) > 1 and z.shape[:-1].numel() >= PACK_ROWS and all(map(_is_plain, linears)):
+    if len(linears) > 1 and z.shape[:-1].numel() >= PACK_ROWS and all(map(is_plain, linears)):
         weights = [linear.get_parameter("weight") for linear in linears]
         sizes = [weight.shape[0] for weight in weights]
         return list(_PackedLinear.apply(z, *weights).split(sizes, dim=-1))
     return [linear(z) for linear in linears]
 
 
-def _is_plain(linear: nn.Module) -> bool:
+def is_plain(linear: nn.Module) -> bool:
     """Whether calling the layer does nothing but multiply with its weight."""
     return (
         type(linear) is nn.Linear
         and linear.bias is None
-        and not (linear._forward_hooks or linear._forward_pre_hooks)
-        and not (linear._backward_hooks or linear._backward_pre_hooks)
         and type(linear.weight) is nn.Parameter
+        and not is_hooked(linear)
+    )
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module also calls something that was registered with it."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 

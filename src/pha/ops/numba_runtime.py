@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import importlib
 import itertools
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +25,18 @@ from torch import Tensor
 
 from pha.utils.files import cache_folder
 
+_TOGETHER = threading.Lock()
+CALLS = 6  # Calls of a kernel for each thread, where they need not be equal.
 SMALL = 2**15  # Elements below which waking another thread takes longer than the work.
+
+
+@functools.cache
+def _revision() -> str:
+    """A digest of all kernels: numba notices a change of a function's own file, and of no other."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("numba_*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @contextlib.contextmanager
@@ -31,7 +46,7 @@ def _cache_folder(config: Any) -> Iterator[None]:
     Its own choice is beside the source, which may be read-only or shared by different machines.
     """
     previous = config.CACHE_DIR
-    config.CACHE_DIR = previous or str(cache_folder() / "numba")
+    config.CACHE_DIR = previous or str(cache_folder() / "numba" / _revision())
     try:
         yield
     finally:
@@ -39,43 +54,50 @@ def _cache_folder(config: Any) -> Iterator[None]:
 
 
 @functools.cache
-def kernel(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
-    """A function of `numba_kernels`, compiled for tensors of `dtype`.
+def kernel(
+    name: str, dtype: torch.dtype, module: str = "numba_kernels", *sizes: int
+) -> Callable[..., None] | None:
+    """A function of a module of kernels, compiled for tensors of `dtype`.
+
+    Args:
+        name: the function.
+        dtype: of the tensors whose elements it works on.
+        module: which of `pha.ops`; its `signature` gives the types of the arguments.
+        sizes: what `signature` takes besides.
 
     Returns:
         The kernel, or None, after one warning, where numba is absent or fails.
     """
     try:
-        return _compile(name, dtype)
+        return _compile(name, dtype, module, *sizes)
     except Exception as error:  # Whatever it is, the same can be computed with torch.
         _warn(" ".join(f"{type(error).__name__}: {error}".split())[:200])
         return None
 
 
-def _compile(name: str, dtype: torch.dtype) -> Callable[..., None]:
+def _compile(name: str, dtype: torch.dtype, module: str, *sizes: int) -> Callable[..., None]:
     import numba
 
-    from pha.ops import numba_kernels
-
+    kernels = importlib.import_module(f"pha.ops.{module}")
     element, real = {
         torch.float32: (numba.float32, numba.float32),
         torch.bfloat16: (numba.uint16, numba.float32),
         torch.float64: (numba.float64, numba.float64),
     }[dtype]
-    dispatcher = getattr(numba_kernels, name)
+    dispatcher = getattr(kernels, name)
     with _cache_folder(numba.config):
         # Where no folder can be written, each process compiles for itself.
         with contextlib.suppress(RuntimeError, OSError):
             dispatcher.enable_caching()
-        dispatcher.compile(numba_kernels.signature(name, element, real))
+        dispatcher.compile(kernels.signature(name, element, real, *sizes))
     return dispatcher
 
 
 @functools.cache
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"the scans run several times slower, as a loop in torch, because numba fails ({reason}); "
-        "pip install numba",
+        f"scans and attention run several times slower, in torch alone, because numba fails "
+        f"({reason}); pip install numba",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -125,11 +147,41 @@ def run(function: Callable[..., None], shape: torch.Size, *arguments: Any) -> No
     tasks = B * -(-n // block)
     threads = max(1, min(threads, tasks))
     bounds = [tasks * i // threads for i in range(threads + 1)]
-    waiting = [
-        _pool(os.getpid(), threads - 1).submit(function, first, last, block, T, n, *arguments)
-        for first, last in itertools.pairwise(bounds[1:])
-    ]
-    function(bounds[0], bounds[1], block, T, n, *arguments)
+    _on_threads(
+        threads,
+        [(*bound, block, T, n, *arguments) for bound in itertools.pairwise(bounds)],
+        function,
+    )
+
+
+def spread(function: Callable[..., None], tasks: int, *arguments: Any) -> None:
+    """Call a kernel with (first, step, tasks, ...), on torch's number of threads.
+
+    It is to do the tasks first, first + step, ... There are more calls than threads, so that one
+    whose processor is busy with something else does fewer.
+    """
+    threads = max(1, min(torch.get_num_threads(), tasks))
+    step = min(tasks, CALLS * threads) if threads > 1 else 1
+    _on_threads(threads, [(first, step, tasks, *arguments) for first in range(step)], function)
+
+
+def together(function: Callable[..., None], threads: int, *arguments: Any) -> None:
+    """Call a kernel with (part, threads, ...) whose parts wait for each other."""
+    # Two such calls at once could each hold a thread that the other waits for.
+    with _TOGETHER:
+        _on_threads(threads, [(part, threads, *arguments) for part in range(threads)], function)
+
+
+def _on_threads(threads: int, calls: list[tuple[Any, ...]], function: Callable[..., None]) -> None:
+    """Make all calls, each on the first thread that is free."""
+    left = iter(calls)
+
+    def work() -> None:
+        for call in left:  # one thread at a time gets the next: iterators of lists are atomic
+            function(*call)
+
+    waiting = [_pool(os.getpid(), threads - 1).submit(work) for _ in range(threads - 1)]
+    work()
     for future in waiting:
         future.result()
 

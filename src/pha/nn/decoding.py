@@ -1,0 +1,369 @@
+"""A model as instructions for `pha.ops.numba_decode`, which writes one token at a time on a CPU.
+
+What a layer computes is said here a second time, step by step, in the terms of the kernel; tests
+hold the two together. What has no such form (branches of one's own, adapters, hooks, quantised
+layers, windows) is left to the layers themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pha.nn.attention import MAX_LOG_SCALE, GroupedQueryAttention
+from pha.nn.block import ParallelBlock, Residual, SequentialBlock
+from pha.nn.ffn import AuxiliaryFFN, SwiGLU
+from pha.nn.gss import GatedStateSpace
+from pha.nn.model import Backbone
+from pha.nn.norm import RMSNorm
+from pha.nn.projection import is_hooked, is_plain
+from pha.ops import numba_runtime
+
+MOST_ROWS = 4  # sequences beyond which torch's matrix products win
+BYTES_PER_THREAD = 2**21  # of weights, below which another thread gains nothing
+
+
+class _Inexpressible(Exception):  # noqa: N818 - never leaves this module
+    """Some part of the model has no instructions."""
+
+
+@dataclass
+class Past:
+    """What the model has kept of the tokens so far.
+
+    Attributes:
+        keys: layer -> keys and values (B, G, capacity, K), of which the first `length` count.
+        states: layer -> (B, n) float32; overwritten.
+        length: tokens seen so far, and the place of the new one.
+        starts: (B,) int64, the first place that each sequence attends to.
+    """
+
+    keys: Mapping[int, tuple[Tensor, Tensor]]
+    states: Mapping[int, Tensor]
+    length: int
+    starts: Tensor
+
+
+def make_decoder(backbone: Backbone, head: nn.Module, batch: int) -> Decoder | None:
+    """The instructions for B sequences, or None where torch has to do it."""
+    weight = getattr(head, "weight", None)
+    if batch > MOST_ROWS or not isinstance(weight, Tensor) or weight.device.type != "cpu":
+        return None
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    kernel = numba_runtime.kernel("run", weight.dtype, "numba_decode")
+    if kernel is None or backbone.config.attention_window is not None:
+        return None
+    try:
+        return Decoder(backbone, head, batch, kernel)
+    except _Inexpressible:
+        return None
+
+
+class Decoder:
+    """The forward pass of one token for each of B sequences, as instructions.
+
+    Attributes:
+        batch: B.
+        key_layers: layers that keep keys and values.
+        state_layers: layers that keep a state.
+        weights: every matrix that is read.
+    """
+
+    def __init__(
+        self, backbone: Backbone, head: nn.Module, batch: int, kernel: Callable[..., None]
+    ) -> None:
+        from pha.ops import numba_decode
+
+        self.op = numba_decode
+        self.batch, self.kernel = batch, kernel
+        self.modules = [*backbone.modules(), head]
+        self.weights: list[Tensor] = []
+        vocabulary: Tensor = head.get_parameter("weight")
+        self.dtype, self.vocabulary = vocabulary.dtype, vocabulary.shape[0]
+        self.key_layers: list[int] = []
+        self.state_layers: list[int] = []
+        self._patches: list[tuple[int, str, int]] = []  # instruction, what it points at, layer
+        self._steps: list[list[int]] = []
+        self._constants: list[Tensor] = []
+        self._used = self._width = 0
+        self._ones = self._constant(torch.tensor([0.0, 1.0]))
+        self.d = backbone.config.hidden_size
+        self.x = self._slot(self.d)
+        for index, layer in enumerate(backbone.layers):
+            self._block(layer, index)
+        if isinstance(backbone.norm, RMSNorm):
+            self._norm(backbone.norm, self.x, self.x)
+        self._wait()
+        self._linear(head, self.x, self._slot(self.vocabulary))
+        self.pointers = [weight.data_ptr() for weight in self.weights]
+        self.steps = np.array(self._steps, np.int64)
+        self.constants = torch.cat(self._constants).numpy()
+        self.work = torch.zeros(batch, self._width)
+        size = sum(weight.nbytes for weight in self.weights)
+        self.threads = max(1, min(torch.get_num_threads(), size // BYTES_PER_THREAD))
+
+    def is_valid(self) -> bool:
+        """Whether the model is still what the instructions were made of."""
+        return not any(map(is_hooked, self.modules)) and self.pointers == [
+            weight.data_ptr() for weight in self.weights
+        ]
+
+    def step(self, x_Bd: Tensor, rotary: tuple[Tensor, Tensor], past: Past) -> Tensor:
+        """Logits (B, V) in the type of the weights after one more token, whose key and state join the past.
+
+        Args:
+            x_Bd: scaled embeddings of the tokens, (B, d).
+            rotary: cosine and sine (B or 1, 1, K / 2) of their positions.
+            past: what came before.
+        """
+        capacity = 0
+        for number, what, layer in self._patches:
+            if what == "state":
+                self.steps[number, self.op.ADDRESS] = past.states[layer].data_ptr()
+            else:
+                key, value = past.keys[layer]
+                capacity = key.shape[2]
+                self.steps[number, self.op.ADDRESS] = key.data_ptr()
+                self.steps[number, self.op.AUX2] = value.data_ptr()
+        self.work[:, self.x : self.x + x_Bd.shape[1]] = x_Bd
+        logits = torch.empty(self.batch, self.vocabulary, dtype=self.dtype)
+        angles = torch.cat([part.expand(self.batch, 1, -1) for part in rotary], dim=-1)
+        numba_runtime.together(
+            self.kernel,
+            self.threads,
+            self.batch,
+            past.length,
+            capacity,
+            self.steps,
+            self.constants,
+            self.work.view(-1).numpy(),
+            angles.contiguous().view(-1).numpy(),
+            past.starts.numpy(),
+            np.zeros(1, np.int64),
+            numba_runtime.flat(logits, self.dtype),
+        )
+        return logits
+
+    # Instructions
+
+    def _slot(self, size: int) -> int:
+        """A place for `size` numbers of each sequence."""
+        self._used, place = self._used + -(-size // 16) * 16, self._used
+        self._width = max(self._width, self._used)
+        return place
+
+    def _constant(self, values: Tensor) -> int:
+        place = sum(x.numel() for x in self._constants)
+        self._constants.append(values.detach().float().flatten().clone())
+        return place
+
+    def _number(self, value: float) -> int:
+        return self._constant(torch.tensor([value]))
+
+    def _emit(self, op: int, **fields: int) -> None:
+        row = [0] * self.op.FIELDS
+        row[self.op.OP] = op
+        for name, value in fields.items():
+            row[getattr(self.op, name.upper())] = value
+        self._steps.append(row)
+
+    def _wait(self) -> None:
+        """Let what follows see what all threads have written."""
+        if self._steps:
+            self._steps[-1][self.op.WAIT] = 1
+
+    def _point(self, what: str, layer: int) -> None:
+        """The last instruction is to point at the past of `layer`."""
+        self._patches.append((len(self._steps) - 1, what, layer))
+
+    def _linear(self, linear: nn.Module, source: int, to: int) -> None:
+        weight = getattr(linear, "weight", None)
+        if not is_plain(linear) or not isinstance(weight, Tensor) or weight.dtype != self.dtype:
+            raise _Inexpressible
+        if not weight.is_contiguous():
+            raise _Inexpressible
+        self.weights.append(weight)
+        size, inner = weight.shape
+        self._emit(
+            self.op.LINEAR,
+            target=to,
+            source=source,
+            size=size,
+            inner=inner,
+            address=weight.data_ptr(),
+        )
+
+    def _norm(
+        self, norm: nn.Module, source: int, to: int, weight: float = 1.0, add: bool = False
+    ) -> None:
+        if type(norm) is not RMSNorm or is_hooked(norm):
+            raise _Inexpressible
+        self._emit(
+            self.op.NORM,
+            target=to,
+            source=source,
+            size=norm.weight.numel(),
+            aux=self._constant(norm.weight),
+            first=self._number(weight),
+            second=self._number(norm.eps),
+            flag=int(add),
+        )
+
+    # Layers
+
+    def _block(self, layer: nn.Module, index: int) -> None:
+        self._used = self.x + -(-self.d // 16) * 16  # all but x is used anew in each layer
+        if type(layer) is ParallelBlock:
+            mixing = layer.mixing
+            weights = mixing.weights().tolist()
+
+            def mix(z: int) -> int:
+                outputs = self._branches(dict(layer.branches.items()), index, z)
+                to = self._slot(self.d)
+                for i, name in enumerate(mixing.names):
+                    self._norm(mixing.norms[name], outputs[name], to, weights[i], add=i > 0)
+                return to
+
+            self._residual(layer.mix_residual, mix)
+        elif type(layer) is SequentialBlock:
+            for name, branch in layer.branches.items():
+                self._residual(
+                    layer.residuals[name],  # type: ignore[arg-type]
+                    lambda z, n=name, b=branch: self._branches({n: b}, index, z)[n],  # type: ignore[misc]
+                )
+        else:
+            raise _Inexpressible
+        if layer.has_primary_ffn:
+            ffn = layer.primary_ffn
+            self._residual(
+                layer.ffn_residual, lambda z: self._lockstep({"": self._swiglu(ffn, z)})[""]
+            )
+
+    def _residual(self, residual: Residual, f: Callable[[int], int]) -> None:
+        if residual.post:
+            self._wait()
+            to = f(self.x)
+            self._emit(
+                self.op.ADD,
+                target=self.x,
+                source=to,
+                size=self.d,
+                first=self._number(residual.alpha),
+                second=self._ones + 1,
+            )
+            self._norm(residual.norm, self.x, self.x)
+            return
+        z = self._slot(self.d)
+        self._norm(residual.norm, self.x, z)
+        self._wait()
+        self._emit(
+            self.op.ADD,
+            target=self.x,
+            source=f(z),
+            size=self.d,
+            first=self._ones + 1,
+            second=self._number(1 / residual.alpha),
+        )
+
+    def _branches(self, branches: dict[str, nn.Module], index: int, z: int) -> dict[str, int]:
+        makers: dict[str, Iterator[int]] = {}
+        for name, branch in branches.items():
+            if is_hooked(branch):
+                raise _Inexpressible
+            if type(branch) is GatedStateSpace:
+                makers[name] = self._gss(branch, index, z)
+            elif type(branch) is GroupedQueryAttention:
+                makers[name] = self._attention(branch, index, z)
+            elif type(branch) is AuxiliaryFFN:
+                makers[name] = self._swiglu(branch.swiglu, z)
+            else:
+                raise _Inexpressible
+        return self._lockstep(makers)
+
+    def _lockstep(self, makers: dict[str, Iterator[int]]) -> dict[str, int]:
+        """Run the stages of several branches side by side, with one wait after each; their slots.
+
+        Each yields where the next stage needs all of the one before: its result, known by then.
+        """
+        results: dict[str, int] = {}
+        while makers:
+            for name, maker in list(makers.items()):
+                try:
+                    results[name] = next(maker)
+                except StopIteration:
+                    del makers[name]
+            if makers:
+                self._wait()
+        return results
+
+    def _gss(self, branch: GatedStateSpace, index: int, z: int) -> Iterator[int]:
+        n = branch.log_A.numel()
+        a, b = branch.decay_and_scale()
+        gate, value, h, y = (self._slot(size) for size in (n, n, n, self.d))
+        self._linear(branch.W_g, z, gate)
+        self._linear(branch.W_B, z, value)
+        self._emit(
+            self.op.GATE,
+            target=h,
+            source=gate,
+            aux=value,
+            size=n,
+            first=self._constant(a),
+            second=self._constant(b),
+        )
+        self._point("state", index)
+        self.state_layers.append(index)
+        yield y
+        self._linear(branch.W_C, h, y)
+        yield y
+
+    def _attention(self, branch: GroupedQueryAttention, index: int, z: int) -> Iterator[int]:
+        heads, groups, inner = branch.heads, branch.kv_heads, branch.head_dim
+        q, k, v = (self._slot(count * inner) for count in (heads, groups, groups))
+        mixed, y = self._slot(heads * inner), self._slot(self.d)
+        for linear, to in ((branch.W_q, q), (branch.W_k, k), (branch.W_v, v)):
+            self._linear(linear, z, to)
+        yield y
+        if branch.cosine:
+            scale = branch.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
+        else:
+            scale = torch.full((heads,), 1 / math.sqrt(inner))
+        for to, count, factor in ((q, heads, scale), (k, groups, torch.ones(groups))):
+            self._emit(
+                self.op.HEADS,
+                source=to,
+                size=count,
+                inner=inner,
+                first=self._constant(factor),
+                flag=int(branch.cosine),
+            )
+        # The thread that turned a key also keeps it: both share out the same heads.
+        self._emit(self.op.APPEND, source=k, aux=v, size=groups, inner=inner)
+        self._point("keys", index)
+        self.key_layers.append(index)
+        yield y
+        self._emit(self.op.ATTEND, target=mixed, source=q, aux=groups, size=heads, inner=inner)
+        self._point("keys", index)
+        yield y
+        self._linear(branch.W_o, mixed, y)
+        yield y
+
+    def _swiglu(self, ffn: nn.Module, z: int) -> Iterator[int]:
+        if type(ffn) is not SwiGLU or is_hooked(ffn):
+            raise _Inexpressible
+        if not is_plain(ffn.W_gate):
+            raise _Inexpressible
+        size = ffn.W_gate.weight.shape[0]
+        gate, up, inner, y = (self._slot(count) for count in (size, size, size, self.d))
+        self._linear(ffn.W_gate, z, gate)
+        self._linear(ffn.W_up, z, up)
+        self._emit(self.op.SWIGLU, target=inner, source=gate, aux=up, size=size)
+        yield y
+        self._linear(ffn.W_down, inner, y)
+        yield y

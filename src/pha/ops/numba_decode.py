@@ -1,0 +1,319 @@
+"""One token of a whole model as one compiled call: a list of instructions on rows of numbers.
+
+Decoding with a small batch reads every weight once and does little else, so what counts is the
+rate of reading. Every thread runs all instructions and does its share of each; where one needs
+what others wrote, all wait for each other. There is no call, and no allocation, per layer.
+
+An instruction is a row of `FIELDS` integers. Numbers live in `work`, one row for each sequence, in
+float32; what does not change from token to token is in `constants`. Weights, keys, values and
+states stay where they are and are found by address.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from pha.ops.numba_kernels import exp32, narrow, sigmoid, widen
+
+FIELDS = 12
+OP, WAIT, TARGET, SOURCE, SIZE, INNER, ADDRESS, AUX, AUX2, FIRST, SECOND, FLAG = range(FIELDS)
+LINEAR, NORM, ADD, GATE, SWIGLU, HEADS, APPEND, ATTEND = range(8)
+SPINS = 4000  # looks at the others before giving the processor away
+# Sums may be reordered, so that dot products are vectorised: the same way at every call.
+_jit = njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc"}, boundscheck=False)
+_yield_processor = types.ExternalFunction("sched_yield", types.int32())
+_TINY, _ONE, _ZERO = np.float32(1e-12), np.float32(1.0), np.float32(0.0)
+_LEAST = np.float32(-np.inf)
+
+
+@intrinsic
+def _pointer(context: Any, address: Any, like: Any) -> Any:
+    """An address as a pointer to elements like those of the array `like`."""
+    pointer = types.CPointer(like.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(pointer))
+
+    return pointer(address, like), generate
+
+
+@intrinsic
+def _add_one(context: Any, counter: Any) -> Any:
+    """Add one to the first element of an int64 array, seen by all threads; return the new value."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(counter)(context, builder, args[0])
+        one = ir.Constant(ir.IntType(64), 1)
+        return builder.add(builder.atomic_rmw("add", array.data, one, "seq_cst"), one)
+
+    return types.int64(counter), generate
+
+
+@intrinsic
+def _look(context: Any, counter: Any) -> Any:
+    """The first element of an int64 array, as other threads left it."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(counter)(context, builder, args[0])
+        return builder.load_atomic(array.data, "seq_cst", 8)
+
+    return types.int64(counter), generate
+
+
+@_jit
+def _wait(counter: Any, target: int) -> None:
+    """Until all threads are here: `target` arrivals since the beginning."""
+    if _add_one(counter) >= target:
+        return
+    spins = 0
+    while _look(counter) < target:
+        spins += 1
+        if spins > SPINS:
+            _yield_processor()
+
+
+@_jit
+def _slice(x: Any, begin: int, size: int) -> Any:
+    """The numbers from `begin` on. Loops over slices are vectorised, those over offsets are not:
+    the compiler cannot tell that an offset is not negative."""
+    return x[begin : begin + size]
+
+
+@_jit
+def _dot(row: Any, x: Any) -> Any:
+    total = _ZERO
+    for i in range(row.size):
+        total += widen(row[i]) * x[i]
+    return total
+
+
+@_jit
+def _linear(step: Any, work: Any, width: int, batch: int, part: int, parts: int, like: Any) -> None:
+    """Rows of a weight (SIZE, INNER) times each sequence."""
+    size, inner = step[SIZE], step[INNER]
+    low, high = size * part // parts, size * (part + 1) // parts
+    weight = carray(_pointer(step[ADDRESS], like), (size * inner,))
+    for j in range(low, high):
+        row = _slice(weight, j * inner, inner)
+        for b in range(batch):
+            x = _slice(work, b * width + step[SOURCE], inner)
+            work[b * width + step[TARGET] + j] = _dot(row, x)
+
+
+@_jit
+def _norm(step: Any, work: Any, width: int, b: int, constants: Any) -> None:
+    """to = [to +] w x / rms(x) * gain; with FIRST = w and SECOND = eps in `constants`."""
+    size = step[SIZE]
+    x = _slice(work, b * width + step[SOURCE], size)
+    to = _slice(work, b * width + step[TARGET], size)
+    gain = _slice(constants, step[AUX], size)
+    scale = constants[step[FIRST]] / np.sqrt(
+        _dot(x, x) / np.float32(size) + constants[step[SECOND]]
+    )
+    for i in range(size):
+        to[i] = (to[i] if step[FLAG] else _ZERO) + x[i] * scale * gain[i]
+
+
+@_jit
+def _add(step: Any, work: Any, width: int, b: int, constants: Any) -> None:
+    """to = FIRST to + SECOND x."""
+    x = _slice(work, b * width + step[SOURCE], step[SIZE])
+    to = _slice(work, b * width + step[TARGET], step[SIZE])
+    first, second = constants[step[FIRST]], constants[step[SECOND]]
+    for i in range(x.size):
+        to[i] = first * to[i] + second * x[i]
+
+
+@_jit
+def _gate(
+    step: Any, work: Any, width: int, batch: int, part: int, parts: int, constants: Any
+) -> None:
+    """A step of Eq. 2: h = a h + b sigmoid(gate) value, for the same states as `_linear` made."""
+    size = step[SIZE]
+    low = size * part // parts
+    count = size * (part + 1) // parts - low
+    states = carray(_pointer(step[ADDRESS], work), (batch * size,))
+    a = _slice(constants, step[FIRST] + low, count)
+    scale = _slice(constants, step[SECOND] + low, count)
+    for b in range(batch):
+        gate = _slice(work, b * width + step[SOURCE] + low, count)
+        value = _slice(work, b * width + step[AUX] + low, count)
+        h = _slice(states, b * size + low, count)
+        to = _slice(work, b * width + step[TARGET] + low, count)
+        for i in range(count):
+            h[i] = a[i] * h[i] + scale[i] * sigmoid(gate[i]) * value[i]
+        for i in range(count):
+            to[i] = h[i]
+
+
+@_jit
+def _swiglu(step: Any, work: Any, width: int, batch: int, part: int, parts: int) -> None:
+    """to = silu(gate) * up, for the same entries as `_linear` made."""
+    size = step[SIZE]
+    low = size * part // parts
+    count = size * (part + 1) // parts - low
+    for b in range(batch):
+        gate = _slice(work, b * width + step[SOURCE] + low, count)
+        up = _slice(work, b * width + step[AUX] + low, count)
+        to = _slice(work, b * width + step[TARGET] + low, count)
+        for i in range(count):
+            to[i] = gate[i] * sigmoid(gate[i]) * up[i]
+
+
+@_jit
+def _head(step: Any, x: Any, scale: Any, angles: Any) -> None:
+    """Normalise (with FLAG), scale and turn one head x of INNER numbers, in place."""
+    half = x.size // 2
+    if step[FLAG]:
+        scale = scale / max(np.sqrt(_dot(x, x)), _TINY)
+    for i in range(half):
+        cos, sin = angles[i], angles[half + i]
+        x1, x2 = x[i] * scale, x[half + i] * scale
+        x[i] = x1 * cos - x2 * sin
+        x[half + i] = x2 * cos + x1 * sin
+
+
+@_jit
+def _append(
+    step: Any, work: Any, width: int, unit: int, place: int, capacity: int, like: Any
+) -> None:
+    """A key and a value of one head (SOURCE, AUX) to their place in the cache (ADDRESS, AUX2)."""
+    heads, inner = step[SIZE], step[INNER]
+    b, head = unit // heads, unit % heads
+    for source, address in ((step[SOURCE], step[ADDRESS]), (step[AUX], step[AUX2])):
+        x = _slice(work, b * width + source + head * inner, inner)
+        at = (unit * capacity + place) * inner
+        kept = _slice(carray(_pointer(address, like), (at + inner,)), at, inner)
+        for i in range(inner):
+            kept[i] = narrow(x[i], kept[i])
+
+
+@_jit
+def _attend(
+    step: Any,
+    work: Any,
+    width: int,
+    unit: int,
+    first: int,
+    last: int,
+    capacity: int,
+    scores: Any,
+    like: Any,
+) -> None:
+    """One query head against the keys `first` to `last` of the cache; AUX key heads."""
+    heads, inner = step[SIZE], step[INNER]
+    b, head = unit // heads, unit % heads
+    begin = (b * step[AUX] + head * step[AUX] // heads) * capacity * inner
+    end = begin + last * inner
+    keys = carray(_pointer(step[ADDRESS], like), (end,))
+    values = carray(_pointer(step[AUX2], like), (end,))
+    query = _slice(work, b * width + step[SOURCE] + head * inner, inner)
+    to = _slice(work, b * width + step[TARGET] + head * inner, inner)
+    largest = _LEAST
+    for s in range(first, last):
+        scores[s] = _dot(_slice(keys, begin + s * inner, inner), query)
+        largest = max(largest, scores[s])
+    mass = _ZERO
+    for s in range(first, last):
+        scores[s] = exp32(scores[s] - largest)
+        mass += scores[s]
+    to[:] = _ZERO
+    for s in range(first, last):
+        weight = scores[s] / mass
+        row = _slice(values, begin + s * inner, inner)
+        for i in range(inner):
+            to[i] += weight * widen(row[i])
+
+
+@_jit
+def run(
+    part: int,
+    parts: int,
+    batch: int,
+    place: int,
+    capacity: int,
+    steps: Any,
+    constants: Any,
+    work: Any,
+    rotary: Any,
+    starts: Any,
+    counter: Any,
+    logits: Any,
+) -> None:
+    """Do the share `part` of `parts` of every instruction.
+
+    Args:
+        part: which thread this is.
+        parts: how many there are.
+        batch: B.
+        place: of the new token in the cache.
+        capacity: places that the cache has.
+        steps: (instructions, FIELDS) int64.
+        constants: float32.
+        work: (B x width,) float32.
+        rotary: (B x K,) cosines, then sines, of each sequence.
+        starts: (B,) int64, the first place that each sequence attends to.
+        counter: (1,) int64 of zero, shared by the threads.
+        logits: (B x V,), of the elements of weights, keys and values; the last instruction makes
+            them, in `work`.
+    """
+    like = logits
+    width = work.size // batch
+    scores = np.empty(place + 1, np.float32)
+    waits = 0
+    for number in range(steps.shape[0]):
+        step = steps[number]
+        op = step[OP]
+        if op == LINEAR:
+            _linear(step, work, width, batch, part, parts, like)
+        elif op == GATE:
+            _gate(step, work, width, batch, part, parts, constants)
+        elif op == SWIGLU:
+            _swiglu(step, work, width, batch, part, parts)
+        elif op == NORM:
+            for b in range(part, batch, parts):
+                _norm(step, work, width, b, constants)
+        elif op == ADD:
+            for b in range(part, batch, parts):
+                _add(step, work, width, b, constants)
+        else:
+            heads = step[SIZE]
+            for unit in range(part, batch * heads, parts):
+                b, head = unit // heads, unit % heads
+                if op == HEADS:
+                    inner = step[INNER]
+                    x = _slice(work, b * width + step[SOURCE] + head * inner, inner)
+                    angles = _slice(rotary, b * inner, inner)
+                    _head(step, x, constants[step[FIRST] + head], angles)
+                elif op == APPEND:
+                    _append(step, work, width, unit, place, capacity, like)
+                elif op == ATTEND:
+                    _attend(step, work, width, unit, starts[b], place + 1, capacity, scores, like)
+        if step[WAIT] and parts > 1:
+            waits += 1
+            _wait(counter, waits * parts)
+    # Each thread rounds what it made itself. Left to torch, this would wake threads of its own,
+    # which go on spinning while the next token is waiting for a processor.
+    size = logits.size // batch
+    low = size * part // parts
+    count = size * (part + 1) // parts - low
+    for b in range(batch):
+        made = _slice(work, b * width + steps[-1, TARGET] + low, count)
+        given = _slice(logits, b * size + low, count)
+        for i in range(count):
+            given[i] = narrow(made[i], given[i])
+
+
+def signature(name: str, element: Any, real: Any) -> Any:
+    """The types of the arguments of `run`, the only kernel, for weights of `element`."""
+    real, whole = types.Array(types.float32, 1, "C"), types.Array(types.int64, 1, "C")
+    steps = types.Array(types.int64, 2, "C")
+    return types.void(
+        *[types.int64] * 5,
+        *(steps, real, real, real, whole, whole, types.Array(element, 1, "C")),
+    )
