@@ -79,6 +79,22 @@ def test_a_text_does_not_depend_on_its_batch(writer: LoadedModel, temperature: f
     assert len(set(alone)) == len(alone)
 
 
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+def test_prompts_can_be_read_in_pieces(writer: LoadedModel, piece: int) -> None:
+    widths = []
+    forward = writer.model.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        widths.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    whole = texts(writer, PROMPTS, Sampling(12, temperature=0.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer.model, "forward", watched)
+        assert texts(writer, PROMPTS, Sampling(12, temperature=0.0), piece=piece) == whole
+    assert max(widths) == min(piece, max(len(prompt) for prompt in PROMPTS))
+
+
 def test_logits_behind_a_batch_are_those_of_single_prompts(writer: LoadedModel) -> None:
     ids = [writer.tokenizer(text)["input_ids"] for text in ("one", "seven or eight")]
     width = max(map(len, ids))
@@ -177,6 +193,7 @@ def test_speed_counts_tokens_steps_and_bytes(writer: LoadedModel) -> None:
         (lambda w: Sampling(stop=("",)), "stop string is empty"),
         (lambda w: generate(w, ["x"], Sampling(), num_samples=0), "samples is 0"),
         (lambda w: generate(w, ["x"], Sampling(), batch_size=0), "at a time is 0"),
+        (lambda w: generate(w, ["x"], Sampling(), piece=-1), "is -1 tokens"),
         (lambda w: generate(w, ["x"], Sampling(temperature=0), num_samples=2), "temperature 0"),
     ],
 )

@@ -56,6 +56,13 @@ def add_generate(verb: AddVerb) -> None:
     )
     sub.add_argument("--batch-size", metavar="N", type=int, default=8, help="texts at a time (8)")
     sub.add_argument(
+        "--piece",
+        metavar="N",
+        type=int,
+        default=0,
+        help="prompt tokens per forward pass; bounds the memory of long prompts (0: all)",
+    )
+    sub.add_argument(
         "--dtype", choices=("fp32", "bf16"), default="fp32", help="type of the weights (fp32)"
     )
     sub.add_argument("--out", metavar="FILE", type=Path, help="write JSON lines to FILE")
@@ -90,6 +97,7 @@ def generate(options: Namespace) -> None:
         sampling,
         num_samples=options.num_samples,
         batch_size=options.batch_size,
+        piece=options.piece,
         write=_print if streamed else None,
         speed=speed,
     )

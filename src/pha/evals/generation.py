@@ -236,6 +236,7 @@ def generate(
     *,
     num_samples: int = 1,
     batch_size: int = 8,
+    piece: int = 0,
     write: Callable[[str], None] | None = None,
     speed: Speed | None = None,
 ) -> Iterator[Continuation]:
@@ -251,6 +252,7 @@ def generate(
         sampling: how tokens are chosen.
         num_samples: texts for each prompt.
         batch_size: texts at a time; shorter prompts are padded on the left.
+        piece: tokens of a prompt per forward pass, which bounds the memory of long ones; 0 for all.
         write: called with new text as it comes, whichever row of the batch it belongs to.
         speed: what this took is added to it.
 
@@ -263,6 +265,8 @@ def generate(
     for name, value in (("samples", num_samples), ("texts at a time", batch_size)):
         if value < 1:
             raise PHAError(f"the number of {name} is {value}; at least 1")
+    if piece < 0:
+        raise PHAError(f"a piece of the prompt is {piece} tokens; at least 1, or 0 for all at once")
     if num_samples > 1 and sampling.temperature == 0:
         raise PHAError("temperature 0 gives one text however often; ask for one sample")
     rows = [
@@ -277,7 +281,7 @@ def generate(
     return (
         row.result()
         for batch in batches
-        for row in _run_batch(loaded, batch, sampling, speed, write)
+        for row in _run_batch(loaded, batch, sampling, piece, speed, write)
     )
 
 
@@ -321,6 +325,7 @@ def _run_batch(
     loaded: LoadedModel,
     rows: list[_Row],
     sampling: Sampling,
+    piece: int,
     speed: Speed,
     write: Callable[[str], None],
 ) -> list[_Row]:
@@ -340,7 +345,10 @@ def _run_batch(
         attention_mask=mask.to(model.device),
         # `progress` ends texts and `draws` leaves the search one choice, so it is always greedy.
         generation_config=GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens, do_sample=False, pad_token_id=pad
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            pad_token_id=pad,
+            prefill_chunk_size=piece or None,
         ),
         logits_processor=LogitsProcessorList(draws),
         stopping_criteria=StoppingCriteriaList([progress]),

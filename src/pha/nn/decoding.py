@@ -24,7 +24,7 @@ from pha.nn.norm import RMSNorm
 from pha.nn.projection import is_hooked, is_plain
 from pha.ops import numba_runtime
 
-MOST_ROWS = 4  # sequences beyond which torch's matrix products win
+MOST_ROWS = 8  # sequences beyond which torch's matrix products win
 BYTES_PER_THREAD = 2**21  # of weights, below which another thread gains nothing
 
 
