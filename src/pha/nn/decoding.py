@@ -115,7 +115,7 @@ class Decoder:
         ]
 
     def step(self, x_Bd: Tensor, rotary: tuple[Tensor, Tensor], past: Past) -> Tensor:
-        """Logits (B, V) in the type of the weights after one more token, whose key and state join the past.
+        """Logits (B, V) in the dtype of the weights after one more token, which joins the past.
 
         Args:
             x_Bd: scaled embeddings of the tokens, (B, d).

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention behind one function: PyTorch's fused kernels, or the oracle."""
+"""Causal grouped-query attention behind one function: our kernels, PyTorch's, or the oracle."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pha.ops import attention_flex as flex_kernels
+from pha.ops.attention_blocked import blocked_attention, serves
 from pha.ops.backends import Op
 from pha.ops.testing import relative_error
 
@@ -34,7 +36,7 @@ def attention(
             plain causal attention, the fast path.
         window: how many keys a query may see, its own included; None means all. Work and memory
             are then linear in T.
-        backend: `sdpa` or `naive`; None for the one of the device.
+        backend: `blocked`, `flex`, `sdpa` or `naive`; None for the one of the device.
 
     Returns:
         (B, H, T, K) in the type of `v`.
@@ -62,9 +64,9 @@ def attention_mask(
             position may still attend to itself, since a softmax over nothing is not a number.
 
     Returns:
-        (B or 1, 1, T, S) bool, or None when plain causal attention says the same.
+        (B or 1, 1, T, S) bool, or None for plain causal attention.
     """
-    if document_starts is None and token_mask is None and (queries == keys or queries == 1):
+    if document_starts is None and token_mask is None:
         return None
     key = torch.arange(keys, device=device)
     query = key[keys - queries :, None]
@@ -143,7 +145,7 @@ def attention_sdpa(
     # One new token sees every cached one, so causality needs no mask there.
     causal = mask is None and queries == keys and queries > 1
     if mask is None and not causal and queries > 1:
-        mask = attention_mask(queries, keys, q.device)
+        mask = _within(queries, keys, keys, q.device)
     return _sdpa(q, k, v, mask, causal)
 
 
@@ -174,12 +176,31 @@ def _windowed_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window:
     return torch.cat(outputs, dim=2)
 
 
+def attention_blocked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """Compiled kernels on the CPU where they serve, else `attention_sdpa`."""
+    if serves(q, k, v, mask):
+        return blocked_attention(q, k, v, window)
+    return attention_sdpa(q, k, v, mask, window)
+
+
+def attention_flex(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """FlexAttention within documents and windows on a GPU, else `attention_sdpa`."""
+    if flex_kernels.serves(q, k, mask, window):
+        return flex_kernels.flex(q, k, v, mask, window)
+    return attention_sdpa(q, k, v, mask, window)
+
+
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 6, 37, 20), (2, 2, 37, 20), (2, 2, 37, 20))
+    T = 150  # enough for each backend to use its kernels
+    shapes = ((2, 6, T, 20), (2, 2, T, 20), (2, 2, T, 20))
     q, k, v = (torch.randn(*s, generator=generator).to(device_type) for s in shapes)
-    starts = (torch.rand(2, 37, generator=generator) < 0.1).to(device_type)
-    mask = attention_mask(37, 37, q.device, starts)
+    starts = (torch.rand(2, T, generator=generator) < 0.1).to(device_type)
+    mask = attention_mask(T, T, q.device, starts)
     return max(
         relative_error(
             lambda *x, o=options: backend(*x, *o), lambda *x, o=options: oracle(*x, *o), q, k, v
@@ -189,5 +210,14 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
 
 
 _OP = Op(
-    "attention", {"naive": attention_naive, "sdpa": attention_sdpa}, {"default": "sdpa"}, _check
+    "attention",
+    {
+        "naive": attention_naive,
+        "sdpa": attention_sdpa,
+        "blocked": attention_blocked,
+        "flex": attention_flex,
+    },
+    {"cpu": "blocked", "cuda": "flex", "default": "sdpa"},
+    _check,
+    only_on={"blocked": "cpu", "flex": "cuda"},
 )
