@@ -21,6 +21,21 @@ settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked `gpu` without one; PHA_GPU_TESTS=cpu rehearses it on a CPU."""
+    if torch.cuda.is_available() or os.environ.get("PHA_GPU_TESTS") == "cpu":
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where tests marked `gpu` run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def synthetic_text(lines: int, seed: int) -> str:
     """Text with structure to learn: counting in words, from a small linear congruence."""
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

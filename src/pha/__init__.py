@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pha.utils.versions import own_version
 
 if TYPE_CHECKING:
     from pha.modeling import PHAConfig, PHAForCausalLM
 
-__version__ = metadata.version("pha")
+__version__ = own_version()
 __all__ = ["PHAConfig", "PHAForCausalLM", "__version__"]
 
 

@@ -98,3 +98,31 @@ def test_needed_flops_are_those_that_pytorch_counts(model: str) -> None:
         return
     train = Train(Job("train", model, "fp32", 2, 16), CPU)
     assert train.need.matmul_flops == pytest.approx(matmul_flops(train.unit), rel=0.01)
+
+
+def test_presets_can_be_changed_in_their_names() -> None:
+    config = model_config("pha-tiny+attention_window=96+state_size=32", 64)
+    assert (config.attention_window, config.state_size) == (96, 32)
+    job = Job("train", "pha-tiny+state_size=32+gradient_checkpointing", "fp32", 1, 8)
+    work = Train(job, CPU)
+    assert work.model.model.gradient_checkpointing
+    assert work.config.state_size == 32
+    assert "chunked loss" in work.setting
+    peer = Train(Job("train", "hf:gpt2-tiny+gradient_checkpointing", "fp32", 1, 8), CPU)
+    assert peer.model.is_gradient_checkpointing
+    assert "loss over all logits" in peer.setting
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pha-tiny+x", "is not FIELD=VALUE"),
+        ("pha-tiny+state_sise=3", "did you mean state_size"),
+        ("pha-tiny+state_size=[", "is not FIELD=VALUE"),
+        ("hf:gpt2+n_layer=3", "only presets take"),
+        ("pha-tiny+gradient_checkpointing+state_size=32", "comes last"),
+    ],
+)
+def test_changes_that_say_nothing_are_refused(name: str, message: str) -> None:
+    with pytest.raises(PHAError, match=message):
+        model_config(name, 64)

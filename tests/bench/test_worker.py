@@ -13,6 +13,7 @@ from pha.bench import floors as floors_module
 from pha.bench import memory, peers
 from pha.bench import work as work_module
 from pha.bench.floors import Floors, Need, measure_floors
+from pha.bench.graphs import cache_tensors
 from pha.bench.op_work import OP_MODES, make_op_work, op_backends
 from pha.bench.work import DECODE_TOKENS, TRIAL_UNITS, Decode, Job, Prefill, Train
 from pha.bench.worker import _one_line, measure, time_units
@@ -69,13 +70,65 @@ def test_decoding_goes_on_where_the_prompt_ends(model: str, precision: str) -> N
 def test_both_caches_write_the_same_and_the_faster_is_used(model: str) -> None:
     work = Decode(Job("decode", model, "fp32", 2, 16), CPU)
     caches = (StaticCache, DynamicCache)
-    assert isinstance(work.cache, caches["growing" in work.setting])
+    assert isinstance(work.decoding.cache, caches["growing" in work.setting])
     tokens = []
-    for static in (False, True):
-        work.choose_cache((static,))
-        assert isinstance(work.cache, caches[not static])
+    for index, kind in enumerate(("static cache", "growing cache")):
+        work.choose_cache([kind])
+        assert isinstance(work.decoding.cache, caches[index])
         work.unit()
-        tokens.append(work.token)
+        tokens.append(work.decoding.token)
+    assert tokens[0].equal(tokens[1])
+
+
+@pytest.mark.parametrize("model", ["pha-tiny", "gss-only-tiny", "hf:gpt2-tiny", "hf:llama-tiny"])
+def test_a_static_cache_put_back_goes_on_as_before(model: str) -> None:
+    """All that a step changes is among the tensors that a CUDA graph's warm-up puts back."""
+    work = Decode(Job("decode", model, "fp32", 2, 16), CPU)
+    work.choose_cache(["static cache"])
+    decoding = work.decoding
+    with torch.inference_mode():
+        before = [tensor.clone() for tensor in cache_tensors(decoding.cache)]
+        first = decoding.step(decoding.token)
+        changed = [
+            not torch.equal(now, saved)
+            for now, saved in zip(cache_tensors(decoding.cache), before, strict=True)
+        ]
+        assert any(changed)
+        for tensor, saved in zip(cache_tensors(decoding.cache), before, strict=True):
+            tensor.copy_(saved)
+        assert torch.equal(decoding.step(decoding.token), first)
+
+
+def test_a_way_to_decode_that_fails_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Decode(Job("decode", "pha-tiny", "fp32", 2, 16), CPU)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    monkeypatch.setattr(work_module, "GraphedStep", fail)
+    work.setting = ""
+    work.choose_cache(["growing cache", "static cache, CUDA graph"])
+    assert work.setting == (
+        ", no static cache, CUDA graph (operation not permitted when stream is capturing)"
+        ", growing cache"
+    )
+    work.unit()
+    with pytest.raises(RuntimeError, match="capturing"):
+        work.choose_cache(["static cache, CUDA graph"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", ["pha-tiny", "gss-only-tiny", "hf:gpt2-tiny"])
+def test_a_graph_writes_what_its_steps_do(model: str, device: torch.device) -> None:
+    if device.type != "cuda":
+        pytest.skip("a CPU has no graphs")
+    work = Decode(Job("decode", model, "fp32", 2, 16), device)
+    tokens = []
+    for kind in ("static cache", "static cache, CUDA graph"):
+        work.choose_cache([kind])
+        work.unit()
+        work.unit()
+        tokens.append(work.decoding.token)
     assert tokens[0].equal(tokens[1])
 
 
@@ -141,7 +194,8 @@ def test_a_measurement_of_a_model_is_complete(mode: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("passes", ["forward", "forward+backward"])
 @pytest.mark.parametrize(
-    ("mode", "backend"), [(mode, backend) for mode in OP_MODES for backend in op_backends(mode)]
+    ("mode", "backend"),
+    [(mode, backend) for mode in OP_MODES for backend in op_backends(mode, "cpu")],
 )
 def test_every_backend_of_every_op_can_be_measured(
     mode: str, backend: str, passes: str, precision: str
@@ -157,17 +211,21 @@ def test_every_backend_of_every_op_can_be_measured(
 
 
 def test_ops_need_what_their_shapes_say() -> None:
-    def need(mode: str, passes: str, precision: str = "fp32") -> Need:
+    def need(mode: str, passes: str, precision: str = "fp32", length: int = 12) -> Need:
         backend = next(name for name in OPS[OP_MODES[mode]].backends if name != "naive")
-        job = Job(mode, "pha-tiny", precision, 2, 12, backend=f"{backend}, {passes}")
+        job = Job(mode, "pha-tiny", precision, 2, length, backend=f"{backend}, {passes}")
         return make_op_work(job, CPU).need
 
     inputs = 2 * 12 * 544
     assert need("scan", "forward").moved_bytes == 2 * 4 * inputs
     assert need("scan", "forward+backward", "bf16").moved_bytes == 5 * 2 * inputs
+    assert need("gated-scan", "forward").moved_bytes == 3 * 4 * inputs
+    assert need("gated-scan", "forward+backward").moved_bytes == 9 * 4 * inputs
     assert need("loss", "forward").matmul_flops == 2 * 24 * 160 * 512
     assert need("loss", "forward+backward").matmul_flops == 6 * 24 * 160 * 512
     assert need("attention", "forward").matmul_flops == 2 * 4 * 4 * 40 * (12 * 13 / 2)
+    documents = need("documents", "forward+backward", length=19).matmul_flops
+    assert documents == 3 * 2 * 4 * 4 * 40 * (9 * 3 + 1)  # nine documents of two, one of one
 
 
 def test_bad_jobs_are_refused() -> None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import pytest
+import torch
 
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.train.config import OptimizerConfig, ScheduleConfig
-from pha.train.optim import Schedule, make_optimizer, set_rate
+from pha.train.optim import MuonAdamW, Schedule, make_optimizer, set_rate
+from pha.utils.errors import PHAError
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,106 @@ def test_state_space_rate_is_capped(model: PHAForCausalLM) -> None:
         for group in optimizer.param_groups:
             is_state_space = any("log_" in names[id(p)] for p in group["params"])
             assert group["lr"] == (min(rate, 1e-4) if is_state_space else rate)
+
+
+def muon_config(**changes: Any) -> OptimizerConfig:
+    return OptimizerConfig(kind="muon", **changes)
+
+
+def make_muon(model: PHAForCausalLM, **changes: Any) -> MuonAdamW:
+    optimizer = make_optimizer(model, muon_config(**changes))
+    assert isinstance(optimizer, MuonAdamW)
+    return optimizer
+
+
+def names_in(model: PHAForCausalLM, optimizer: torch.optim.Optimizer) -> list[str]:
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("preset", ["pha-tiny", "sequential-tiny", "pha-125m-mehta-tiny"])
+def test_muon_takes_the_matrices_between_embedding_and_head(preset: str) -> None:
+    model = PHAForCausalLM(PHAConfig.from_preset(preset, vocab_size=50, num_hidden_layers=2))
+    optimizer = make_muon(model, weight_decay=0.3)
+    linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    muon, adamw = names_in(model, optimizer.muon), names_in(model, optimizer.adamw)
+    assert set(muon) == linear - {"lm_head.weight"}
+    assert sorted(muon + adamw) == sorted(name for name, _ in model.named_parameters())
+    assert optimizer.muon.param_groups[0]["weight_decay"] == 0.3
+    decayed = [g for g in optimizer.adamw.param_groups if g["weight_decay"] == 0.3]
+    assert [len(group["params"]) for group in decayed] == [1]
+    assert decayed[0]["params"][0] is model.model.embed_tokens.weight
+
+
+def test_muon_has_a_rate_of_its_own_on_the_same_schedule(model: PHAForCausalLM) -> None:
+    optimizer = make_muon(
+        model, learning_rate=1e-3, muon_learning_rate=2e-2, state_space_learning_rate=5e-4
+    )
+    for rate in (1e-3, 1e-4):
+        set_rate(optimizer, rate)
+        assert optimizer.muon.param_groups[0]["lr"] == pytest.approx(20 * rate)
+        assert {g["lr"] for g in optimizer.adamw.param_groups} == {rate, min(rate, 5e-4)}
+    optimizer = make_muon(model, learning_rate=1e-3)
+    set_rate(optimizer, 1e-4)
+    assert optimizer.muon.param_groups[0]["lr"] == 1e-4
+
+
+def take_steps(model: PHAForCausalLM, optimizers: list[torch.optim.Optimizer], n: int) -> None:
+    for step in range(n):
+        ids = torch.arange(24).view(2, 12) * (step + 3) % 50
+        model(ids, labels=ids).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+
+def assert_equal(a: PHAForCausalLM, b: PHAForCausalLM) -> None:
+    for (name, x), y in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(x, y), name
+
+
+def test_muon_beside_adamw_steps_as_the_two_do_alone(model: PHAForCausalLM) -> None:
+    together, apart = copy.deepcopy(model), copy.deepcopy(model)
+    optimizer = make_muon(
+        together, learning_rate=1e-3, muon_learning_rate=1e-2, muon_momentum=0.9, weight_decay=0.2
+    )
+    take_steps(together, [optimizer], 3)
+    own = dict(apart.named_parameters())
+    muon = torch.optim.Muon(
+        [own[name] for name in names_in(together, optimizer.muon)],
+        lr=1e-2,
+        momentum=0.9,
+        weight_decay=0.2,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    rest = names_in(together, optimizer.adamw)
+    adamw = torch.optim.AdamW(
+        [{"params": [own[n]], "weight_decay": 0.2 if "embed_tokens" in n else 0.0} for n in rest],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    take_steps(apart, [muon, adamw], 3)
+    assert_equal(together, apart)
+
+
+def test_muon_continues_from_a_saved_state(model: PHAForCausalLM) -> None:
+    whole, cut = copy.deepcopy(model), copy.deepcopy(model)
+    uninterrupted = make_muon(whole)
+    take_steps(whole, [uninterrupted], 2)
+    take_steps(whole, [uninterrupted], 2)
+    before = make_muon(cut)
+    take_steps(cut, [before], 2)
+    after = make_muon(cut)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    set_rate(after, 1e-3)
+    take_steps(cut, [after], 2)
+    assert_equal(whole, cut)
+
+
+def test_muon_without_a_matrix_is_refused() -> None:
+    with pytest.raises(PHAError, match=r"set optimizer\.kind to adamw"):
+        make_optimizer(torch.nn.Sequential(torch.nn.Embedding(5, 3)), muon_config())
 
 
 def test_cosine_goes_from_warmup_to_peak_to_floor() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,11 @@ def test_a_run_learns_and_writes_what_it_promises(train_small: Train, tmp_path: 
     assert train_small(run__steps=60, run__evaluate_every=20) == result
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_interrupted_and_resumed_equals_uninterrupted(
-    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
+    train_small = partial(train_small, optimizer__kind=kind)
     train_small("whole")
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -178,9 +181,12 @@ def test_two_processes_take_the_same_steps_as_one(
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("late", [False, True])
 def test_not_a_number_stops_with_a_name_and_keeps_the_checkpoint(
-    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
+    if late:
+        monkeypatch.setattr(trainer_module.Trainer, "deferred", True)
     original = trainer_module.Trainer._step
 
     def poisoned(self: Any, number: int, rate: float) -> Any:
@@ -196,6 +202,52 @@ def test_not_a_number_stops_with_a_name_and_keeps_the_checkpoint(
     assert "step-4 is intact" in str(error.value)
     kept = weights(RunFolder(tmp_path / "run").checkpoint(4))
     assert all(bool(value.isfinite().all()) for value in kept.values())
+
+
+@pytest.fixture
+def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train as on a GPU: the host hears of a bad step when the next one is due."""
+    monkeypatch.setattr(trainer_module.Trainer, "deferred", True)
+
+
+def test_hearing_of_steps_late_changes_nothing(
+    train_small: Train, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    train_small("asked")
+    request.getfixturevalue("deferred")
+    train_small("deferred")
+    asked, late = RunFolder(tmp_path / "asked"), RunFolder(tmp_path / "deferred")
+    assert_same_weights(asked.checkpoint(8), late.checkpoint(8))
+    assert timeless(asked) == timeless(late)
+
+
+@pytest.mark.parametrize("bad_step", [4, 6, 7])
+def test_a_bad_step_that_is_heard_of_late_updates_nothing(
+    train_small: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    deferred: None,
+    bad_step: int,
+) -> None:
+    """Steps 4 and 6 are followed by another, and 7 by the end of the run."""
+    original = trainer_module.Trainer._backward
+    trainers, before = [], {}
+
+    def backward(self: Any, inputs: Any) -> torch.Tensor:
+        loss = original(self, inputs)
+        if self.progress.step == bad_step and not trainers:
+            trainers.append(self)
+            before.update({n: p.clone() for n, p in self.plain_model.named_parameters()})
+            next(self.plain_model.parameters()).grad[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(trainer_module.Trainer, "_backward", backward)
+    with pytest.raises(PHAError, match=rf"^step {bad_step + 1}: .*step-4 is intact"):
+        train_small(run__log_every=100)
+    [trainer] = trainers
+    for name, parameter in trainer.plain_model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert RunFolder(tmp_path / "run").checkpoint_steps() == [4]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer.json"])
@@ -253,6 +305,25 @@ def test_init_from_starts_from_its_weights(
         train_small("third", run__init_from=str(tmp_path / "first"), data__store=str(other.path))
 
 
+def test_muon_learns(train_small: Train, tmp_path: Path) -> None:
+    train_small(run__steps=60, run__evaluate_every=60, optimizer__kind="muon")
+    losses = [r["loss"] for r in RunFolder(tmp_path / "run").read_metrics("train")]
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_a_key_that_a_run_does_not_have_yet_had_its_default(
+    train_small: Train, tmp_path: Path
+) -> None:
+    result = train_small()
+    run = RunFolder(tmp_path / "run")
+    config = yaml.safe_load(run.config.read_text())
+    assert config["optimizer"].pop("kind") == "adamw"
+    run.config.write_text(yaml.safe_dump(config))
+    assert train_small() == result
+    with pytest.raises(PHAError, match=r"optimizer\.kind 'adamw', not 'muon'"):
+        train_small(optimizer__kind="muon")
+
+
 def test_too_little_data_and_indivisible_batches_are_refused(train_small: Train) -> None:
     with pytest.raises(PHAError, match=r"lower run\.global_batch"):
         train_small(run__global_batch=100000)
@@ -304,3 +375,61 @@ def test_bf16_trains_close_to_fp32(train_small: Train) -> None:
     assert half["provenance"]["precision"] == "bf16"
     losses = [r["evaluations"][0]["loss"] for r in (full, half)]
     assert losses[1] == pytest.approx(losses[0], abs=0.05)
+
+
+@pytest.fixture
+def traced_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile without generating code, where a graph break is an error."""
+    original = torch.nn.Module.compile
+
+    def compile_whole(self: torch.nn.Module, **options: Any) -> None:
+        original(self, backend="aot_eager", fullgraph=True, **options)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_whole)
+
+
+def test_a_compiled_run_takes_the_same_steps(
+    train_small: Train, tmp_path: Path, traced_compile: None
+) -> None:
+    changes = {"model__dropout": 0.0, "data__packed_documents": "true"}
+    train_small("plain", **changes)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    train_small("compiled", run__compile="true", **changes)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled + 1
+    plain, other = (RunFolder(tmp_path / name) for name in ("plain", "compiled"))
+    a, b = weights(plain.checkpoint(8)), weights(other.checkpoint(8))
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=2e-5)
+
+
+def test_a_compiled_run_names_what_is_not_a_number(
+    train_small: Train, monkeypatch: pytest.MonkeyPatch, traced_compile: None
+) -> None:
+    original = trainer_module.Trainer._step
+
+    def poisoned(self: Any, number: int, rate: float) -> Any:
+        if number == 5:
+            with torch.no_grad():
+                self.plain_model.model.norm.weight[0] = float("inf")
+        return original(self, number, rate)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_step", poisoned)
+    with pytest.raises(PHAError, match=r"the weight model\.norm\.weight is not finite"):
+        train_small(run__compile="true")
+
+
+def test_compiling_without_a_compiler_is_refused(
+    train_small: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(PHAError, match=r"needs a C\+\+ compiler.*leave run\.compile out"):
+        train_small(run__compile="true")
+
+
+@pytest.mark.slow
+def test_a_run_compiled_to_code_learns(train_small: Train, tmp_path: Path) -> None:
+    train_small(run__steps=40, run__evaluate_every=40, run__compile="true")
+    losses = [r["loss"] for r in RunFolder(tmp_path / "run").read_metrics("train")]
+    assert losses[-1] < 0.8 * losses[0]

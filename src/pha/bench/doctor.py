@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -19,17 +18,11 @@ from pha.utils.hardware import (
     git_state,
     matmul_rate,
 )
+from pha.utils.versions import own_version, version_of
 
 # Relative to the oracle in float64, a float32 backend is right to a few units in the last place
 # of sums over tens of terms.
 TOLERANCE = 1e-5
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def examine() -> dict[str, Any]:
@@ -41,9 +34,9 @@ def examine() -> dict[str, Any]:
     """
     device = default_device()
     commit, dirty = git_state()
-    environment: dict[str, Any] = {
-        name: _version(name)
-        for name in ("pha", "torch", "transformers", "accelerate", "tokenizers", "triton", "numba")
+    environment: dict[str, Any] = {"pha": own_version()} | {
+        name: version_of(name)
+        for name in ("torch", "transformers", "accelerate", "tokenizers", "triton", "numba")
     }
     environment |= {
         "python": platform.python_version(),

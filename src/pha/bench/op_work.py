@@ -13,18 +13,28 @@ from pha.bench.peers import AttentionShape, model_config
 from pha.bench.work import Job, Work
 from pha.modeling import PHAConfig
 from pha.ops import OPS
+from pha.ops.attention import attention_mask
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS
 
-OP_MODES = {"scan": "scan", "loss": "linear_cross_entropy", "attention": "attention"}
+OP_MODES = {
+    "scan": "scan",
+    "gated-scan": "gated_scan",
+    "loss": "linear_cross_entropy",
+    "attention": "attention",
+    "documents": "attention",
+}
 """Mode -> name of the op in `pha.ops.OPS`."""
+
+DOCUMENTS = 8  # of equal length in a sequence of the mode `documents`
 
 PASSES = ("forward", "forward+backward")
 
 
-def op_backends(mode: str) -> list[str]:
-    """Backends of the op that are worth timing: all but the oracle."""
-    return [name for name in OPS[OP_MODES[mode]].backends if name != "naive"]
+def op_backends(mode: str, device_type: str) -> list[str]:
+    """Backends of the op that are worth timing on a device: all of its own but the oracle."""
+    op = OPS[OP_MODES[mode]]
+    return [name for name in op.backends if name != "naive" and op.runs_on(name, device_type)]
 
 
 class OpWork(Work):
@@ -85,8 +95,10 @@ def make_op_work(job: Job, device: torch.device) -> OpWork:
     name, _, passes = job.backend.partition(", ")
     if name not in op.backends:
         raise PHAError(f"{job.mode} has no backend {name!r}; it has {', '.join(op.backends)}")
-    make = {"scan": _scan, "loss": _loss, "attention": _attention}[job.mode]
-    return make(job, config, device, op.backends[name], passes == PASSES[1])
+    makers = {"scan": _scan, "gated-scan": _gated_scan, "loss": _loss}
+    return makers.get(job.mode, _attention)(
+        job, config, device, op.backends[name], passes == PASSES[1]
+    )
 
 
 def _random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -109,6 +121,25 @@ def _scan(
         tokens=job.batch * job.length,
         need=Need(moved_bytes=(5.0 if backward else 2.0) * u.nbytes),
         setting=f"u ({job.batch}, {job.length}, {config.state_size})",
+    )
+
+
+def _gated_scan(
+    job: Job, config: PHAConfig, device: torch.device, function: Callable[..., Any], backward: bool
+) -> OpWork:
+    """Must read gate and value and write h; backward reads dh, h, both, and writes their like."""
+    dtype = PRECISIONS[job.precision]
+    shape = job.batch, job.length, config.state_size
+    gate, value = _random(device, dtype, *shape), _random(device, dtype, *shape).flip(0)
+    a = torch.linspace(0.9, 0.999, config.state_size, device=device)
+    return OpWork(
+        function,
+        [gate, value, a, (1 - a * a).sqrt()],
+        backward=backward,
+        autocast=None,
+        tokens=job.batch * job.length,
+        need=Need(moved_bytes=(9.0 if backward else 3.0) * value.nbytes),
+        setting=f"gate and value ({job.batch}, {job.length}, {config.state_size})",
     )
 
 
@@ -136,25 +167,36 @@ def _loss(
 def _attention(
     job: Job, config: PHAConfig, device: torch.device, function: Callable[..., Any], backward: bool
 ) -> OpWork:
-    """Must multiply over causal pairs, at best at the matmul rate; backward twice as much again."""
+    """Must multiply over causal pairs, at best at the matmul rate; backward twice as much again.
+
+    In the mode `documents` only over those within one of several documents of equal length.
+    """
     dtype = PRECISIONS[job.precision]
-    heads, key_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    head_size = config.head_dim
     # Unit-length queries and keys make moderate logits, as in the model.
     q, k, v = (
         torch.nn.functional.normalize(
-            _random(device, dtype, job.batch, h, job.length, size), dim=-1
+            _random(device, dtype, job.batch, h, job.length, head_size), dim=-1
         )
         for h in (heads, key_heads, key_heads)
     )
     window = config.attention_window
-    shape = AttentionShape(1, heads, key_heads, size, window)
-    flops = job.batch * shape.flops(job.length, job.length)
+    shape = AttentionShape(1, heads, key_heads, head_size, window)
+    mask, setting, sizes = None, "", [job.length]
+    if job.mode == "documents":
+        size = max(1, job.length // DOCUMENTS)
+        starts = torch.arange(job.length, device=device).expand(job.batch, -1) % size == 0
+        mask = attention_mask(job.length, job.length, device, starts)
+        whole, rest = divmod(job.length, size)
+        sizes, setting = [size] * whole + [rest], f", documents of {size}"
+    flops = job.batch * sum(shape.flops(size, size) for size in sizes)
     return OpWork(
-        lambda q, k, v: function(q, k, v, None, window),
+        lambda q, k, v: function(q, k, v, mask, window),
         [q, k, v],
         backward=backward,
         autocast=None,
         tokens=job.batch * job.length,
         need=Need(matmul_flops=flops * (3 if backward else 1)),
-        setting=f"H {heads}, G {key_heads}, K {size}, T {job.length}",
+        setting=f"H {heads}, G {key_heads}, K {head_size}, T {job.length}{setting}",
     )

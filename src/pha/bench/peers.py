@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -19,6 +20,7 @@ from pha.nn.presets import PRESETS
 from pha.utils.errors import PHAError
 
 VOCABULARY = 50257
+CHECKPOINTING = "+gradient_checkpointing"  # behind the name of a model that is trained
 PREFIX = "hf:"
 POSITIONS = 8192  # learned positions of GPT-2 at least; more where a run is longer
 
@@ -199,14 +201,23 @@ def model_config(name: str, length: int) -> PreTrainedConfig:
     """The configuration of a model of the benchmark.
 
     Args:
-        name: one of our presets, or `hf:` and the name of a peer.
+        name: one of our presets, with fields to change behind a plus sign, as in
+            `pha-180m+attention_window=1024`; or `hf:` and the name of a peer.
         length: tokens that it must be able to read.
 
     Raises:
-        PHAError: there is no such model.
+        PHAError: there is no such model, or the change is not possible.
     """
+    name, _, checkpointed = name.partition(CHECKPOINTING)
+    name, *changes = name.split("+")
+    if checkpointed or (changes and name not in PRESETS):
+        raise PHAError(
+            f"{name} cannot be changed so: only presets take +FIELD=VALUE, and {CHECKPOINTING} "
+            "comes last"
+        )
     if name in PRESETS:
-        return PHAConfig.from_preset(name, vocab_size=VOCABULARY)
+        fields = {"vocab_size": VOCABULARY} | dict(map(_change, changes))
+        return PHAConfig.from_preset(name, **fields)
     if name.removeprefix(PREFIX) not in PEERS or not name.startswith(PREFIX):
         known = [*PRESETS, *(PREFIX + peer for peer in PEERS)]
         close = difflib.get_close_matches(name, known, n=2, cutoff=0.4) or ["pha-125m", "hf:gpt2"]
@@ -225,6 +236,23 @@ def model_config(name: str, length: int) -> PreTrainedConfig:
 def peer_names() -> list[str]:
     """Names after `hf:`, miniatures left out."""
     return [name for name, peer in PEERS.items() if peer.parameters is not None]
+
+
+def _change(text: str) -> tuple[str, Any]:
+    """FIELD=VALUE, the value as in YAML."""
+    field, equals, value = text.partition("=")
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        equals = ""
+    if not equals:
+        raise PHAError(f"+{text} is not FIELD=VALUE, such as +attention_window=1024")
+    return field, parsed
+
+
+def is_ours(name: str) -> bool:
+    """Whether a model of the benchmark is a preset, not a peer."""
+    return name.split("+")[0] in PRESETS
 
 
 def build(

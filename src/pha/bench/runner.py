@@ -20,7 +20,7 @@ from pha.bench.work import MODEL_MODES, Job
 from pha.modeling import PHAConfig
 from pha.ops import OPS
 from pha.utils.errors import PHAError
-from pha.utils.hardware import PRECISIONS
+from pha.utils.hardware import PRECISIONS, default_device
 
 MODES = (*MODEL_MODES, *OP_MODES)
 MEDIANS = (
@@ -127,7 +127,7 @@ class Request:
                 Job(self.mode, model, backend=f"{name}, {passes}", **common)
                 for model in self.models
                 for passes in PASSES
-                for name in self.backends or op_backends(self.mode)
+                for name in self.backends or op_backends(self.mode, default_device().type)
             ]
         kinds = (False, True) if self.compiled else (False,)
         return [

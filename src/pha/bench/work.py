@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from pha.bench.floors import Need
-from pha.bench.peers import attention_shape, build, count_multiplied, model_config
+from pha.bench.graphs import GraphedStep
+from pha.bench.peers import (
+    CHECKPOINTING,
+    attention_shape,
+    build,
+    count_multiplied,
+    is_ours,
+    model_config,
+)
 from pha.modeling import PHAForCausalLM
-from pha.nn.presets import PRESETS
 from pha.train.config import OptimizerConfig
 from pha.train.optim import make_optimizer
 from pha.utils.errors import PHAError
@@ -118,11 +125,14 @@ class Train(ModelWork):
     """
 
     def __init__(self, job: Job, device: torch.device) -> None:
-        ours = job.model in PRESETS
+        ours = is_ours(job.model)
         loss = "chunked loss" if ours else "loss over all logits"
         autocast = "autocast bf16, " if job.precision == "bf16" else ""
         super().__init__(job, device, torch.float32, f"{autocast}{loss}, fused AdamW")
         self.model.train()
+        if job.model.endswith(CHECKPOINTING):
+            self.model.gradient_checkpointing_enable()
+            self.setting += ", gradient checkpointing"
         config = OptimizerConfig()
         self.optimizer: torch.optim.Optimizer
         if ours:
@@ -218,7 +228,8 @@ class Decode(_Inference):
     """Greedy decoding after a prompt of T tokens, which is read beforehand.
 
     A static cache saves copying all keys at every token, but has every query look at the room that
-    is left. Where a model can use it, the faster of the two is chosen by trial.
+    is left; on a GPU its steps can also be replayed from a CUDA graph. Where a model can use it,
+    the fastest way is chosen by trial.
     """
 
     weight_reads = DECODE_TOKENS
@@ -234,31 +245,68 @@ class Decode(_Inference):
             read_bytes=DECODE_TOKENS
             * (self.weight_bytes + cached * PRECISIONS[job.precision].itemsize),
         )
-        self.choose_cache((False, True) if self.config.model_type in STATIC_CACHES else (False,))
+        kinds = ["growing cache"]
+        if self.config.model_type in STATIC_CACHES:
+            kinds.append("static cache")
+            if device.type == "cuda":
+                kinds.append("static cache, CUDA graph")
+        self.choose_cache(kinds)
 
-    def choose_cache(self, kinds: Sequence[bool]) -> None:
-        """Read the prompt into a cache of each kind (static or not), and go on with the fastest."""
-        trials = []
-        for static in kinds:
-            with torch.inference_mode():
-                self.cache = self.new_cache(static)
-                self.token = self.read_prompt(self.cache).argmax(-1, keepdim=True)
-            seconds = 0.0
-            for _ in range(TRIAL_UNITS if len(kinds) > 1 else 0):
-                synchronise(self.device)
-                begin = time.perf_counter()
-                self.unit()
-                synchronise(self.device)
-                seconds = time.perf_counter() - begin  # of the last
-            trials.append((seconds, static, self.cache, self.token))
-        _, static, self.cache, self.token = min(trials, key=lambda trial: trial[0])
-        self.setting += ", static cache" if static else ", growing cache"
+    def choose_cache(self, kinds: Sequence[str]) -> None:
+        """Read the prompt into a cache of each kind, and go on with the fastest.
+
+        A kind that fails is left out, unless it is the first.
+        """
+        trials: list[tuple[float, str, _Decoding]] = []
+        for kind in kinds:
+            try:
+                self.decoding = self._begin(kind)
+                trials.append((self._trial() if len(kinds) > 1 else 0.0, kind, self.decoding))
+            except RuntimeError as error:
+                if not trials:
+                    raise
+                self.setting += f", no {kind} ({' '.join(str(error).split())[:80]})"
+        _, kind, self.decoding = min(trials, key=lambda trial: trial[0])
+        self.setting += f", {kind}"
+
+    @torch.inference_mode()
+    def _begin(self, kind: str) -> _Decoding:
+        cache = self.new_cache(static=kind != "growing cache")
+        token = self.read_prompt(cache).argmax(-1, keepdim=True)
+
+        def step(token: Tensor) -> Tensor:
+            return self.read(token, cache)
+
+        if "graph" in kind:
+            return _Decoding(cache, token, GraphedStep(step, token, cache))
+        return _Decoding(cache, token, step)
+
+    def _trial(self) -> float:
+        """Seconds of the last of some units."""
+        seconds = 0.0
+        for _ in range(TRIAL_UNITS):
+            synchronise(self.device)
+            begin = time.perf_counter()
+            self.unit()
+            synchronise(self.device)
+            seconds = time.perf_counter() - begin
+        return seconds
 
     @torch.inference_mode()
     def unit(self) -> None:
         """`DECODE_TOKENS` more of each sequence."""
+        decoding = self.decoding
         for _ in range(DECODE_TOKENS):
-            self.token = self.read(self.token, self.cache).argmax(-1, keepdim=True)
+            decoding.token = decoding.step(decoding.token).argmax(-1, keepdim=True)
+
+
+@dataclass
+class _Decoding:
+    """One way to go on after the prompt: its cache, the last token (B, 1), what gives logits."""
+
+    cache: Cache
+    token: Tensor
+    step: Callable[[Tensor], Tensor]
 
 
 MODEL_MODES: dict[str, type[Train] | type[Prefill] | type[Decode]] = {

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pha.bench.runner import Request
 
 MODEL_MODES = ("train", "prefill", "decode")
-OP_MODES = ("scan", "loss", "attention")
+OP_MODES = ("scan", "gated-scan", "loss", "attention", "documents")
 LEGEND = """\
 ±  half the range of the runs      ratio  against the first row      GB  peak memory
 work  what of it came on top of the weights
@@ -39,15 +39,17 @@ def add_bench(verb: AddVerb) -> None:
         "Each model runs in a process of its own, and they take turns. Peers are models of\n"
         "transformers with random weights, so nothing is downloaded: hf:gpt2, hf:llama,\n"
         "hf:falcon-h1, hf:mamba2, hf:recurrent-gemma. What the machine can do is measured in the\n"
-        "same processes, and every row says how much of it was reached. scan, loss and attention\n"
-        "time the backends of one op at the shapes of a preset.",
+        "same processes, and every row says how much of it was reached. scan, gated-scan, loss,\n"
+        "attention and documents (attention within them) time the backends of one op at the\n"
+        "shapes of a preset.",
     )
     sub.add_argument("mode", choices=(*MODEL_MODES, *OP_MODES))
     sub.add_argument(
         "--models",
         type=_words,
         default=("pha-125m",),
-        help="presets or hf:PEER, comma-separated; ratios are against the first (pha-125m)",
+        help="presets (PRESET+FIELD=VALUE changes one) or hf:PEER, comma-separated; ratios are "
+        "against the first (pha-125m)",
     )
     sub.add_argument(
         "--lengths", type=_numbers, default=(1024,), help="tokens, comma-separated (1024)"
@@ -117,8 +119,14 @@ def bench(options: Namespace) -> None:
     if options.out is not None:
         path = options.out / f"bench-{request.mode}.json"
         write_json(path, record)
-        for written in (path, *_plots(request, rows, options.out)):
-            console.print(str(written), highlight=False)
+        console.print(str(path), highlight=False)
+        try:
+            plots = _plots(request, rows, options.out)
+        except ImportError as error:
+            console.print(f"no pictures: {error.name} is not installed", highlight=False)
+            return
+        for plot in plots:
+            console.print(str(plot), highlight=False)
 
 
 def _tables(request: Request, rows: Sequence[dict[str, Any]]) -> Iterator[Table]:

@@ -114,7 +114,7 @@ def mixing(options: Namespace) -> None:
 
 def report(options: Namespace) -> None:
     """`pha report`."""
-    from pha.report import write_report
+    from pha.report.page import write_report
 
     out = options.out or options.runs[0] / "report.html"
     print(write_report(options.runs, out, title=options.title))

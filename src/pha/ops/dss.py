@@ -124,61 +124,117 @@ def _fft_length(T: int) -> int:
     return min(odd << ((least - 1) // odd).bit_length() for odd in (1, 3, 5))
 
 
-class _CausalConvolution(torch.autograd.Function):
-    """y_t = sum_{l <= t} K[l] v_{t-l} by real FFTs, with the backward pass in closed form.
+def _convolution(v_BTH: Tensor, K_TH: Tensor) -> Tensor:
+    """y_t = sum_{l <= t} K[l] v_{t-l} by real FFTs."""
+    T = v_BTH.shape[1]
+    n = _fft_length(T)
+    v_f, K_f = torch.fft.rfft(v_BTH, n, dim=1), torch.fft.rfft(K_TH, n, dim=0)
+    return torch.fft.irfft(v_f * K_f, n, dim=1)[:, :T]
 
-    dv is the correlation of dy with K, dK that of dy with v, summed over the batch. Saved are v and
-    K: transforming them again costs less than their transforms, padded and complex, would hold.
-    """
+
+def _convolution_gradients(dy_BTH: Tensor, v_BTH: Tensor, K_TH: Tensor) -> tuple[Tensor, Tensor]:
+    """dv is the correlation of dy with K, dK that of dy with v, summed over the batch."""
+    T = v_BTH.shape[1]
+    n = _fft_length(T)
+    dy_f = torch.fft.rfft(dy_BTH, n, dim=1)
+    v_f, K_f = torch.fft.rfft(v_BTH, n, dim=1), torch.fft.rfft(K_TH, n, dim=0)
+    dv = torch.fft.irfft(dy_f * K_f.conj(), n, dim=1)[:, :T]
+    return dv, torch.fft.irfft((dy_f * v_f.conj()).sum(0), n, dim=0)[:T]
+
+
+class _CausalConvolution(torch.autograd.Function):
+    """Saved are v and K: transforming them again costs less than their transforms would hold."""
 
     @staticmethod
     def forward(ctx: Any, v_BTH: Tensor, K_TH: Tensor) -> Tensor:
-        T = v_BTH.shape[1]
-        n = _fft_length(T)
         ctx.save_for_backward(v_BTH, K_TH)
-        v_f, K_f = torch.fft.rfft(v_BTH, n, dim=1), torch.fft.rfft(K_TH, n, dim=0)
-        return torch.fft.irfft(v_f * K_f, n, dim=1)[:, :T]
+        return _convolution(v_BTH, K_TH)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_BTH: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        v_BTH, K_TH = ctx.saved_tensors
-        T = v_BTH.shape[1]
-        n = _fft_length(T)
-        dy_f = torch.fft.rfft(dy_BTH, n, dim=1)
-        dv = dK = None
-        if ctx.needs_input_grad[1]:
-            v_f = torch.fft.rfft(v_BTH, n, dim=1)
-            dK = torch.fft.irfft((dy_f * v_f.conj()).sum(0), n, dim=0)[:T]
-        if ctx.needs_input_grad[0]:
-            K_f = torch.fft.rfft(K_TH, n, dim=0)
-            dv = torch.fft.irfft(dy_f * K_f.conj(), n, dim=1)[:, :T]
-        return dv, dK
+    def backward(ctx: Any, dy_BTH: Tensor) -> tuple[Tensor, Tensor]:
+        return _convolution_gradients(dy_BTH, *ctx.saved_tensors)
 
 
-def _convolve(v_BTH: Tensor, K_TH: Tensor, starts: Tensor | None) -> Tensor:
-    """Causal convolution over time of each document by itself.
+def _documents(starts: Tensor) -> list[list[tuple[int, int]]]:
+    """(place in the flattened batch, length) of every document, those of similar length together.
 
-    Documents are padded to the longest of those with lengths between the same powers of two, so
-    that no more than half of what is transformed is padding, whatever their lengths.
+    A group has lengths between the same powers of two, so that no more than half of what is
+    transformed is padding, whatever the lengths.
     """
-    B, T, H = v_BTH.shape
-    if starts is None:
-        return _CausalConvolution.apply(v_BTH, K_TH)
     begins = starts.clone()
     begins[:, 0] = True
     first = begins.flatten().nonzero().flatten()
-    lengths = first.diff(append=first.new_tensor([B * T])).tolist()
-    pieces = v_BTH.flatten(0, 1).split(lengths)
-    outputs = list(pieces)
-    order = sorted(range(len(pieces)), key=lambda i: lengths[i])
-    for _, group in groupby(order, key=lambda i: (lengths[i] - 1).bit_length()):
-        members = list(group)
-        padded = pad_sequence([pieces[i] for i in members], batch_first=True)
-        convolved = _CausalConvolution.apply(padded, K_TH[: padded.shape[1]])
-        for i, y in zip(members, convolved.unbind(0), strict=True):
-            outputs[i] = y[: lengths[i]]
-    return torch.cat(outputs).view(B, T, H)
+    lengths = first.diff(append=first.new_tensor([starts.numel()]))
+    spans = sorted(torch.stack([first, lengths], dim=1).tolist(), key=lambda span: span[1])
+    return [list(group) for _, group in groupby(spans, lambda span: (span[1] - 1).bit_length())]
+
+
+def _padded(x_BTH: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    rows = x_BTH.flatten(0, 1)
+    return pad_sequence([rows[begin : begin + size] for begin, size in spans], batch_first=True)
+
+
+def _put(y_BTH: Tensor, spans: list[tuple[int, int]], padded: Tensor) -> None:
+    rows = y_BTH.flatten(0, 1)
+    for (begin, size), row in zip(spans, padded, strict=True):
+        rows[begin : begin + size] = row[:size]
+
+
+# Operators, for how documents lie is nothing that a graph of torch.compile could hold.
+@torch.library.custom_op("pha::convolve_documents", mutates_args=())
+def _convolve_documents(v_BTH: Tensor, K_TH: Tensor, starts: Tensor) -> Tensor:
+    """The causal convolution of each document by itself."""
+    y = torch.empty_like(v_BTH, memory_format=torch.contiguous_format)
+    for spans in _documents(starts):
+        v = _padded(v_BTH, spans)
+        _put(y, spans, _convolution(v, K_TH[: v.shape[1]]))
+    return y
+
+
+@torch.library.custom_op("pha::convolve_documents_backward", mutates_args=())
+def _document_gradients(
+    dy_BTH: Tensor, v_BTH: Tensor, K_TH: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor]:
+    dv = torch.empty_like(v_BTH, memory_format=torch.contiguous_format)
+    dK = torch.zeros_like(K_TH)
+    for spans in _documents(starts):
+        v = _padded(v_BTH, spans)
+        T = v.shape[1]
+        dv_padded, dK_T = _convolution_gradients(_padded(dy_BTH, spans), v, K_TH[:T])
+        _put(dv, spans, dv_padded)
+        dK[:T] += dK_T
+    return dv, dK
+
+
+@_convolve_documents.register_fake
+def _like_v(v_BTH: Tensor, K_TH: Tensor, starts: Tensor) -> Tensor:
+    return torch.empty_like(v_BTH, memory_format=torch.contiguous_format)
+
+
+@_document_gradients.register_fake
+def _like_v_and_k(
+    dy_BTH: Tensor, v_BTH: Tensor, K_TH: Tensor, starts: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _like_v(v_BTH, K_TH, starts), torch.empty_like(K_TH)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, dy_BTH: Tensor) -> tuple[Tensor, Tensor, None]:
+    return (*_document_gradients(dy_BTH, *ctx.saved_tensors), None)
+
+
+_convolve_documents.register_autograd(_differentiate, setup_context=_save)
+
+
+def _convolve(v_BTH: Tensor, K_TH: Tensor, starts: Tensor | None) -> Tensor:
+    """Causal convolution over time of each document by itself."""
+    if starts is None:
+        return _CausalConvolution.apply(v_BTH, K_TH)
+    return _convolve_documents(v_BTH, K_TH, starts)
 
 
 def _from_state(h0: Tensor, C: Tensor, Lambda: Tensor, modes: Tensor) -> Tensor:
@@ -233,8 +289,6 @@ def dss_fft(
     modes = _real(_powers(Lambda, T, C.dtype))
     kernel = modes @ _real(C.conj()).T
     kernel = torch.cat([kernel[:1] + D.to(dtype), kernel[1:]])
-    if starts is not None and not bool(starts.any()):
-        starts = None
     x = v.to(dtype)
     y = _convolve(x, kernel, starts)
     if h0 is not None:

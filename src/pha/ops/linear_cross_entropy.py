@@ -7,6 +7,8 @@ logits are at hand, so the logits are computed once and only dx and dW are kept.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -19,9 +21,15 @@ from pha.ops.precision import accumulation_type, compute_type
 from pha.ops.testing import relative_error
 
 IGNORE_INDEX = -100
-# Rows times vocabulary per chunk: about 64 MiB of float32 logits. Smaller chunks spend their time
-# adding into dW (V x d), larger ones fall out of the caches.
-CHUNK_LOGITS = 1 << 24
+# Rows times vocabulary per chunk: 64 MiB of float32 logits on a CPU, 512 MiB elsewhere. Smaller
+# chunks spend their time adding into dW (V x d); on a CPU larger ones fall out of the caches.
+CHUNK_LOGITS = {"cpu": 1 << 24, "default": 1 << 27}
+ALIGNMENT = 64  # elements of which aligned rows of logits are a multiple apart
+
+
+def chunk_logits(device_type: str) -> int:
+    """Rows times vocabulary that are held at a time on a device."""
+    return CHUNK_LOGITS.get(device_type, CHUNK_LOGITS["default"])
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -49,8 +57,8 @@ def linear_cross_entropy_naive(x: Tensor, weight: Tensor, targets: Tensor) -> Te
     )
 
 
-def _chunk_rows(rows: int, vocabulary: int) -> int:
-    return max(1, min(rows, CHUNK_LOGITS // vocabulary))
+def _chunk_rows(x: Tensor, weight: Tensor) -> int:
+    return max(1, min(x.shape[0], chunk_logits(x.device.type) // weight.shape[0]))
 
 
 def _logits(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
@@ -61,45 +69,128 @@ def _logits(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
     return z.copy_(x @ w.T)
 
 
+def _by_torch(
+    x: Tensor, w: Tensor, y: Tensor, buffer: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of a chunk, and dz in the type of x if it is wanted; z is overwritten."""
+    kept = (y != IGNORE_INDEX).unsqueeze(1)
+    y = y.unsqueeze(1).masked_fill(~kept, 0)
+    z = _logits(x, w, buffer)
+    largest, target = z.amax(-1, keepdim=True), z.gather(1, y)
+    exponentials = z.sub_(largest).exp_()
+    mass = exponentials.sum(-1, keepdim=True)
+    loss = ((mass.log() + largest - target) * kept).sum()
+    if not gradient:
+        return loss, exponentials
+    dz = exponentials.mul_(kept / mass)
+    dz.scatter_add_(1, y, -kept.to(dz.dtype))
+    return loss, dz.to(x.dtype)
+
+
+def _by_kernel(
+    x: Tensor, w: Tensor, y: Tensor, buffer: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The same in one kernel, on logits of the type of x."""
+    from pha.ops.loss_kernel import softmax_gradient_
+
+    z = torch.mm(x, w.T, out=buffer[: x.shape[0], : w.shape[0]])
+    return softmax_gradient_(z, y, IGNORE_INDEX, gradient).sum(), z
+
+
+@functools.cache
+def _kernel_works(device: torch.device) -> bool:
+    """Whether Triton is there and its kernel right, by a trial; if not, a warning says why."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(7, 16, generator=generator), torch.randn(4100, 16, generator=generator)
+    y = torch.tensor([0, 4099, IGNORE_INDEX, 4096, 17, 5, 6])
+    x, w, y = x.to(device), w.to(device), y.to(device)
+    try:
+        results = [f(x, w, y, x.new_empty(7, 4100), True) for f in (_by_kernel, _by_torch)]
+        error = max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
+        reason = "" if error < 1e-3 else f"it is wrong by {error:.1e}"
+    except Exception as failure:  # Whatever it is, the same can be computed with torch.
+        reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+    if reason:
+        warnings.warn(
+            f"the loss runs slower, by torch, because its Triton kernel fails ({reason})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not reason
+
+
+def _chunk_by_chunk(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    fused: bool,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss, dx and dW; a gradient that is not needed has no elements."""
+    total, dx, dw = _outputs(x, weight, targets, dtype, fused, need_x, need_weight)
+    total.zero_()
+    dw.zero_()
+    w = weight.to(dtype)
+    chunk = _chunk_rows(x, weight)
+    fused = fused and dtype != torch.float64 and _kernel_works(x.device)
+    # One buffer for all chunks, overwritten in place from logits to gradients: fresh memory of this
+    # size costs a page fault every 4 KiB. The kernel wants rows aligned.
+    columns = -(-w.shape[0] // ALIGNMENT) * ALIGNMENT if fused else w.shape[0]
+    buffer = x.new_empty(chunk, columns, dtype=dtype if fused else total.dtype)
+    chunk_loss = _by_kernel if fused else _by_torch
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, x.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            x_rows = x[rows].to(dtype)
+            loss, dz = chunk_loss(x_rows, w, targets[rows], buffer, need_x or need_weight)
+            total += loss
+            if need_x:
+                dx[rows] = dz @ w
+            if need_weight:
+                # One pass over dW where the types allow it, else the product is added after.
+                if dtype == dw.dtype:
+                    dw.addmm_(dz.T, x_rows)
+                else:
+                    dw += dz.T @ x_rows
+    return total, dx, dw
+
+
+def _outputs(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    fused: bool,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    accumulate = accumulation_type(x)
+    total = x.new_empty((), dtype=accumulate)
+    dx = x.new_empty(x.shape if need_x else 0)
+    return total, dx, weight.new_empty(weight.shape if need_weight else 0, dtype=accumulate)
+
+
+# One operator, so that a graph of torch.compile holds it whole and not every chunk.
+_loss_and_gradients = torch.library.custom_op(
+    "pha::linear_cross_entropy",
+    _chunk_by_chunk,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, bool fused, "
+    "bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)",
+)
+_loss_and_gradients.register_fake(_outputs)
+
+
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, fused: bool) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
-        dtype = compute_type(x)
-        accumulate = accumulation_type(x)
-        w = weight.to(dtype)
-        chunk = _chunk_rows(x.shape[0], weight.shape[0])
-        total = torch.zeros((), dtype=accumulate, device=x.device)
-        dx = torch.empty_like(x) if need_x else None
-        dw = torch.zeros_like(weight, dtype=accumulate) if need_weight else None
-        # One buffer for all chunks, overwritten in place from logits to gradients: fresh memory of
-        # this size costs a page fault every 4 KiB.
-        buffer = x.new_empty(chunk, weight.shape[0], dtype=accumulate)
-        with torch.autocast(x.device.type, enabled=False):
-            for start in range(0, x.shape[0], chunk):
-                rows = slice(start, start + chunk)
-                x_rows, y = x[rows].to(dtype), targets[rows]
-                kept = (y != IGNORE_INDEX).unsqueeze(1)
-                y = y.unsqueeze(1).masked_fill(~kept, 0)
-                z = _logits(x_rows, w, buffer)
-                largest, target = z.amax(-1, keepdim=True), z.gather(1, y)
-                exponentials = z.sub_(largest).exp_()
-                mass = exponentials.sum(-1, keepdim=True)
-                total += ((mass.log() + largest - target) * kept).sum()
-                if dx is None and dw is None:
-                    continue
-                dz = exponentials.mul_(kept / mass)
-                dz.scatter_add_(1, y, -kept.to(dz.dtype))
-                dz = dz.to(dtype)
-                if dx is not None:
-                    dx[rows] = dz @ w
-                if dw is not None:
-                    # One pass over dW where the types allow it, else the product is added after.
-                    if dtype == accumulate:
-                        dw.addmm_(dz.T, x_rows)
-                    else:
-                        dw += dz.T @ x_rows
-        ctx.save_for_backward(dx, None if dw is None else dw.to(weight.dtype))
+        total, dx, dw = _loss_and_gradients(
+            x, weight, targets, compute_type(x), fused, need_x, need_weight
+        )
+        ctx.save_for_backward(dx if need_x else None, dw.to(weight.dtype) if need_weight else None)
         return total
 
     @staticmethod
@@ -107,12 +198,17 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
         scaled = [None if g is None else g * gradient.to(g.dtype) for g in (dx, dw)]
-        return (*scaled, None)
+        return (*scaled, None, None)
 
 
 def linear_cross_entropy_chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Chunks of at most `CHUNK_LOGITS` logits. See `linear_cross_entropy`."""
-    return _ChunkedLinearCrossEntropy.apply(x, weight, targets)
+    """Chunks of at most `chunk_logits` logits. See `linear_cross_entropy`."""
+    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, False)
+
+
+def linear_cross_entropy_triton(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Such chunks, with softmax and gradient in one kernel on logits of the compute type."""
+    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, True)
 
 
 @torch.no_grad()
@@ -132,7 +228,7 @@ def token_statistics(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor
     w = weight.to(dtype)
     losses = x.new_empty(x.shape[0], dtype=accumulate)
     hits = torch.empty(x.shape[0], dtype=torch.bool, device=x.device)
-    chunk = _chunk_rows(x.shape[0], weight.shape[0])
+    chunk = _chunk_rows(x, weight)
     buffer = x.new_empty(chunk, weight.shape[0], dtype=accumulate)
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, x.shape[0], chunk):
@@ -160,7 +256,12 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
 
 _OP = Op(
     "linear_cross_entropy",
-    {"naive": linear_cross_entropy_naive, "chunked": linear_cross_entropy_chunked},
-    {"default": "chunked"},
+    {
+        "naive": linear_cross_entropy_naive,
+        "chunked": linear_cross_entropy_chunked,
+        "triton": linear_cross_entropy_triton,
+    },
+    {"cuda": "triton", "default": "chunked"},
     _check,
+    only_on={"triton": "cuda"},
 )

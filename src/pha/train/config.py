@@ -32,10 +32,15 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW; norms, mixing scalars, attention scales, A and dt are never decayed.
+    """Norms, mixing scalars, attention scales, A and dt are never decayed.
 
     Attributes:
+        kind: `adamw`, or `muon`: Muon for the matrices between embedding and head, AdamW for all
+            else.
         learning_rate: the peak.
+        muon_learning_rate: the peak for Muon's matrices; null: `learning_rate`, which does for
+            both, as Muon's updates are scaled to the size of AdamW's.
+        muon_momentum: of Muon, with Nesterov's look ahead.
         state_space_learning_rate: cap on the rate of A and dt, which set the model's time scales.
         beta1: decay of the first moment.
         beta2: decay of the second moment.
@@ -44,7 +49,10 @@ class OptimizerConfig:
         gradient_clip: largest global norm of the gradient; 0 does not clip.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
+    muon_learning_rate: float | None = None
+    muon_momentum: float = 0.95
     state_space_learning_rate: float = 1e-3
     beta1: float = 0.9
     beta2: float = 0.95
@@ -91,6 +99,8 @@ class RunConfig:
         seed: of the weights, the order of the data and dropout.
         gradient_checkpointing: keep only what enters each layer and compute the rest again in the
             backward pass: less memory, about a third more time, the same weights.
+        compile: compile forward and backward with torch.compile: a minute or so at the start, and a
+            C++ compiler on a CPU, Triton on a GPU.
         deterministic: deterministic kernels only (on a GPU slower; a CPU run always is).
         evaluate_every: steps between evaluations on the validation split; null: `evaluations`.
         evaluations: how many are made in a run, at even distances, where that is null.
@@ -113,6 +123,7 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
     gradient_checkpointing: bool = False
+    compile: bool = False
     deterministic: bool = False
     evaluate_every: int | None = None
     evaluations: int = 10
@@ -135,7 +146,7 @@ class TrainConfig:
         recipe: name of the recipe it came from, for the record.
         model: shape of the model.
         data: what it reads.
-        optimizer: AdamW.
+        optimizer: AdamW, or Muon beside it.
         schedule: learning rate.
         run: length, batch, precision, evaluation.
     """
@@ -186,14 +197,17 @@ class TrainConfig:
         for key, number, low, high in (
             ("optimizer.beta1", optimizer.beta1, 0.0, 1.0),
             ("optimizer.beta2", optimizer.beta2, 0.0, 1.0),
+            ("optimizer.muon_momentum", optimizer.muon_momentum, 0.0, 1.0),
             ("schedule.floor", schedule.floor, 0.0, 1.0),
             ("schedule.warmup_fraction", schedule.warmup_fraction, 0.0, 1.0),
             ("schedule.decay_fraction", schedule.decay_fraction, 0.0, 1.0),
             ("schedule.plateau_factor", schedule.plateau_factor, 0.0, 1.0),
         ):
             _require(low <= number <= high, f"{key} is {number}; it must be in [{low}, {high}]")
+        muon_rate = optimizer.muon_learning_rate
         for key, number in (
             ("optimizer.learning_rate", optimizer.learning_rate),
+            ("optimizer.muon_learning_rate", 1.0 if muon_rate is None else muon_rate),
             ("optimizer.state_space_learning_rate", optimizer.state_space_learning_rate),
             ("optimizer.epsilon", optimizer.epsilon),
         ):
@@ -203,6 +217,11 @@ class TrainConfig:
             ("optimizer.gradient_clip", optimizer.gradient_clip),
         ):
             _require(number >= 0, f"{key} is {number}; it must not be negative")
+        _require(
+            muon_rate is None or optimizer.kind == "muon",
+            "optimizer.muon_learning_rate is set, but optimizer.kind is adamw; set it to muon, or "
+            "leave the rate out",
+        )
         _require(
             run.average_best <= run.keep_best,
             f"run.average_best is {run.average_best}, more than the run.keep_best "

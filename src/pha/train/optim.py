@@ -1,34 +1,76 @@
-"""AdamW with the right parameters decayed, and the learning rate as a function of the step."""
+"""The right optimiser for each parameter, and the learning rate as a function of the step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from pha.train.config import OptimizerConfig, ScheduleConfig
+from pha.utils.errors import PHAError
 
 STATE_SPACE = ("log_A", "log_dt", "Lambda_re", "Lambda_im")
 STATE_SPACE_MATRICES = ("C_re", "C_im")
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon and AdamW as one optimiser: one list of groups, one state, one checkpoint.
+
+    The two share its groups and its state, each steps its own.
+
+    Args:
+        muon: for matrices.
+        adamw: for the rest.
+    """
+
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+        self.muon, self.adamw = muon, adamw
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        first = len(self.muon.param_groups)
+        self.muon.param_groups = self.param_groups[:first]
+        self.adamw.param_groups = self.param_groups[first:]
+        self.muon.state = self.adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step of both."""
+        loss = self.muon.step(closure)
+        self.adamw.step()
+        return loss
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW | MuonAdamW:
     """AdamW in three groups: matrices decay, vectors do not, decays and steps have a capped rate.
 
     Norm gains, mixing scalars and attention scales are vectors. The matrix C of a state space
-    counts as vectors: a weight per mode, not a projection.
+    counts as vectors: a weight per mode, not a projection. With `muon` the matrices but for the
+    embedding, which is the head too, go to Muon.
+
+    Raises:
+        PHAError: Muon is asked for, and the model has no matrix for it.
     """
-    matrices, vectors, state_space = [], [], []
+    hidden, matrices, vectors, state_space = [], [], [], []
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in model.named_parameters():
         own_name = name.rsplit(".", 1)[-1]
         if own_name in STATE_SPACE:
             state_space.append(parameter)
-        elif parameter.ndim >= 2 and own_name not in STATE_SPACE_MATRICES:
-            matrices.append(parameter)
-        else:
+        elif parameter.ndim < 2 or own_name in STATE_SPACE_MATRICES:
             vectors.append(parameter)
+        elif config.kind == "muon" and parameter.ndim == 2 and id(parameter) not in embeddings:
+            hidden.append(parameter)
+        else:
+            matrices.append(parameter)
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": config.weight_decay, "rate_cap": math.inf},
         {"params": vectors, "weight_decay": 0.0, "rate_cap": math.inf},
@@ -38,19 +80,33 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
             "rate_cap": config.state_space_learning_rate,
         },
     ]
-    return torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
         fused=True,
     )
+    if config.kind == "adamw":
+        return adamw
+    if not hidden:
+        raise PHAError("the model has no matrix for Muon; set optimizer.kind to adamw")
+    rate = config.muon_learning_rate or config.learning_rate
+    group = {"params": hidden, "rate_cap": math.inf, "rate_scale": rate / config.learning_rate}
+    muon = torch.optim.Muon(
+        [group],
+        lr=rate,
+        weight_decay=config.weight_decay,
+        momentum=config.muon_momentum,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return MuonAdamW(muon, adamw)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every group, each up to its own cap."""
+    """Set the learning rate of every group, at its own scale and up to its own cap."""
     for group in optimizer.param_groups:
-        group["lr"] = min(rate, group["rate_cap"])
+        group["lr"] = min(rate * group.get("rate_scale", 1.0), group["rate_cap"])
 
 
 class Schedule:

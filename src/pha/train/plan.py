@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.nn import ArchitectureConfig
 from pha.nn.parameters import count_parameters
-from pha.ops.linear_cross_entropy import CHUNK_LOGITS
+from pha.ops.linear_cross_entropy import chunk_logits
 from pha.train.config import TrainConfig
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, free_memory, matmul_rate
@@ -131,7 +131,7 @@ def make_plan(
         per_token = 4 * layers * config.model.hidden_size + per_token / layers
     free = free_memory(device)
     # The loss holds a chunk of logits and what is computed from it, and the head's gradient.
-    chunk = min(CHUNK_LOGITS, share * length * config.model.vocab_size)
+    chunk = min(chunk_logits(device.type), share * length * config.model.vocab_size)
     loss_bytes = 3 * 4 * chunk + 4 * config.model.vocab_size * config.model.hidden_size
     budget = 0.8 * free - weights - loss_bytes
     fits = int(budget / (per_token * length))

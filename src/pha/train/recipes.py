@@ -7,14 +7,16 @@ import dataclasses
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jsonargparse
 import yaml
 
 from pha.nn.presets import PRESETS, preset
 from pha.train.config import TrainConfig
 from pha.utils.errors import PHAError
+
+if TYPE_CHECKING:
+    import jsonargparse
 
 SECTIONS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "recipe"}
 
@@ -90,7 +92,18 @@ def _yield_to(overrides: list[str], content: dict[str, Any]) -> None:
 
 
 def make_parser(program: str = "pha train RECIPE") -> jsonargparse.ArgumentParser:
-    """A parser of `--section.key value` for every key of `TrainConfig`."""
+    """A parser of `--section.key value` for every key of `TrainConfig`.
+
+    Raises:
+        PHAError: jsonargparse is not installed.
+    """
+    try:
+        import jsonargparse
+    except ImportError as error:
+        raise PHAError(
+            f"recipes are read with {error.name}, which is not installed; run "
+            "`pip install 'jsonargparse[signatures]'`, or carry its wheels as in docs/gpu.md"
+        ) from error
     parser = jsonargparse.ArgumentParser(
         prog=program, exit_on_error=False, add_help=False, allow_abbrev=False, default_env=False
     )
@@ -133,7 +146,7 @@ def parse_config(content: dict[str, Any], overrides: list[str], name: str | None
     parser = make_parser()
     try:
         parsed = parser.parse_args(overrides, namespace=parser.parse_object(content))
-    except (argparse.ArgumentError, jsonargparse.ArgumentError) as error:
+    except argparse.ArgumentError as error:
         raise PHAError(f"{name or 'configuration'}: {_one_line(error)}") from error
     sections: dict[str, Any] = {}
     for section, spec in SECTIONS.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,11 +108,17 @@ def _saved_config(run: RunFolder) -> dict[str, Any] | None:
 
 
 def _require_same(run: RunFolder, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse another configuration; a key that is not in `saved` had its default then.
+
+    Raises:
+        PHAError: naming the first key that differs.
+    """
+    defaults = TrainConfig().to_dict()
     for section, values in now.items():
         if section in FREE_KEYS:
             continue
         for key, value in values.items():
-            before = saved.get(section, {}).get(key)
+            before = saved.get(section, {}).get(key, defaults[section].get(key))
             if f"{section}.{key}" not in FREE_KEYS and before != value:
                 raise PHAError(
                     f"{run.path} holds a run with {section}.{key} {before!r}, not {value!r}; "
@@ -174,6 +181,21 @@ class Session:
     console: Console
 
 
+def _require_compiler(device: torch.device) -> None:
+    """Refuse, before anything is spent, a machine that has nothing for torch.compile to work with.
+
+    Raises:
+        PHAError: no Triton for a GPU, or no C++ compiler for a CPU.
+    """
+    if device.type == "cuda":
+        missing = None if find_spec("triton") else "Triton"
+    else:
+        compilers = (os.environ.get("CXX") or "", "g++", "clang++", "cl")
+        missing = None if any(map(shutil.which, compilers)) else "a C++ compiler"
+    if missing is not None:
+        raise PHAError(f"run.compile needs {missing}, which is not here; leave run.compile out")
+
+
 def open_session(
     config: TrainConfig, out: Path, console: Console, resume: Literal["auto", "never"] = "auto"
 ) -> Session:
@@ -194,6 +216,8 @@ def open_session(
         log_with=config.run.trackers or None,
         project_dir=str(out) if config.run.trackers else None,
     )
+    if config.run.compile:
+        _require_compiler(accelerator.device)
     console = console if accelerator.is_main_process else Console(quiet=True)
     with accelerator.main_process_first():
         store = open_data(config, console)

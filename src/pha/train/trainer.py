@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-import signal
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,10 +15,11 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pha.data.sampler import Batch, WindowSampler
+from pha.data.sampler import WindowSampler
 from pha.data.store import TokenStore
 from pha.evals.perplexity import Evaluation, evaluate
 from pha.modeling import PHAForCausalLM
+from pha.train.batches import BatchFeed
 from pha.train.checkpoint import Progress, load_checkpoint, save_checkpoint, save_model
 from pha.train.config import TrainConfig
 from pha.train.diagnose import first_bad_gradient, first_bad_value
@@ -27,10 +27,30 @@ from pha.train.display import TrainingDisplay
 from pha.train.metrics import MetricsWriter
 from pha.train.optim import Schedule, make_optimizer, set_rate
 from pha.train.plan import Plan
+from pha.train.signals import on_stop_signals
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.files import copy_folder, write_json
 from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
 from pha.utils.runs import RunFolder
+
+
+@dataclass
+class _Outcome:
+    """Whether the numbers of a step were finite, on its way to the host.
+
+    Attributes:
+        step: which, counted from 0.
+        loss: of the global batch, on the device.
+        finite: bool, in host memory once `ready` has come.
+        inputs: its last micro-batch.
+        ready: None on a CPU, where nothing is late.
+    """
+
+    step: int
+    loss: Tensor
+    finite: Tensor
+    inputs: dict[str, Any]
+    ready: torch.cuda.Event | None
 
 
 class Trainer:
@@ -72,9 +92,22 @@ class Trainer:
         model.model.gradient_checkpointing = config.run.gradient_checkpointing
         optimizer = make_optimizer(model, config.optimizer)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if config.run.compile:
+            self.model.compile(dynamic=False)
+        share = config.run.global_batch // accelerator.num_processes
+        first = accelerator.process_index * share
+        self.feed = BatchFeed(
+            self.sampler,
+            [
+                (start, min(start + plan.micro_batch, first + share))
+                for start in range(first, first + share, plan.micro_batch)
+            ],
+            accelerator.device,
+        )
         self.schedule = Schedule(config.schedule, config.optimizer.learning_rate, plan.steps)
         self.progress = Progress()
         self.stop_requested = False
+        self.pending: _Outcome | None = None
         if config.run.deterministic:
             torch.use_deterministic_algorithms(True)
 
@@ -82,6 +115,16 @@ class Trainer:
     def plain_model(self) -> PHAForCausalLM:
         """The model without what Accelerate may have wrapped around it."""
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the host hears of a bad step only when the next one is due.
+
+        Asking a GPU each time would have it wait for the host. AdamW can leave out a bad update
+        without being asked.
+        """
+        on_gpu = self.accelerator.device.type == "cuda"
+        return on_gpu and isinstance(self.optimizer.optimizer, torch.optim.AdamW)
 
     @property
     def _main(self) -> bool:
@@ -122,7 +165,8 @@ class Trainer:
         self.model.train()
         with (
             metrics,
-            self._stop_signals(),
+            self.feed,
+            on_stop_signals(self._request_stop),
             TrainingDisplay(self.console, self.run.name, plan.steps, progress.step) as display,
         ):
             if progress.step == 0:
@@ -135,10 +179,15 @@ class Trainer:
                 progress.step += 1
                 progress.tokens += tokens_per_step
                 last = progress.step == plan.steps
-                if progress.step % run.log_every == 0 or last:
+                log = progress.step % run.log_every == 0 or last
+                evaluation = progress.step % evaluate_every == 0 or last
+                stop = self._agree_to_stop(log)
+                checkpoint = progress.step % checkpoint_every == 0 or last or stop
+                if log or evaluation or checkpoint:
+                    self._settle()
                     synchronise(self.accelerator.device)
                 progress.seconds += time.perf_counter() - begin
-                if progress.step % run.log_every == 0 or last:
+                if log:
                     mean = float(torch.stack(losses).mean())
                     speed = len(losses) * tokens_per_step / (progress.seconds - logged_at)
                     use = speed * flops_per_token / matmul
@@ -148,7 +197,7 @@ class Trainer:
                         progress.tokens,
                         loss=mean,
                         learning_rate=rate,
-                        grad_norm=norm,
+                        grad_norm=float(norm),
                         tokens_per_second=speed,
                         utilisation=use,
                         seconds=progress.seconds,
@@ -156,10 +205,10 @@ class Trainer:
                     left = (plan.steps - progress.step) * tokens_per_step / speed
                     display.step(progress.step, mean, speed, use, left)
                     losses, logged_at = [], progress.seconds
-                if progress.step % evaluate_every == 0 or last:
+                if evaluation:
                     self._evaluate(metrics, display)
-                stop = self._agree_to_stop()
-                if progress.step % checkpoint_every == 0 or last or stop:
+                    stop = stop or self._agree_to_stop(log)
+                if checkpoint or stop:
                     self._checkpoint(metrics)
                 if stop and not last:
                     raise TrainingInterruptedError(
@@ -168,39 +217,74 @@ class Trainer:
                     )
         return progress
 
-    def _step(self, step: int, rate: float) -> tuple[Tensor, float]:
+    def _step(self, step: int, rate: float) -> tuple[Tensor, Tensor]:
         """One optimiser step: the mean loss over the global batch and the gradient's norm."""
         accelerator, run = self.accelerator, self.config.run
-        share = run.global_batch // accelerator.num_processes
-        first = accelerator.process_index * share
-        items = run.global_batch * self.config.data.sequence_length
         # Dropout too is a pure function of seed, step and place, so no generator has a state.
         place = step * accelerator.num_processes + accelerator.process_index
         torch.manual_seed((run.seed << 40) + place)
         total = torch.zeros((), device=accelerator.device)
-        starts = list(range(first, first + share, self.plan.micro_batch))
-        for start in starts:
-            stop = min(start + self.plan.micro_batch, first + share)
-            inputs = self._inputs(self.sampler.rows(step, start, stop))
-            synchronising = start == starts[-1]
-            context = contextlib.nullcontext() if synchronising else accelerator.no_sync(self.model)
+        last = len(self.feed.pieces) - 1
+        for piece in range(last + 1):
+            inputs = self.feed.get(step, piece)
+            context = contextlib.nullcontext() if piece == last else accelerator.no_sync(self.model)
             with context:
-                # Gradients are averaged over processes; the loss is a mean over all tokens.
-                with self.autocast():
-                    loss = self.model(
-                        **inputs, num_items_in_batch=items / accelerator.num_processes
-                    ).loss
-                accelerator.backward(loss)
-            total += loss.detach()
+                total += self._backward(inputs)
         loss = accelerator.reduce(total, "mean")
         clip = self.config.optimizer.gradient_clip or math.inf
-        norm = float(accelerator.clip_grad_norm_(self.model.parameters(), clip))
-        if not math.isfinite(norm) or not math.isfinite(float(loss)):
-            self._diverged(step, float(loss), inputs)
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), clip)
+        self._watch(step, loss, norm, inputs)
         set_rate(self.optimizer.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
+
+    def _backward(self, inputs: dict[str, Any]) -> Tensor:
+        """Add the gradients of a micro-batch; its part of the mean loss over the global batch."""
+        # Gradients are averaged over processes; the loss is a mean over all tokens.
+        items = self.config.run.global_batch * self.config.data.sequence_length
+        items_here = items / self.accelerator.num_processes
+        with self.autocast():
+            loss: Tensor = self.model(**inputs, num_items_in_batch=items_here).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def _watch(self, step: int, loss: Tensor, norm: Tensor, inputs: dict[str, Any]) -> None:
+        """Let no update happen that is not finite; end the run, now or when the next step is due.
+
+        Raises:
+            PHAError: this step was bad, or the one before, if that was still to be heard of.
+        """
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        if not self.deferred:
+            if not bool(finite):
+                self._diverged(step, float(loss), inputs)
+            return
+        self._settle()
+        self.optimizer.optimizer.found_inf = (~finite).float()
+        on_host, ready = finite.to("cpu", non_blocking=True), None
+        if finite.device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record()
+        self.pending = _Outcome(step, loss, on_host, inputs, ready)
+
+    def _settle(self) -> None:
+        """Hear how the last step went that has not been heard of.
+
+        Raises:
+            PHAError: its numbers were not finite.
+        """
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        if pending.ready is not None:
+            pending.ready.synchronize()
+        if bool(pending.finite):
+            return
+        # Its gradients are gone. The weights are still those it met, for it left them alone.
+        self.optimizer.zero_grad(set_to_none=True)
+        self._backward(pending.inputs)
+        self._diverged(pending.step, float(pending.loss), pending.inputs)
 
     def autocast(self) -> torch.autocast:
         """The precision of the run's matrix products; the weights stay float32."""
@@ -209,18 +293,10 @@ class Trainer:
             self.accelerator.device.type, PRECISIONS[precision], enabled=precision != "fp32"
         )
 
-    def _inputs(self, batch: Batch) -> dict[str, Any]:
-        device = self.accelerator.device
-        starts = batch.document_starts
-        return {
-            "input_ids": batch.inputs.to(device, non_blocking=True),
-            "shift_labels": batch.targets.to(device, non_blocking=True),
-            "document_starts": None if starts is None else starts.to(device, non_blocking=True),
-        }
-
     def _diverged(self, step: int, loss: float, inputs: dict[str, Any]) -> None:
         model = self.plain_model
-        with self.autocast():
+        # Not compiled, in which form no module shows its output.
+        with self.autocast(), torch.compiler.set_stance("force_eager"):
             where = first_bad_value(model, **inputs) or first_bad_gradient(model) or "the loss"
         steps = self.run.checkpoint_steps()
         kept = f"{self.run.checkpoint(steps[-1])} is intact" if steps else "no checkpoint yet"
@@ -298,30 +374,17 @@ class Trainer:
                 shutil.rmtree(self.run.best_model(step))
         self.accelerator.wait_for_everyone()
 
-    def _agree_to_stop(self) -> bool:
-        """Whether any process was asked to stop; all of them then stop after the same step."""
+    def _request_stop(self) -> None:
+        self.stop_requested = True
+
+    def _agree_to_stop(self, log: bool) -> bool:
+        """Whether any process was asked to stop; all of them then stop after the same step.
+
+        On several GPUs they ask each other only where they wait anyway, at a step that is logged.
+        """
         if self.accelerator.num_processes == 1:
             return self.stop_requested
+        if self.deferred and not log:
+            return False
         asked = torch.tensor(float(self.stop_requested), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, "sum") > 0)
-
-    @contextlib.contextmanager
-    def _stop_signals(self) -> Iterator[None]:
-        """Let the first SIGINT or SIGTERM finish the step; a second SIGINT stops at once."""
-
-        def request(number: int, _: Any) -> None:
-            if self.stop_requested and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.stop_requested = True
-
-        previous = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                previous[number] = signal.signal(number, request)
-        except ValueError:  # not the main thread: signals are somebody else's
-            pass
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import psutil
 import torch
 
 from pha.utils.errors import PHAError
+from pha.utils.versions import own_version, version_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -158,10 +158,14 @@ def _git(*arguments: str) -> str | None:
 
 
 def git_state() -> tuple[str | None, bool | None]:
-    """Commit of the installed source tree and whether it has changes; None outside a checkout."""
+    """Commit of the source tree and whether it has changes.
+
+    Outside a checkout the commit is `$PHA_COMMIT`, for a tree that travelled without its history,
+    or None.
+    """
     # A package inside site-packages may sit below somebody else's repository.
     if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None, None
+        return os.environ.get("PHA_COMMIT"), None
     status = _git("status", "--porcelain", "--untracked-files=no")
     return _git("rev-parse", "HEAD"), None if status is None else bool(status)
 
@@ -171,9 +175,9 @@ def provenance(device: torch.device, precision: str) -> dict[str, Any]:
     commit, dirty = git_state()
     program = Path(sys.argv[0]).name
     return {
-        "pha": metadata.version("pha"),
+        "pha": own_version(),
         "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
+        "transformers": version_of("transformers"),
         "python": platform.python_version(),
         "git_commit": commit,
         "git_dirty": dirty,

@@ -1,0 +1,83 @@
+"""Micro-batches on their way to the device: on a GPU the next one is read while one is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from pha.data.sampler import WindowSampler
+
+
+class BatchFeed:
+    """The micro-batches of a run as arguments of the model; a context manager.
+
+    Args:
+        sampler: of the global batches.
+        pieces: (start, stop) of this process's micro-batches in every global batch, in order.
+        device: where they go.
+        ahead: whether a thread reads the next one meanwhile; by default on a GPU, where the host
+            has time to spare.
+    """
+
+    def __init__(
+        self,
+        sampler: WindowSampler,
+        pieces: Sequence[tuple[int, int]],
+        device: torch.device,
+        ahead: bool | None = None,
+    ) -> None:
+        self.sampler, self.pieces, self.device = sampler, list(pieces), device
+        ahead = device.type == "cuda" if ahead is None else ahead
+        self.thread = ThreadPoolExecutor(1) if ahead else None
+        self.next: tuple[tuple[int, int], Future[dict[str, Any]]] | None = None
+
+    def __enter__(self) -> BatchFeed:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.thread is not None:
+            self.thread.shutdown(cancel_futures=True)
+
+    def get(self, step: int, piece: int) -> dict[str, Any]:
+        """Micro-batch number `piece` of a step, on the device or being copied there.
+
+        Returns:
+            `input_ids` and `shift_labels`, (rows, T), and `document_starts`, the same or None.
+        """
+        place = step, piece
+        if self.thread is None:
+            return self._move(self._read(place))
+        if self.next is not None and self.next[0] == place:
+            tensors = self.next[1].result()
+        else:
+            tensors = self.thread.submit(self._read, place).result()
+        following = (step, piece + 1) if piece + 1 < len(self.pieces) else (step + 1, 0)
+        self.next = following, self.thread.submit(self._read, following)
+        return self._move(tensors)
+
+    def _read(self, place: tuple[int, int]) -> dict[str, Any]:
+        batch = self.sampler.rows(place[0], *self.pieces[place[1]])
+        tensors = {
+            "input_ids": batch.inputs,
+            "shift_labels": batch.targets,
+            "document_starts": batch.document_starts,
+        }
+        if self.device.type != "cuda":
+            return tensors
+        # Only from pinned memory does a copy not hold up the host.
+        return {name: None if x is None else x.pin_memory() for name, x in tensors.items()}
+
+    def _move(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: None if x is None else x.to(self.device, non_blocking=True)
+            for name, x in tensors.items()
+        }

@@ -1,0 +1,87 @@
+"""Training and benchmarks on a machine that has torch, transformers, and little besides."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pha
+from pha.data import TokenStore
+from pha.utils.files import read_json
+from tests.train.conftest import arguments
+
+# What a machine set up by others may lack; the packages that transformers itself needs are there.
+OPTIONAL = (
+    *("datasets", "pyarrow", "zstandard", "pandas", "numba", "llvmlite", "scipy", "sklearn"),
+    *("matplotlib", "jinja2", "tensorboard", "wandb", "docstring_parser", "typeshed_client"),
+)
+
+# Python runs this at its start: packages by these names are not there, installed or not.
+HIDE = """
+import os, sys
+from importlib.machinery import PathFinder
+
+HIDDEN = set(os.environ["HIDDEN"].split(","))
+
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = name.partition(".")[0] in HIDDEN
+        return None if hidden else PathFinder.find_spec(name, path, target)
+
+    @classmethod
+    def find_distributions(cls, context=None):
+        found = PathFinder.find_distributions(context)
+        return (d for d in found if d.metadata["Name"].replace("-", "_") not in {"pha", *HIDDEN})
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
+"""
+
+
+def run_python(tmp_path: Path, hidden: tuple[str, ...], *words: str) -> subprocess.CompletedProcess:
+    (tmp_path / "sitecustomize.py").write_text(HIDE)
+    source = Path(pha.__file__).parents[1]
+    environment = os.environ | {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{source}",
+        "HIDDEN": ",".join(hidden),
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_what_training_and_benchmarks_import_is_there(tmp_path: Path) -> None:
+    modules = "pha.bench.runner, pha.bench.worker, pha.bench.doctor, pha.train.session, pha.data"
+    program = f"import sys, {modules}; print(pha.__version__); print(*sys.modules)"
+    done = run_python(tmp_path, (*OPTIONAL, "jsonargparse"), "-c", program)
+    assert done.returncode == 0, done.stderr
+    version, _, imported = done.stdout.partition("\n")
+    assert version == "0+source"
+    assert not {*OPTIONAL, "jsonargparse"} & set(imported.split())
+
+
+def test_a_recipe_without_jsonargparse_says_what_is_missing(tmp_path: Path) -> None:
+    done = run_python(tmp_path, ("jsonargparse",), "-m", "pha", "train", "pha-tiny.stdlib")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "jsonargparse, which is not installed; run `pip install" in done.stderr
+
+
+@pytest.mark.slow
+def test_training_and_benchmarks_run_without_them(store: TokenStore, tmp_path: Path) -> None:
+    words = ["pha-tiny.text", "--out", str(tmp_path / "run"), *arguments(store, run__epochs="null")]
+    done = run_python(tmp_path, OPTIONAL, "-m", "pha", "train", *words)
+    assert done.returncode == 0, done.stderr
+    assert read_json(tmp_path / "run" / "result.json")["provenance"]["pha"] == "0+source"
+    words = ["--models", "pha-tiny,hf:gpt2-tiny", "--lengths", "16,32", "--batch", "1"]
+    words += ["--runs", "1", "--seconds", "0.01", "--out", str(tmp_path / "bench")]
+    done = run_python(tmp_path, OPTIONAL, "-m", "pha", "bench", "train", *words)
+    assert done.returncode == 0, done.stderr
+    assert "no pictures: matplotlib is not installed" in done.stdout
+    rows = read_json(tmp_path / "bench" / "bench-train.json")["rows"]
+    assert [row["error"] for row in rows] == [None] * 4

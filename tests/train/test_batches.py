@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pha.data import TokenStore
+from pha.data.sampler import WindowSampler
+from pha.train.batches import BatchFeed
+
+CPU = torch.device("cpu")
+PIECES = [(1, 3), (3, 4)]
+
+
+@pytest.fixture
+def sampler(store: TokenStore) -> WindowSampler:
+    tokens, starts = store.tokens("train"), store.document_starts("train")
+    return WindowSampler(tokens, 16, 5, seed=3, document_starts=starts)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_pieces_come_as_the_sampler_has_them_in_any_order(
+    sampler: WindowSampler, ahead: bool
+) -> None:
+    last = sampler.steps_per_epoch - 1
+    places = [(0, 0), (0, 1), (1, 0), (last, 1), (last + 1, 0), (0, 1), (0, 0), (0, 0)]
+    with BatchFeed(sampler, PIECES, CPU, ahead) as feed:
+        for step, piece in places:
+            inputs, batch = feed.get(step, piece), sampler.rows(step, *PIECES[piece])
+            assert torch.equal(inputs["input_ids"], batch.inputs)
+            assert torch.equal(inputs["shift_labels"], batch.targets)
+            assert torch.equal(inputs["document_starts"], batch.document_starts)
+
+
+def test_the_next_piece_is_read_before_it_is_asked_for(
+    sampler: WindowSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    original = WindowSampler.rows
+
+    def rows(self: WindowSampler, *place: int) -> object:
+        read.append(place)
+        return original(self, *place)
+
+    monkeypatch.setattr(WindowSampler, "rows", rows)
+    feed = BatchFeed(sampler, PIECES, CPU, ahead=True)
+    with feed:
+        feed.get(0, 1)
+        assert feed.next is not None
+        feed.next[1].result()
+        assert read == [(0, 3, 4), (1, 1, 3)]
+        feed.get(1, 0)
+        feed.next[1].result()
+        assert read == [(0, 3, 4), (1, 1, 3), (1, 3, 4)]
+    assert feed.thread is not None
+    with pytest.raises(RuntimeError, match="shutdown"):
+        feed.thread.submit(print)
+
+
+def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for(sampler: WindowSampler) -> None:
+    with BatchFeed(sampler, [(0, 9)], CPU, ahead=True) as feed, pytest.raises(Exception, match="9"):
+        feed.get(0, 0)
