@@ -277,6 +277,48 @@ def test_token_statistics_sum_to_the_loss_in_autocast(chunk: int) -> None:
     assert abs(float(losses.sum() / loss) - 1) <= 1e-6
 
 
+@pytest.mark.parametrize("columns", [1, 255, 256, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_rows(columns: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("numba")
+    generator = torch.Generator().manual_seed(2)
+    wide = (8 * torch.randn(9, columns + 5, generator=generator)).to(dtype)
+    z = wide[:, :columns]
+    targets = torch.randint(columns, (9,), generator=generator)
+    targets[4] = -100
+    rest = wide[:, columns:].clone()
+    exact = z.double()
+    losses = MODULE._compiled_softmax_gradient_(z, targets, -100, gradient=False)
+    assert torch.equal(z.double(), exact)
+    expected = F.cross_entropy(exact, targets, reduction="none")
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=4e-6)
+    again = MODULE._compiled_softmax_gradient_(z, targets, -100, gradient=True)
+    assert torch.equal(again, losses)
+    gradient = exact.softmax(-1) - F.one_hot(targets.clamp(0), columns)
+    gradient[4] = 0
+    rounding = 2**-9 if dtype == torch.bfloat16 else 2e-6
+    assert float((z.double() - gradient).abs().max()) <= rounding
+    assert torch.equal(wide[:, columns:], rest)
+
+
+def test_compiled_rows_pass_on_what_is_not_a_number() -> None:
+    pytest.importorskip("numba")
+    z = torch.zeros(3, 300)
+    z[0, 7], z[1, 299] = torch.nan, torch.inf
+    losses = MODULE._compiled_softmax_gradient_(z, torch.zeros(3, dtype=torch.long), -100, True)
+    assert losses.isfinite().tolist() == [False, False, True]
+    assert not z[:2].isfinite().all(1).any()
+    assert z[2].isfinite().all()
+
+
+@pytest.mark.parametrize("target", [-1, V])
+def test_refuses_targets_outside_the_vocabulary(target: int) -> None:
+    x, weight, targets = problem(torch.float32)
+    targets[3] = target
+    with pytest.raises((IndexError, RuntimeError), match="out"):
+        linear_cross_entropy(x, weight, targets)
+
+
 def test_refuses_a_second_derivative() -> None:
     x, weight, targets = problem()
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)

@@ -78,7 +78,7 @@ from pha.ops.linear_cross_entropy import CHUNK_LOGITS, _kernel_works
 warnings.simplefilter("error")
 CHUNK_LOGITS["cpu"] = 7 * 101
 op = OPS["linear_cross_entropy"]
-assert _kernel_works(torch.device("cpu"))
+assert _kernel_works("triton", torch.device("cpu"))
 print(json.dumps(op.self_check("triton", "cpu")))
 """
 

@@ -16,14 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from pha.ops import numba_runtime
 from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type, compute_type
 from pha.ops.testing import relative_error
 
 IGNORE_INDEX = -100
-# Rows times vocabulary per chunk: 64 MiB of float32 logits on a CPU, 512 MiB elsewhere. Smaller
+# Rows times vocabulary per chunk: 128 MiB of float32 logits on a CPU, 512 MiB elsewhere. Smaller
 # chunks spend their time adding into dW (V x d); on a CPU larger ones fall out of the caches.
-CHUNK_LOGITS = {"cpu": 1 << 24, "default": 1 << 27}
+CHUNK_LOGITS = {"cpu": 1 << 25, "default": 1 << 27}
 ALIGNMENT = 64  # elements of which aligned rows of logits are a multiple apart
 
 
@@ -88,31 +89,50 @@ def _by_torch(
 
 
 def _by_kernel(
-    x: Tensor, w: Tensor, y: Tensor, buffer: Tensor, gradient: bool
+    kernel: str, x: Tensor, w: Tensor, y: Tensor, buffer: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same in one kernel, on logits of the type of x."""
+    """The same in one kernel, of `triton` or `numba`, on logits of the type of x."""
+    z = torch.mm(x, w.T, out=buffer[: x.shape[0], : w.shape[0]])
+    if kernel == "numba":
+        return _compiled_softmax_gradient_(z, y, IGNORE_INDEX, gradient).sum(), z
     from pha.ops.loss_kernel import softmax_gradient_
 
-    z = torch.mm(x, w.T, out=buffer[: x.shape[0], : w.shape[0]])
     return softmax_gradient_(z, y, IGNORE_INDEX, gradient).sum(), z
 
 
+def _compiled_softmax_gradient_(z: Tensor, y: Tensor, ignored: int, gradient: bool) -> Tensor:
+    """`loss_kernel.softmax_gradient_` on the CPU, which raises IndexError for other targets."""
+    kernel = numba_runtime.kernel("softmax_gradient", z.dtype, "numba_loss")
+    if kernel is None:
+        raise RuntimeError("numba cannot compile it")
+    rows, columns = z.shape
+    if rows and (int(y.max()) >= columns or int(y.masked_fill(y == ignored, 0).min()) < 0):
+        raise IndexError(f"a target is outside the vocabulary of {columns}")
+    losses = z.new_empty(rows, dtype=torch.float32)
+    memory, (_, stride) = numba_runtime.strided(z.unsqueeze(0))
+    options = columns, stride, ignored, gradient
+    arrays = memory, numba_runtime.flat(y, y.dtype), numba_runtime.flat(losses, losses.dtype)
+    numba_runtime.spread(kernel, rows, *options, *arrays)
+    return losses
+
+
 @functools.cache
-def _kernel_works(device: torch.device) -> bool:
-    """Whether Triton is there and its kernel right, by a trial; if not, a warning says why."""
+def _kernel_works(kernel: str, device: torch.device) -> bool:
+    """Whether a kernel is there and right, by a trial; if not, a warning says why."""
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(7, 16, generator=generator), torch.randn(4100, 16, generator=generator)
     y = torch.tensor([0, 4099, IGNORE_INDEX, 4096, 17, 5, 6])
     x, w, y = x.to(device), w.to(device), y.to(device)
     try:
-        results = [f(x, w, y, x.new_empty(7, 4100), True) for f in (_by_kernel, _by_torch)]
+        functions = functools.partial(_by_kernel, kernel), _by_torch
+        results = [f(x, w, y, x.new_empty(7, 4100), True) for f in functions]
         error = max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
         reason = "" if error < 1e-3 else f"it is wrong by {error:.1e}"
     except Exception as failure:  # Whatever it is, the same can be computed with torch.
         reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
     if reason:
         warnings.warn(
-            f"the loss runs slower, by torch, because its Triton kernel fails ({reason})",
+            f"the loss runs slower, by torch, because its {kernel} kernel fails ({reason})",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -124,22 +144,22 @@ def _chunk_by_chunk(
     weight: Tensor,
     targets: Tensor,
     dtype: torch.dtype,
-    fused: bool,
+    kernel: str,
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss, dx and dW; a gradient that is not needed has no elements."""
-    total, dx, dw = _outputs(x, weight, targets, dtype, fused, need_x, need_weight)
+    total, dx, dw = _outputs(x, weight, targets, dtype, kernel, need_x, need_weight)
     total.zero_()
     dw.zero_()
     w = weight.to(dtype)
     chunk = _chunk_rows(x, weight)
-    fused = fused and dtype != torch.float64 and _kernel_works(x.device)
+    fused = kernel != "" and dtype != torch.float64 and _kernel_works(kernel, x.device)
     # One buffer for all chunks, overwritten in place from logits to gradients: fresh memory of this
     # size costs a page fault every 4 KiB. The kernel wants rows aligned.
     columns = -(-w.shape[0] // ALIGNMENT) * ALIGNMENT if fused else w.shape[0]
     buffer = x.new_empty(chunk, columns, dtype=dtype if fused else total.dtype)
-    chunk_loss = _by_kernel if fused else _by_torch
+    chunk_loss = functools.partial(_by_kernel, kernel) if fused else _by_torch
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, start + chunk)
@@ -162,7 +182,7 @@ def _outputs(
     weight: Tensor,
     targets: Tensor,
     dtype: torch.dtype,
-    fused: bool,
+    kernel: str,
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,7 +197,7 @@ _loss_and_gradients = torch.library.custom_op(
     "pha::linear_cross_entropy",
     _chunk_by_chunk,
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, bool fused, "
+    schema="(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, str kernel, "
     "bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)",
 )
 _loss_and_gradients.register_fake(_outputs)
@@ -185,10 +205,10 @@ _loss_and_gradients.register_fake(_outputs)
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, fused: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, kernel: str) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
         total, dx, dw = _loss_and_gradients(
-            x, weight, targets, compute_type(x), fused, need_x, need_weight
+            x, weight, targets, compute_type(x), kernel, need_x, need_weight
         )
         ctx.save_for_backward(dx if need_x else None, dw.to(weight.dtype) if need_weight else None)
         return total
@@ -203,12 +223,17 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy_chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Chunks of at most `chunk_logits` logits. See `linear_cross_entropy`."""
-    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, False)
+    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, "")
 
 
 def linear_cross_entropy_triton(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Such chunks, with softmax and gradient in one kernel on logits of the compute type."""
-    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, True)
+    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, "triton")
+
+
+def linear_cross_entropy_numba(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The same with a kernel for the CPU."""
+    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, "numba")
 
 
 @torch.no_grad()
@@ -260,8 +285,9 @@ _OP = Op(
         "naive": linear_cross_entropy_naive,
         "chunked": linear_cross_entropy_chunked,
         "triton": linear_cross_entropy_triton,
+        "numba": linear_cross_entropy_numba,
     },
-    {"cuda": "triton", "default": "chunked"},
+    {"cuda": "triton", "cpu": "numba", "default": "chunked"},
     _check,
-    only_on={"triton": "cuda"},
+    only_on={"triton": "cuda", "numba": "cpu"},
 )
