@@ -105,7 +105,10 @@ def _measured(row: Row, share: str) -> tuple[str, str, str]:
 
 
 def _runs(runs: dict[str, Any]) -> Iterator[str]:
-    head = ("run", "parameters", "tokens", "tok/s", "of matmul", "validation ppl", "test ppl")
+    head = (
+        *("run", "parameters", "tokens", "tok/s", "of matmul", "waiting for data"),
+        *("validation ppl", "test ppl"),
+    )
     rows = [
         (
             name,
@@ -113,6 +116,7 @@ def _runs(runs: dict[str, Any]) -> Iterator[str]:
             f"{result['tokens_seen']:,}",
             f"{result['tokens_per_second']:,.0f}",
             f"{result['utilisation']:.0%}",
+            f"{result['data_wait']:.2%}",
             f"{result['best_validation_perplexity']:.2f}",
             f"{result['evaluations'][0]['perplexity']:.2f}",
         )

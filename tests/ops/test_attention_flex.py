@@ -75,6 +75,13 @@ def test_the_blocks_of_a_mask_are_found_once_and_go_with_it() -> None:
     assert len(attention_flex._masks) == kept - 1
 
 
+def test_blocks_that_an_evaluation_found_serve_training() -> None:
+    attention_flex._unmasked.cache_clear()
+    with torch.inference_mode():
+        blocks = attention_flex._unmasked(37, 150, 150, torch.device("cpu"))
+    assert not blocks.kv_num_blocks.is_inference()
+
+
 def test_on_a_cpu_it_is_not_asked() -> None:
     (q, k, _), mask = inputs(SHAPES[0], torch.device("cpu"), True)
     assert not serves(q, k, mask, None)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -54,6 +56,26 @@ def test_the_next_piece_is_read_before_it_is_asked_for(
     assert feed.thread is not None
     with pytest.raises(RuntimeError, match="shutdown"):
         feed.thread.submit(print)
+
+
+def test_what_was_read_ahead_is_not_waited_for(
+    sampler: WindowSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = WindowSampler.rows
+
+    def rows(self: WindowSampler, *place: int) -> object:
+        time.sleep(0.2)
+        return original(self, *place)
+
+    monkeypatch.setattr(WindowSampler, "rows", rows)
+    for ahead in (False, True):
+        with BatchFeed(sampler, PIECES, CPU, ahead) as feed:
+            feed.get(0, 0)
+            assert feed.waited >= 0.2
+            if feed.next is not None:
+                feed.next[1].result()
+            feed.get(0, 1)
+        assert (feed.waited < 0.4) == ahead
 
 
 def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for(sampler: WindowSampler) -> None:

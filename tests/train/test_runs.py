@@ -26,7 +26,7 @@ from pha.utils.runs import RunFolder
 from tests.train.conftest import arguments
 
 Train = Callable[..., dict[str, Any]]
-TIMES = {"seconds", "tokens_per_second", "utilisation"}
+TIMES = {"seconds", "tokens_per_second", "utilisation", "data_wait"}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -60,6 +60,11 @@ def test_a_run_learns_and_writes_what_it_promises(train_small: Train, tmp_path: 
     run = RunFolder(tmp_path / "run")
     losses = [r["loss"] for r in run.read_metrics("train")]
     assert len(losses) == 60
+    shares = [r["data_wait"] for r in run.read_metrics("train")]
+    ends = [r["seconds"] for r in run.read_metrics("train")]
+    waits = [s * (b - a) for s, a, b in zip(shares, [0.0, *ends], ends, strict=False)]
+    assert 0 < min(shares) < max(shares) < 1
+    assert result["data_wait"] == pytest.approx(sum(waits) / result["seconds"])
     assert losses[-1] < 0.75 * losses[0]
     assert [r["step"] for r in run.read_metrics("eval")] == [20, 40, 60]
     assert [r["step"] for r in run.read_metrics("mixing")] == [0, 20, 40, 60]

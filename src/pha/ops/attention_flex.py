@@ -66,7 +66,9 @@ def block_mask(
 
 @functools.lru_cache(maxsize=8)
 def _unmasked(window: int | None, queries: int, keys: int, device: torch.device) -> BlockMask:
-    return _make(None, window, queries, keys, device)
+    # An evaluation may be the first to ask; what is made in inference mode could not train.
+    with torch.inference_mode(False):
+        return _make(None, window, queries, keys, device)
 
 
 def _make(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
@@ -21,6 +22,9 @@ class BatchFeed:
         device: where they go.
         ahead: whether a thread reads the next one meanwhile; by default on a GPU, where the host
             has time to spare.
+
+    Attributes:
+        waited: seconds that `get` has taken so far, in which the host could do nothing else.
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class BatchFeed:
         ahead = device.type == "cuda" if ahead is None else ahead
         self.thread = ThreadPoolExecutor(1) if ahead else None
         self.next: tuple[tuple[int, int], Future[dict[str, Any]]] | None = None
+        self.waited = 0.0
 
     def __enter__(self) -> BatchFeed:
         return self
@@ -53,16 +58,23 @@ class BatchFeed:
         Returns:
             `input_ids` and `shift_labels`, (rows, T), and `document_starts`, the same or None.
         """
-        place = step, piece
+        begin = time.perf_counter()
+        tensors = self._move(self._take((step, piece)))
+        self.waited += time.perf_counter() - begin
+        return tensors
+
+    def _take(self, place: tuple[int, int]) -> dict[str, Any]:
+        """What was read ahead, or is read now; then reading what follows begins."""
         if self.thread is None:
-            return self._move(self._read(place))
+            return self._read(place)
         if self.next is not None and self.next[0] == place:
             tensors = self.next[1].result()
         else:
             tensors = self.thread.submit(self._read, place).result()
+        step, piece = place
         following = (step, piece + 1) if piece + 1 < len(self.pieces) else (step + 1, 0)
         self.next = following, self.thread.submit(self._read, following)
-        return self._move(tensors)
+        return tensors
 
     def _read(self, place: tuple[int, int]) -> dict[str, Any]:
         batch = self.sampler.rows(place[0], *self.pieces[place[1]])

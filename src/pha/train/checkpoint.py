@@ -31,6 +31,7 @@ class Progress:
         step: optimiser steps taken.
         tokens: tokens seen.
         seconds: time spent training, evaluations apart.
+        data_seconds: of these, what the main process waited for data.
         peak_memory: most bytes held, over all parts of an interrupted run.
         schedule: state of the learning rate's schedule.
         best: (validation perplexity, step) of the best evaluations, best first; `model/` holds
@@ -42,6 +43,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    data_seconds: float = 0.0
     peak_memory: int = 0
     schedule: dict[str, Any] = field(default_factory=dict)
     best: list[tuple[float, int]] = field(default_factory=list)

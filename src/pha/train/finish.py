@@ -76,6 +76,7 @@ def finish(session: Session, progress: Progress) -> dict[str, Any]:
         "tokens_seen": progress.tokens,
         "seconds": progress.seconds,
         "tokens_per_second": speed,
+        "data_wait": progress.data_seconds / progress.seconds,
         "utilisation": 6.0 * plan.parameters * speed / plan.matmul_flops,
         "matmul_flops": plan.matmul_flops,
         "peak_memory_bytes": progress.peak_memory,

@@ -161,7 +161,8 @@ class Trainer:
         matmul = plan.matmul_flops * self.accelerator.num_processes
         tokens_per_step = run.global_batch * self.config.data.sequence_length
         losses: list[Tensor] = []
-        logged_at = progress.seconds
+        logged_at, data_logged_at = progress.seconds, progress.data_seconds
+        self.feed.waited = progress.data_seconds
         self.model.train()
         with (
             metrics,
@@ -187,9 +188,11 @@ class Trainer:
                     self._settle()
                     synchronise(self.accelerator.device)
                 progress.seconds += time.perf_counter() - begin
+                progress.data_seconds = self.feed.waited
                 if log:
                     mean = float(torch.stack(losses).mean())
-                    speed = len(losses) * tokens_per_step / (progress.seconds - logged_at)
+                    seconds = progress.seconds - logged_at
+                    speed = len(losses) * tokens_per_step / seconds
                     use = speed * flops_per_token / matmul
                     metrics.write(
                         "train",
@@ -200,11 +203,13 @@ class Trainer:
                         grad_norm=float(norm),
                         tokens_per_second=speed,
                         utilisation=use,
+                        data_wait=(progress.data_seconds - data_logged_at) / seconds,
                         seconds=progress.seconds,
                     )
                     left = (plan.steps - progress.step) * tokens_per_step / speed
                     display.step(progress.step, mean, speed, use, left)
                     losses, logged_at = [], progress.seconds
+                    data_logged_at = progress.data_seconds
                 if evaluation:
                     self._evaluate(metrics, display)
                     stop = stop or self._agree_to_stop(log)
