@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.nn import LearnableMixing, SwiGLU
 from pha.nn.norm import RMSNorm
 from pha.ops.precision import compute_type
+from pha.utils.errors import PHAError
 
 NAMES = ["gss", "attention", "ffn"]
 
@@ -132,3 +135,47 @@ def test_gradients_of_theta_are_those_of_the_equation(mixing: LearnableMixing) -
     # The weights are float32 by contract.
     assert ((actual - expected).abs().max() / dw.abs().max()).item() <= 1e-6
     assert bool((expected.abs() > 1e-3).all())
+
+
+def test_fixed_weights_are_equal_and_not_trained() -> None:
+    mixing = LearnableMixing(NAMES, 17, 1e-5, learned=False)
+    assert "theta" not in dict(mixing.named_parameters())
+    assert "theta" in mixing.state_dict()
+    outputs = {name: torch.randn(2, 3, 17) for name in NAMES}
+    expected = sum(literal_rms_norm(y, torch.ones(17), 1e-5) for y in outputs.values()) / 3
+    torch.testing.assert_close(mixing(outputs), expected)
+
+
+def test_without_norms_the_mix_is_a_plain_weighted_sum() -> None:
+    mixing = LearnableMixing(NAMES, 17, 1e-5, normed=False)
+    assert [name for name, _ in mixing.named_parameters()] == ["theta"]
+    with torch.no_grad():
+        mixing.theta.copy_(torch.tensor([0.3, -1.0, 2.0]))
+    outputs = {name: 5 * torch.randn(2, 3, 17) for name in NAMES}
+    w = literal_weights(mixing)
+    expected = sum(weight * y for weight, y in zip(w, outputs.values(), strict=True))
+    torch.testing.assert_close(mixing(outputs), expected)
+    torch.testing.assert_close(mixing.effective_shares().tolist(), w)
+
+
+@pytest.mark.parametrize("options", [{"mixing_weights": "fixed"}, {"branch_norms": False}])
+def test_models_of_either_kind_train_save_and_load(options: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = PHAConfig.from_preset(
+        "pha-tiny", vocab_size=64, hidden_size=32, head_dim=8, state_size=32, **options
+    )
+    model = PHAForCausalLM(config)
+    ids = torch.randint(64, (2, 9))
+    model(ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    again = PHAForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
+    made = again.generate(ids[:, :3], max_new_tokens=4, do_sample=False, eos_token_id=None)
+    whole = [again(made[:, :length]).logits[:, -1].argmax(-1) for length in range(3, 7)]
+    assert torch.equal(made[:, 3:], torch.stack(whole, 1))
+
+
+def test_a_kind_of_mixing_that_there_is_not_is_refused() -> None:
+    with pytest.raises(PHAError, match="choose learned or fixed"):
+        PHAConfig.from_preset("pha-tiny", mixing_weights="equal")

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pha.report import write_report
+from pha.report.page import write_report
 
 STEPS = 400
 TOKENS_PER_STEP = 12288

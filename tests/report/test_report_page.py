@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pha.report import write_report
 from pha.report.collect import collect
 from pha.report.facts import fact_groups
+from pha.report.page import write_report
 from pha.report.tables import results_table
 from pha.utils.errors import PHAError
 

@@ -24,6 +24,7 @@ VERBS: tuple[Callable[[AddVerb], None], ...] = (
     data.add_prepare,
     training.add_train,
     studies.add_sweep,
+    studies.add_study,
     training.add_average,
     training.add_recipes,
     inspection.add_params,

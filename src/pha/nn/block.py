@@ -59,7 +59,13 @@ class ParallelBlock(FeedForwardSublayer):
     def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
         super().__init__()
         self.branches = make_branches(config, layer_idx)
-        self.mixing = LearnableMixing(list(self.branches), config.hidden_size, config.rms_norm_eps)
+        self.mixing = LearnableMixing(
+            list(self.branches),
+            config.hidden_size,
+            config.rms_norm_eps,
+            learned=config.mixing_weights == "learned",
+            normed=config.branch_norms,
+        )
         self.mix_residual = Residual(config)
         self.add_primary_ffn(config)
 

@@ -41,6 +41,10 @@ class ArchitectureConfig:
         attention_logits: `scaled-cosine` as in the paper, or `dot-product` over sqrt(K).
         residual: `pre` is x + f(RMSNorm(x)) / alpha, `post` is RMSNorm(alpha x + f(x)), the two
             sound readings of "scales residual connections by alpha" [ours: pre].
+        mixing_weights: `learned`, Eq. 4, or `fixed`: equal weights that are not trained, the
+            control for what learning them is worth.
+        branch_norms: an RMSNorm on each branch output before the mix, as in Eq. 3; only to measure
+            what they are worth is there a reason to leave them out.
         deepnorm_init: DeepNorm's scaled Xavier initialisation, only with `post` [ours: off].
         dropout: probability, on the embedding and on what enters the residual stream.
         initializer_range: standard deviation of the linear layers' initial weights [ours].
@@ -68,6 +72,8 @@ class ArchitectureConfig:
     attention_window: int | None = None
     attention_logits: Literal["scaled-cosine", "dot-product"] = "scaled-cosine"
     residual: Literal["pre", "post"] = "pre"
+    mixing_weights: Literal["learned", "fixed"] = "learned"
+    branch_norms: bool = True
     deepnorm_init: bool = False
     dropout: float = 0.0
     initializer_range: float = 0.02
@@ -151,6 +157,7 @@ class ArchitectureConfig:
             ("residual", ("pre", "post")),
             ("input_scale", ("unit-variance", "zero-order-hold")),
             ("attention_logits", ("scaled-cosine", "dot-product")),
+            ("mixing_weights", ("learned", "fixed")),
         ):
             value = getattr(self, name)
             _require(value in allowed, f"{name} is {value!r}; choose {' or '.join(allowed)}")

@@ -13,13 +13,35 @@ class LearnableMixing(nn.Module):
     """fused = sum_i w_i RMSNorm_i(y_i),   w_i = softplus(theta_i) / sum_j softplus(theta_j).
 
     One scalar theta_i per branch and layer, equal at the start, not weight-decayed.
+
+    Args:
+        names: of the branches.
+        hidden_size: d.
+        eps: of the norms.
+        learned: whether theta is trained; else the weights stay equal.
+        normed: whether there are norms; else fused = sum_i w_i y_i.
     """
 
-    def __init__(self, names: list[str], hidden_size: int, eps: float) -> None:
+    theta: Tensor
+
+    def __init__(
+        self,
+        names: list[str],
+        hidden_size: int,
+        eps: float,
+        learned: bool = True,
+        normed: bool = True,
+    ) -> None:
         super().__init__()
         self.names = list(names)
-        self.theta = nn.Parameter(torch.zeros(len(names), dtype=torch.float32))
-        self.norms = nn.ModuleDict({name: RMSNorm(hidden_size, eps) for name in names})
+        theta = torch.zeros(len(names), dtype=torch.float32)
+        if learned:
+            self.theta = nn.Parameter(theta)
+        else:
+            self.register_buffer("theta", theta)
+        self.norms = nn.ModuleDict(
+            {name: RMSNorm(hidden_size, eps) if normed else nn.Identity() for name in names}
+        )
 
     def reset_parameters(self) -> None:
         """Equal weights."""
@@ -32,13 +54,16 @@ class LearnableMixing(nn.Module):
 
     @torch.no_grad()
     def effective_shares(self) -> Tensor:
-        """w_i * rms(gain_i), normalised: a branch's gain can hide what its weight says."""
-        gains = torch.stack([norm.weight.float().square().mean().sqrt() for norm in self._norms()])
-        shares = self.weights() * gains
-        return shares / shares.sum()
+        """w_i * rms(gain_i), normalised: a branch's gain can hide what its weight says.
 
-    def _norms(self) -> list[RMSNorm]:
-        return [self.norms[name] for name in self.names]  # type: ignore[misc]
+        Without norms there are no gains, and these are the weights.
+        """
+        norms = [self.norms[name] for name in self.names]
+        gains = [n.weight.float().square().mean().sqrt() for n in norms if isinstance(n, RMSNorm)]
+        if not gains:
+            return self.weights()
+        shares = self.weights() * torch.stack(gains)
+        return shares / shares.sum()
 
     def forward(self, outputs: dict[str, Tensor]) -> Tensor:
         """Mix branch outputs, each (B, T, d), into one (B, T, d)."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 
-from pha.report import write_report
+from pha.report.page import write_report
 from pha.report.tables import mixing_table, results_table
 from pha.studies.jobs import Job, run_jobs
 

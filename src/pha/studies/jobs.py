@@ -87,7 +87,7 @@ def run_jobs(jobs: Sequence[Job], console: Console, parallel: int = 1) -> list[d
     if parallel == 1:
         for number, job in enumerate(waiting, start=1):
             console.rule(f"{number} of {len(waiting)}: {job.out}")
-            _check(job, _wait(subprocess.Popen(_command(job), env=_environment(0, 1))))
+            check(job, _wait(subprocess.Popen(command(job), env=_environment(0, 1))))
     elif waiting:
         _side_by_side(waiting, console, parallel)
     return [job.outcome() for job in jobs]
@@ -106,7 +106,7 @@ def _side_by_side(waiting: Sequence[Job], console: Console, parallel: int) -> No
             stack.callback(slots.put, slot)
             log = stack.enter_context(job.out.with_name(f"{job.out.name}.log").open("ab"))
             process = subprocess.Popen(
-                _command(job), env=_environment(slot, parallel), stdout=log, stderr=log
+                command(job), env=_environment(slot, parallel), stdout=log, stderr=log
             )
             running.add(process)
             stack.callback(running.discard, process)
@@ -116,7 +116,7 @@ def _side_by_side(waiting: Sequence[Job], console: Console, parallel: int) -> No
         futures = [pool.submit(work, job) for job in waiting]
         try:
             for number, (job, future) in enumerate(zip(waiting, futures, strict=True), start=1):
-                _check(job, future.result())
+                check(job, future.result())
                 console.print(f"{number} of {len(waiting)}: {job.out} {job.outcome()['status']}")
         except BaseException:
             for future in futures:
@@ -126,7 +126,8 @@ def _side_by_side(waiting: Sequence[Job], console: Console, parallel: int) -> No
             raise
 
 
-def _command(job: Job) -> list[str]:
+def command(job: Job) -> list[str]:
+    """The words that train it."""
     return [
         *(sys.executable, "-m", "pha", "train", job.recipe, "--out", str(job.out), "--quiet"),
         *job.overrides,
@@ -160,7 +161,13 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
         return INTERRUPTED
 
 
-def _check(job: Job, code: int) -> None:
+def check(job: Job, code: int) -> None:
+    """Refuse an exit code that is not that of a run with an outcome.
+
+    Raises:
+        PHAError: the training failed.
+        TrainingInterruptedError: the run was stopped, resumable.
+    """
     if code == INTERRUPTED:
         raise TrainingInterruptedError("stopped; the same command continues")
     if code != 0 and not job.run.diverged.is_file():

@@ -1,0 +1,98 @@
+"""The figures of a run that studies compare, and how each is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pha.studies.statistics import Summary, summarise
+from pha.train.display import count
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure of a finished run.
+
+    Attributes:
+        heading: of its column, with the unit.
+        words: in a sentence.
+        value: from result.json; None where the run does not have it.
+        digits: after the point.
+        lower_is_better: None where neither is better.
+    """
+
+    heading: str
+    words: str
+    value: Callable[[Result], float | None]
+    digits: int
+    lower_is_better: bool | None = True
+
+    def show(self, summary: Summary | None) -> str:
+        """Mean and deviation, or a dash."""
+        if summary is None:
+            return "-"
+        return count(summary.mean) if self.lower_is_better is None else summary.show(self.digits)
+
+
+def _test(key: str, factor: float = 1.0) -> Callable[[Result], float | None]:
+    return lambda result: factor * result["evaluations"][0][key]
+
+
+def _candidate(name: str, key: str = "perplexity") -> Callable[[Result], float | None]:
+    def value(result: Result) -> float | None:
+        for candidate in result["candidates"]:
+            if candidate["name"] == name:
+                return float(candidate["evaluation"][key])
+        return None
+
+    return value
+
+
+def _validation(result: Result) -> float | None:
+    by_name = {candidate["name"]: candidate for candidate in result["candidates"]}
+    return float(by_name[result["chosen"]]["validation_perplexity"])
+
+
+MEASURES: dict[str, Measure] = {
+    "parameters": Measure(
+        "parameters", "size", lambda r: r["model"]["parameters"]["total"], 0, None
+    ),
+    "validation": Measure("validation, per token", "validation perplexity", _validation, 2),
+    "test": Measure("test, per token", "test perplexity per token", _test("perplexity"), 2),
+    "best": Measure(
+        "best checkpoint, per token",
+        "test perplexity of the best checkpoint",
+        _candidate("best checkpoint"),
+        2,
+    ),
+    "average": Measure(
+        "average, per token", "test perplexity of the average", _candidate("average"), 2
+    ),
+    "word": Measure("per word", "test perplexity per word", _test("word_perplexity"), 1),
+    "byte": Measure("per byte", "test perplexity per byte", _test("byte_perplexity"), 4),
+    "accuracy": Measure("accuracy, %", "accuracy", _test("accuracy", 100.0), 2, False),
+    "speed": Measure(
+        "training tokens/s", "training speed", lambda r: r["tokens_per_second"], 0, False
+    ),
+    "memory": Measure("memory, GB", "peak memory", lambda r: r["peak_memory_bytes"] / 1e9, 2),
+}
+"""Name in a study -> measure. Perplexities are on the test split, of the weights that the
+validation split chose, unless they say otherwise."""
+
+
+def measure_all(result: Result) -> dict[str, float]:
+    """Every measure that a run has, by name."""
+    found = {name: measure.value(result) for name, measure in MEASURES.items()}
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def summarise_all(runs: list[dict[str, float]]) -> dict[str, Summary]:
+    """Every measure that all of the runs have, over the runs."""
+    return {
+        name: summarise([run[name] for run in runs])
+        for name in MEASURES
+        if runs and all(name in run for run in runs)
+    }

@@ -1,0 +1,118 @@
+"""Published figures, with all that is needed to know whether they compare with ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from pha.studies.definition import closest
+from pha.utils.errors import PHAError
+
+UNITS = ("bpe", "word", "wordpiece")
+DAGGERS = "†‡§¶#"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A row of a table of the paper.
+
+    Attributes:
+        id: TABLE/NAME, such as `table-2/hyena-3`.
+        table: such as `table-2`.
+        label: the model.
+        source: who reports it: `paper` for the authors' own model, else whom the paper quotes.
+        perplexity: on the test split, per unit; None where the table has another measure.
+        perplexity_std: its deviation over seeds.
+        accuracy: next-token accuracy in %.
+        accuracy_std: its deviation over seeds.
+        best_checkpoint: perplexity of the best checkpoint, where the first is of an average.
+        unit: what a perplexity is per: `bpe`, `word` or `wordpiece`.
+        parameters: how many.
+        data: what it was evaluated on.
+        trained_on: what it was trained on, and how much, as far as stated.
+        context: tokens.
+        family: kind of model.
+        protocol: how it was trained, as far as stated.
+        like_for_like: whether it compares with a PHA trained from scratch on the same data.
+        reason: why not.
+        values: other figures, by name.
+    """
+
+    id: str
+    table: str
+    label: str
+    source: str
+    perplexity: float | None = None
+    perplexity_std: float | None = None
+    accuracy: float | None = None
+    accuracy_std: float | None = None
+    best_checkpoint: float | None = None
+    unit: str = "bpe"
+    parameters: float | None = None
+    data: str = ""
+    trained_on: str = ""
+    context: int | None = None
+    family: str = ""
+    protocol: str = ""
+    like_for_like: bool = True
+    reason: str = ""
+    values: dict[str, Any]
+
+    @property
+    def from_paper(self) -> bool:
+        """Whether it is a model of the paper's authors."""
+        return self.source == "paper"
+
+
+@cache
+def published_tables() -> dict[str, tuple[Published, ...]]:
+    """Table -> its rows, from published.yaml.
+
+    Raises:
+        PHAError: a key that is not known, a unit that is none, a mark without a reason.
+    """
+    file = resources.files("pha.studies") / "published.yaml"
+    names = {item.name for item in fields(Published)}
+    tables = {}
+    for table, content in yaml.safe_load(file.read_text(encoding="utf-8")).items():
+        rows = []
+        for name, given in content["rows"].items():
+            values = {"values": {}} | content.get("all", {}) | given
+            unknown = set(values) - names
+            if unknown:
+                raise PHAError(f"published {table}/{name}: unknown {', '.join(sorted(unknown))}")
+            row = Published(id=f"{table}/{name}", table=table, **values)
+            if row.unit not in UNITS or row.like_for_like != (not row.reason):
+                raise PHAError(f"published {row.id}: a wrong unit, or a mark without its reason")
+            rows.append(row)
+        tables[table] = tuple(rows)
+    return tables
+
+
+def find_published(ids: Sequence[str]) -> list[Published]:
+    """Rows by id; the id of a table stands for all of its rows.
+
+    Raises:
+        PHAError: no such row or table.
+    """
+    tables = published_tables()
+    rows = {row.id: row for table in tables.values() for row in table}
+    found: list[Published] = []
+    for name in ids:
+        found += tables[name] if name in tables else [closest(name, rows, "published row")]
+    return list({row.id: row for row in found}.values())
+
+
+def footnotes(rows: Sequence[Published]) -> dict[str, str]:
+    """Reason -> mark, for every reason why one of `rows` is not like for like."""
+    reasons = list(dict.fromkeys(row.reason for row in rows if row.reason))
+    marks = [
+        DAGGERS[number % len(DAGGERS)] * (1 + number // len(DAGGERS))
+        for number in range(len(reasons))
+    ]
+    return dict(zip(reasons, marks, strict=True))

@@ -1,0 +1,91 @@
+"""The study of speed and memory: what is asked of the benchmark, and what is said of its rows."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pha.bench.runner import Request
+from pha.studies import efficiency
+from pha.studies.definition import Study, load_study, scales
+
+
+def row(request: Request, model: str, speeds: list[float], memory: float) -> dict[str, Any]:
+    return {
+        "mode": request.mode,
+        "model": model,
+        "length": request.lengths[0],
+        "batch": request.batch,
+        "precision": "fp32",
+        "device": "a CPU",
+        "error": None,
+        "tokens_per_second": {"median": sorted(speeds)[1], "values": speeds},
+        "peak_memory": memory,
+        "work_memory": memory / 2,
+    }
+
+
+@pytest.fixture
+def study() -> Study:
+    chosen = load_study("efficiency")
+    small = {"modes": ["prefill"], "lengths": [64, 128], "batch": 1, "precision": "fp32"}
+    return replace(chosen, benchmark={"tiny": small})
+
+
+def test_the_baseline_comes_first_in_every_request() -> None:
+    asked = efficiency.requests(load_study("efficiency"), scales()["paper"])
+    assert [(request.mode, request.lengths) for request in asked] == [
+        (mode, (length,)) for mode in ("train", "prefill") for length in (2048, 4096, 8192, 16384)
+    ]
+    assert all(request.models[0] == "attention-only-180m" for request in asked)
+    assert len(asked[0].models) == 3
+
+
+def test_rows_become_gains_with_intervals_and_are_kept(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def measured(request: Request, progress: Any) -> list[dict[str, Any]]:
+        calls.append(request)
+        speeds = ([100.0, 102.0, 101.0], [99.0, 103.0, 100.0], [110.0, 112.2, 112.11])
+        sizes = (3e9, 3.1e9, 2e9)
+        triples = zip(request.models, speeds, sizes, strict=True)
+        return [row(request, model, speed, size) for model, speed, size in triples]
+
+    monkeypatch.setattr(efficiency, "run_benchmark", measured)
+    console = Console(file=io.StringIO())
+    found = efficiency.measure(study, scales()["tiny"], tmp_path, console)
+    assert len(calls) == 2
+    (ours, paper) = found.tables[0].sections
+    assert ours.rows[2][:5] == ["64", "PHA", "112", "+10.3%", "2.00"]
+    assert ["2,048", "hybrid (paper)", "34,409", "+5.5%", "1.28", "–"] in [
+        list(r) for r in paper.rows
+    ]
+    assert any("PHA is faster than attention only by 10.3 ± 1.4%" in s for s in found.sentences)
+    assert any("not decided between attention only, equal depth" in s for s in found.sentences)
+    assert any("PHA takes 1.00 GB less memory" in s for s in found.sentences)
+    assert any("equal depth takes 0.10 GB more memory" in s for s in found.sentences)
+
+    again = efficiency.measure(study, scales()["tiny"], tmp_path, console)
+    assert len(calls) == 2
+    assert again.record["rows"] == found.record["rows"]
+
+
+def test_a_case_that_fails_is_a_row(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(request: Request, progress: Any) -> list[dict[str, Any]]:
+        rows = [row(request, model, [1.0, 1.0, 1.0], 1e9) for model in request.models]
+        rows[0] = {**rows[0], "error": "killed, most likely out of memory"}
+        return rows
+
+    monkeypatch.setattr(efficiency, "run_benchmark", measured)
+    found = efficiency.measure(study, scales()["tiny"], tmp_path, Console(file=io.StringIO()))
+    assert found.tables[0].sections[0].rows[0][2].startswith("killed")
+    assert found.sentences == []

@@ -1,0 +1,298 @@
+"""Studies from the command line, in miniature: what is trained, shared, written and refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pha.cli import main
+from pha.data import TokenStore
+from pha.studies.definition import load_study, parse_study, scales, study_names
+from pha.studies.planning import merge, parse_overrides, plan_study
+from pha.train.recipes import load_recipe
+from pha.utils.errors import PHAError
+from pha.utils.runs import RunFolder
+
+MINIATURE = {
+    "model.hidden_size": 32,
+    "model.head_dim": 8,
+    "model.state_size": 32,
+    "data.sequence_length": 32,
+    "run.steps": 4,
+    "run.global_batch": 4,
+    "run.precision": "fp32",
+    "run.evaluations": 2,
+    "run.evaluate_tokens": 200,
+    "run.log_every": 2,
+    "run.keep_best": 2,
+    "run.average_best": 2,
+}
+SETTINGS = [f"--{key}={value}" for key, value in MINIATURE.items()]
+
+
+def study(name: str, out: Path, store: TokenStore, *words: str) -> list[str]:
+    return ["study", name, "--out", str(out), "--data", str(store.path), *words, *SETTINGS]
+
+
+def read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_every_study_plans_at_every_scale(name: str, store: TokenStore, tmp_path: Path) -> None:
+    chosen = load_study(name)
+    if chosen.kind == "efficiency":
+        assert set(chosen.benchmark) == set(scales())
+        return
+    for scale in scales().values():
+        path = str(store.path) if scale.needs_data else None
+        plan = plan_study(chosen, scale, [0, 1], tmp_path, path)
+        assert len(plan.runs) == 2 * len(chosen.variants)
+        assert len(plan.jobs()) == len(plan.runs)  # no two variants are the same
+        for run in plan.runs[:2]:
+            config = load_recipe(run.job.recipe, list(run.job.overrides))
+            assert config.run.seed == run.seed
+
+
+def test_twins_have_the_same_parameters_at_tiny_scale(store: TokenStore, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from pha.nn.parameters import count_parameters
+
+    for name in ("branches", "composition", "gss"):
+        plan = plan_study(load_study(name), scales()["tiny"], [0], tmp_path, str(store.path))
+        sizes = []
+        for run in plan.runs:
+            model = load_recipe(run.job.recipe, list(run.job.overrides)).model
+            sizes.append(sum(count_parameters(replace(model, vocab_size=8192)).values()))
+        assert max(sizes) < 1.01 * min(sizes)
+
+
+def test_a_study_trains_compares_writes_and_is_reused(
+    store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(study("composition", tmp_path, store, "--seeds", "2", "--jobs", "2"))
+    said = capsys.readouterr().out
+    folder = tmp_path / "composition-tiny"
+    content = read(folder / "study.json")
+    parallel, sequential = content["variants"]
+    runs = [Path(seed["run"]) for row in (parallel, sequential) for seed in row["seeds"]]
+    assert len(set(runs)) == 4
+    tests = {run: RunFolder(run).read_result()["evaluations"][0]["perplexity"] for run in runs}
+    assert parallel["measures"]["test"]["mean"] == pytest.approx(
+        (tests[runs[0]] + tests[runs[1]]) / 2
+    )
+    (between, *inside) = content["differences"]
+    assert (between["a"], between["b"]) == ("parallel", "sequential")
+    expected = sum(tests[runs[i]] - tests[runs[i + 2]] for i in (0, 1)) / 2
+    assert between["mean"] == pytest.approx(expected)
+    assert [each["a"] for each in inside] == ["parallel:average", "sequential:average"]
+    assert parallel["seeds"][0]["tokens_seen"] == 4 * 4 * 32
+    assert parallel["seeds"][0]["provenance"]["torch"]
+    for sentence in content["sentences"]:
+        assert sentence in (folder / "table.md").read_text()
+    rows = list(csv.reader((folder / "table.csv").open()))
+    assert [row[1] for row in rows[1:]] == [
+        "parallel",
+        "sequential",
+        "parallel, 180.5M (paper)",
+        "sequential, 185.8M (paper)",
+    ]
+    assert rows[1][0].startswith("ours: scale tiny, 512 tokens seen")
+    assert rows[3][0].startswith("paper")
+    assert "16.42" in (folder / "table.tex").read_text()
+    for plot in ("dots", "curves"):
+        for suffix in ("svg", "png"):
+            assert (folder / f"{plot}.{suffix}").stat().st_size > 1000
+    assert "paired seeds" in " ".join(said.split())
+
+    # Another study that asks for the same model trains it no second time.
+    stamps = {run: (run / "result.json").stat().st_mtime_ns for run in runs}
+    main(study("mixing", tmp_path, store, "--seeds", "2"))
+    assert "2 of 2 runs are there already" in capsys.readouterr().out
+    main(study("composition", tmp_path, store, "--seeds", "2", "--json"))
+    again = json.loads(capsys.readouterr().out)
+    assert again["variants"] == content["variants"]
+    assert {run: (run / "result.json").stat().st_mtime_ns for run in runs} == stamps
+
+    mixing = read(tmp_path / "mixing-tiny" / "study.json")["mixing"]
+    final = [RunFolder(run).read_metrics("mixing") for run in runs[:2]]
+    last = [list(records)[-1]["layers"] for records in final]
+    outer = [[layers[i]["effective"]["gss"] for i in (0, 3)] for layers in last]
+    inner = [[layers[i]["effective"]["gss"] for i in (1, 2)] for layers in last]
+    found = mixing["sandwich"]["ours (tiny, effective shares)"][0]
+    for points, a, b in zip(found["points"], outer, inner, strict=True):
+        assert points == pytest.approx(50 * (sum(a) - sum(b)))
+    table = (tmp_path / "mixing-tiny" / "table.md").read_text()
+    assert "layer 3" in table
+    assert "46.9" in table
+
+
+@pytest.mark.slow
+def test_runs_that_diverge_are_outcomes(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pha.studies import definition
+
+    content = {
+        "title": "Rates",
+        "question": "Which?",
+        "baseline": "one/1e-3",
+        "variants": {"one": {"label": "PHA", "model": "pha"}},
+        "over": {
+            "rate": {
+                "1e-3": {"optimizer.learning_rate": 1e-3},
+                "1e30": {"optimizer.learning_rate": 1e30},
+            }
+        },
+        "axis": "rate",
+        "plots": ["settings", "dots", "differences", "curves", "parameters"],
+    }
+    made = parse_study("rates", content)
+    monkeypatch.setattr(definition, "load_study", lambda name: made)
+    main(study("rates", tmp_path, store, "--seeds", "1"))
+    fine, lost = read(tmp_path / "rates-tiny" / "study.json")["variants"]
+    assert (fine["diverged"], lost["diverged"]) == (0, 1)
+    assert lost["measures"] == {}
+    assert lost["seeds"][0]["diverged_at"] >= 1
+    table = (tmp_path / "rates-tiny" / "table.md").read_text()
+    assert "PHA, rate 1e30 diverged in 1 of 1 runs." in table
+    assert (tmp_path / "rates-tiny" / "settings.png").is_file()
+
+
+def test_a_plan_costs_nothing_and_names_its_price(
+    store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    main(study("branches", out, store, "--dry-run", "--json"))
+    cost = json.loads(capsys.readouterr().out)
+    assert len(cost["runs"]) == 21
+    assert cost["total"]["tokens"] == 21 * 4 * 4 * 32
+    assert not out.exists()
+    main(["study", "wikitext103", "--scale", "paper", "--out", str(out), "--dry-run", "--json"])
+    paper = json.loads(capsys.readouterr().out)
+    assert not out.exists()
+    assert len(paper["runs"]) == 10
+    # The paper speaks of about 58k steps.
+    assert all(57_500 < run["steps"] < 58_500 for run in paper["runs"])
+
+
+@pytest.mark.slow
+def test_wikitext103_at_paper_scale_from_a_local_folder(
+    text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHA_CACHE", str(tmp_path / "cache"))
+    words = ["study", "wikitext103", "--scale", "paper", "--seeds", "1", "--out", str(tmp_path)]
+    words += ["--data.source", str(text_folder), "--data.tokenizer", "bytes"]
+    main(
+        [
+            *words,
+            "--model.num_hidden_layers=2",
+            *SETTINGS,
+            "--model.num_attention_heads=4",
+            "--model.num_key_value_heads=2",
+        ]
+    )
+    content = read(tmp_path / "wikitext103-paper" / "study.json")
+    assert [row["name"] for row in content["variants"]] == ["125m", "180m"]
+    protocol = content["variants"][0]["seeds"][0]
+    assert protocol["protocol"]["documents"] == "document boundaries ignored"
+    table = (tmp_path / "wikitext103-paper" / "table.md").read_text()
+    assert "| *Hedgehog†*" in table
+    assert "PHA-125M (paper)" in table
+    assert "not like for like: a pretrained GPT-2" in table
+    assert len(content["published"]) == 20
+
+
+def test_mistakes_are_one_line(
+    store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    data = ["--data", str(store.path)]
+    assert "did you mean branches" in fails(["study", "branchs", *out], capsys)
+    assert "did you mean tiny" in fails(["study", "branches", "--scale", "tinny", *out], capsys)
+    assert "needs a token store" in fails(["study", "branches", *out], capsys)
+    assert "--seeds" in fails(["study", "branches", *data, "--seeds", "0", *out], capsys)
+    assert "twice" in fails(["study", "branches", *data, "--seeds", "1,1", *out], capsys)
+    assert "nonsense" in fails(["study", "branches", *data, "nonsense", *out], capsys)
+    assert "hidden_sise" in fails(
+        ["study", "branches", *data, "--model.hidden_sise=3", *out], capsys
+    )
+    assert "trains nothing" in fails(["study", "efficiency", *data, *out], capsys)
+    assert "takes no settings" in fails(["study", "list", "--run.steps=3"], capsys)
+    assert "submitit" in fails(
+        ["study", "branches", *data, "--cluster", "gpu", *SETTINGS, *out], capsys
+    )
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_the_list_names_every_study(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["study", "list", "--json"])
+    assert [each["name"] for each in json.loads(capsys.readouterr().out)] == study_names()
+    main(["study", "list"])
+    assert "branches" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"columms": []}, "did you mean columns"),
+        ({"title": None}, "lacks title"),
+        ({"plots": ["pie"]}, "no plot 'pie'"),
+        ({"baseline": "ful"}, "did you mean full"),
+        ({"variants": {"full": {"model": "phaa"}}, "baseline": "full"}, "no model at scale tiny"),
+        ({"kind": "other"}, "kind is 'other'"),
+        ({"scales": {"huge": {}}}, "no scale 'huge'"),
+    ],
+)
+def test_a_study_file_is_checked(change: dict[str, Any], message: str) -> None:
+    content = {
+        "title": "T",
+        "question": "Q?",
+        "variants": {"full": {"model": "pha"}, "other": {"model": "gss-only"}},
+        "baseline": "full",
+    }
+    assert parse_study("x", content).variant("other").model == "gss-only"
+    changed = {key: value for key, value in (content | change).items() if value is not None}
+    with pytest.raises(PHAError, match=message):
+        parse_study("x", changed)
+
+
+def test_settings_are_read_and_exclude_each_other() -> None:
+    asked = parse_overrides(["--run.steps", "4", "--model.branches=[gss, ffn]"])
+    assert asked == {"run.steps": "4", "model.branches": "[gss, ffn]"}
+    assert merge({"run.epochs": 1, "run.seed": 1}, asked) == asked | {"run.seed": 1}
+    for wrong in (["run.steps=4"], ["--run.steps"], ["--steps=4"]):
+        with pytest.raises(PHAError, match="--section"):
+            parse_overrides(wrong)
+
+
+def test_folders_are_named_by_content(store: TokenStore, tmp_path: Path) -> None:
+    def folder(*words: str) -> Path:
+        chosen, scale = load_study("mixing"), scales()["tiny"]
+        return plan_study(chosen, scale, [0], tmp_path, str(store.path), words).runs[0].job.out
+
+    assert folder() == folder("--run.log_every=3") == folder("--run.seed=5")
+    assert folder() == folder("--model.dt_min=0.001")  # the default
+    assert len({folder(), folder("--run.steps=9"), folder("--model.dropout=0.1")}) == 3
+
+
+def test_definitions_are_plain_yaml() -> None:
+    folder = Path(__file__).parents[2] / "src" / "pha" / "studies"
+    for file in folder.rglob("*.yaml"):
+        assert isinstance(yaml.safe_load(file.read_text()), dict)
