@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pha.ops import OPS, gated_scan
 
-BACKENDS = sorted(OPS["gated_scan"].backends)
+BACKENDS = sorted(x for x in OPS["gated_scan"].backends if OPS["gated_scan"].runs_on(x, "cpu"))
 SHAPES = [(1, 1, 1), (2, 63, 17), (4, 7, 33), (3, 500, 5)]
 NAMES = ("gate", "value", "a", "b", "h0")
 GatedScan = Callable[..., tuple[Tensor, Tensor]]
@@ -129,7 +129,8 @@ def test_bfloat16(backend: str, kind: str) -> None:
     actual = values_and_gradients(backend_function(backend), inputs, starts, mask)
     found = errors(actual, expected, sizes)
     # One rounding to bfloat16 is half a unit, 2^-9 of a value; torch rounds after each operation.
-    limit = 2**-6 if backend == "torch" else 2**-8
+    # So does Triton's stand-in on a CPU; tests of its kernels are their own.
+    limit = 2**-6 if backend == "torch" or backend.startswith("triton") else 2**-8
     assert max(found.values()) <= limit, found
     if backend == "numba":
         # What does not leave in bfloat16 never was in it. (da multiplies by the rounded h.)

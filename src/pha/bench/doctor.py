@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pha.ops import OPS
+from pha.ops import OPS, Op
 from pha.utils.hardware import (
     choose_precision,
     cpu_name,
@@ -30,7 +30,8 @@ def examine() -> dict[str, Any]:
 
     Returns:
         `environment`: facts by name; `backends`: one record per op, backend and device with its
-        largest relative error and whether it is the one in use; `healthy`: all of them are right.
+        largest relative error, whether it is the one in use, and the reason where it cannot run
+        and is not checked; `healthy`: all that are meant for a device here run and are right.
     """
     device = default_device()
     commit, dirty = git_state()
@@ -54,8 +55,13 @@ def examine() -> dict[str, Any]:
     backends = []
     for op in OPS.values():
         for where in devices:
-            for name in (name for name in op.backends if op.runs_on(name, where)):
-                error = op.self_check(name, where)
+            for name in op.backends:
+                if not op.runs_on(name, where):
+                    if op.only_on[name] not in devices:
+                        backends.append(_elsewhere(op, name, where))
+                    continue
+                reason = op.fault(name, where)
+                error = op.self_check(name, where) if reason is None else None
                 backends.append(
                     {
                         "op": op.name,
@@ -63,8 +69,22 @@ def examine() -> dict[str, Any]:
                         "backend": name,
                         "used": op.choice(where) == name,
                         "error": error,
-                        "ok": error < TOLERANCE,
+                        "ok": error is not None and error < TOLERANCE,
+                        "reason": None if reason is None else f"cannot run: {reason}",
                     }
                 )
-    healthy = all(check["ok"] for check in backends)
+    healthy = all(check["ok"] is not False for check in backends)
     return {"environment": environment, "backends": backends, "healthy": healthy}
+
+
+def _elsewhere(op: Op, name: str, device_type: str) -> dict[str, Any]:
+    """The record of a backend for a type of device that is not here: `ok` is neither."""
+    return {
+        "op": op.name,
+        "device": device_type,
+        "backend": name,
+        "used": op.choice(device_type) == name,
+        "error": None,
+        "ok": None,
+        "reason": f"not usable here: runs on {op.only_on[name]}",
+    }

@@ -130,7 +130,7 @@ def doctor(options: Namespace) -> None:
     else:
         console_for(options).print(_doctor_table(findings))
     if not findings["healthy"]:
-        raise PHAError("a backend disagrees with its oracle; see the table")
+        raise PHAError("a backend fails or disagrees with its oracle; see the table")
 
 
 def _doctor_table(findings: dict[str, Any]) -> Table:
@@ -141,9 +141,12 @@ def _doctor_table(findings: dict[str, Any]) -> Table:
         table.add_row(name, "-" if value is None else str(value))
     for check in findings["backends"]:
         used = " (used)" if check["used"] else ""
-        state = "ok" if check["ok"] else "WRONG"
+        state = check["reason"]
+        if state is None:
+            state = "ok" if check["ok"] else "WRONG"
+            state += f", largest relative error {check['error']:.1e}"
         table.add_row(
             f"{check['op']} on {check['device']}",
-            f"{check['backend']}{used}: {state}, largest relative error {check['error']:.1e}",
+            f"{check['backend']}{used}: {state}",
         )
     return table

@@ -12,6 +12,10 @@ from pha.utils.errors import PHAError
 OPS: dict[str, Op] = {}
 
 
+def _no_fault(backend: str, device_type: str) -> str | None:
+    return None
+
+
 @dataclass
 class Op:
     """One operation with interchangeable backends.
@@ -23,6 +27,8 @@ class Op:
         check: a self-check that compares a backend with the oracle and returns the largest
             relative error of values and gradients.
         only_on: backend name -> the one device type it is made for; others run on all.
+        fault: for a backend and a device type, why something else computes in place of the
+            backend there, in a few words; None where it runs.
     """
 
     name: str
@@ -30,6 +36,7 @@ class Op:
     preferred: dict[str, str]
     check: Callable[[Callable[..., Any], Callable[..., Any], str], float]
     only_on: dict[str, str] = field(default_factory=dict)
+    fault: Callable[[str, str], str | None] = _no_fault
     forced: str | None = field(default=None)
 
     def __post_init__(self) -> None:

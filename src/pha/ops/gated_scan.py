@@ -7,12 +7,13 @@ Saved are gate, value and h; the input of the recurrence is never stored, in eit
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pha.ops import numba_runtime
+from pha.ops import numba_runtime, triton_runtime, triton_scan
 from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type
 from pha.ops.scan import loop_backward, scan, scan_naive
@@ -149,7 +150,7 @@ def _compiled_backward(
 ) -> tuple[Tensor, ...]:
     kernel = numba_runtime.kernel("gated_scan_backward", h.dtype)
     if kernel is None:
-        return _torch_backward(dh, dh_last, h, gate, value, a, b, h0, starts, mask)
+        return torch_backward(dh, dh_last, h, gate, value, a, b, h0, starts, mask)
     dtype = accumulation_type(h)
     dgate, dvalue = torch.empty_like(h), torch.empty_like(h)
     da, db, dh0 = (h.new_empty(dh_last.shape, dtype=dtype) for _ in range(3))
@@ -188,7 +189,7 @@ def _gradients(
     return torch.empty_like(h), torch.empty_like(h), a.new_empty(a.shape), b.new_empty(b.shape), dh0
 
 
-def _torch_backward(
+def torch_backward(
     dh: Tensor,
     dh_last: Tensor,
     h: Tensor,
@@ -246,6 +247,67 @@ def gated_scan_numba(
     return _compiled_forward(gate.to(value.dtype), value, a, b, h0, starts, mask)
 
 
+@torch.library.custom_op(
+    "pha::gated_scan_triton",
+    mutates_args=(),
+    schema="(Tensor gate, Tensor value, Tensor a, Tensor b, Tensor? h0, Tensor? starts, "
+    "Tensor? mask, str form) -> (Tensor, Tensor)",
+)
+def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    if triton_runtime.usable(arguments[1].device):
+        return triton_scan.scan_forward(*arguments)
+    return gated_scan_torch(*arguments[:-1])
+
+
+_triton_forward.register_fake(triton_scan.forward_outputs)
+
+
+@torch.library.custom_op(
+    "pha::gated_scan_triton_backward",
+    mutates_args=(),
+    schema="(Tensor dh, Tensor dh_last, Tensor h, Tensor gate, Tensor value, Tensor a, Tensor b, "
+    "Tensor? h0, Tensor? starts, Tensor? mask, str form) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    if triton_runtime.usable(arguments[2].device):
+        return triton_scan.scan_backward(*arguments)
+    return torch_backward(*arguments[:-1])
+
+
+_triton_backward.register_fake(triton_scan.backward_outputs)
+
+
+def _save_triton(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.form = inputs
+    ctx.save_for_backward(output[0], *tensors)
+
+
+def _differentiate_triton(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor | None, ...]:
+    *gradients, dh0 = _triton_backward(dh, dh_last, *ctx.saved_tensors, ctx.form)
+    return *gradients, dh0 if ctx.needs_input_grad[4] else None, None, None, None
+
+
+_triton_forward.register_autograd(_differentiate_triton, setup_context=_save_triton)
+
+
+def gated_scan_triton(
+    gate: Tensor,
+    value: Tensor,
+    a: Tensor,
+    b: Tensor,
+    h0: Tensor | None = None,
+    starts: Tensor | None = None,
+    mask: Tensor | None = None,
+    form: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Triton's kernels, on a GPU. See `gated_scan` and, for `form`, `triton_scan.chunk_length`.
+
+    Where Triton fails, or its first use finds it wrong, torch takes over, with a warning.
+    """
+    return _triton_forward(gate.to(value.dtype), value, a, b, h0, starts, mask, form)
+
+
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
     generator = torch.Generator().manual_seed(0)
 
@@ -264,8 +326,21 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
 
 _OP = Op(
     "gated_scan",
-    {"naive": gated_scan_naive, "torch": gated_scan_torch, "numba": gated_scan_numba},
-    {"cpu": "numba", "default": "torch"},
+    {
+        "naive": gated_scan_naive,
+        "torch": gated_scan_torch,
+        "numba": gated_scan_numba,
+        "triton": gated_scan_triton,
+        "triton-sequential": functools.partial(gated_scan_triton, form="sequential"),
+        "triton-chunked": functools.partial(gated_scan_triton, form="chunked"),
+    },
+    {"cpu": "numba", "cuda": "triton", "default": "torch"},
     _check,
-    only_on={"numba": "cpu"},
+    only_on={
+        "numba": "cpu",
+        "triton": "cuda",
+        "triton-sequential": "cuda",
+        "triton-chunked": "cuda",
+    },
+    fault=triton_runtime.fault,
 )

@@ -10,13 +10,14 @@ into a graph of torch.compile whole.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pha.ops import numba_runtime
+from pha.ops import numba_runtime, triton_runtime, triton_scan
 from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type
 from pha.ops.testing import relative_error
@@ -244,6 +245,90 @@ def scan_numba(
     return _compiled_forward(u, a, h0, starts)
 
 
+@torch.library.custom_op(
+    "pha::scan_triton",
+    mutates_args=(),
+    schema="(Tensor u, Tensor a, Tensor? h0, Tensor? starts, str form) -> (Tensor, Tensor)",
+)
+def _triton_forward(
+    u: Tensor, a: Tensor, h0: Tensor | None, starts: Tensor | None, form: str
+) -> tuple[Tensor, Tensor]:
+    if triton_runtime.usable(u.device):
+        return triton_scan.scan_forward(None, u, a, None, h0, starts, None, form)
+    return _loop_forward(u, a, h0, starts)
+
+
+@_triton_forward.register_fake
+def _triton_outputs(
+    u: Tensor, a: Tensor, h0: Tensor | None, starts: Tensor | None, form: str
+) -> tuple[Tensor, Tensor]:
+    return triton_scan.forward_outputs(None, u, a, None, h0, starts, None, form)
+
+
+@torch.library.custom_op(
+    "pha::scan_triton_backward",
+    mutates_args=(),
+    schema="(Tensor dh, Tensor dh_last, Tensor h, Tensor a, Tensor? h0, Tensor? starts, "
+    "str form) -> (Tensor, Tensor, Tensor)",
+)
+def _triton_backward(
+    dh: Tensor,
+    dh_last: Tensor,
+    h: Tensor,
+    a: Tensor,
+    h0: Tensor | None,
+    starts: Tensor | None,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not triton_runtime.usable(h.device):
+        return loop_backward(dh, dh_last, h, a, h0, starts)
+    # Without a gate the kernel does not read its input.
+    _, du, da, _, dh0 = triton_scan.scan_backward(
+        dh, dh_last, h, None, h, a, None, h0, starts, None, form
+    )
+    return du, da, dh0
+
+
+@_triton_backward.register_fake
+def _triton_gradients(
+    dh: Tensor,
+    dh_last: Tensor,
+    h: Tensor,
+    a: Tensor,
+    h0: Tensor | None,
+    starts: Tensor | None,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(dh, dh_last, h, a, h0, starts)
+
+
+def _save_triton(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, a, h0, starts, ctx.form = inputs
+    ctx.save_for_backward(output[0], a, h0, starts)
+
+
+def _differentiate_triton(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor | None, ...]:
+    du, da, dh0 = _triton_backward(dh, dh_last, *ctx.saved_tensors, ctx.form)
+    return du, da, dh0 if ctx.needs_input_grad[2] else None, None, None
+
+
+_triton_forward.register_autograd(_differentiate_triton, setup_context=_save_triton)
+
+
+def scan_triton(
+    u: Tensor,
+    a: Tensor,
+    h0: Tensor | None = None,
+    starts: Tensor | None = None,
+    form: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Triton's kernels, on a GPU. See `scan` and, for `form`, `triton_scan.chunk_length`.
+
+    Where Triton fails, or its first use finds it wrong, torch takes over, with a warning.
+    """
+    return _triton_forward(u, a, h0, starts, form)
+
+
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(2, 37, 19, generator=generator).to(device_type)
@@ -255,8 +340,21 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
 
 _OP = Op(
     "scan",
-    {"naive": scan_naive, "loop": scan_loop, "numba": scan_numba},
-    {"cpu": "numba", "default": "loop"},
+    {
+        "naive": scan_naive,
+        "loop": scan_loop,
+        "numba": scan_numba,
+        "triton": scan_triton,
+        "triton-sequential": functools.partial(scan_triton, form="sequential"),
+        "triton-chunked": functools.partial(scan_triton, form="chunked"),
+    },
+    {"cpu": "numba", "cuda": "triton", "default": "loop"},
     _check,
-    only_on={"numba": "cpu"},
+    only_on={
+        "numba": "cpu",
+        "triton": "cuda",
+        "triton-sequential": "cuda",
+        "triton-chunked": "cuda",
+    },
+    fault=triton_runtime.fault,
 )

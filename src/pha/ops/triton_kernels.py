@@ -1,0 +1,324 @@
+"""The scans of `scan` and `gated_scan` in Triton: each program walks BLOCK states in time.
+
+With one chunk the whole time axis is walked at once. With several chunks of `length` steps, those
+of a sequence run side by side, in three passes. The recurrence is linear: a chunk turns the state h
+that comes in into P h + L. The first pass finds P (the product of its decays, 0 after a start) and
+L (its last state from zero), the second runs over the chunks and gives each the state that comes
+in, the third walks each chunk from there. The backward direction is the same against time.
+
+Programs take the index of the block of states fastest, then that of the chunk, then that of the
+sequence. Loads of UNROLL steps are issued before their first use, and the compiler stages those of
+the next steps. Offsets along B and T are 64-bit. Sums are in the type of the states, without
+atomics. Where GATED is false `value` is the input itself, and gate and b are not read.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _place(n, chunks, BLOCK: tl.constexpr):
+    """Sequence, chunk and states of this program, and which of the states exist."""
+    blocks = tl.cdiv(n, BLOCK)
+    program = tl.program_id(0)
+    states = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    rest = program // blocks
+    return (rest // chunks).to(tl.int64), rest % chunks, states, states < n
+
+
+@triton.jit
+def _row(x, t, stride, states, inside):
+    return tl.load(x + tl.cast(t, tl.int64) * stride + states, mask=inside, other=0.0)
+
+
+@triton.jit
+def _flag(x, t, inside, PRESENT: tl.constexpr, ABSENT: tl.constexpr):
+    if PRESENT:
+        return tl.load(x + t, mask=inside, other=0) != 0
+    return ABSENT
+
+
+@triton.jit
+def _input(gate, value, scale, allowed, GATED: tl.constexpr, HAS_MASK: tl.constexpr):
+    u = value.to(scale.dtype)
+    if GATED:
+        u = scale * tl.sigmoid(gate.to(scale.dtype)) * u
+    if HAS_MASK:
+        u = tl.where(allowed, u, 0.0)
+    return u
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "length"])
+def forward(
+    gate,
+    gate_B,
+    gate_T,
+    value,
+    value_B,
+    value_T,
+    a,
+    b,
+    initial,
+    starts,
+    mask,
+    h,
+    last,
+    product,
+    T,
+    n,
+    chunks,
+    length,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    SUMMARY: tl.constexpr,
+):
+    """Write h (B, T, n) and `last` (B, n); a SUMMARY writes L and P (B, chunks, n) instead.
+
+    `initial` (B, chunks, n) is the state before each chunk.
+    """
+    sequence, chunk, states, exists = _place(n, chunks, BLOCK)
+    first = chunk * length
+    end = tl.minimum(first + length, T)
+    gate += sequence * gate_B
+    value += sequence * value_B
+    starts += sequence * T
+    mask += sequence * T
+    h += sequence * T * n
+    summary = (sequence * chunks + chunk) * n + states
+    decay = tl.load(a + states, mask=exists, other=0.0)
+    scale = decay
+    if GATED:
+        scale = tl.load(b + states, mask=exists, other=0.0)
+    state = tl.zeros_like(decay)
+    if HAS_INITIAL:
+        state = tl.load(initial + summary, mask=exists, other=0.0)
+    kept = tl.zeros_like(decay) + 1.0
+    for t0 in tl.range(first, end, UNROLL, num_stages=STAGES):
+        gates, values, resets, allowed = (), (), (), ()
+        for i in tl.static_range(UNROLL):
+            inside = t0 + i < end
+            if GATED:
+                gates += (_row(gate, t0 + i, gate_T, states, exists & inside),)
+            else:
+                gates += (0.0,)
+            values += (_row(value, t0 + i, value_T, states, exists & inside),)
+            resets += (_flag(starts, t0 + i, inside, HAS_STARTS, False),)
+            allowed += (_flag(mask, t0 + i, inside, HAS_MASK, True),)
+        for i in tl.static_range(UNROLL):
+            inside = t0 + i < end
+            u = _input(gates[i], values[i], scale, allowed[i], GATED, HAS_MASK)
+            before = state
+            if HAS_STARTS:
+                before = tl.where(resets[i], 0.0, state)
+            state = tl.where(inside, decay * before + u, state)
+            if SUMMARY:
+                step = decay
+                if HAS_STARTS:
+                    step = tl.where(resets[i], 0.0, decay)
+                kept = tl.where(inside, kept * step, kept)
+            else:
+                place = h + tl.cast(t0 + i, tl.int64) * n + states
+                tl.store(place, state.to(h.dtype.element_ty), mask=exists & inside)
+    if SUMMARY:
+        tl.store(last + summary, state, mask=exists)
+        tl.store(product + summary, kept, mask=exists)
+    else:
+        tl.store(last + sequence * n + states, state, mask=exists & (chunk == chunks - 1))
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "length"])
+def backward_summary(
+    dh,
+    dh_B,
+    dh_T,
+    a,
+    starts,
+    last,
+    product,
+    T,
+    n,
+    chunks,
+    length,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+):
+    """Write L and P (B, chunks, n) of the gradient that leaves each chunk at its beginning."""
+    sequence, chunk, states, exists = _place(n, chunks, BLOCK)
+    first = chunk * length
+    end = tl.minimum(first + length, T)
+    dh += sequence * dh_B
+    starts += sequence * T
+    summary = (sequence * chunks + chunk) * n + states
+    decay = tl.load(a + states, mask=exists, other=0.0)
+    carry = tl.zeros_like(decay)
+    kept = carry + 1.0
+    for back in tl.range(0, end - first, UNROLL, num_stages=STAGES):
+        t0 = end - 1 - back
+        gradients, resets = (), ()
+        for i in tl.static_range(UNROLL):
+            inside = t0 - i >= first
+            gradients += (_row(dh, t0 - i, dh_T, states, exists & inside),)
+            resets += (_flag(starts, t0 - i, inside, HAS_STARTS, False),)
+        for i in tl.static_range(UNROLL):
+            inside = t0 - i >= first
+            g = gradients[i].to(decay.dtype) + carry
+            step = decay
+            if HAS_STARTS:
+                g = tl.where(resets[i], 0.0, g)
+                step = tl.where(resets[i], 0.0, decay)
+            carry = tl.where(inside, decay * g, carry)
+            kept = tl.where(inside, kept * step, kept)
+    tl.store(last + summary, carry, mask=exists)
+    tl.store(product + summary, kept, mask=exists)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def combine(
+    initial,
+    last,
+    product,
+    incoming,
+    n,
+    chunks,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """Write what comes into each chunk (B, chunks, n), from `initial` (B, n) and the L and P."""
+    sequence, _, states, exists = _place(n, 1, BLOCK)
+    state = tl.zeros([BLOCK], incoming.dtype.element_ty)
+    if HAS_INITIAL:
+        state = tl.load(initial + sequence * n + states, mask=exists, other=0.0)
+    for c0 in tl.range(0, chunks, UNROLL):
+        products, lasts = (), ()
+        for i in tl.static_range(UNROLL):
+            chunk = c0 + i
+            if REVERSE:
+                chunk = chunks - 1 - chunk
+            inside = exists & (c0 + i < chunks)
+            place = (sequence * chunks + chunk) * n + states
+            products += (tl.load(product + place, mask=inside, other=0.0),)
+            lasts += (tl.load(last + place, mask=inside, other=0.0),)
+        for i in tl.static_range(UNROLL):
+            chunk = c0 + i
+            if REVERSE:
+                chunk = chunks - 1 - chunk
+            place = (sequence * chunks + chunk) * n + states
+            tl.store(incoming + place, state, mask=exists & (c0 + i < chunks))
+            # Where nothing is kept, an infinite state is not either.
+            state = tl.where(products[i] == 0, 0.0, products[i] * state) + lasts[i]
+
+
+@triton.jit(do_not_specialize=["T", "chunks", "length"])
+def backward(
+    dh,
+    dh_B,
+    dh_T,
+    incoming,
+    h,
+    gate,
+    gate_B,
+    gate_T,
+    value,
+    value_B,
+    value_T,
+    a,
+    b,
+    h0,
+    starts,
+    mask,
+    dgate,
+    dvalue,
+    da,
+    db,
+    dh0,
+    T,
+    n,
+    chunks,
+    length,
+    BLOCK: tl.constexpr,
+    UNROLL: tl.constexpr,
+    STAGES: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_H0: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Write dgate, dvalue (B, T, n), dh0 (B, n) and for each chunk its part of da and db.
+
+    `incoming` (B, chunks, n) is the gradient that reaches the last state of each chunk from later.
+    """
+    sequence, chunk, states, exists = _place(n, chunks, BLOCK)
+    first = chunk * length
+    end = tl.minimum(first + length, T)
+    dh += sequence * dh_B
+    gate += sequence * gate_B
+    value += sequence * value_B
+    starts += sequence * T
+    mask += sequence * T
+    h += sequence * T * n
+    dgate += sequence * T * n
+    dvalue += sequence * T * n
+    part = (sequence * chunks + chunk) * n + states
+    decay = tl.load(a + states, mask=exists, other=0.0)
+    carry = tl.load(incoming + part, mask=exists, other=0.0)
+    scale = decay
+    if GATED:
+        scale = tl.load(b + states, mask=exists, other=0.0)
+    sum_a = tl.zeros_like(decay)
+    sum_b = tl.zeros_like(decay)
+    start = tl.zeros_like(decay)
+    if HAS_H0:
+        start = tl.load(h0 + sequence * n + states, mask=exists, other=0.0)
+    for back in tl.range(0, end - first, UNROLL, num_stages=STAGES):
+        t0 = end - 1 - back
+        gradients, befores, gates, values, resets, allowed = (), (), (), (), (), ()
+        for i in tl.static_range(UNROLL):
+            t = t0 - i
+            inside = t >= first
+            gradients += (_row(dh, t, dh_T, states, exists & inside),)
+            befores += (_row(h, t - 1, n, states, exists & inside & (t > 0)),)
+            if GATED:
+                gates += (_row(gate, t, gate_T, states, exists & inside),)
+                values += (_row(value, t, value_T, states, exists & inside),)
+            resets += (_flag(starts, t, inside, HAS_STARTS, False),)
+            allowed += (_flag(mask, t, inside, HAS_MASK, True),)
+        for i in tl.static_range(UNROLL):
+            t = t0 - i
+            inside = t >= first
+            g = gradients[i].to(decay.dtype) + carry
+            kept = g
+            before = befores[i].to(decay.dtype)
+            if HAS_H0:
+                before = tl.where(t == 0, start, before)
+            if HAS_STARTS:
+                kept = tl.where(resets[i], 0.0, g)
+                before = tl.where(resets[i], 0.0, before)
+            sum_a += tl.where(inside, kept * before, 0.0)
+            carry = tl.where(inside, decay * kept, carry)
+            if HAS_MASK:
+                g = tl.where(allowed[i], g, 0.0)
+            place = tl.cast(t, tl.int64) * n + states
+            if GATED:
+                s = tl.sigmoid(gates[i].to(decay.dtype))
+                v = values[i].to(decay.dtype)
+                gs = g * s
+                sum_b += tl.where(inside, gs * v, 0.0)
+                slope = gs * scale * v * (1.0 - s)
+                tl.store(dgate + place, slope.to(dgate.dtype.element_ty), mask=exists & inside)
+                g = gs * scale
+            tl.store(dvalue + place, g.to(dvalue.dtype.element_ty), mask=exists & inside)
+    tl.store(da + part, sum_a, mask=exists)
+    if GATED:
+        tl.store(db + part, sum_b, mask=exists)
+    tl.store(dh0 + sequence * n + states, carry, mask=exists & (chunk == 0))
