@@ -44,8 +44,20 @@ def test_csv_reads_back() -> None:
 
 def test_the_terminal_shows_sections_and_notes_as_they_are() -> None:
     console = Console(file=io.StringIO(), width=100)
-    console.print(TABLE.to_rich())
+    for part in TABLE.to_rich(100):
+        console.print(part)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for word in ("A & B", "ours", "quoted", "old†", "a|b", "16.5 ± 0.1"):
         assert word in shown
     assert TABLE.below[-2:] == ["quoted: WikiText", *TABLE.notes]
+
+
+def test_a_narrow_terminal_gets_every_cell_whole() -> None:
+    console = Console(file=io.StringIO(), width=24)
+    parts = TABLE.to_rich(24)
+    assert len(parts) == 2
+    for part in parts:
+        console.print(part)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.count("x_1") == 2
+    assert "16.5 ± 0.1" in shown

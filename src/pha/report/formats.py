@@ -72,24 +72,42 @@ class TextTable:
     sections: Sequence[Section]
     notes: Sequence[str] = ()
 
-    def to_rich(self) -> Table:
-        """For the terminal; what `below` says is to be printed after it."""
-        table = Table(
-            title=escape(self.title),
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            padding=(0, 1, 0, 0),
-        )
-        for number, heading in enumerate(self.headings):
-            if number == 0:
-                table.add_column(escape(heading), no_wrap=True)
-            else:
-                table.add_column(escape(heading), justify="right", overflow="fold")
+    def to_rich(self, width: int) -> list[Table]:
+        """For a terminal; what `below` says is to be printed after it.
+
+        Args:
+            width: of the terminal, in characters. Columns that do not fit go to further tables,
+                each with the first column.
+        """
+        widths = [self._width(column) for column in range(len(self.headings))]
+        blocks: list[list[int]] = [[]]
+        for column in range(1, len(widths)):
+            used = widths[0] + sum(widths[c] for c in blocks[-1])
+            if blocks[-1] and used + widths[column] > width:
+                blocks.append([])
+            blocks[-1].append(column)
+        tables = [self._rich([0, *block]) for block in blocks]
+        tables[0].title = escape(self.title)
+        return tables
+
+    def _width(self, column: int) -> int:
+        """Of the longest cell or word of the heading, with the gap after it."""
+        cells = [row[column] for section in self.sections for row in section.rows]
+        return 2 + max(map(len, [*cells, *self.headings[column].split()]), default=0)
+
+    def _rich(self, columns: Sequence[int]) -> Table:
+        table = Table(title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for column in columns:
+            table.add_column(
+                escape(self.headings[column]),
+                justify="right" if column else "left",
+                min_width=self._width(column) - 2,
+            )
         for section in self.sections:
             table.add_section()
             table.add_row(f"[italic]{escape(section.title)}[/]")
             for row, grey in _rows(section):
-                cells = [escape(cell) for cell in row]
+                cells = [escape(row[column]) for column in columns]
                 table.add_row(*cells, style="dim" if grey else None)
         return table
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from rich.console import Console
 
 from pha.train.recipes import load_recipe
 from pha.train.session import finished_result
+from pha.train.signals import on_stop_signals
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.files import read_json
 from pha.utils.runs import RunFolder
@@ -84,13 +84,18 @@ def run_jobs(jobs: Sequence[Job], console: Console, parallel: int = 1) -> list[d
     waiting = [job for job in jobs if not job.finished()]
     if len(waiting) < len(jobs):
         console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are there already")
-    if parallel == 1:
-        for number, job in enumerate(waiting, start=1):
-            console.rule(f"{number} of {len(waiting)}: {job.out}")
-            check(job, _wait(subprocess.Popen(command(job), env=_environment(0, 1))))
-    elif waiting:
-        _side_by_side(waiting, console, parallel)
+    with on_stop_signals(_interrupt):
+        if parallel == 1:
+            for number, job in enumerate(waiting, start=1):
+                console.rule(f"{number} of {len(waiting)}: {job.out}")
+                check(job, _wait(subprocess.Popen(command(job), env=_environment(0, 1))))
+        elif waiting:
+            _side_by_side(waiting, console, parallel)
     return [job.outcome() for job in jobs]
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def _side_by_side(waiting: Sequence[Job], console: Console, parallel: int) -> None:
@@ -122,7 +127,7 @@ def _side_by_side(waiting: Sequence[Job], console: Console, parallel: int) -> No
             for future in futures:
                 future.cancel()
             for process in list(running):
-                process.send_signal(signal.SIGINT)
+                process.terminate()
             raise
 
 
@@ -156,7 +161,8 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
     try:
         return process.wait()
     except KeyboardInterrupt:
-        # The terminal sends Ctrl-C to both; the child is writing its checkpoint.
+        # The child writes its checkpoint. Ctrl-C reached it too; a signal to this process did not.
+        process.terminate()
         process.wait()
         return INTERRUPTED
 

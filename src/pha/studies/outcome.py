@@ -163,7 +163,7 @@ def _sentences(
     labels = {variant.name: variant.label for variant in plan.study.variants}
     for variant in plan.study.variants:
         for name, measure in MEASURES.items():
-            labels[f"{variant.name}:{name}"] = f"{variant.label}, {measure.heading}"
+            labels[f"{variant.name}:{name}"] = f"{variant.label} ({measure.heading.split(',')[0]})"
     tokens = {result["tokens_seen"] for result in results}
     data = {result["data"]["sha256"] for result in results}
     equal = f"at equal tokens ({count(min(tokens))})" if len(tokens) == len(data) == 1 else ""

@@ -91,7 +91,9 @@ def sandwich(models: Sequence[Layers], branch: str, expected: str) -> Contrast |
     mean = [math.fsum(column) / len(column) for column in zip(*shares, strict=True)]
     p_layers, ways = _permutations(mean, len(outer))
     sign: Literal["positive", "negative"] = "positive" if expected == "positive" else "negative"
-    return Contrast(branch, sign, points, summary, p_seeds, p_layers, 1 / ways)
+    # Where half of the layers are outer ones, choosing the other half is as far from even.
+    smallest = (2 if 2 * len(outer) == count else 1) / ways
+    return Contrast(branch, sign, points, summary, p_seeds, p_layers, smallest)
 
 
 def _contrast(shares: Sequence[float], outer: frozenset[int]) -> float:

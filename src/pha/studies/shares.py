@@ -33,18 +33,13 @@ class Shares:
 
 def analyse(outcome: Outcome) -> Shares:
     """Read the shares of every finished run of a study, over its last checkpoints."""
+    runs = [run for row in outcome.rows for run in row.runs() if run.mixing_history]
     histories = [
-        [[dict(getattr(layer, kind)) for layer in point.layers] for point in run.mixing_history]
-        for row in outcome.rows
-        for run in row.runs()
-        for kind in ("weights",)
+        [[dict(layer.weights) for layer in point.layers] for point in run.mixing_history]
+        for run in runs
     ]
-    effective = [
-        [dict(layer.effective) for layer in _last(run.mixing_history)]
-        for row in outcome.rows
-        for run in row.runs()
-    ]
-    final = [_mean_of_last(history) for history in histories if history]
+    effective = [[dict(layer.effective) for layer in run.mixing_history[-1].layers] for run in runs]
+    final = [_mean_of_last(history) for history in histories]
     theirs = find_published(outcome.plan.study.published)
     paper: Layers = [{k: v / 100 for k, v in row.values.items()} for row in theirs]
     contrasts: dict[str, list[Contrast]] = {}
@@ -76,10 +71,6 @@ def analyse(outcome: Outcome) -> Shares:
             },
         },
     )
-
-
-def _last(history: Sequence[Any]) -> Sequence[Any]:
-    return history[-1].layers if history else []
 
 
 def _mean_of_last(history: Sequence[Layers]) -> Layers:

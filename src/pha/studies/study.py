@@ -124,12 +124,14 @@ def record(outcome: Outcome) -> dict[str, Any]:
 
 
 def write_tables(tables: Sequence[TextTable], sentences: Sequence[str], folder: Path) -> None:
-    """`table.md` (with the sentences), `table.tex` and `table.csv`."""
+    """`table.md` (with the sentences), `table.tex`, and a CSV for each table."""
     said = "".join(f"- {sentence}\n" for sentence in sentences)
     markdown = "\n".join(table.to_markdown() for table in tables)
     write_text(folder / "table.md", markdown + (f"\n{said}" if said else ""))
     write_text(folder / "table.tex", "\n".join(table.to_latex() for table in tables))
-    write_text(folder / "table.csv", "\n".join(table.to_csv() for table in tables))
+    for number, table in enumerate(tables, start=1):
+        name = "table.csv" if number == 1 else f"table-{number}.csv"
+        write_text(folder / name, table.to_csv())
 
 
 def tell(
@@ -138,7 +140,8 @@ def tell(
     """Print tables and sentences."""
     console.print(study.question, highlight=False, markup=False)
     for table in tables:
-        console.print(table.to_rich())
+        for part in table.to_rich(console.width):
+            console.print(part)
         console.print("\n".join(table.below), highlight=False, markup=False)
     for sentence in sentences:
         console.print(f"- {sentence}", highlight=False, markup=False)
