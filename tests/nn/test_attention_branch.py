@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pha.nn import ArchitectureConfig, GroupedQueryAttention
-from pha.nn.attention import rotary_angles, rotate
+from pha.nn.attention import rotary_angles
+from pha.ops import rotate
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -180,7 +181,7 @@ def test_shifting_all_positions_changes_nothing(
 def test_rotation_is_the_complex_one(head_dim: int, theta: float) -> None:
     positions = torch.tensor([[0, 1, 5, 63]])
     x = torch.randn(1, 1, 4, head_dim, dtype=torch.float64)
-    y = rotate(x, rotary_angles(positions, head_dim, theta))
+    y = rotate(x, *rotary_angles(positions, head_dim, theta))
     for i, p in enumerate(positions[0].tolist()):
         expected = turned(x[0, 0, i], p, theta)
         # The angle, at most p, is float32.

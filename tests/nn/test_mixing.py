@@ -179,3 +179,12 @@ def test_models_of_either_kind_train_save_and_load(options: dict[str, Any], tmp_
 def test_a_kind_of_mixing_that_there_is_not_is_refused() -> None:
     with pytest.raises(PHAError, match="choose learned or fixed"):
         PHAConfig.from_preset("pha-tiny", mixing_weights="equal")
+
+
+def test_a_norm_with_a_hook_is_called() -> None:
+    mixing, seen = LearnableMixing(["a", "b"], 8, 1e-6), []
+    outputs = {name: torch.randn(2, 3, 8) for name in "ab"}
+    before = mixing(outputs)
+    mixing.norms["a"].register_forward_hook(lambda *_: seen.append(True))
+    torch.testing.assert_close(mixing(outputs), before)
+    assert seen

@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from pha.ops import OPS, Op, attention, dss, gated_scan, linear_cross_entropy, scan
+from pha.ops import (
+    OPS,
+    Op,
+    attention,
+    dss,
+    gated_scan,
+    linear_cross_entropy,
+    mixed_norms,
+    scan,
+    swiglu,
+    unit_rotary,
+)
 from pha.utils.errors import PHAError
 
 CPU_BACKENDS = [
@@ -26,6 +37,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "attention": lambda: attention(q, q, q),
     "dss": lambda: dss(u, *[u[0, 0]] * 2, *[u[0, 0].expand(3, 3)] * 2, u[0, 0]),
     "linear_cross_entropy": lambda: linear_cross_entropy(u[0], u[0], torch.zeros(2).long()),
+    "mixed_norms": lambda: mixed_norms((u, u), (a, a), None, 1e-6, u.dtype),
+    "swiglu": lambda: swiglu(u, u),
+    "unit_rotary": lambda: unit_rotary(q, None, *[torch.ones(1, 3, 2)] * 2),
 }
 
 
@@ -88,6 +102,13 @@ WRONG: dict[str, Callable[..., Any]] = {
     "dss": lambda v, *rest: OPS["dss"].backends["naive"](v, *rest[:-1]),
     "linear_cross_entropy": lambda x, w, y: OPS["linear_cross_entropy"].backends["naive"](
         x, w, y.clamp(min=0)
+    ),
+    "mixed_norms": lambda ys, gains, weights, *rest: OPS["mixed_norms"].backends["naive"](
+        ys, gains[::-1], weights, *rest
+    ),
+    "swiglu": lambda gate, up: OPS["swiglu"].backends["naive"](up, gate),
+    "unit_rotary": lambda x, scales, cos, sin: OPS["unit_rotary"].backends["naive"](
+        x, scales, cos, -sin
     ),
 }
 

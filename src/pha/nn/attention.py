@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pha.nn.branches import Branch, Sequence, register_branch
 from pha.nn.config import ArchitectureConfig
 from pha.nn.projection import project
-from pha.ops import attention
+from pha.ops import attention, rotate, unit_rotary
 
 MAX_LOG_SCALE = math.log(100.0)
 
@@ -30,13 +29,6 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions.float().unsqueeze(-1) * theta ** (-i / head_dim)
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (x_i, x_{i + K/2}) of (B, H, T, K) by its angle (B or 1, T, K / 2)."""
-    cos, sin = (r.unsqueeze(1).to(x.dtype) for r in rotary)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
 
 
 @register_branch("attention")
@@ -82,12 +74,11 @@ class GroupedQueryAttention(Branch):
         )
         if self.cosine:
             scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
-            q = F.normalize(q.float(), dim=-1) * scale.view(-1, 1, 1)
-            k = F.normalize(k.float(), dim=-1)
+            q, k = (unit_rotary(x, s, *sequence.rotary) for x, s in ((q, scale), (k, None)))
         else:
-            q = q.float() / math.sqrt(self.head_dim)
-            k = k.float()
-        q, k = rotate(q, sequence.rotary).to(v.dtype), rotate(k, sequence.rotary).to(v.dtype)
+            q = rotate(q.float() / math.sqrt(self.head_dim), *sequence.rotary)
+            k = rotate(k.float(), *sequence.rotary)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if sequence.cache is not None:
             k, v = sequence.cache.update(k, v, self.layer_idx)
         y = attention(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pha.nn.branches import Branch, Sequence, register_branch
 from pha.nn.config import ArchitectureConfig
 from pha.nn.projection import project
+from pha.ops import swiglu
 
 
 class SwiGLU(nn.Module):
@@ -25,7 +25,7 @@ class SwiGLU(nn.Module):
 
     def combine(self, gate: Tensor, up: Tensor) -> Tensor:
         """What follows the projections of z, each (B, T, inner size)."""
-        return self.W_down(F.silu(gate) * up)
+        return self.W_down(swiglu(gate, up))
 
     def forward(self, z_BTd: Tensor) -> Tensor:
         """Map (B, T, d) to (B, T, d)."""

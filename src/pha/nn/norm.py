@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pha.ops import mixed_norms
 from pha.ops.precision import compute_type
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * gain, computed in the wider of the two types, returned in the compute type.
+    """x / rms(x) * gain, computed in float32 or wider, returned in the compute type.
 
     Casting here, once, spares each of the projections that read the result a cast of its own.
     """
@@ -26,6 +26,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
-        with torch.autocast(x.device.type, enabled=False):
-            normed = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-        return normed.to(compute_type(x))
+        return mixed_norms((x,), (self.weight,), None, self.eps, compute_type(x))

@@ -96,7 +96,7 @@ def _compile(name: str, dtype: torch.dtype, module: str, *sizes: int) -> Callabl
 @functools.cache
 def _warn(reason: str) -> None:
     warnings.warn(
-        f"scans and attention run several times slower, in torch alone, because numba fails "
+        f"scans, norms and attention run several times slower, in torch alone, as numba fails "
         f"({reason}); pip install numba",
         RuntimeWarning,
         stacklevel=2,
@@ -154,14 +154,19 @@ def run(function: Callable[..., None], shape: torch.Size, *arguments: Any) -> No
     )
 
 
+def calls(tasks: int) -> int:
+    """How often `spread` calls its kernel."""
+    threads = max(1, min(torch.get_num_threads(), tasks))
+    return min(tasks, CALLS * threads) if threads > 1 else 1
+
+
 def spread(function: Callable[..., None], tasks: int, *arguments: Any) -> None:
     """Call a kernel with (first, step, tasks, ...), on torch's number of threads.
 
     It is to do the tasks first, first + step, ... There are more calls than threads, so that one
     whose processor is busy with something else does fewer.
     """
-    threads = max(1, min(torch.get_num_threads(), tasks))
-    step = min(tasks, CALLS * threads) if threads > 1 else 1
+    threads, step = max(1, min(torch.get_num_threads(), tasks)), calls(tasks)
     _on_threads(threads, [(first, step, tasks, *arguments) for first in range(step)], function)
 
 

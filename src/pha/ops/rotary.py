@@ -1,0 +1,177 @@
+"""What queries and keys of scaled-cosine attention go through: unit length, scale, rotation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pha.ops import numba_runtime
+from pha.ops.backends import Op
+from pha.ops.precision import accumulation_type
+from pha.ops.testing import relative_error
+
+_MODULE = "numba_rows"
+_SHORTEST = 1e-12  # what a vector is divided by at least, as in torch
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + K/2}) of (B, H, T, K) by its angle.
+
+    Args:
+        x: (B, H, T, K), K even.
+        cos: (B or 1, T, K / 2) cosines of the angles.
+        sin: their sines.
+
+    Returns:
+        (B, H, T, K) in the type of x.
+    """
+    cos, sin = (r.unsqueeze(1).to(x.dtype) for r in (cos, sin))
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def unit_rotary(x: Tensor, scales: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x / |x| and multiply it by the scale of its head.
+
+    Args:
+        x: (B, H, T, K) queries or keys, K even.
+        scales: (H,) of each head; None for ones.
+        cos: (B or 1, T, K / 2), without gradient.
+        sin: (B or 1, T, K / 2), without gradient.
+
+    Returns:
+        (B, H, T, K) in the type of x. Computed in float32 or wider.
+    """
+    return _OP(x.device.type)(x, scales, cos, sin)
+
+
+def unit_rotary_naive(x: Tensor, scales: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    """The oracle: as written."""
+    wide = x.to(accumulation_type(x))
+    y = wide / wide.square().sum(-1, keepdim=True).sqrt().clamp_min(_SHORTEST)
+    return rotate(y if scales is None else y * scales.to(y.dtype)[:, None, None], cos, sin).to(
+        x.dtype
+    )
+
+
+def unit_rotary_torch(x: Tensor, scales: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    """PyTorch's normalize, then products."""
+    y = F.normalize(x.to(accumulation_type(x)), dim=-1, eps=_SHORTEST)
+    if scales is not None:
+        y = y * scales.to(y.dtype).view(-1, 1, 1)
+    return rotate(y, cos, sin).to(x.dtype)
+
+
+def unit_rotary_numba(x: Tensor, scales: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    """A compiled pass over rows, on the CPU. Few elements and other types go to torch."""
+    known = x.dtype in (torch.float32, torch.bfloat16, torch.float64)
+    if not known or x.numel() < numba_runtime.SMALL or not _kernels_work(x.dtype):
+        return unit_rotary_torch(x, scales, cos, sin)
+    if scales is None:
+        scales = torch.ones(x.shape[1], dtype=accumulation_type(x))
+    return _forward(x, scales, cos, sin)
+
+
+@torch.compiler.assume_constant_result
+def _kernels_work(dtype: torch.dtype) -> bool:
+    names = ("rotary_forward", "rotary_backward")
+    return all(numba_runtime.kernel(name, dtype, _MODULE) for name in names)
+
+
+def _run(name: str, x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor, *others: Any) -> None:
+    kernel = numba_runtime.kernel(name, x.dtype, _MODULE)
+    assert kernel is not None  # `_kernels_work` has compiled it
+    B, H, T, K = x.shape
+    real = accumulation_type(x)
+    numba_runtime.spread(
+        kernel,
+        B * T,
+        *(H, K // 2, T, cos.shape[0]),
+        *numba_runtime.strided(x.transpose(1, 2).reshape(B, T, H * K)),
+        *(numba_runtime.flat(y, real) for y in (scales, cos, sin)),
+        *others,
+    )
+
+
+def _heads(x: Tensor) -> tuple[Any, tuple[int, int, int]]:
+    """The memory of x (B, H, T, K), and the strides of B, T and H."""
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return numba_runtime.flat(x.as_strided((span,), (1,)), x.dtype), (
+        x.stride(0),
+        x.stride(2),
+        x.stride(1),
+    )
+
+
+@torch.library.custom_op("pha::unit_rotary", mutates_args=(), device_types="cpu")
+def _forward(x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    y = _output(x, scales, cos, sin)
+    _run("rotary_forward", x, scales, cos, sin, numba_runtime.flat(y.transpose(1, 2), y.dtype))
+    return y
+
+
+@_forward.register_fake
+def _output(x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    B, H, T, K = x.shape
+    return x.new_empty(B, T, H, K).transpose(1, 2)
+
+
+@torch.library.custom_op("pha::unit_rotary_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    dy: Tensor, x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    B, H, T, _ = x.shape
+    dx = _output(x, scales, cos, sin)
+    dscales = x.new_zeros(numba_runtime.calls(B * T), H, dtype=accumulation_type(x))
+    _run(
+        "rotary_backward",
+        *(x, scales, cos, sin),
+        *_heads(dy),
+        *(numba_runtime.flat(y, y.dtype) for y in (dx.transpose(1, 2), dscales)),
+    )
+    return dx, dscales.sum(0).to(scales.dtype)
+
+
+@_backward.register_fake
+def _gradients(
+    dy: Tensor, x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _output(x, scales, cos, sin), scales.new_empty(scales.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward(dy, *ctx.saved_tensors), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _check(backend: Any, oracle: Any, device_type: str) -> float:
+    generator = torch.Generator().manual_seed(0)
+    # Enough for each backend to use its kernel.
+    x = torch.randn(3, 4, 250, 18, generator=generator).to(device_type)
+    scales = (1 + torch.rand(4, generator=generator)).to(device_type)
+    angles = torch.randn(1, 250, 9, generator=generator).to(device_type)
+
+    def run(function: Any) -> Any:
+        return lambda x, s: function(x, s, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+
+    return relative_error(run(backend), run(oracle), x, scales)
+
+
+_OP = Op(
+    "unit_rotary",
+    {"naive": unit_rotary_naive, "torch": unit_rotary_torch, "numba": unit_rotary_numba},
+    {"cpu": "numba", "default": "torch"},
+    _check,
+    only_on={"numba": "cpu"},
+)
