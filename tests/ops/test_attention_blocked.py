@@ -245,6 +245,7 @@ def test_without_numba_torch_takes_over_and_says_so_once(monkeypatch: pytest.Mon
     caches = attention_blocked._compiled, numba_runtime.kernel, numba_runtime._warn
     for cached in caches:
         cached.cache_clear()
+    monkeypatch.setattr(numba_runtime, "_FAULTS", {})
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "pha.ops.numba_tiles")
     q, k, v = problem(1, 2, 1, 256, 256, 20)

@@ -180,6 +180,7 @@ def test_without_numba_torch_takes_over_and_says_so_once(
     caches = numba_runtime.kernel, numba_runtime._warn
     for cached in caches:
         cached.cache_clear()
+    monkeypatch.setattr(numba_runtime, "_FAULTS", {})
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "pha.ops.numba_rows", raising=False)
     inputs, bind = problem(name, 16, torch.float32)

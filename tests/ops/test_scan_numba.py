@@ -46,7 +46,7 @@ def wide_problem(B: int, T: int, n: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def test_exponential() -> None:
-    from pha.ops.numba_kernels import exp32
+    from pha.ops.numba_math import exp32
 
     vectorised = numba.vectorize(["f4(f4)"])(lambda x: exp32(x))
     x = np.concatenate([np.linspace(-87.3, 88.3, 1_000_003), [0.0, -0.0]]).astype(np.float32)
@@ -134,7 +134,7 @@ def test_what_is_compiled_is_kept_where_it_can_be_written(tmp_path: Path) -> Non
     script = """
 import torch, numba
 from pha.ops import scan
-from pha.ops.numba_kernels import scan_forward
+from pha.ops.numba_scan import scan_forward
 scan(torch.ones(1, 2, 3), torch.ones(3))
 print(sum(scan_forward.stats.cache_hits.values()), sum(scan_forward.stats.cache_misses.values()))
 """
@@ -164,6 +164,7 @@ def test_numba_is_not_imported_before_it_is_needed() -> None:
 def without_numba(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for cached in (numba_runtime.kernel, numba_runtime._warn):
         cached.cache_clear()
+    monkeypatch.setattr(numba_runtime, "_FAULTS", {})
     monkeypatch.setitem(sys.modules, "numba", None)
     yield
     for cached in (numba_runtime.kernel, numba_runtime._warn):

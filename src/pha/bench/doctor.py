@@ -60,8 +60,12 @@ def examine() -> dict[str, Any]:
                     if op.only_on[name] not in devices:
                         backends.append(_elsewhere(op, name, where))
                     continue
-                reason = op.fault(name, where)
-                error = op.self_check(name, where) if reason is None else None
+                reason, error = op.fault(name, where), None
+                if reason is None:
+                    error = op.self_check(name, where)
+                    reason = op.fault(name, where)  # some are found out by the first use
+                if reason is not None:
+                    error = None  # of what computed in its place
                 backends.append(
                     {
                         "op": op.name,

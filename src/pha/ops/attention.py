@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pha.ops import attention_flex as flex_kernels
+from pha.ops import numba_runtime
 from pha.ops.attention_blocked import blocked_attention, serves
 from pha.ops.backends import Op
 from pha.ops.testing import relative_error
@@ -209,6 +210,12 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     )
 
 
+def _fault(backend: str, device_type: str) -> str | None:
+    if backend == "blocked":
+        return numba_runtime.fault("numba_attention")
+    return flex_kernels.fault() if backend == "flex" and device_type == "cuda" else None
+
+
 _OP = Op(
     "attention",
     {
@@ -220,4 +227,5 @@ _OP = Op(
     {"cpu": "blocked", "cuda": "flex", "default": "sdpa"},
     _check,
     only_on={"blocked": "cpu", "flex": "cuda"},
+    fault=_fault,
 )

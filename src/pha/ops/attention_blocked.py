@@ -122,7 +122,7 @@ class _Problem:
             )
         ]
         sizes = G, S, K, self.padded, self.width
-        self.run("pack", B * G * self.padded // PANEL, *sizes, *elements(x), *words)
+        self.run("pack", B * G * self.padded // PANEL, *sizes, *numba_runtime.elements(x), *words)
         return words[0], words[1]
 
     def summed(self, x: Tensor, like: Tensor) -> Tensor:
@@ -143,17 +143,6 @@ class _Problem:
         numba_runtime.spread(kernel, tasks, *arguments)
 
 
-def elements(x: Tensor) -> tuple[Any, tuple[int, ...]]:
-    """The memory of x (B, H, T, K) and the strides of B, H and T.
-
-    Only where head dimensions are not adjacent is x copied.
-    """
-    if x.stride(3) != 1:
-        x = x.contiguous()
-    span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    return numba_runtime.flat(x.as_strided((span,), (1,)), x.dtype), x.stride()[:3]
-
-
 @torch.library.custom_op(
     "pha::blocked_attention",
     mutates_args=(),
@@ -169,9 +158,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[Tenso
         "forward",
         problem.heads * problem.blocks,
         *problem.sizes,
-        *elements(q),
+        *numba_runtime.elements(q),
         *(k_columns, v_pairs),
-        *elements(y),
+        *numba_runtime.elements(y),
         numba_runtime.flat(lse, lse.dtype),
     )
     return y, lse
@@ -209,12 +198,12 @@ def _backward(
         "backward",
         problem.heads,
         *problem.sizes,
-        *elements(q),
+        *numba_runtime.elements(q),
         *(k_columns, k_pairs, v_columns),
-        *elements(y),
-        *elements(dy),
+        *numba_runtime.elements(y),
+        *numba_runtime.elements(dy),
         numba_runtime.flat(lse, lse.dtype),
-        *elements(dq),
+        *numba_runtime.elements(dq),
         *(numba_runtime.flat(x, x.dtype) for x in (dk, dv)),
     )
     return dq, problem.summed(dk, k), problem.summed(dv, v)

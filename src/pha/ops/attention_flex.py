@@ -90,9 +90,14 @@ def _make(
     return create_block_mask(visible, None if rows == 1 else rows, None, queries, keys, device)
 
 
-@functools.cache
 def usable() -> bool:
     """Whether it compiles here and agrees with the plain formula; if not, a warning says why."""
+    return fault() is None
+
+
+@functools.cache
+def fault() -> str | None:
+    """Why it is not usable here; None if it is."""
     try:
         with (
             torch.inference_mode(False),
@@ -109,7 +114,7 @@ def usable() -> bool:
             RuntimeWarning,
             stacklevel=2,
         )
-    return not reason
+    return reason or None
 
 
 def _trial(device: torch.device) -> float:

@@ -28,7 +28,7 @@ class Op:
             relative error of values and gradients.
         only_on: backend name -> the one device type it is made for; others run on all.
         fault: for a backend and a device type, why something else computes in place of the
-            backend there, in a few words; None where it runs.
+            backend there, in a few words; None where it runs, as far as its use has shown.
     """
 
     name: str

@@ -324,6 +324,12 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     )
 
 
+def _fault(backend: str, device_type: str) -> str | None:
+    if backend == "numba":
+        return numba_runtime.fault("numba_scan")
+    return triton_runtime.fault(backend, device_type)
+
+
 _OP = Op(
     "gated_scan",
     {
@@ -342,5 +348,5 @@ _OP = Op(
         "triton-sequential": "cuda",
         "triton-chunked": "cuda",
     },
-    fault=triton_runtime.fault,
+    fault=_fault,
 )

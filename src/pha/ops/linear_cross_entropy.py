@@ -117,8 +117,8 @@ def _compiled_softmax_gradient_(z: Tensor, y: Tensor, ignored: int, gradient: bo
 
 
 @functools.cache
-def _kernel_works(kernel: str, device: torch.device) -> bool:
-    """Whether a kernel is there and right, by a trial; if not, a warning says why."""
+def _kernel_fault(kernel: str, device: torch.device) -> str | None:
+    """Why a kernel cannot be used, by a trial; a warning says so too. None where it can."""
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(7, 16, generator=generator), torch.randn(4100, 16, generator=generator)
     y = torch.tensor([0, 4099, IGNORE_INDEX, 4096, 17, 5, 6])
@@ -136,7 +136,7 @@ def _kernel_works(kernel: str, device: torch.device) -> bool:
             RuntimeWarning,
             stacklevel=2,
         )
-    return not reason
+    return reason or None
 
 
 def _chunk_by_chunk(
@@ -154,7 +154,7 @@ def _chunk_by_chunk(
     dw.zero_()
     w = weight.to(dtype)
     chunk = _chunk_rows(x, weight)
-    fused = kernel != "" and dtype != torch.float64 and _kernel_works(kernel, x.device)
+    fused = kernel != "" and dtype != torch.float64 and _kernel_fault(kernel, x.device) is None
     # One buffer for all chunks, overwritten in place from logits to gradients: fresh memory of this
     # size costs a page fault every 4 KiB. The kernel wants rows aligned.
     columns = -(-w.shape[0] // ALIGNMENT) * ALIGNMENT if fused else w.shape[0]
@@ -279,6 +279,11 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     )
 
 
+def _fault(backend: str, device_type: str) -> str | None:
+    device = torch.empty(0, device=device_type).device
+    return _kernel_fault(backend, device) if backend in ("triton", "numba") else None
+
+
 _OP = Op(
     "linear_cross_entropy",
     {
@@ -290,4 +295,5 @@ _OP = Op(
     {"cuda": "triton", "cpu": "numba", "default": "chunked"},
     _check,
     only_on={"triton": "cuda", "numba": "cpu"},
+    fault=_fault,
 )

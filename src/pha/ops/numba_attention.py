@@ -14,10 +14,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
-from pha.ops.numba_kernels import _jit, exp32, narrow, widen
+from pha.ops.numba_math import exp32, jit, jit_sum, narrow, widen
 from pha.ops.numba_tiles import (
     LANES,
     multiply,
@@ -37,8 +37,6 @@ _COLUMNS = (0,) * (PANEL // LANES)
 _NEVER = np.float32(-np.inf)
 _FAR = np.float32(-1e30)  # Less than any score, but a number.
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
-# Sums may be taken in any order, the same each time, which makes vectors of them.
-_jit_sum = njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc"})
 
 
 def joined(x: Any, y: Any) -> Any:
@@ -52,7 +50,7 @@ def _joined(x, y):  # type: ignore[no-untyped-def]
     return lambda x, y: x
 
 
-@_jit
+@jit
 def _pairs(
     x: Any, base: int, stride: int, count: int, size: int, out: Any, height: int, width: int
 ) -> None:
@@ -73,7 +71,7 @@ def _pairs(
                 row[j] = here[j]
 
 
-@_jit
+@jit
 def pack(
     first: int,
     step: int,
@@ -118,7 +116,7 @@ def pack(
             _pairs(x, base, strides[2], count, size, pairs[at : at + whole], PANEL, width)
 
 
-@_jit
+@jit
 def sum_heads(
     first: int,
     step: int,
@@ -151,7 +149,7 @@ def sum_heads(
                 target[j] = narrow(total[j], target[j])
 
 
-@_jit
+@jit
 def _rows(x: Any, base: int, stride: int, count: int, size: int, out: Any, height: int) -> None:
     """The words of `count` rows of x as a left operand of `height` rows; zeros beyond."""
     together = 4 // x.itemsize
@@ -165,7 +163,7 @@ def _rows(x: Any, base: int, stride: int, count: int, size: int, out: Any, heigh
             words[deep - 1] = row[size - 1]
 
 
-@_jit
+@jit
 def _hide(s: Any, at: int, width: int, low: int, high: int) -> None:
     """Set what is not within low .. high - 1 of a row of scores to minus infinity."""
     for j in range(min(max(low, 0), width)):
@@ -174,7 +172,7 @@ def _hide(s: Any, at: int, width: int, low: int, high: int) -> None:
         s[at + j] = _NEVER
 
 
-@_jit
+@jit
 def forward(
     first: int,
     step: int,
@@ -266,7 +264,7 @@ def forward(
             lse[head * T + begin + r] = tops[r] + np.log(sums[r])
 
 
-@_jit_sum
+@jit_sum
 def _dot(x: Any, y: Any) -> Any:
     total = _ZERO
     for j in range(x.size):
@@ -274,7 +272,7 @@ def _dot(x: Any, y: Any) -> Any:
     return total
 
 
-@_jit
+@jit
 def backward(
     first: int,
     step: int,

@@ -15,17 +15,15 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
-from pha.ops.numba_kernels import exp32, narrow, sigmoid, widen
+from pha.ops.numba_math import exp32, jit_sum, narrow, sigmoid, widen
 
 FIELDS = 12
 OP, WAIT, TARGET, SOURCE, SIZE, INNER, ADDRESS, AUX, AUX2, FIRST, SECOND, FLAG = range(FIELDS)
 LINEAR, NORM, ADD, GATE, SWIGLU, HEADS, APPEND, ATTEND = range(8)
 SPINS = 4000  # looks at the others before giving the processor away
-# Sums may be reordered, so that dot products are vectorised: the same way at every call.
-_jit = njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc"}, boundscheck=False)
 _yield_processor = types.ExternalFunction("sched_yield", types.int32())
 _TINY, _ONE, _ZERO = np.float32(1e-12), np.float32(1.0), np.float32(0.0)
 _LEAST = np.float32(-np.inf)
@@ -65,7 +63,7 @@ def _look(context: Any, counter: Any) -> Any:
     return types.int64(counter), generate
 
 
-@_jit
+@jit_sum
 def _wait(counter: Any, target: int) -> None:
     """Until all threads are here: `target` arrivals since the beginning."""
     if _add_one(counter) >= target:
@@ -77,14 +75,14 @@ def _wait(counter: Any, target: int) -> None:
             _yield_processor()
 
 
-@_jit
+@jit_sum
 def _slice(x: Any, begin: int, size: int) -> Any:
     """The numbers from `begin` on. Loops over slices are vectorised, those over offsets are not:
     the compiler cannot tell that an offset is not negative."""
     return x[begin : begin + size]
 
 
-@_jit
+@jit_sum
 def _dot(row: Any, x: Any) -> Any:
     total = _ZERO
     for i in range(row.size):
@@ -92,7 +90,7 @@ def _dot(row: Any, x: Any) -> Any:
     return total
 
 
-@_jit
+@jit_sum
 def _four_dots(rows: Any, x: Any) -> Any:
     """Four rows times x, which is read once."""
     size = x.size
@@ -107,7 +105,7 @@ def _four_dots(rows: Any, x: Any) -> Any:
     return a, b, c, d
 
 
-@_jit
+@jit_sum
 def _linear(step: Any, work: Any, width: int, batch: int, part: int, parts: int, like: Any) -> None:
     """Rows of a weight (SIZE, INNER) times each sequence."""
     size, inner = step[SIZE], step[INNER]
@@ -129,7 +127,7 @@ def _linear(step: Any, work: Any, width: int, batch: int, part: int, parts: int,
             work[b * width + step[TARGET] + j] = _dot(row, x)
 
 
-@_jit
+@jit_sum
 def _norm(step: Any, work: Any, width: int, b: int, constants: Any) -> None:
     """to = [to +] w x / rms(x) * gain; with FIRST = w and SECOND = eps in `constants`."""
     size = step[SIZE]
@@ -143,7 +141,7 @@ def _norm(step: Any, work: Any, width: int, b: int, constants: Any) -> None:
         to[i] = (to[i] if step[FLAG] else _ZERO) + x[i] * scale * gain[i]
 
 
-@_jit
+@jit_sum
 def _add(step: Any, work: Any, width: int, b: int, constants: Any) -> None:
     """to = FIRST to + SECOND x."""
     x = _slice(work, b * width + step[SOURCE], step[SIZE])
@@ -153,7 +151,7 @@ def _add(step: Any, work: Any, width: int, b: int, constants: Any) -> None:
         to[i] = first * to[i] + second * x[i]
 
 
-@_jit
+@jit_sum
 def _gate(
     step: Any, work: Any, width: int, batch: int, part: int, parts: int, constants: Any
 ) -> None:
@@ -175,7 +173,7 @@ def _gate(
             to[i] = h[i]
 
 
-@_jit
+@jit_sum
 def _swiglu(step: Any, work: Any, width: int, batch: int, part: int, parts: int) -> None:
     """to = silu(gate) * up, for the same entries as `_linear` made."""
     size = step[SIZE]
@@ -189,7 +187,7 @@ def _swiglu(step: Any, work: Any, width: int, batch: int, part: int, parts: int)
             to[i] = gate[i] * sigmoid(gate[i]) * up[i]
 
 
-@_jit
+@jit_sum
 def _head(step: Any, x: Any, scale: Any, angles: Any) -> None:
     """Normalise (with FLAG), scale and turn one head x of INNER numbers, in place."""
     half = x.size // 2
@@ -202,7 +200,7 @@ def _head(step: Any, x: Any, scale: Any, angles: Any) -> None:
         x[half + i] = x2 * cos + x1 * sin
 
 
-@_jit
+@jit_sum
 def _append(
     step: Any, work: Any, width: int, unit: int, place: int, capacity: int, like: Any
 ) -> None:
@@ -217,7 +215,7 @@ def _append(
             kept[i] = narrow(x[i], kept[i])
 
 
-@_jit
+@jit_sum
 def _attend(
     step: Any,
     work: Any,
@@ -254,7 +252,7 @@ def _attend(
             to[i] += weight * widen(row[i])
 
 
-@_jit
+@jit_sum
 def run(
     part: int,
     parts: int,

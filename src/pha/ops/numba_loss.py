@@ -10,18 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
-from pha.ops.numba_kernels import _jit, exp32, narrow, widen
+from pha.ops.numba_math import exp32, jit, jit_sum, narrow, widen
 
 LANES = 256  # Maxima kept side by side, so that a row's is found with vectors.
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _FAR = np.float32(-3e38)
-# The sum may be taken in any order, the same each time, which makes vectors of it.
-_jit_sum = njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc"})
 
 
-@_jit
+@jit
 def _largest(z: Any, lanes: Any) -> Any:
     """The largest number of a row; not a number counts as the smallest."""
     lanes[:] = _FAR
@@ -40,13 +38,13 @@ def _largest(z: Any, lanes: Any) -> Any:
     return largest
 
 
-@_jit
+@jit
 def _exponentials(z: Any, largest: Any, out: Any) -> None:
     for j in range(z.size):
         out[j] = exp32(widen(z[j]) - largest)
 
 
-@_jit_sum
+@jit_sum
 def _sum(x: Any) -> Any:
     total = _ZERO
     for j in range(x.size):
@@ -54,7 +52,7 @@ def _sum(x: Any) -> Any:
     return total
 
 
-@_jit
+@jit
 def softmax_gradient(
     first: int,
     step: int,

@@ -4,7 +4,7 @@ A row is one token's. It is read from memory once and stays in the first-level c
 pass over it, which PyTorch's operations, one at a time, make of memory again. A call of a kernel
 does the rows first, first + step, ... Sums over all rows are kept by call, in row `first` of an
 array of `step` rows, and added up by the caller in that order, so that they do not depend on which
-thread was free. Elements, sums and names are those of `numba_kernels`.
+thread was free. Elements are those of `numba_math`; sums are float32.
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 
-from pha.ops.numba_kernels import _jit, complement, narrow, sigmoid, widen
-
-# The sum may be taken in any order, the same each time, which makes vectors of it.
-_jit_sum = njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc"})
+from pha.ops.numba_math import complement, jit, jit_sum, narrow, sigmoid, widen
 
 
-@_jit_sum
+@jit_sum
 def _sum_of_squares(x: Any, zero: Any) -> Any:
     total = zero
     for j in range(x.size):
@@ -29,7 +26,7 @@ def _sum_of_squares(x: Any, zero: Any) -> Any:
     return total
 
 
-@_jit_sum
+@jit_sum
 def _dot(a: Any, b: Any, zero: Any) -> Any:
     total = zero
     for j in range(a.size):
@@ -37,7 +34,7 @@ def _dot(a: Any, b: Any, zero: Any) -> Any:
     return total
 
 
-@_jit
+@jit
 def norms_forward(
     first: int,
     step: int,
@@ -68,7 +65,7 @@ def norms_forward(
             here[j] = narrow(total[j], here[j])
 
 
-@_jit
+@jit
 def norms_backward(
     first: int,
     step: int,
@@ -113,7 +110,7 @@ def norms_backward(
             dgain[first * d + j] = sums[i * d + j]
 
 
-@_jit
+@jit
 def rotary_forward(
     first: int,
     step: int,
@@ -151,7 +148,7 @@ def rotary_forward(
                 y2[j] = narrow(unit[half + j] * c[j] + unit[j] * s[j], y2[j])
 
 
-@_jit
+@jit
 def rotary_backward(
     first: int,
     step: int,
@@ -178,7 +175,7 @@ def rotary_backward(
         angles = (b % batches * T + t) * half
         c, s = cos[angles : angles + half], sin[angles : angles + half]
         for head in range(heads):
-            at = b * dy_strides[0] + t * dy_strides[1] + head * dy_strides[2]
+            at = b * dy_strides[0] + head * dy_strides[1] + t * dy_strides[2]
             g1, g2 = dy[at : at + half], dy[at + half : at + 2 * half]
             for j in range(half):
                 g[j] = widen(g1[j]) * c[j] + widen(g2[j]) * s[j]
@@ -199,7 +196,7 @@ def rotary_backward(
                 out[j] = narrow(g[j] * factor - widen(here[j]) * back, out[j])
 
 
-@_jit
+@jit
 def swiglu_forward(
     first: int,
     step: int,
@@ -220,7 +217,7 @@ def swiglu_forward(
             here[j] = narrow(x * sigmoid(x) * widen(u[j]), here[j])
 
 
-@_jit
+@jit
 def swiglu_backward(
     first: int,
     step: int,

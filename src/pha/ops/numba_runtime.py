@@ -27,6 +27,7 @@ from pha.utils.files import cache_folder
 
 _TOGETHER = threading.Lock()
 CALLS = 6  # Calls of a kernel for each thread, where they need not be equal.
+_FAULTS: dict[str, str] = {}
 SMALL = 2**15  # Elements below which waking another thread takes longer than the work.
 
 
@@ -55,7 +56,7 @@ def _cache_folder(config: Any) -> Iterator[None]:
 
 @functools.cache
 def kernel(
-    name: str, dtype: torch.dtype, module: str = "numba_kernels", *sizes: int
+    name: str, dtype: torch.dtype, module: str = "numba_scan", *sizes: int
 ) -> Callable[..., None] | None:
     """A function of a module of kernels, compiled for tensors of `dtype`.
 
@@ -71,8 +72,15 @@ def kernel(
     try:
         return _compile(name, dtype, module, *sizes)
     except Exception as error:  # Whatever it is, the same can be computed with torch.
-        _warn(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        _FAULTS.setdefault(module, reason)
+        _warn(reason)
         return None
+
+
+def fault(module: str) -> str | None:
+    """Why torch computes in place of a module's kernels; None as long as none has failed."""
+    return _FAULTS.get(module)
 
 
 def _compile(name: str, dtype: torch.dtype, module: str, *sizes: int) -> Callable[..., None]:
@@ -128,6 +136,17 @@ def strided(x: Tensor) -> tuple[Any, tuple[int, int]]:
     return _array(x.as_strided((span,), (1,))), steps
 
 
+def elements(x: Tensor) -> tuple[Any, tuple[int, ...]]:
+    """The memory of x (B, H, T, K) and the strides of B, H and T.
+
+    Only where head dimensions are not adjacent is x copied.
+    """
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return _array(x.as_strided((span,), (1,))), x.stride()[:3]
+
+
 def _array(x: Tensor) -> Any:
     """A flat tensor as a numpy array on the same memory; bfloat16 as uint16."""
     x = x.detach()
@@ -136,7 +155,7 @@ def _array(x: Tensor) -> Any:
 
 def run(function: Callable[..., None], shape: torch.Size, *arguments: Any) -> None:
     """Call a kernel for every sequence and state of (B, T, n), on torch's number of threads."""
-    from pha.ops.numba_kernels import BLOCK
+    from pha.ops.numba_scan import BLOCK
 
     B, T, n = shape
     threads = torch.get_num_threads() if shape.numel() >= SMALL else 1

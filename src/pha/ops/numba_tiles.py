@@ -18,17 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from pha.ops.numba_kernels import (
-    _C2,
-    _C3,
-    _C4,
-    _C5,
-    _C6,
-    _LN2_HIGH,
-    _LN2_LOW,
-    _LOG2_E,
-    _SHIFT,
-)
+from pha.ops.numba_math import C2, C3, C4, C5, C6, LN2_HIGH, LN2_LOW, LOG2_E, SHIFT
 
 LANES = 16
 UNROLLED = 4  # Vectors at a time in loops over a row, whose length is a multiple of them.
@@ -180,15 +170,15 @@ def _constant(value: Any) -> Any:
 
 
 def _weight(builder: Any, x: Any) -> Any:
-    """exp(x) of 16 numbers x <= 0 as in `numba_kernels.exp32`; zero where it would be denormal."""
+    """exp(x) of 16 numbers x <= 0 as in `numba_math.exp32`; zero where it would be denormal."""
     contract = ("contract",)
     fma = functools.partial(_fused, builder)
-    shifted = fma(x, _constant(_LOG2_E), _constant(_SHIFT))
-    k = builder.fsub(shifted, _constant(_SHIFT))
-    r = fma(k, _constant(-_LN2_HIGH), x)
-    r = fma(k, _constant(-_LN2_LOW), r)
-    p = _constant(_C6)
-    for coefficient in (_C5, _C4, _C3, _C2):
+    shifted = fma(x, _constant(LOG2_E), _constant(SHIFT))
+    k = builder.fsub(shifted, _constant(SHIFT))
+    r = fma(k, _constant(-LN2_HIGH), x)
+    r = fma(k, _constant(-LN2_LOW), r)
+    p = _constant(C6)
+    for coefficient in (C5, C4, C3, C2):
         p = fma(r, p, _constant(coefficient))
     p = fma(builder.fmul(r, r, contract), p, builder.fadd(r, _constant(1)))
     words = ir.VectorType(_WORD, LANES)

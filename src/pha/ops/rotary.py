@@ -96,18 +96,6 @@ def _run(name: str, x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor, *others
     )
 
 
-def _heads(x: Tensor) -> tuple[Any, tuple[int, int, int]]:
-    """The memory of x (B, H, T, K), and the strides of B, T and H."""
-    if x.stride(3) != 1:
-        x = x.contiguous()
-    span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    return numba_runtime.flat(x.as_strided((span,), (1,)), x.dtype), (
-        x.stride(0),
-        x.stride(2),
-        x.stride(1),
-    )
-
-
 @torch.library.custom_op("pha::unit_rotary", mutates_args=(), device_types="cpu")
 def _forward(x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     y = _output(x, scales, cos, sin)
@@ -131,7 +119,7 @@ def _backward(
     _run(
         "rotary_backward",
         *(x, scales, cos, sin),
-        *_heads(dy),
+        *numba_runtime.elements(dy),
         *(numba_runtime.flat(y, y.dtype) for y in (dx.transpose(1, 2), dscales)),
     )
     return dx, dscales.sum(0).to(scales.dtype)
@@ -174,4 +162,5 @@ _OP = Op(
     {"cpu": "numba", "default": "torch"},
     _check,
     only_on={"numba": "cpu"},
+    fault=lambda backend, _: numba_runtime.fault(_MODULE) if backend == "numba" else None,
 )

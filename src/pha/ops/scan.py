@@ -338,6 +338,12 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     return relative_error(lambda *x: backend(*x, starts), lambda *x: oracle(*x, starts), u, a, h0)
 
 
+def _fault(backend: str, device_type: str) -> str | None:
+    if backend == "numba":
+        return numba_runtime.fault("numba_scan")
+    return triton_runtime.fault(backend, device_type)
+
+
 _OP = Op(
     "scan",
     {
@@ -356,5 +362,5 @@ _OP = Op(
         "triton-sequential": "cuda",
         "triton-chunked": "cuda",
     },
-    fault=triton_runtime.fault,
+    fault=_fault,
 )

@@ -126,4 +126,5 @@ _OP = Op(
     {"cpu": "numba", "default": "torch"},
     _check,
     only_on={"numba": "cpu"},
+    fault=lambda backend, _: numba_runtime.fault(_MODULE) if backend == "numba" else None,
 )

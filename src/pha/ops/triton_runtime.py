@@ -34,7 +34,7 @@ def usable(device: torch.device) -> bool:
 def fault(backend: str, device_type: str) -> str | None:
     """Why torch computes in place of a `backend` on the current device; None if it does not.
 
-    An `Op` asks this of each of its backends; only Triton's can have a fault.
+    Only Triton's can have a fault of this kind.
     """
     if not backend.startswith("triton"):
         return None

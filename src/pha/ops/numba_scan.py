@@ -4,9 +4,9 @@ Work is cut into tasks, one for each sequence and block of at most `BLOCK` state
 time and treats a row of its block at each step: memory is read and written along rows, and what is
 carried from step to step stays in the cache, in a `work` array of such rows.
 
-bfloat16 tensors come as uint16. They are widened when read and rounded to nearest even when
-written; all sums are float32. All arrays are flat. Inputs (B, T, n) have `strides` (batch, time) in
-elements, and adjacent states; everything else is contiguous. An array that is absent is empty.
+Elements are those of `numba_math`; all sums are float32. All arrays are flat. Inputs (B, T, n)
+have `strides` (batch, time) in elements, and adjacent states; everything else is contiguous. An
+array that is absent is empty.
 
 An inner loop over j reads or writes few arrays on purpose: before a vectorised loop the compiler
 tests at run time that what it writes overlaps nothing else, and gives up where that are many tests.
@@ -17,9 +17,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba import types
+
+from pha.ops.numba_math import complement, jit, narrow, sigmoid, widen
 
 BLOCK = 4096
 # Rows of `work` lie this far apart: not a multiple of 4096 bytes, by which a processor takes a
@@ -28,139 +28,30 @@ ROW = BLOCK + 272
 # The backward passes walk against time, which hardware does not fetch ahead: so many elements of
 # each array are fetched first, in the order of memory. They should fit the second-level cache.
 FETCHED = 32768
-_FLOAT, _INT = ir.FloatType(), ir.IntType(32)
-# Multiplication and addition may be fused; nothing else of IEEE arithmetic is given up.
-_jit = njit(nogil=True, error_model="numpy", fastmath={"contract"}, boundscheck=False)
 
 
-@intrinsic
-def widen(context: Any, x: Any) -> Any:
-    """The number that an element stands for: float32 of bfloat16 bits, others as they are."""
-
-    def float_from_bits(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.shl(builder.zext(args[0], _INT), ir.Constant(_INT, 16))
-        return builder.bitcast(bits, _FLOAT)
-
-    def same(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return args[0]
-
-    return (types.float32(x), float_from_bits) if x == types.uint16 else (x(x), same)
-
-
-@intrinsic
-def narrow(context: Any, x: Any, like: Any) -> Any:
-    """The element that stands for the number x in an array of elements like `like`."""
-
-    def bits_from_float(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def constant(value: int) -> Any:
-            return ir.Constant(_INT, value)
-
-        bits = builder.bitcast(args[0], _INT)
-        upper = builder.lshr(bits, constant(16))
-        # Half a unit, less one bit where the upper half is even: ties go to the even one.
-        half = builder.add(builder.and_(upper, constant(1)), constant(0x7FFF))
-        rounded = builder.lshr(builder.add(bits, half), constant(16))
-        is_nan = builder.fcmp_unordered("uno", args[0], args[0])
-        rounded = builder.select(is_nan, builder.or_(upper, constant(0x40)), rounded)
-        return builder.trunc(rounded, ir.IntType(16))
-
-    def same(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return args[0]
-
-    return (like(x, like), bits_from_float) if like == types.uint16 else (x(x, like), same)
-
-
-@intrinsic
-def _times_power_of_two(context: Any, x: Any, shifted: Any) -> Any:
-    """x * 2^k in float32, where `shifted` is k + _SHIFT: k sits in its lowest bits."""
-
-    def add_to_exponent(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits, k = (builder.bitcast(value, _INT) for value in args)
-        return builder.bitcast(builder.add(bits, builder.shl(k, ir.Constant(_INT, 23))), _FLOAT)
-
-    return x(x, shifted), add_to_exponent
-
-
-_SHIFT = np.float32(1.5 * 2**23)  # Adding it rounds to a whole number.
-_LOG2_E = np.float32(np.log2(np.e))
-# ln 2 in two parts; k times the first, of 12 bits, is exact.
-_LN2_HIGH = np.float32(np.floor(np.log(2) * 2**12) / 2**12)
-_LN2_LOW = np.float32(np.log(2) - np.floor(np.log(2) * 2**12) / 2**12)
-# Beyond these 2^k would leave the normal float32 numbers.
-_LOWEST, _HIGHEST = np.float32(-87.3), np.float32(88.3)
-# (exp(r) - 1 - r) / r^2 on |r| <= ln(2) / 2, interpolated in Chebyshev nodes.
-_C2 = np.float32(0.5)
-_C3 = np.float32(0.16666576266288757)
-_C4 = np.float32(0.041666556149721146)
-_C5 = np.float32(0.008363178931176662)
-_C6 = np.float32(0.0013926184037700295)
-_ONE = np.float32(1.0)
-
-
-@_jit
-def exp32(x: Any) -> Any:
-    """exp(x) in float32 without a call, so that loops over it are vectorised.
-
-    x = k ln 2 + r gives exp(x) = 2^k exp(r). Right to 2 units in the last place in [-87.3, 88.3],
-    and what it is at the nearer end outside.
-    """
-    x = _LOWEST if x < _LOWEST else x
-    x = _HIGHEST if x > _HIGHEST else x
-    shifted = x * _LOG2_E + _SHIFT
-    k = shifted - _SHIFT
-    r = (x - k * _LN2_HIGH) - k * _LN2_LOW
-    p = _C2 + r * (_C3 + r * (_C4 + r * (_C5 + r * _C6)))
-    return _times_power_of_two(_ONE + (r + r * r * p), shifted)
-
-
-def sigmoid(x: Any) -> Any:
-    """1 / (1 + exp(-x)), in the type of x."""
-
-
-def complement(x: Any) -> Any:
-    """1 - x, in the type of x (a literal 1 would make it float64)."""
-
-
-# numba wants the parameters named alike and without annotations.
-_inlined = {"error_model": "numpy", "fastmath": {"contract"}}
-
-
-@overload(sigmoid, jit_options=_inlined)
-def _sigmoid(x):  # type: ignore[no-untyped-def]
-    if x == types.float32:
-        return lambda x: _ONE / (_ONE + exp32(-x))
-    return lambda x: 1.0 / (1.0 + np.exp(-x))
-
-
-@overload(complement, jit_options=_inlined)
-def _complement(x):  # type: ignore[no-untyped-def]
-    if x == types.float32:
-        return lambda x: _ONE - x
-    return lambda x: 1.0 - x
-
-
-@_jit
+@jit
 def _load(work: Any, row: int, source: Any, at: int, width: int) -> None:
     """Fill a row of `work` from `source`, beginning at `at`; with zeros where that is empty."""
     for j in range(width):
         work[row * ROW + j] = source[at + j] if source.size > 0 else 0
 
 
-@_jit
+@jit
 def _store(work: Any, row: int, target: Any, at: int, width: int) -> None:
     """Copy a row of `work` to `target` from `at` on."""
     for j in range(width):
         target[at + j] = work[row * ROW + j]
 
 
-@_jit
+@jit
 def _row(x: Any, b: int, t: int, strides: Any, begin: int, width: int) -> Any:
     """States begin to begin + width of sequence b at step t."""
     at = b * strides[0] + t * strides[1] + begin
     return x[at : at + width]
 
 
-@_jit
+@jit
 def scan_forward(
     first: int,
     last: int,
@@ -195,7 +86,7 @@ def scan_forward(
         _store(state, 0, h_last, b * n + begin, width)
 
 
-@_jit
+@jit
 def _step_back(
     work: Any,
     dh_t: Any,
@@ -233,7 +124,7 @@ def _step_back(
             work[ROW + j] = g * work[j]
 
 
-@_jit
+@jit
 def scan_backward(
     first: int,
     last: int,
@@ -281,7 +172,7 @@ def scan_backward(
         _store(work, 2, da, at, width)
 
 
-@_jit
+@jit
 def gated_scan_forward(
     first: int,
     last: int,
@@ -329,7 +220,7 @@ def gated_scan_forward(
         _store(work, 0, h_last, i * n + begin, width)
 
 
-@_jit
+@jit
 def _gate_back(
     work: Any, gate_t: Any, value_t: Any, dgate_t: Any, dvalue_t: Any, width: int
 ) -> None:
@@ -349,7 +240,7 @@ def _gate_back(
         dvalue_t[j] = narrow(work[6 * ROW + j], dvalue_t[j])
 
 
-@_jit
+@jit
 def gated_scan_backward(
     first: int,
     last: int,
