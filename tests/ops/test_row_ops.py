@@ -28,6 +28,7 @@ each_type = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.fixture(autouse=True)
 def kernels_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba_runtime, "SMALL", 1)
+    monkeypatch.setattr(numba_runtime, "WAKING", 1)
 
 
 def numbers(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

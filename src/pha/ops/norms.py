@@ -121,7 +121,8 @@ def _run(name: str, ys: list[Tensor], dtype: torch.dtype, *arguments: Any) -> No
     kernel = numba_runtime.kernel(name, ys[0].dtype, _MODULE, len(ys), dtype == torch.bfloat16)
     assert kernel is not None  # `_kernels_work` has compiled it
     d = ys[0].shape[-1]
-    numba_runtime.spread(kernel, ys[0].numel() // d, d, *arguments)
+    elements = ys[0].numel()
+    numba_runtime.spread(kernel, elements // d, d, *arguments, elements=elements * len(ys))
 
 
 def _flat(xs: Sequence[Tensor], dtype: torch.dtype) -> tuple[Any, ...]:
@@ -166,7 +167,7 @@ def _backward(
     dout: Tensor, ys: list[Tensor], gains: list[Tensor], weights: Tensor, inverses: Tensor
 ) -> tuple[list[Tensor], Tensor, Tensor]:
     d, real = ys[0].shape[-1], inverses.dtype
-    calls = numba_runtime.calls(ys[0].numel() // d)
+    calls = numba_runtime.calls(ys[0].numel() // d, ys[0].numel() * len(ys))
     dys = [torch.empty(y.shape, dtype=y.dtype) for y in ys]
     dgains = inverses.new_empty(len(ys), calls, d)
     dweights = inverses.new_zeros(calls, len(ys))

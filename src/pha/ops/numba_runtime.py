@@ -28,6 +28,7 @@ from pha.utils.files import cache_folder
 _TOGETHER = threading.Lock()
 CALLS = 6  # Calls of a kernel for each thread, where they need not be equal.
 _FAULTS: dict[str, str] = {}
+WAKING = 2**20  # The same for kernels that do a few operations on each element.
 SMALL = 2**15  # Elements below which waking another thread takes longer than the work.
 
 
@@ -173,19 +174,27 @@ def run(function: Callable[..., None], shape: torch.Size, *arguments: Any) -> No
     )
 
 
-def calls(tasks: int) -> int:
+def _threads(tasks: int, elements: int | None) -> int:
+    few = elements is not None and elements < WAKING
+    return 1 if few else max(1, min(torch.get_num_threads(), tasks))
+
+
+def calls(tasks: int, elements: int | None = None) -> int:
     """How often `spread` calls its kernel."""
-    threads = max(1, min(torch.get_num_threads(), tasks))
+    threads = _threads(tasks, elements)
     return min(tasks, CALLS * threads) if threads > 1 else 1
 
 
-def spread(function: Callable[..., None], tasks: int, *arguments: Any) -> None:
+def spread(
+    function: Callable[..., None], tasks: int, *arguments: Any, elements: int | None = None
+) -> None:
     """Call a kernel with (first, step, tasks, ...), on torch's number of threads.
 
     It is to do the tasks first, first + step, ... There are more calls than threads, so that one
-    whose processor is busy with something else does fewer.
+    whose processor is busy with something else does fewer. Where `elements` is given and small,
+    one call does it all.
     """
-    threads, step = max(1, min(torch.get_num_threads(), tasks)), calls(tasks)
+    threads, step = _threads(tasks, elements), calls(tasks, elements)
     _on_threads(threads, [(first, step, tasks, *arguments) for first in range(step)], function)
 
 

@@ -93,6 +93,7 @@ def _run(name: str, x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor, *others
         *numba_runtime.strided(x.transpose(1, 2).reshape(B, T, H * K)),
         *(numba_runtime.flat(y, real) for y in (scales, cos, sin)),
         *others,
+        elements=x.numel(),
     )
 
 
@@ -115,7 +116,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     B, H, T, _ = x.shape
     dx = _output(x, scales, cos, sin)
-    dscales = x.new_zeros(numba_runtime.calls(B * T), H, dtype=accumulation_type(x))
+    dscales = x.new_zeros(numba_runtime.calls(B * T, x.numel()), H, dtype=accumulation_type(x))
     _run(
         "rotary_backward",
         *(x, scales, cos, sin),

@@ -67,7 +67,8 @@ def _run(name: str, gate: Tensor, up: Tensor, *others: Tensor) -> None:
     assert kernel is not None  # `_kernels_work` has compiled it
     m = gate.shape[-1]
     arrays = (numba_runtime.flat(x, x.dtype) for x in others)
-    numba_runtime.spread(kernel, gate.numel() // m, m, *_rows(gate), *_rows(up), *arrays)
+    options = m, *_rows(gate), *_rows(up)
+    numba_runtime.spread(kernel, gate.numel() // m, *options, *arrays, elements=gate.numel())
 
 
 @torch.library.custom_op("pha::swiglu", mutates_args=(), device_types="cpu")
