@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("--tiny", action="store_true", help="a rehearsal in miniature, on any machine")
     options = parser.parse_args(arguments)
     out = os.environ.get("OUT")
-    options.out = options.out or (Path(out) if out else options.work / "out")
+    options.out = (options.out or (Path(out) if out else options.work / "out")).resolve()
     return options
 
 
@@ -85,8 +86,11 @@ def run(options: argparse.Namespace, gaps: dict[str, str]) -> int:
                 flush=True,
             )
             complete &= record["status"] == "ok"
-        summary = collect(plan, options.out.resolve(), gaps)
-    print(f"results: {options.out}, to begin with {summary}")
+        try:
+            print(f"results: {options.out}, to begin with {collect(plan, options.out, gaps)}")
+        except Exception:  # What was measured lies in WORK; the next stage must not be lost to it.
+            traceback.print_exc()
+            complete = False
     return 0 if complete else 1
 
 

@@ -57,12 +57,14 @@ def _backends(backends: Sequence[Row]) -> Iterator[str]:
         (
             f"{check['op']} on {check['device']}",
             check["backend"] + " (used)" * check["used"],
-            "ok" if check["ok"] else "WRONG",
-            f"{check['error']:.1e}",
+            {True: "ok", False: "WRONG", None: ""}[check["ok"]],
+            check["reason"] if check["error"] is None else f"{check['error']:.1e}",
         )
         for check in backends
     ]
-    yield from _table("Backends against their oracle", ("op", "backend", "", "error"), rows)
+    yield from _table(
+        "Backends against their oracle", ("op", "backend", "", "error, or why there is none"), rows
+    )
 
 
 def _ops(mode: str, rows: Sequence[Row]) -> Iterator[str]:

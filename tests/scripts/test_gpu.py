@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -16,11 +17,12 @@ from pha.nn.parameters import count_parameters
 from pha.nn.presets import preset_config
 from pha.train.recipes import load_recipe
 from pha.utils.files import read_json, write_json
-from scripts.gpu import packages, steps
+from scripts.gpu import collect, packages, stages, steps
 from scripts.gpu.collect import pack
 from scripts.gpu.main import main
 from scripts.gpu.stages import FULL, STAGES, TINY, Plan, best_batch, run_length
 from scripts.gpu.steps import FOLDER, SECONDS, Step, finished, read_record, run_step
+from scripts.gpu.summary import summarise
 
 ROOT = Path(__file__).parents[2]
 
@@ -172,6 +174,39 @@ def test_mistakes_end_before_anything_runs(
     assert stop.value.code == 2
     assert "missing no_such_package: nothing runs without it" in capsys.readouterr().out
     assert not (tmp_path / "work").exists()
+
+
+def test_the_summary_names_backends_that_cannot_run_here() -> None:
+    def backend(name: str, ok: bool | None, error: float | None, reason: str | None) -> dict:
+        each = {"op": "scan", "device": "cuda", "backend": name, "used": False}
+        return each | {"ok": ok, "error": error, "reason": reason}
+
+    backends = [
+        backend("loop", True, 1e-7, None),
+        backend("numba", None, None, "not usable here: runs on cpu"),
+        backend("triton", False, None, "cannot run: no compiler"),
+    ]
+    record = {"environment": {"backends": backends}, "missing_packages": {}, "commit": None}
+    record |= {"steps": [], "tests": None, "benchmarks": {}, "runs": {}}
+    text = "\n".join(summarise(record))
+    assert "1.0e-07" in text
+    assert "not usable here: runs on cpu" in text
+    assert re.search(r"triton +\| +WRONG +\| +cannot run: no compiler", text)
+
+
+def test_a_summary_that_fails_does_not_end_the_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [
+        lambda plan, name=name: [python(name, "print('measured')", output="out.txt")]
+        for name in ("one", "two")
+    ]
+    monkeypatch.setattr(stages, "STAGES", dict(zip(("one", "two"), names, strict=True)))
+    monkeypatch.setattr(collect, "summarise", lambda record: 1 / 0)
+    with pytest.raises(SystemExit, match="1"):
+        main(["--work", str(tmp_path)])
+    assert (tmp_path / "two" / "out.txt").read_text() == "measured\n"
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 @pytest.mark.slow
