@@ -59,7 +59,10 @@ def linear_cross_entropy_naive(x: Tensor, weight: Tensor, targets: Tensor) -> Te
 
 
 def _chunk_rows(x: Tensor, weight: Tensor) -> int:
-    return max(1, min(x.shape[0], chunk_logits(x.device.type) // weight.shape[0]))
+    """Rows at a time: about `chunk_logits`, in chunks of one size, none of them a small rest."""
+    rows = x.shape[0]
+    chunks = max(1, round(rows * weight.shape[0] / chunk_logits(x.device.type)))
+    return max(1, -(-rows // chunks))
 
 
 def _logits(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
@@ -114,6 +117,18 @@ def _compiled_softmax_gradient_(z: Tensor, y: Tensor, ignored: int, gradient: bo
     arrays = memory, numba_runtime.flat(y, y.dtype), numba_runtime.flat(losses, losses.dtype)
     numba_runtime.spread(kernel, rows, *options, *arrays)
     return losses
+
+
+def _compiled_add_(total: Tensor, part: Tensor) -> None:
+    """total += part, of any types, both contiguous, on the CPU."""
+    kernel = numba_runtime.kernel("add_to", part.dtype, "numba_loss")
+    if kernel is None:
+        total += part
+        return
+    from pha.ops.numba_loss import PART
+
+    arrays = (numba_runtime.flat(x, x.dtype) for x in (total, part))
+    numba_runtime.spread(kernel, -(-total.numel() // PART), *arrays)
 
 
 @functools.cache
@@ -172,6 +187,8 @@ def _chunk_by_chunk(
                 # One pass over dW where the types allow it, else the product is added after.
                 if dtype == dw.dtype:
                     dw.addmm_(dz.T, x_rows)
+                elif fused and kernel == "numba":
+                    _compiled_add_(dw, dz.T @ x_rows)
                 else:
                     dw += dz.T @ x_rows
     return total, dx, dw
@@ -222,7 +239,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 
 def linear_cross_entropy_chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Chunks of at most `chunk_logits` logits. See `linear_cross_entropy`."""
+    """Chunks of about `chunk_logits` logits. See `linear_cross_entropy`."""
     return _ChunkedLinearCrossEntropy.apply(x, weight, targets, "")
 
 
