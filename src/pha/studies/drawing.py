@@ -20,6 +20,7 @@ from pha.report.study_plots import (
 from pha.studies.measures import MEASURES
 from pha.studies.outcome import MAIN, Outcome, Row
 from pha.studies.published import find_published
+from pha.studies.shares import last_weights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -139,16 +140,12 @@ def _settings(outcome: Outcome) -> Figure | None:
 
 
 def _shares(outcome: Outcome) -> Figure | None:
-    runs = [run for row in outcome.rows for run in row.runs()]
-    if not runs or not runs[0].mixing:
+    runs = last_weights(outcome)
+    if not runs:
         return None
-    count = len(runs)
     layers = [
-        {
-            name: math.fsum(run.mixing[i].weights[name] for run in runs) / count
-            for name in layer.weights
-        }
-        for i, layer in enumerate(runs[0].mixing)
+        {name: math.fsum(run[i][name] for run in runs) / len(runs) for name in layer}
+        for i, layer in enumerate(runs[0])
     ]
     return plots.mixing_heat_map(layers, 0)
 
@@ -169,5 +166,5 @@ _WORDS = {
     "accuracy": "test accuracy against parameters",
     "curves": "validation loss against tokens, means over seeds",
     "settings": "validation perplexity over a setting",
-    "shares": "mixing weights by layer in %, means over seeds",
+    "shares": "mixing weights by layer in %, means over the last checkpoints and over seeds",
 }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pha.report.collect import Run
 from pha.report.formats import Section, TextTable
 from pha.studies.outcome import Outcome
 from pha.studies.published import Published, find_published
@@ -31,15 +32,28 @@ class Shares:
     record: dict[str, Any]
 
 
-def analyse(outcome: Outcome) -> Shares:
-    """Read the shares of every finished run of a study, over its last checkpoints."""
-    runs = [run for row in outcome.rows for run in row.runs() if run.mixing_history]
-    histories = [
+def _runs(outcome: Outcome) -> list[Run]:
+    return [run for row in outcome.rows for run in row.runs() if run.mixing_history]
+
+
+def _histories(runs: Sequence[Run]) -> list[list[Layers]]:
+    return [
         [[dict(layer.weights) for layer in point.layers] for point in run.mixing_history]
         for run in runs
     ]
+
+
+def last_weights(outcome: Outcome) -> list[Layers]:
+    """Weights by layer of every finished run, each the mean over its last checkpoints."""
+    return [_mean_of_last(history) for history in _histories(_runs(outcome))]
+
+
+def analyse(outcome: Outcome) -> Shares:
+    """Read the shares of every finished run of a study, over its last checkpoints."""
+    runs = _runs(outcome)
+    histories = _histories(runs)
     effective = [[dict(layer.effective) for layer in run.mixing_history[-1].layers] for run in runs]
-    final = [_mean_of_last(history) for history in histories]
+    final = last_weights(outcome)
     theirs = find_published(outcome.plan.study.published)
     paper: Layers = [{k: v / 100 for k, v in row.values.items()} for row in theirs]
     contrasts: dict[str, list[Contrast]] = {}
