@@ -24,7 +24,14 @@ def row(request: Request, model: str, speeds: list[float], memory: float) -> dic
         "precision": "fp32",
         "device": "a CPU",
         "error": None,
-        "tokens_per_second": {"median": sorted(speeds)[1], "values": speeds},
+        "compiled": False,
+        "backend": "",
+        "tokens_per_second": {
+            "median": sorted(speeds)[1],
+            "low": min(speeds),
+            "high": max(speeds),
+            "values": speeds,
+        },
         "peak_memory": memory,
         "work_memory": memory / 2,
     }
@@ -40,7 +47,7 @@ def study() -> Study:
 def test_the_baseline_comes_first_in_every_request() -> None:
     asked = efficiency.requests(load_study("efficiency"), scales()["paper"])
     assert [(request.mode, request.lengths) for request in asked] == [
-        (mode, (length,)) for mode in ("train", "prefill") for length in (2048, 4096, 8192, 16384)
+        (mode, (length,)) for mode in ("prefill", "train") for length in (2048, 4096, 8192, 16384)
     ]
     assert all(request.models[0] == "attention-only-180m" for request in asked)
     assert len(asked[0].models) == 3
@@ -72,9 +79,25 @@ def test_rows_become_gains_with_intervals_and_are_kept(
     assert any("PHA takes 1.00 GB less memory" in s for s in found.sentences)
     assert any("equal depth takes 0.10 GB more memory" in s for s in found.sentences)
 
+    pictures = efficiency.draw(study, scales()["tiny"], found, tmp_path)
+    assert {path.name for path in pictures if path.suffix == ".png"} == {
+        "prefill-throughput-fp32-b1.png",
+        "prefill-memory-fp32-b1.png",
+    }
+    assert all(path.is_file() for path in pictures)
+
     again = efficiency.measure(study, scales()["tiny"], tmp_path, console)
     assert len(calls) == 2
     assert again.record["rows"] == found.record["rows"]
+    assert [(each["mode"], each["length"]) for each in again.record["measured"]] == [
+        ("prefill", 64),
+        ("prefill", 128),
+    ]
+
+    other = {"modes": ["prefill"], "lengths": [64, 256], "batch": 2, "precision": "fp32"}
+    changed = replace(study, benchmark={"tiny": other})
+    efficiency.measure(changed, scales()["tiny"], tmp_path, console)
+    assert [(each.lengths, each.batch) for each in calls[2:]] == [((64,), 2), ((256,), 2)]
 
 
 def test_a_case_that_fails_is_a_row(

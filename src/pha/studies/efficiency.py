@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,21 +71,27 @@ def describe(study: Study, scale: Scale) -> list[str]:
 def measure(study: Study, scale: Scale, folder: Path, console: Console) -> Measured:
     """Measure what is missing; every request has a file in `folder/measurements`.
 
+    A file of another request, as an older definition of the study may have left, is replaced.
+
     Raises:
         PHAError: a preset or length that cannot be measured, or a damaged file.
     """
     rows: list[dict[str, Any]] = []
+    origins: list[dict[str, Any]] = []
     asked = requests(study, scale)
     for number, request in enumerate(asked, start=1):
         path = folder / "measurements" / f"{request.mode}-{request.lengths[0]}.json"
-        if not path.is_file():
+        wanted = json.loads(json.dumps(vars(request)))
+        if not path.is_file() or read_json(path)["request"] != wanted:
             console.print(f"{number} of {len(asked)}: {request.mode}, {request.lengths[0]} tokens")
             with console.status("") as status:
                 found = run_benchmark(request, status.update)
             origin = provenance(default_device(), ",".join(request.precisions))
             write_json(path, {"request": vars(request), "rows": found, "provenance": origin})
-        rows += read_json(path)["rows"]
-    labels = {scale.models[each.model].preset: each.label for each in study.variants}
+        kept = read_json(path)
+        rows += kept["rows"]
+        origins.append({"mode": request.mode, "length": request.lengths[0], **kept["provenance"]})
+    labels = _labels(study, scale)
     base = scale.models[study.variant(study.baseline).model].preset
     tables, sentences = [], []
     for mode in dict.fromkeys(row["mode"] for row in rows):
@@ -99,11 +106,29 @@ def measure(study: Study, scale: Scale, folder: Path, console: Console) -> Measu
         "question": study.question,
         "scale": {"name": scale.name, "about": scale.about},
         "rows": rows,
+        "measured": origins,
         "published": [vars(row) for row in find_published(study.published)],
         "sentences": sentences,
         "summarised": provenance(default_device(), "-"),
     }
     return Measured(tables, sentences, record)
+
+
+def draw(study: Study, scale: Scale, measured: Measured, folder: Path) -> list[Path]:
+    """Throughput and memory against length, a picture for each mode and measure; the files."""
+    from pha.report.speed import save_speed_plots  # matplotlib, only where something is drawn
+
+    labels = _labels(study, scale)
+    rows = [{**row, "model": labels[row["model"]]} for row in measured.record["rows"]]
+    return [
+        path
+        for mode in dict.fromkeys(row["mode"] for row in rows)
+        for path in save_speed_plots(mode, [row for row in rows if row["mode"] == mode], folder)
+    ]
+
+
+def _labels(study: Study, scale: Scale) -> dict[str, str]:
+    return {scale.models[each.model].preset: each.label for each in study.variants}
 
 
 def _table(

@@ -76,8 +76,9 @@ def run_efficiency(study: Study, scale: Scale, folder: Path, console: Console) -
     measured = efficiency.measure(study, scale, folder, console)
     write_json(folder / "study.json", measured.record)
     write_tables(measured.tables, measured.sentences, folder)
+    pictures = efficiency.draw(study, scale, measured, folder)
     tell(study, measured.tables, measured.sentences, console)
-    console.print(f"files: {folder}", highlight=False)
+    console.print(f"files: {folder}, with {len(pictures)} pictures", highlight=False)
     return measured.record
 
 
