@@ -113,7 +113,8 @@ def against_parameters(panels: Sequence[tuple[str, Sequence[Point]]], y_label: s
 def _size_panel(axes: Axes, points: Sequence[Point]) -> None:
     color = plots.series_color(0)
     means = [math.fsum(point.values) / len(point.values) for point in points]
-    if not any(point.grey for point in points):
+    beside_line = not any(point.grey for point in points)
+    if beside_line:
         line = sorted((point.x, mean) for point, mean in zip(points, means, strict=True))
         axes.plot([x for x, _ in line], [y for _, y in line], linewidth=0.9, color=color)
     for point, mean in zip(points, means, strict=True):
@@ -121,33 +122,54 @@ def _size_panel(axes: Axes, points: Sequence[Point]) -> None:
         fill = "none" if point.grey else shade
         axes.errorbar(point.x, mean, yerr=point.error, fmt="none", ecolor=shade, capsize=3)
         if len(point.values) > 1:
-            axes.plot([point.x] * len(point.values), point.values, "_", color=shade, markersize=7)
+            axes.plot(
+                [point.x] * len(point.values),
+                point.values,
+                "o",
+                markersize=4,
+                markerfacecolor="none",
+                color=plots.LIGHT["muted"],
+            )
         axes.plot(point.x, mean, "o", color=shade, markerfacecolor=fill, markersize=4.5)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     axes.margins(x=0.2, y=0.15)
-    _label_points(axes, points, means)
+    _label_points(axes, points, means, beside_line)
 
 
-def _label_points(axes: Axes, points: Sequence[Point], means: Sequence[float]) -> None:
-    """Names beside points, each moved up from the lowest until it covers no other."""
+def _label_points(
+    axes: Axes, points: Sequence[Point], means: Sequence[float], beside_line: bool
+) -> None:
+    """Names beside points, each moved up from the lowest until it covers no other.
+
+    Beside a line they stand off from it: below where it rises on their side, else above.
+    """
     (x_low, x_high), (y_low, y_high) = axes.get_xlim(), axes.get_ylim()
     # Of a line and a character, in parts of the panel.
     height, letter = (0.056 if len(points) < 8 else 0.032), 0.0165
     taken: list[tuple[float, float, float]] = []
+    by_size = dict(sorted(zip((point.x for point in points), means, strict=True)))
     for point, mean in sorted(zip(points, means, strict=True), key=lambda pair: pair[1]):
         x = (point.x - x_low) / (x_high - x_low)
         y = (mean - y_low) / (y_high - y_low)
         width = letter * len(point.label)
         left = x + 0.015 if x + width < 1.05 else x - 0.015 - width
-        place = y
+        start_at = y
+        if beside_line:
+            if left > x:
+                side = [other for size, other in by_size.items() if size > point.x][:1]
+            else:
+                side = [other for size, other in by_size.items() if size < point.x][-1:]
+            rises = any(other > mean for other in side)
+            start_at += -0.7 * height if rises else 0.7 * height
+        place = start_at
         while any(
             left < right and start < left + width and abs(place - other) < height
             for start, right, other in taken
         ):
             place += height / 4
         taken.append((left, left + width, place))
-        if place > y:
+        if place > start_at:
             end = left if left > x else left + width
             axes.plot(
                 [x, end],

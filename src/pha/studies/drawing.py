@@ -91,7 +91,7 @@ def _parameters(outcome: Outcome, measure: str = MAIN) -> Figure | None:
             label = f"{row.label} (paper)" if row.from_paper else row.label
             theirs.append(Point(label, row.parameters, [value], std, grey=not row.like_for_like))
     tokens = f"{outcome.plan.scale.name}, {outcome.tokens} tokens seen"
-    panels = [(f"ours: {tokens}; 95% intervals", ours)]
+    panels = [(f"ours: {tokens}; 95% intervals, a ring for each seed", ours)]
     if theirs:
         grey = "; grey: not like for like" if any(point.grey for point in theirs) else ""
         panels.append((f"published, WikiText-103; ± deviation{grey}", theirs))
