@@ -90,8 +90,8 @@ def _parameters(outcome: Outcome, measure: str = MAIN) -> Figure | None:
         if row.parameters is not None and value is not None:
             label = f"{row.label} (paper)" if row.from_paper else row.label
             theirs.append(Point(label, row.parameters, [value], std, grey=not row.like_for_like))
-    tokens = f"{outcome.plan.scale.name}, {outcome.tokens} tokens seen"
-    panels = [(f"ours: {tokens}; 95% intervals, a ring for each seed", ours)]
+    tokens = f"{outcome.plan.scale.name}, {outcome.tokens} tokens"
+    panels = [(f"ours: {tokens}; 95% intervals, rings: seeds", ours)]
     if theirs:
         grey = "; grey: not like for like" if any(point.grey for point in theirs) else ""
         panels.append((f"published, WikiText-103; ± deviation{grey}", theirs))
