@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.console import Console
 from pha.bench.runner import Request
 from pha.studies import efficiency
 from pha.studies.definition import Study, load_study, scales
+from pha.studies.study import run_efficiency
 
 
 def row(request: Request, model: str, speeds: list[float], memory: float) -> dict[str, Any]:
@@ -98,6 +100,26 @@ def test_rows_become_gains_with_intervals_and_are_kept(
     changed = replace(study, benchmark={"tiny": other})
     efficiency.measure(changed, scales()["tiny"], tmp_path, console)
     assert [(each.lengths, each.batch) for each in calls[2:]] == [((64,), 2), ((256,), 2)]
+
+
+def test_a_stopped_study_has_the_tables_of_what_was_measured(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(request: Request, progress: Any) -> list[dict[str, Any]]:
+        if request.lengths == (128,):
+            raise KeyboardInterrupt
+        return [row(request, model, [1.0, 1.0, 1.0], 1e9) for model in request.models]
+
+    monkeypatch.setattr(efficiency, "run_benchmark", measured)
+    tiny = scales()["tiny"]
+    with pytest.raises(KeyboardInterrupt):
+        run_efficiency(study, tiny, tmp_path, Console(file=io.StringIO()))
+    kept = json.loads((tmp_path / "study.json").read_text())
+    assert {each["length"] for each in kept["rows"]} == {64}
+    assert kept["missing"] == ["reading a prompt at 128"]
+    assert "Not measured yet: reading a prompt at 128 tokens." in (tmp_path / "table.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_case_that_fails_is_a_row(

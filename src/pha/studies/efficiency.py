@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,27 +68,62 @@ def describe(study: Study, scale: Scale) -> list[str]:
     ]
 
 
-def measure(study: Study, scale: Scale, folder: Path, console: Console) -> Measured:
+def measure(
+    study: Study,
+    scale: Scale,
+    folder: Path,
+    console: Console,
+    publish: Callable[[Measured], None] = lambda measured: None,
+) -> Measured:
     """Measure what is missing; every request has a file in `folder/measurements`.
 
     A file of another request, as an older definition of the study may have left, is replaced.
 
+    Args:
+        study: of the kind efficiency.
+        scale: of its models.
+        folder: of the study at this scale.
+        console: for progress.
+        publish: called with all that there is whenever more has been measured, so that a study
+            which is stopped has its tables.
+
     Raises:
         PHAError: a preset or length that cannot be measured, or a damaged file.
     """
-    rows: list[dict[str, Any]] = []
-    origins: list[dict[str, Any]] = []
     asked = requests(study, scale)
     for number, request in enumerate(asked, start=1):
-        path = folder / "measurements" / f"{request.mode}-{request.lengths[0]}.json"
-        wanted = json.loads(json.dumps(vars(request)))
-        if not path.is_file() or read_json(path)["request"] != wanted:
+        if _kept(request, folder) is None:
             console.print(f"{number} of {len(asked)}: {request.mode}, {request.lengths[0]} tokens")
             with console.status("") as status:
                 found = run_benchmark(request, status.update)
             origin = provenance(default_device(), ",".join(request.precisions))
-            write_json(path, {"request": vars(request), "rows": found, "provenance": origin})
-        kept = read_json(path)
+            content = {"request": vars(request), "rows": found, "provenance": origin}
+            write_json(_file(request, folder), content)
+            publish(_summarise(study, scale, folder))
+    return _summarise(study, scale, folder)
+
+
+def _file(request: Request, folder: Path) -> Path:
+    return folder / "measurements" / f"{request.mode}-{request.lengths[0]}.json"
+
+
+def _kept(request: Request, folder: Path) -> dict[str, Any] | None:
+    path = _file(request, folder)
+    if not path.is_file():
+        return None
+    kept: dict[str, Any] = read_json(path)
+    return kept if kept["request"] == json.loads(json.dumps(vars(request))) else None
+
+
+def _summarise(study: Study, scale: Scale, folder: Path) -> Measured:
+    rows: list[dict[str, Any]] = []
+    origins: list[dict[str, Any]] = []
+    missing: list[str] = []
+    for request in requests(study, scale):
+        kept = _kept(request, folder)
+        if kept is None:
+            missing.append(f"{MEANING.get(request.mode, request.mode)} at {request.lengths[0]:,}")
+            continue
         rows += kept["rows"]
         origins.append({"mode": request.mode, "length": request.lengths[0], **kept["provenance"]})
     labels = _labels(study, scale)
@@ -98,6 +133,8 @@ def measure(study: Study, scale: Scale, folder: Path, console: Console) -> Measu
         own = [row for row in rows if row["mode"] == mode]
         tables.append(_table(study, scale, mode, own, labels, base))
         sentences += _sentences(mode, own, labels, base)
+    if missing:
+        sentences.append(f"Not measured yet: {', '.join(missing)} tokens.")
     record = {
         "kind": "study",
         "study": study.name,
@@ -107,6 +144,7 @@ def measure(study: Study, scale: Scale, folder: Path, console: Console) -> Measu
         "scale": {"name": scale.name, "about": scale.about},
         "rows": rows,
         "measured": origins,
+        "missing": missing,
         "published": [vars(row) for row in find_published(study.published)],
         "sentences": sentences,
         "summarised": provenance(default_device(), "-"),

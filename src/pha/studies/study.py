@@ -68,15 +68,19 @@ def run_study(
 
 
 def run_efficiency(study: Study, scale: Scale, folder: Path, console: Console) -> dict[str, Any]:
-    """Measure a study of speed and memory, and write its files.
+    """Measure a study of speed and memory, and write its files after every measurement.
 
     Raises:
         PHAError: a preset or length that cannot be measured.
     """
-    measured = efficiency.measure(study, scale, folder, console)
-    write_json(folder / "study.json", measured.record)
-    write_tables(measured.tables, measured.sentences, folder)
-    pictures = efficiency.draw(study, scale, measured, folder)
+
+    def publish(found: efficiency.Measured) -> list[Path]:
+        write_json(folder / "study.json", found.record)
+        write_tables(found.tables, found.sentences, folder)
+        return efficiency.draw(study, scale, found, folder)
+
+    measured = efficiency.measure(study, scale, folder, console, publish)
+    pictures = publish(measured)
     tell(study, measured.tables, measured.sentences, console)
     console.print(f"files: {folder}, with {len(pictures)} pictures", highlight=False)
     return measured.record
