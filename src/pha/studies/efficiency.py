@@ -73,7 +73,7 @@ def measure(
     scale: Scale,
     folder: Path,
     console: Console,
-    publish: Callable[[Measured], None] = lambda measured: None,
+    publish: Callable[[Measured], object] = lambda measured: None,
 ) -> Measured:
     """Measure what is missing; every request has a file in `folder/measurements`.
 
