@@ -69,7 +69,7 @@ def test_rows_become_gains_with_intervals_and_are_kept(
 
     monkeypatch.setattr(efficiency, "run_benchmark", measured)
     console = Console(file=io.StringIO())
-    found = efficiency.measure(study, scales()["tiny"], tmp_path, console)
+    *_, found = efficiency.measure(study, scales()["tiny"], tmp_path, console)
     assert len(calls) == 2
     (ours, paper) = found.tables[0].sections
     assert ours.rows[2][:5] == ["64", "PHA", "112", "+10.3%", "2.00"]
@@ -88,7 +88,7 @@ def test_rows_become_gains_with_intervals_and_are_kept(
     }
     assert all(path.is_file() for path in pictures)
 
-    again = efficiency.measure(study, scales()["tiny"], tmp_path, console)
+    (again,) = efficiency.measure(study, scales()["tiny"], tmp_path, console)
     assert len(calls) == 2
     assert again.record["rows"] == found.record["rows"]
     assert [(each["mode"], each["length"]) for each in again.record["measured"]] == [
@@ -98,7 +98,7 @@ def test_rows_become_gains_with_intervals_and_are_kept(
 
     other = {"modes": ["prefill"], "lengths": [64, 256], "batch": 2, "precision": "fp32"}
     changed = replace(study, benchmark={"tiny": other})
-    efficiency.measure(changed, scales()["tiny"], tmp_path, console)
+    list(efficiency.measure(changed, scales()["tiny"], tmp_path, console))
     assert [(each.lengths, each.batch) for each in calls[2:]] == [((64,), 2), ((256,), 2)]
 
 
@@ -131,6 +131,6 @@ def test_a_case_that_fails_is_a_row(
         return rows
 
     monkeypatch.setattr(efficiency, "run_benchmark", measured)
-    found = efficiency.measure(study, scales()["tiny"], tmp_path, Console(file=io.StringIO()))
+    *_, found = efficiency.measure(study, scales()["tiny"], tmp_path, Console(file=io.StringIO()))
     assert found.tables[0].sections[0].rows[0][2].startswith("killed")
     assert found.sentences == []

@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pha.report import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+# How a seed is drawn.
+_RING: dict[str, Any] = {
+    "linestyle": "none",
+    "marker": "o",
+    "markersize": 4,
+    "markerfacecolor": "none",
+    "color": plots.LIGHT["muted"],
+}
 
 
 @dataclass(frozen=True)
@@ -59,14 +68,7 @@ def estimates(rows: Sequence[Estimate], x_label: str, reference: float | None = 
         if reference is not None:
             axes.axvline(reference, color=plots.LIGHT["muted"], linewidth=0.8)
         for place, row in enumerate(rows):
-            axes.plot(
-                row.values,
-                [place] * len(row.values),
-                "o",
-                markersize=4,
-                markerfacecolor="none",
-                color=plots.LIGHT["muted"],
-            )
+            axes.plot(row.values, [place] * len(row.values), **_RING)
             axes.errorbar(
                 row.mean,
                 place,
@@ -122,14 +124,7 @@ def _size_panel(axes: Axes, points: Sequence[Point]) -> None:
         fill = "none" if point.grey else shade
         axes.errorbar(point.x, mean, yerr=point.error, fmt="none", ecolor=shade, capsize=3)
         if len(point.values) > 1:
-            axes.plot(
-                [point.x] * len(point.values),
-                point.values,
-                "o",
-                markersize=4,
-                markerfacecolor="none",
-                color=plots.LIGHT["muted"],
-            )
+            axes.plot([point.x] * len(point.values), point.values, **_RING)
         axes.plot(point.x, mean, "o", color=shade, markerfacecolor=fill, markersize=4.5)
     axes.grid(axis="y")
     axes.set_axisbelow(True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,39 +68,29 @@ def describe(study: Study, scale: Scale) -> list[str]:
     ]
 
 
-def measure(
-    study: Study,
-    scale: Scale,
-    folder: Path,
-    console: Console,
-    publish: Callable[[Measured], object] = lambda measured: None,
-) -> Measured:
+def measure(study: Study, scale: Scale, folder: Path, console: Console) -> Iterator[Measured]:
     """Measure what is missing; every request has a file in `folder/measurements`.
 
     A file of another request, as an older definition of the study may have left, is replaced.
 
-    Args:
-        study: of the kind efficiency.
-        scale: of its models.
-        folder: of the study at this scale.
-        console: for progress.
-        publish: called with all that there is whenever more has been measured, so that a study
-            which is stopped has its tables.
+    Yields:
+        All that there is, whenever more has been measured, so that a study which is stopped has its
+        tables; once where nothing was missing.
 
     Raises:
         PHAError: a preset or length that cannot be measured, or a damaged file.
     """
-    asked = requests(study, scale)
-    for number, request in enumerate(asked, start=1):
-        if _kept(request, folder) is None:
-            console.print(f"{number} of {len(asked)}: {request.mode}, {request.lengths[0]} tokens")
-            with console.status("") as status:
-                found = run_benchmark(request, status.update)
-            origin = provenance(default_device(), ",".join(request.precisions))
-            content = {"request": vars(request), "rows": found, "provenance": origin}
-            write_json(_file(request, folder), content)
-            publish(_summarise(study, scale, folder))
-    return _summarise(study, scale, folder)
+    missing = [request for request in requests(study, scale) if _kept(request, folder) is None]
+    for number, request in enumerate(missing, start=1):
+        console.print(f"{number} of {len(missing)}: {request.mode}, {request.lengths[0]} tokens")
+        with console.status("") as status:
+            found = run_benchmark(request, status.update)
+        origin = provenance(default_device(), ",".join(request.precisions))
+        content = {"request": vars(request), "rows": found, "provenance": origin}
+        write_json(_file(request, folder), content)
+        yield _summarise(study, scale, folder)
+    if not missing:
+        yield _summarise(study, scale, folder)
 
 
 def _file(request: Request, folder: Path) -> Path:

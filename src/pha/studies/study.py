@@ -73,14 +73,10 @@ def run_efficiency(study: Study, scale: Scale, folder: Path, console: Console) -
     Raises:
         PHAError: a preset or length that cannot be measured.
     """
-
-    def publish(found: efficiency.Measured) -> list[Path]:
-        write_json(folder / "study.json", found.record)
-        write_tables(found.tables, found.sentences, folder)
-        return efficiency.draw(study, scale, found, folder)
-
-    measured = efficiency.measure(study, scale, folder, console, publish)
-    pictures = publish(measured)
+    for measured in efficiency.measure(study, scale, folder, console):
+        write_json(folder / "study.json", measured.record)
+        write_tables(measured.tables, measured.sentences, folder)
+        pictures = efficiency.draw(study, scale, measured, folder)
     tell(study, measured.tables, measured.sentences, console)
     console.print(f"files: {folder}, with {len(pictures)} pictures", highlight=False)
     return measured.record
