@@ -174,7 +174,9 @@ def test_two_processes_take_the_same_steps_as_one(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "pha", "train", "pha-tiny.text", "--out", str(tmp_path / "two"), "--json"]
     command += arguments(store, run__epochs="null", model__dropout=0.0)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    # Nothing but torchrun says that these belong together, with or without a GPU.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("ACCELERATE_USE_CPU", None)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["provenance"]["processes"] == 2
@@ -184,6 +186,40 @@ def test_two_processes_take_the_same_steps_as_one(
         torch.testing.assert_close(b[key], value, rtol=1e-4, atol=2e-5)
     for x, y in zip(one.read_metrics("eval"), two.read_metrics("eval"), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
+
+
+def test_processes_that_do_not_find_each_other_are_refused(
+    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_small("before")  # after which Accelerate knows that this process is alone
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PHAError, match="2 processes were started and 1 joined"):
+        train_small("run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_refused_until_it_is_free(train_small: Train, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    with run.lock():
+        before = sorted(run.path.rglob("*"))
+        with pytest.raises(PHAError, match=f"in use by process {os.getpid()} on "):
+            train_small()
+        assert sorted(run.path.rglob("*")) == before
+    train_small()
+    assert run.result.is_file()
+
+
+def test_a_process_that_is_killed_leaves_no_lock(train_small: Train, tmp_path: Path) -> None:
+    code = "import sys, time; from pathlib import Path; from pha.utils.runs import RunFolder\n"
+    code += "with RunFolder(Path(sys.argv[1])).lock(): print(flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(PHAError, match=f"in use by process {holder.pid} on "):
+            train_small()
+        holder.kill()
+    train_small()
 
 
 @pytest.mark.parametrize("late", [False, True])

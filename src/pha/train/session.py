@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -196,6 +198,11 @@ def _require_compiler(device: torch.device) -> None:
         raise PHAError(f"run.compile needs {missing}, which is not here; leave run.compile out")
 
 
+def _processes() -> int:
+    """How many processes whoever started this one says there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def open_session(
     config: TrainConfig, out: Path, console: Console, resume: Literal["auto", "never"] = "auto"
 ) -> Session:
@@ -211,17 +218,25 @@ def open_session(
         if find_spec(tracker) is None:
             raise PHAError(f"{tracker} is not installed; run `pip install 'pha[{tracker}]'`")
     accelerator = Accelerator(
+        # Processes that torchrun started on a machine without a GPU are joined only if told so.
+        cpu=_processes() > 1 and not torch.accelerator.is_available(),
         # Autocast is the trainer's own: Accelerate fixes one precision for the whole process.
         mixed_precision="no",
         log_with=config.run.trackers or None,
         project_dir=str(out) if config.run.trackers else None,
     )
+    if accelerator.num_processes != _processes():
+        raise PHAError(
+            f"{_processes()} processes were started and {accelerator.num_processes} joined into "
+            "one run; start them with torchrun, or just one"
+        )
     if config.run.compile:
         _require_compiler(accelerator.device)
     console = console if accelerator.is_main_process else Console(quiet=True)
     with accelerator.main_process_first():
         store = open_data(config, console)
-    if resume == "never" and out.exists() and any(out.iterdir()):
+    used = out.exists() and any(not entry.name.startswith(".") for entry in out.iterdir())
+    if resume == "never" and used:
         raise PHAError(f"{out} is not empty; choose another --out, or --resume auto to continue it")
     run, device = RunFolder(out), accelerator.device
     config = resolve(config, run, store, device)
@@ -270,12 +285,35 @@ def run_training(
             f"this needs about {memory(plan.weights_bytes + plan.activation_bytes)} and "
             f"{memory(plan.free_bytes)} is free; lower data.sequence_length or use a smaller preset"
         )
-    progress = _train(session)
-    result: dict[str, Any] = {}
-    if session.accelerator.is_main_process:
-        result = finish(session, progress)
-    session.accelerator.wait_for_everyone()
+    with _alone(session):
+        progress = _train(session)
+        result: dict[str, Any] = {}
+        if session.accelerator.is_main_process:
+            result = finish(session, progress)
+        session.accelerator.wait_for_everyone()
     return result
+
+
+@contextlib.contextmanager
+def _alone(session: Session) -> Iterator[None]:
+    """Hold the run folder for all processes of this run.
+
+    Raises:
+        PHAError: another run holds it, or has left another configuration there meanwhile.
+    """
+    with contextlib.ExitStack() as held:
+        refused = [""]
+        if session.accelerator.is_main_process:
+            try:
+                held.enter_context(session.run.lock())
+                if (saved := _saved_config(session.run)) is not None:
+                    _require_same(session.run, saved, session.config.to_dict())
+            except PHAError as error:
+                refused = [str(error)]
+        broadcast_object_list(refused)
+        if refused[0]:
+            raise PHAError(refused[0])
+        yield
 
 
 def _train(session: Session) -> Progress:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from pha.utils.errors import PHAError
-from pha.utils.files import read_json
+from pha.utils.files import read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class RunFolder:
     - `result.json`: metrics, protocol, tokens seen, provenance; present only when finished.
     - `diverged.json`: the step and the place where a number was not finite, if the run ended so.
     - `report.html`.
+    - `.lock`, `.owner`: keep a second process away while one trains.
     """
 
     path: Path
@@ -78,6 +84,44 @@ class RunFolder:
     def report(self) -> Path:
         """`report.html`."""
         return self.path / "report.html"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep the folder, which is made if need be, from every other process meanwhile.
+
+        The system holds the lock, not the file: it ends with this process, however that ends. On a
+        file system without locks there is none.
+
+        Raises:
+            PHAError: another process holds it; its number and machine are in the message.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            try:
+                owner = self.owner.read_text(encoding="utf-8").strip()
+            except OSError:  # it has just begun, or just ended
+                owner = "another process"
+            raise PHAError(
+                f"{self.path} is in use by {owner}; let it finish, or choose another --out"
+            ) from error
+        except OSError:
+            yield
+            return
+        # Not in the locked file, which other processes cannot read on Windows.
+        write_text(self.owner, f"process {os.getpid()} on {platform.node()}\n")
+        try:
+            yield
+        finally:
+            self.owner.unlink(missing_ok=True)
+            lock.release()
+
+    @property
+    def owner(self) -> Path:
+        """`.owner`: which process holds the lock."""
+        return self.path / ".owner"
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint taken after `step` optimiser steps."""
