@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pha.ops import numba_runtime
 from pha.ops.backends import Op
@@ -56,6 +56,43 @@ def mixed_norms_naive(
     return total.to(dtype)
 
 
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) * gain, of which only x and gain are kept. With n = x / rms(x) and g = dy gain,
+
+    dx = (g - n mean(g n)) / rms(x),   dgain = sum over rows of dy n.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        normed, _ = _normed(x, eps)
+        return normed.mul_(gain.to(normed.dtype)).to(dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, gain, ctx.eps, _ = inputs
+        ctx.save_for_backward(x, gain)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, gain = ctx.saved_tensors
+        normed, inverse = _normed(x, ctx.eps)
+        dy, wide_gain = dy.to(normed.dtype), gain.to(normed.dtype)
+        products = dy * normed
+        dgain = products.flatten(0, -2).sum(0)
+        mean = products.mul_(wide_gain).mean(-1, keepdim=True)
+        dx = torch.mul(dy, wide_gain, out=products).addcmul_(normed, mean, value=-1).mul_(inverse)
+        return dx.to(x.dtype), dgain.to(gain.dtype), None, None
+
+
+def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms(x), new, and 1 / rms(x)."""
+    wide = x.to(accumulation_type(x))
+    inverse = (torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_() / x.shape[-1]) + eps
+    inverse.rsqrt_()
+    return wide * inverse, inverse
+
+
 def mixed_norms_torch(
     ys: Sequence[Tensor],
     gains: Sequence[Tensor],
@@ -63,18 +100,13 @@ def mixed_norms_torch(
     eps: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """PyTorch's rms_norm on each, in the wider of its types, added up in `dtype`."""
-    with torch.autocast(ys[0].device.type, enabled=False):
-        normed = [
-            F.rms_norm(y, gain.shape, gain.to(y.dtype), eps).to(dtype)
-            for y, gain in zip(ys, gains, strict=True)
-        ]
-        if weights is None:
-            return sum(normed[1:], normed[0])
-        fused = normed[0] * weights[0].to(dtype)
-        for y, w in zip(normed[1:], weights[1:], strict=True):
-            fused = torch.addcmul(fused, y, w.to(dtype))
-    return fused
+    """Norms whose gains have the weights in them, added up in `dtype`."""
+    if weights is not None:
+        gains = [gain.to(weights.dtype) * w for gain, w in zip(gains, weights, strict=True)]
+    total = _RMSNorm.apply(ys[0], gains[0], eps, dtype)
+    for y, gain in zip(ys[1:], gains[1:], strict=True):
+        total = total + _RMSNorm.apply(y, gain, eps, dtype)
+    return total
 
 
 def mixed_norms_numba(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pha.ops import numba_runtime
 from pha.ops.backends import Op
@@ -57,12 +57,45 @@ def unit_rotary_naive(x: Tensor, scales: Tensor | None, cos: Tensor, sin: Tensor
     )
 
 
+class _UnitRotary(torch.autograd.Function):
+    """With u = x / |x|, s the scale and g = dy turned back: dx = s (g - u (g.u)) / |x|, ds = g.u."""
+
+    @staticmethod
+    def forward(x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        wide = x.to(accumulation_type(x))
+        _, inverse = _lengths(wide)
+        return rotate(wide, cos, sin).mul_(inverse * scales.view(-1, 1, 1)).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, scales, cos, sin = ctx.saved_tensors
+        wide = x.to(accumulation_type(x))
+        lengths, inverse = _lengths(wide)
+        unit = wide * inverse
+        g = rotate(dy.to(wide.dtype), cos, -sin)
+        along = (g * unit).sum(-1, keepdim=True)
+        dscales = along.sum((0, 2, 3)).to(scales.dtype)
+        # A length below the shortest counts as a constant.
+        dx = g.addcmul_(unit, along * (lengths >= _SHORTEST), value=-1)
+        return dx.mul_(inverse * scales.view(-1, 1, 1)).to(x.dtype), dscales, None, None
+
+
+def _lengths(x: Tensor) -> tuple[Tensor, Tensor]:
+    """|x|, and the reciprocal of what x is divided by."""
+    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return lengths, lengths.clamp_min(_SHORTEST).reciprocal()
+
+
 def unit_rotary_torch(x: Tensor, scales: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-    """PyTorch's normalize, then products."""
-    y = F.normalize(x.to(accumulation_type(x)), dim=-1, eps=_SHORTEST)
-    if scales is not None:
-        y = y * scales.to(y.dtype).view(-1, 1, 1)
-    return rotate(y, cos, sin).to(x.dtype)
+    """PyTorch's operations, of which only the inputs are kept."""
+    if scales is None:
+        scales = x.new_ones(x.shape[1], dtype=accumulation_type(x))
+    return _UnitRotary.apply(x, scales, cos, sin)
 
 
 def unit_rotary_numba(x: Tensor, scales: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pha.ops import numba_runtime
 from pha.ops.backends import Op
@@ -35,9 +36,25 @@ def swiglu_naive(gate: Tensor, up: Tensor) -> Tensor:
     return (gate.to(dtype) * gate.to(dtype).sigmoid() * up.to(dtype)).to(gate.dtype)
 
 
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+
+
 def swiglu_torch(gate: Tensor, up: Tensor) -> Tensor:
-    """PyTorch's silu, then a product."""
-    return F.silu(gate) * up
+    """PyTorch's silu, then a product; neither is kept."""
+    return _SwiGLU.apply(gate, up)
 
 
 def swiglu_numba(gate: Tensor, up: Tensor) -> Tensor:
