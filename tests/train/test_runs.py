@@ -170,10 +170,10 @@ def test_accumulation_does_not_change_the_steps(train_small: Train, tmp_path: Pa
 def test_two_processes_take_the_same_steps_as_one(
     train_small: Train, store: TokenStore, tmp_path: Path
 ) -> None:
-    train_small("one", model__dropout=0.0)
+    train_small("one", run__micro_batch=2)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += ["-m", "pha", "train", "pha-tiny.text", "--out", str(tmp_path / "two"), "--json"]
-    command += arguments(store, run__epochs="null", model__dropout=0.0)
+    command += arguments(store, run__epochs="null", run__micro_batch=2)
     # Nothing but torchrun says that these belong together, with or without a GPU.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("ACCELERATE_USE_CPU", None)

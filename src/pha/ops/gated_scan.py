@@ -117,7 +117,7 @@ class _GatedScan(torch.autograd.Function):
 
 
 def _recur_(x: Tensor, a: Tensor, kept: Tensor | None, back: bool = False) -> None:
-    """x_t += a kept_t x_{t-1}, in place, over time; or back from the end, x_t += a kept_{t+1} x_{t+1}.
+    """x_t += a kept_t x_{t-1} in place; or, back from the end, x_t += a kept_{t+1} x_{t+1}.
 
     Blocks of time are computed side by side, each as if nothing came before it; then what does is
     added, block after block. That takes about 2 sqrt(T) operations on large tensors, not T on small

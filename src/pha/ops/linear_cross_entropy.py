@@ -171,11 +171,10 @@ def _chunk_by_chunk(
     chunk = _chunk_rows(x, weight)
     fused = kernel != "" and dtype != torch.float64 and _kernel_fault(kernel, x.device) is None
     # One buffer for all chunks, overwritten in place from logits to gradients: fresh memory of this
-    # size costs a page fault every 4 KiB. Triton wants rows aligned. What pads them must be numbers:
-    # products in bfloat16 on a CPU with AMX read past the end of a row.
-    columns = (
-        -(-w.shape[0] // ALIGNMENT) * ALIGNMENT if fused and kernel == "triton" else w.shape[0]
-    )
+    # size costs a page fault every 4 KiB. Triton wants rows aligned. What pads them is zero, since
+    # products may read past the end of a row: those in bfloat16 on a CPU with AMX do.
+    align = ALIGNMENT if fused and kernel == "triton" else 1
+    columns = -(-w.shape[0] // align) * align
     buffer = x.new_zeros(chunk, columns, dtype=dtype if fused else total.dtype)
     chunk_loss = functools.partial(_by_kernel, kernel) if fused else _by_torch
     with torch.autocast(x.device.type, enabled=False):

@@ -58,7 +58,7 @@ def unit_rotary_naive(x: Tensor, scales: Tensor | None, cos: Tensor, sin: Tensor
 
 
 class _UnitRotary(torch.autograd.Function):
-    """With u = x / |x|, s the scale and g = dy turned back: dx = s (g - u (g.u)) / |x|, ds = g.u."""
+    """With u = x / |x| and g = dy turned back: dx = s (g - u (g.u)) / |x|, ds = g.u."""
 
     @staticmethod
     def forward(x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

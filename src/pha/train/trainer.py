@@ -225,12 +225,12 @@ class Trainer:
     def _step(self, step: int, rate: float) -> tuple[Tensor, Tensor]:
         """One optimiser step: the mean loss over the global batch and the gradient's norm."""
         accelerator, run = self.accelerator, self.config.run
-        # Dropout too is a pure function of seed, step and place, so no generator has a state.
-        place = step * accelerator.num_processes + accelerator.process_index
-        torch.manual_seed((run.seed << 40) + place)
         total = torch.zeros((), device=accelerator.device)
         last = len(self.feed.pieces) - 1
-        for piece in range(last + 1):
+        for piece, (first, _) in enumerate(self.feed.pieces):
+            # Dropout is a pure function of the seed and of which sequences these are, in whichever
+            # process: no generator has a state.
+            torch.manual_seed((run.seed << 40) + step * run.global_batch + first)
             inputs = self.feed.get(step, piece)
             context = contextlib.nullcontext() if piece == last else accelerator.no_sync(self.model)
             with context:
