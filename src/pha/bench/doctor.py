@@ -16,6 +16,7 @@ from pha.utils.hardware import (
     device_name,
     free_memory,
     git_state,
+    instruction_set,
     matmul_rate,
 )
 from pha.utils.versions import own_version, version_of
@@ -42,7 +43,7 @@ def examine() -> dict[str, Any]:
     environment |= {
         "python": platform.python_version(),
         "commit": None if commit is None else commit[:12] + (" with changes" if dirty else ""),
-        "cpu": cpu_name(),
+        "cpu": f"{cpu_name()}, {instruction_set()}",
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()}",
         "device": device_name(device),
         "free memory": f"{free_memory(device) / 1e9:.1f} GB",

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pha.bench.kernels import kernels
 from pha.bench.op_work import OP_MODES, PASSES, op_backends
 from pha.bench.peers import model_config
 from pha.bench.work import MODEL_MODES, Job
@@ -22,7 +23,8 @@ from pha.ops import OPS
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, default_device
 
-MODES = (*MODEL_MODES, *OP_MODES)
+KERNELS = "kernels"
+MODES = (*MODEL_MODES, *OP_MODES, KERNELS)
 MEDIANS = (
     *("unit_seconds", "peak_memory", "work_memory"),
     *("floor_seconds", "of_floor", "utilisation", "weight_bandwidth"),
@@ -85,7 +87,7 @@ class Request:
         for model in self.models:
             config = model_config(model, max(self.lengths))
             _require(
-                not is_op or isinstance(config, PHAConfig),
+                isinstance(config, PHAConfig) or not (is_op or self.mode == KERNELS),
                 f"{self.mode} is timed at the shapes of our presets; {model} is not one",
             )
         _require(self.chunk >= 0, f"chunk is {self.chunk}; at least 1 token")
@@ -104,6 +106,14 @@ class Request:
 
     def groups(self) -> list[list[Job]]:
         """Jobs that are compared with each other, one list for every setting."""
+        if self.mode == KERNELS:
+            return [
+                self._with_and_without(mode, model, precision, length)
+                for model in self.models
+                for mode in MODEL_MODES
+                for precision in self.precisions
+                for length in self.lengths
+            ]
         batches = [self.batch]
         if self.mode == "decode" and self.batch > 1:
             batches = [1, self.batch]
@@ -112,6 +122,18 @@ class Request:
             for precision in self.precisions
             for batch in batches
             for length in self.lengths
+        ]
+
+    def _with_and_without(self, mode: str, model: str, precision: str, length: int) -> list[Job]:
+        """A mode of a model with all kernels, without each of them, and without any."""
+        names = kernels(default_device().type, mode)
+        cases = {"all kernels": (), **{f"no {name}": (name,) for name in names}}
+        if len(names) > 1:
+            cases["plain torch"] = tuple(names)
+        batch = self.batch if mode == "train" else 1
+        return [
+            Job(mode, model, precision, batch, length, self.seconds, backend=label, without=off)
+            for label, off in cases.items()
         ]
 
     def _group(self, precision: str, batch: int, length: int) -> list[Job]:

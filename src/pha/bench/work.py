@@ -50,7 +50,8 @@ class Job:
         seconds: how long to go on measuring, at least one unit.
         compiled: whether torch.compile is applied first.
         chunk: tokens of a prompt read at a time; 0 reads it whole.
-        backend: of an op.
+        backend: of an op, or for people which kernels of a model are on.
+        without: kernels of a model that are off.
     """
 
     mode: str
@@ -62,6 +63,7 @@ class Job:
     compiled: bool = False
     chunk: int = 0
     backend: str = ""
+    without: Sequence[str] = ()
 
 
 class Work(ABC):

@@ -19,6 +19,7 @@ import torch
 
 from pha.bench import memory
 from pha.bench.floors import measure_floors
+from pha.bench.kernels import without
 from pha.bench.op_work import OP_MODES, make_op_work
 from pha.bench.work import MODEL_MODES, Job, Work
 from pha.utils.errors import PHAError
@@ -40,11 +41,12 @@ def measure(job: Job) -> dict[str, Any]:
     device = default_device()
     if device.type == "cpu":
         keep_freed_memory()  # as training does; for every model alike
-    work = _make(job, device)
-    held = memory.held(device)
-    memory.reset_peak(device)
-    times = time_units(work, device, job.seconds)
-    peak = memory.peak(device)
+    with without(job.without):
+        work = _make(job, device)
+        held = memory.held(device)
+        memory.reset_peak(device)
+        times = time_units(work, device, job.seconds)
+        peak = memory.peak(device)
     seconds = statistics.median(times)
     floors = measure_floors(device, job.precision, job.length)
     floor = floors.seconds(work.need)

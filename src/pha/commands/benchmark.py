@@ -41,9 +41,9 @@ def add_bench(verb: AddVerb) -> None:
         "hf:falcon-h1, hf:mamba2, hf:recurrent-gemma. What the machine can do is measured in the\n"
         "same processes, and every row says how much of it was reached. scan, gated-scan, loss,\n"
         "attention and documents (attention within them) time the backends of one op at the\n"
-        "shapes of a preset.",
+        "shapes of a preset. kernels times steps, prompts and tokens with each kernel and without.",
     )
-    sub.add_argument("mode", choices=(*MODEL_MODES, *OP_MODES))
+    sub.add_argument("mode", choices=(*MODEL_MODES, *OP_MODES, "kernels"))
     sub.add_argument(
         "--models",
         type=_words,
@@ -131,12 +131,13 @@ def bench(options: Namespace) -> None:
 
 def _tables(request: Request, rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
     """A table for each setting; compiled rows have theirs apart."""
+    kernels = request.mode == "kernels"
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         key = (row["compiled"], row["precision"], row["batch"], row["length"])
-        groups.setdefault(key, []).append(row)
-    for (compiled, precision, batch, length), group in groups.items():
-        title = f"{request.mode}, {precision}, {batch} x {length:,}"
+        groups.setdefault((row["mode"], row["model"] * kernels, *key), []).append(row)
+    for (mode, model, compiled, precision, batch, length), group in groups.items():
+        title = f"{mode}, {model + ', ' * kernels}{precision}, {batch} x {length:,}"
         table = Table(
             title=title + ", torch.compile" * compiled,
             title_justify="left",
@@ -145,14 +146,14 @@ def _tables(request: Request, rows: Sequence[dict[str, Any]]) -> Iterator[Table]
             pad_edge=False,
             padding=(0, 1),
         )
-        last = LAST_COLUMN.get(request.mode)
-        table.add_column("backend" if request.mode in OP_MODES else "model", no_wrap=True)
+        last = LAST_COLUMN.get(mode)
+        table.add_column("model" if request.mode in MODEL_MODES else "backend", no_wrap=True)
         headings = ("tok/s", "±", "ratio", "GB", "ratio", "work", "floor", last)
         for heading in headings:
             if heading is not None:
                 table.add_column(heading, justify="right", no_wrap=True)
         for row in group:
-            table.add_row(*_cells(row, len(request.models) > 1))
+            table.add_row(*_cells(row, len(request.models) > 1 and not kernels))
         yield table
 
 

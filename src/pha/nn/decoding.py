@@ -28,6 +28,9 @@ MOST_ROWS = 8  # sequences beyond which torch's matrix products win
 BYTES_PER_THREAD = 2**21  # of weights, below which another thread gains nothing
 
 
+enabled = True  # False leaves every token to the layers, to measure what this is worth
+
+
 class _Inexpressible(Exception):  # noqa: N818 - never leaves this module
     """Some part of the model has no instructions."""
 
@@ -52,7 +55,12 @@ class Past:
 def make_decoder(backbone: Backbone, head: nn.Module, batch: int) -> Decoder | None:
     """The instructions for B sequences, or None where torch has to do it."""
     weight = getattr(head, "weight", None)
-    if batch > MOST_ROWS or not isinstance(weight, Tensor) or weight.device.type != "cpu":
+    if (
+        not enabled
+        or batch > MOST_ROWS
+        or not isinstance(weight, Tensor)
+        or weight.device.type != "cpu"
+    ):
         return None
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return None

@@ -227,5 +227,6 @@ _OP = Op(
     {"cpu": "blocked", "cuda": "flex", "default": "sdpa"},
     _check,
     only_on={"blocked": "cpu", "flex": "cuda"},
+    plain="sdpa",
     fault=_fault,
 )

@@ -24,6 +24,7 @@ class Op:
         name: how the op is called in `OPS` and by `pha doctor`.
         backends: name -> function, all with the same signature. `"naive"` is the oracle.
         preferred: device type -> backend name; `"default"` is the fallback for other devices.
+        plain: the best form in torch's own operations, which every kernel is measured against.
         check: a self-check that compares a backend with the oracle and returns the largest
             relative error of values and gradients.
         only_on: backend name -> the one device type it is made for; others run on all.
@@ -37,6 +38,7 @@ class Op:
     check: Callable[[Callable[..., Any], Callable[..., Any], str], float]
     only_on: dict[str, str] = field(default_factory=dict)
     fault: Callable[[str, str], str | None] = _no_fault
+    plain: str = "torch"
     forced: str | None = field(default=None)
 
     def __post_init__(self) -> None:

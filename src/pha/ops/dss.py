@@ -314,4 +314,4 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     )
 
 
-_OP = Op("dss", {"naive": dss_naive, "fft": dss_fft}, {"default": "fft"}, _check)
+_OP = Op("dss", {"naive": dss_naive, "fft": dss_fft}, {"default": "fft"}, _check, plain="fft")

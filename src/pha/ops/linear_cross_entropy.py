@@ -314,5 +314,6 @@ _OP = Op(
     {"cuda": "triton", "cpu": "numba", "default": "chunked"},
     _check,
     only_on={"triton": "cuda", "numba": "cpu"},
+    plain="chunked",
     fault=_fault,
 )

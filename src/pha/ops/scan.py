@@ -363,4 +363,5 @@ _OP = Op(
         "triton-chunked": "cuda",
     },
     fault=_fault,
+    plain="loop",
 )

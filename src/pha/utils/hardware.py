@@ -142,6 +142,13 @@ def cpu_name() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
+def instruction_set() -> str:
+    """Which kind of processor this is, as matrix products see it: `AMX`, `AVX-512`, `AVX2`, ..."""
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    return {"AVX512": "AVX-512"}.get(name := torch.backends.cpu.get_cpu_capability(), name)
+
+
 def _git(*arguments: str) -> str | None:
     folder = Path(__file__).resolve().parent
     try:
@@ -183,6 +190,7 @@ def provenance(device: torch.device, precision: str) -> dict[str, Any]:
         "git_dirty": dirty,
         "device": device_name(device),
         "cpu": cpu_name(),
+        "instruction_set": instruction_set(),
         "threads": torch.get_num_threads(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "precision": precision,
