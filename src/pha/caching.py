@@ -2,31 +2,61 @@
 
 from __future__ import annotations
 
-import math
 import weakref
-from weakref import WeakKeyDictionary
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DynamicLayer,
-    LinearAttentionAndFullAttentionLayer,
+    DynamicCache,
+    LinearAttentionCacheLayerMixin,
     StaticLayer,
 )
 
-from pha.nn import Backbone
-from pha.nn.attention import rotary_angles
-from pha.nn.decoding import Decoder, Past, make_decoder
 from pha.utils.errors import PHAError
+
+_REMEDY = "make one with model.new_cache()"
+
+
+class PHACache(DynamicCache):
+    """A growing cache whose sequences can be repeated and selected, recurrent states included."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Have every sequence `repeats` times, one after the other."""
+        super().batch_repeat_interleave(repeats)
+        self._each_state(lambda state: state.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences only."""
+        super().batch_select_indices(indices)
+        self._each_state(lambda state: state[indices])
+
+    def _each_state(self, change: Callable[[Tensor], Tensor]) -> None:
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                for place, state in layer.recurrent_states.items():
+                    if state is not None:
+                        layer.recurrent_states[place] = change(state)
 
 
 class CacheAdapter:
-    """What the layers need of a transformers cache."""
+    """What the layers need of a transformers cache.
 
-    def __init__(self, cache: Cache) -> None:
-        self.cache = cache
+    Raises:
+        PHAError: the cache is not one of this model.
+    """
+
+    def __init__(self, cache: Cache, config: PreTrainedConfig) -> None:
+        self.cache, self._config = cache, weakref.ref(config)
+        if not cache.layers:  # made without a configuration, as loops often do
+            cache.layers.extend(DynamicCache(config=config).layers)
+        self._left: _Left | None = getattr(cache, "_pha_left", None)
+        if self._left is None or self._left.config() is not config:
+            _check_layers(cache, config)
         self.keyed = next(i for i, x in enumerate(cache.layers) if isinstance(x, CacheLayerMixin))
         self.is_static = isinstance(cache.layers[self.keyed], StaticLayer)
 
@@ -54,152 +84,83 @@ class CacheAdapter:
         layer = self.cache.layers[layer_idx]
         return layer.recurrent_states[0] if layer.has_previous_state[0] else None
 
-    def check_batch(self, batch: int) -> None:
-        """Refuse a state of another batch size: transformers can repeat keys without the state.
-
-        Raises:
-            PHAError: the cache was repeated, selected or made for other sequences.
-        """
-        for index, layer in enumerate(self.cache.layers):
-            state = getattr(layer, "recurrent_states", {}).get(0)
-            if state is not None and layer.has_previous_state[0] and state.shape[0] != batch:
-                raise PHAError(
-                    f"the cache holds states of {state.shape[0]} sequences in layer {index}, but "
-                    f"{batch} are given: begin with a new cache (transformers repeats keys, not "
-                    "recurrent states)"
-                )
-
     def set_recurrent_state(self, layer_idx: int, state: Tensor) -> None:
         """Keep the state of the layer."""
         self.cache.update_recurrent_state(state, layer_idx)
         # transformers marks a layer as started only with its convolution state; there is none here.
         self.cache.layers[layer_idx].has_previous_state[0] = True
 
+    def enter(self, batch: int) -> None:
+        """Refuse a cache whose keys and states are not of the same B sequences.
 
-class _Writer:
-    """Writes tokens with compiled instructions, into room that a growing cache is given.
+        transformers' own caches repeat, select and crop keys without the states beside them.
 
-    The cache's keys become views of buffers with places to spare, so that a token costs no copy of
-    those before it. Whoever replaces them (beam search, cropping) loses nothing: they are copied
-    again.
+        Raises:
+            PHAError: a state is of other sequences than those given, or keys were changed alone.
+        """
+        keys, states = self._contents()
+        for state in states:
+            if state is not None and state.shape[0] != batch:
+                raise PHAError(
+                    f"the cache holds states of {state.shape[0]} sequences, and {batch} are given; "
+                    f"{_REMEDY}, which repeats and selects keys and states"
+                )
+        left, self.cache._pha_left = self._left, None  # held on to, old keys would stay in memory
+        if left is None or not any(state is not None for state in states):
+            return
+        if _changed(left.keys, keys) and not _changed(left.states, states):
+            raise PHAError(
+                "the cache's keys were repeated, selected or cropped, and its recurrent states "
+                f"were not; {_REMEDY}, which repeats and selects both (no state can be cropped)"
+            )
+
+    def leave(self) -> None:
+        """Remember what the cache holds, for `enter`."""
+        self.cache._pha_left = _Left(self._config, *self._contents())
+
+    def _contents(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Keys of every layer, and states of every layer that may have one."""
+        layers = self.cache.layers
+        return [getattr(layer, "keys", None) for layer in layers], [
+            layer.recurrent_states[0] if layer.has_previous_state[0] else None
+            for layer in layers
+            if _keeps_state(layer)
+        ]
+
+
+@dataclass
+class _Left:
+    """What a forward pass left in a cache, and of which model."""
+
+    config: weakref.ref[PreTrainedConfig]
+    keys: list[Tensor | None]
+    states: list[Tensor | None]
+
+
+def _changed(before: list[Tensor | None], now: list[Tensor | None]) -> bool:
+    return any(x is not y for x, y in zip(before, now, strict=True))
+
+
+def _check_layers(cache: Cache, config: PreTrainedConfig) -> None:
+    """Refuse a cache that was made for another model.
+
+    Raises:
+        PHAError: it has other layers.
     """
-
-    def __init__(self, decoder: Decoder, model: nn.Module) -> None:
-        self.decoder, self.model = decoder, weakref.ref(model)
-        self.room: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def serves(self, model: nn.Module, batch: int) -> bool:
-        """Whether the instructions are for this model, as it is now, and so many sequences."""
-        return self.model() is model and self.decoder.batch == batch and self.decoder.is_valid()
-
-    def make_room(self, cache: Cache, length: int) -> bool:
-        """Have a place for one more key in every layer; false where that cannot be."""
-        for index in self.decoder.key_layers:
-            layer = cache.layers[index]
-            if type(layer) not in _GROWING or layer.keys is None:
-                return False
-            kept = layer.keys, layer.values
-            if kept[0].dtype != self.decoder.dtype or kept[0].shape[2] != length:
-                return False
-            room = self.room.get(index)
-            if room is None or room[0].shape[2] <= length or not all(map(_is_begin, kept, room)):
-                self.room[index] = tuple(_enlarged(x, length) for x in kept)  # type: ignore[assignment]
-        return True
-
-    def states(self, cache: Cache) -> dict[int, Tensor] | None:
-        """The recurrent states by layer, or None where one is missing."""
-        states = {}
-        for index in self.decoder.state_layers:
-            layer = cache.layers[index]
-            state = layer.recurrent_states[0]
-            if not layer.has_previous_state[0] or state.dtype != torch.float32:
-                return None
-            if not state.is_contiguous():
-                return None
-            states[index] = state
-        return states
+    kinds = config.layer_types
+    if len(cache.layers) != len(kinds):
+        raise PHAError(
+            f"the cache has {len(cache.layers)} layers and the model {len(kinds)}; {_REMEDY}"
+        )
+    for index, (layer, kind) in enumerate(zip(cache.layers, kinds, strict=True)):
+        has = isinstance(layer, CacheLayerMixin), _keeps_state(layer)
+        needs = kind != "linear_attention", kind.startswith(("hybrid", "linear"))
+        if any(need and not there for need, there in zip(needs, has, strict=True)):
+            raise PHAError(
+                f"layer {index} of the cache has no room for what the model keeps; {_REMEDY}, "
+                "or one of transformers with config=model.config"
+            )
 
 
-_GROWING = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
-_SPARE = 256  # places for keys at least
-_WRITERS: WeakKeyDictionary[Cache, _Writer | None] = WeakKeyDictionary()
-
-
-def _is_begin(kept: Tensor, room: Tensor) -> bool:
-    """Whether `kept` is still the view of `room` that it was made."""
-    same = kept.data_ptr() == room.data_ptr() and kept.stride() == room.stride()
-    return same and kept.shape[:2] == room.shape[:2]
-
-
-def _enlarged(kept: Tensor, length: int) -> Tensor:
-    B, G, _, K = kept.shape
-    room = kept.new_empty(B, G, length + max(_SPARE, length // 4), K)
-    room[:, :, :length] = kept
-    return room
-
-
-def decode(
-    backbone: Backbone,
-    head: nn.Linear,
-    ids: Tensor,
-    cache: Cache,
-    attention_mask: Tensor | None = None,
-    positions: Tensor | None = None,
-) -> Tensor | None:
-    """Logits (B, 1, V) of one more token for each sequence, by the compiled instructions.
-
-    Args:
-        backbone: in evaluation mode.
-        head: the output head.
-        ids: (B, 1) tokens.
-        cache: the past; updated.
-        attention_mask: (B, S + 1), 0 at padding.
-        positions: (B, 1); counts on from the cache when absent.
-
-    Returns:
-        Logits in the type of the weights, or None, with nothing changed, where the layers have to
-        do it: see `pha.nn.decoding`. So do gradients, compilation, static and sliding caches.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or ids.device.type != "cpu":
-        return None
-    if not hasattr(cache, "layers") or type(backbone.embed_tokens) is not nn.Embedding:
-        return None
-    adapter, batch = CacheAdapter(cache), ids.shape[0]
-    length = adapter.length()
-    if not isinstance(length, int) or length == 0 or torch.is_autocast_enabled("cpu"):
-        return None
-    writer = _WRITERS.get(cache)
-    if cache not in _WRITERS or (writer is not None and not writer.serves(backbone, batch)):
-        decoder = make_decoder(backbone, head, batch)
-        writer = _WRITERS[cache] = None if decoder is None else _Writer(decoder, backbone)
-    starts = _starts(attention_mask, batch, length + 1)
-    if writer is None or starts is None or not writer.make_room(cache, length):
-        return None
-    states = writer.states(cache)
-    if states is None:
-        return None
-    config = backbone.config
-    if positions is None:
-        positions = torch.full((1, 1), length)
-    x = backbone.embed_tokens(ids)[:, 0].float() * math.sqrt(config.hidden_size)
-    rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
-    decoder = writer.decoder
-    logits = decoder.step(x, rotary, Past(writer.room, states, length, starts))
-    for index, (keys, values) in writer.room.items():
-        layer = cache.layers[index]
-        layer.keys, layer.values = keys[:, :, : length + 1], values[:, :, : length + 1]
-    if not decoder.key_layers:
-        adapter.count(x[:, None])
-    return logits[:, None]
-
-
-def _starts(attention_mask: Tensor | None, batch: int, places: int) -> Tensor | None:
-    """(B,) first place that counts, or None where padding is anywhere but on the left."""
-    if attention_mask is None:
-        return torch.zeros(batch, dtype=torch.int64)
-    if attention_mask.shape != (batch, places):
-        return None
-    mask = attention_mask.bool()
-    if not bool((mask[:, -1:] & (mask[:, 1:] >= mask[:, :-1]).all(-1, keepdim=True)).all()):
-        return None
-    return (~mask).sum(-1)
+def _keeps_state(layer: object) -> bool:
+    return isinstance(layer, LinearAttentionCacheLayerMixin)

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pha.caching import CacheAdapter, decode
+from pha.caching import CacheAdapter, PHACache
 from pha.nn import BRANCHES, ArchitectureConfig, Backbone, Branch
 from pha.nn.model import initialise
 from pha.nn.presets import preset
-from pha.ops import linear_cross_entropy
+from pha.ops import linear_cross_entropy, token_statistics
+from pha.ops.precision import accumulation_type
 from pha.utils.errors import PHAError
+from pha.utils.plain import is_plain_linear
+
+decode: Callable[..., Tensor | None] | None
+try:
+    from pha.decoder import decode
+except ImportError:  # no numba: the layers write tokens too
+    decode = None
 
 
 class PHAConfig(ArchitectureConfig, PreTrainedConfig):
@@ -178,11 +187,8 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         layer_inputs: list[Tensor] | None = [] if output_hidden_states else None
-        only_tokens = all(x is None for x in (inputs_embeds, document_starts, labels, shift_labels))
-        if (
-            only_tokens
-            and past_key_values is not None
-            and not (output_hidden_states or self.training)
+        if all(x is None for x in (inputs_embeds, document_starts, labels, shift_labels)) and not (
+            output_hidden_states or self.training
         ):
             logits = self._decode(input_ids, past_key_values, attention_mask, position_ids)
             if logits is not None:
@@ -199,16 +205,20 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         loss = logits = None
         if labels is not None:
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if shift_labels is not None:
-            total = linear_cross_entropy(
-                x.flatten(0, 1), self.lm_head.weight, shift_labels.flatten()
-            )
+            if shift_labels.shape != x.shape[:2]:
+                raise PHAError(
+                    f"labels are {tuple(shift_labels.shape)} for a batch of {tuple(x.shape[:2])}; "
+                    "give one for each token"
+                )
+            total, logits = self._summed_loss(x, shift_labels)
             items = num_items_in_batch
-            loss = total / ((shift_labels != -100).sum() if items is None else items)
-        if loss is None or not self.training:
-            kept = (
-                slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            )
+            items = (shift_labels != -100).sum() if items is None else items
+            loss = total / (items + (items == 0))  # a batch without labels teaches nothing
+        if logits is not None:
+            logits = logits[:, kept]
+        elif loss is None or not self.training:
             logits = self.lm_head(x[:, kept])
         return CausalLMOutputWithPast(
             loss=loss,
@@ -217,23 +227,43 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
             hidden_states=None if layer_inputs is None else (*layer_inputs, x),
         )
 
+    def _summed_loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Cross-entropy summed over labels; and the logits, where they had to be formed for it."""
+        if is_plain_linear(self.lm_head):
+            weight = self.lm_head.weight
+            return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten()), None
+        logits = self.lm_head(x)
+        wide = logits.flatten(0, 1).to(accumulation_type(logits))
+        return nn.functional.cross_entropy(wide, targets.flatten(), reduction="sum"), logits
+
+    def token_statistics(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What `pha.ops.token_statistics` says of hidden states (N, d), whatever the head is."""
+        if is_plain_linear(self.lm_head):
+            return token_statistics(x, self.lm_head.weight, targets)
+        logits = self.lm_head(x)
+        wide = logits.to(accumulation_type(logits))
+        losses = nn.functional.cross_entropy(wide, targets, reduction="none")
+        return losses, wide.argmax(-1) == targets
+
     def _decode(
         self,
         input_ids: Tensor | None,
-        cache: Cache,
+        cache: Cache | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
     ) -> Tensor | None:
         """Logits after one more token by compiled instructions, where that is possible."""
-        if input_ids is None or input_ids.shape[1] != 1:
+        if decode is None or cache is None or input_ids is None or input_ids.shape[1:] != (1,):
             return None
         if self.config._attn_implementation in _BACKENDS:  # a backend that was asked for
             return None
-        return decode(self.model, self.lm_head, input_ids, cache, attention_mask, position_ids)
+        adapter = CacheAdapter(cache, self.config)
+        adapter.enter(input_ids.shape[0])
+        return decode(self.model, self.lm_head, input_ids, adapter, attention_mask, position_ids)
 
     def new_cache(self) -> Cache:
         """An empty cache for keys, values and recurrent states, which grows as it is used."""
-        return DynamicCache(config=self.config)
+        return PHACache(config=self.config)
 
     def hidden_states(
         self,
@@ -258,15 +288,15 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
             layer_inputs: receives what enters each layer.
 
         Raises:
-            PHAError: both inputs or none, or a cache of another batch size.
+            PHAError: both inputs or none, or a cache of other sequences or another model.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise PHAError("give exactly one of input_ids and inputs_embeds")
         cache = None
         if past_key_values is not None:
-            cache = CacheAdapter(past_key_values)
-            cache.check_batch(tokens.shape[0])
+            cache = CacheAdapter(past_key_values, self.config)
+            cache.enter(tokens.shape[0])
         x: Tensor = self.model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -277,8 +307,10 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
             attention_backend=_BACKENDS.get(self.config._attn_implementation),
             layer_inputs=layer_inputs,
         )
-        if cache is not None and not self.config.keeps_keys:
-            cache.count(x)
+        if cache is not None:
+            if not self.config.keeps_keys:
+                cache.count(x)
+            cache.leave()
         return x
 
     @staticmethod

@@ -16,12 +16,14 @@ from typing import Any
 import psutil
 import pytest
 
+from pha import decoder
 from pha.bench import floors as floors_module
 from pha.bench import peers, runner
 from pha.bench.runner import Request, add_ratios, make_row, run_benchmark, run_worker
 from pha.bench.work import Job
 from pha.bench.worker import measure
 from pha.cli import main
+from pha.ops import OPS
 from pha.utils.errors import PHAError
 
 REQUEST = Request(mode="prefill", models=("pha-tiny", "hf:gpt2-tiny"), lengths=(16,), runs=2)
@@ -62,10 +64,11 @@ def answers(speed: float) -> dict[str, Any]:
         ({"seconds_limit": -1.0}, "the limit is -1.0 seconds"),
         ({"chunk": -1}, "chunk is -1"),
         ({"mode": "train", "chunk": 4}, "train reads no prompt"),
-        ({"mode": "scan"}, "hf:gpt2-tiny is not one"),
+        ({"mode": "loss"}, "hf:gpt2-tiny is not one"),
         ({"backends": ("loop",)}, "prefill has no backends"),
-        ({"mode": "scan", "models": ("pha-tiny",), "backends": ("x",)}, "scan has no backend 'x'"),
-        ({"mode": "scan", "models": ("pha-tiny",), "compiled": True}, "no compiled form"),
+        ({"mode": "loss", "models": ("pha-tiny",), "backends": ("x",)}, "loss has no backend 'x'"),
+        ({"mode": "loss", "models": ("pha-tiny",), "compiled": True}, "no compiled form"),
+        ({"mode": "kernels"}, "hf:gpt2-tiny is not one"),
     ],
 )
 def test_impossible_requests_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -244,7 +247,7 @@ def test_json_and_files_hold_everything(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("mode", ["train", "decode", "scan", "loss", "attention"])
+@pytest.mark.parametrize("mode", ["train", "decode", "gated-scan", "loss", "attention"])
 def test_every_mode_prints_a_table(mode: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--models", "pha-tiny", "--lengths", "16", "--precision", "fp32,bf16")
     main(["bench", mode, *words, "--runs", "1", "--seconds", "0.001"])
@@ -253,6 +256,36 @@ def test_every_mode_prints_a_table(mode: str, capsys: pytest.CaptureFixture[str]
         assert heading in printed
     assert "failed" not in printed
     assert "…" not in printed
+
+
+@pytest.mark.usefixtures("in_process")
+def test_kernels_are_compared_with_their_absence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op, used = OPS["swiglu"], []
+
+    def fast(*inputs: Any) -> Any:
+        used.append(op.choice("cpu"))
+        return op.backends["torch"](*inputs)
+
+    monkeypatch.setitem(op.backends, "fast", fast)
+    monkeypatch.setitem(op.preferred, "cpu", "fast")
+    words = ("--models", "pha-tiny", "--lengths", "16", "--runs", "1", "--seconds", "0.001")
+    main(["bench", "kernels", *words, "--json"])
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["mode"], row["backend"], row["without"]) for row in rows] == [
+        ("train", "all kernels", []),
+        ("train", "no swiglu", ["swiglu"]),
+        ("prefill", "all kernels", []),
+        ("prefill", "no swiglu", ["swiglu"]),
+        ("decode", "all kernels", []),
+        ("decode", "no decoder", ["decoder"]),
+    ]
+    assert all(row["speed_ratio"] > 0 for row in rows)
+    assert used
+    assert decoder.enabled
+    main(["bench", "kernels", *words])
+    assert "train, pha-tiny, fp32, 2 x 16" in capsys.readouterr().out
 
 
 def test_a_failed_row_says_why_below_the_table(

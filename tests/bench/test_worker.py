@@ -217,10 +217,9 @@ def test_ops_need_what_their_shapes_say() -> None:
         return make_op_work(job, CPU).need
 
     inputs = 2 * 12 * 544
-    assert need("scan", "forward").moved_bytes == 2 * 4 * inputs
-    assert need("scan", "forward+backward", "bf16").moved_bytes == 5 * 2 * inputs
     assert need("gated-scan", "forward").moved_bytes == 3 * 4 * inputs
     assert need("gated-scan", "forward+backward").moved_bytes == 9 * 4 * inputs
+    assert need("gated-scan", "forward+backward", "bf16").moved_bytes == 9 * 2 * inputs
     assert need("loss", "forward").matmul_flops == 2 * 24 * 160 * 512
     assert need("loss", "forward+backward").matmul_flops == 6 * 24 * 160 * 512
     assert need("attention", "forward").matmul_flops == 2 * 4 * 4 * 40 * (12 * 13 / 2)
@@ -232,9 +231,9 @@ def test_bad_jobs_are_refused() -> None:
     with pytest.raises(PHAError, match="no mode 'sleep'"):
         measure(Job("sleep", "pha-tiny", "fp32", 1, 8))
     with pytest.raises(PHAError, match="shapes of a preset"):
-        make_op_work(Job("scan", "hf:gpt2", "fp32", 1, 8, backend="loop"), CPU)
+        make_op_work(Job("gated-scan", "hf:gpt2", "fp32", 1, 8, backend="torch"), CPU)
     with pytest.raises(PHAError, match="no backend 'fast'"):
-        make_op_work(Job("scan", "pha-tiny", "fp32", 1, 8, backend="fast"), CPU)
+        make_op_work(Job("gated-scan", "pha-tiny", "fp32", 1, 8, backend="fast"), CPU)
 
 
 def test_errors_become_one_line() -> None:

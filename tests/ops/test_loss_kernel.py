@@ -73,12 +73,12 @@ import json, warnings
 import torch
 from pha.ops import OPS
 from pha.ops import linear_cross_entropy as function
-from pha.ops.linear_cross_entropy import CHUNK_LOGITS, _kernel_fault
+from pha.ops.linear_cross_entropy import CHUNK_LOGITS, _triton_fault
 
 warnings.simplefilter("error")
 CHUNK_LOGITS["cpu"] = 7 * 101
 op = OPS["linear_cross_entropy"]
-assert _kernel_fault("triton", torch.device("cpu")) is None
+assert _triton_fault(torch.device("cpu")) is None
 print(json.dumps(op.self_check("triton", "cpu")))
 """
 

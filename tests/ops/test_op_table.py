@@ -15,8 +15,7 @@ from pha.ops import (
     dss,
     gated_scan,
     linear_cross_entropy,
-    mixed_norms,
-    scan,
+    rms_norm,
     swiglu,
     unit_rotary,
 )
@@ -32,12 +31,11 @@ CPU_BACKENDS = [
 u, a = torch.ones(1, 2, 3), torch.full((3,), 0.5)
 q = torch.ones(1, 2, 3, 4)
 CALLS: dict[str, Callable[[], Any]] = {
-    "scan": lambda: scan(u, a),
     "gated_scan": lambda: gated_scan(u, u, a, a),
     "attention": lambda: attention(q, q, q),
     "dss": lambda: dss(u, *[u[0, 0]] * 2, *[u[0, 0].expand(3, 3)] * 2, u[0, 0]),
     "linear_cross_entropy": lambda: linear_cross_entropy(u[0], u[0], torch.zeros(2).long()),
-    "mixed_norms": lambda: mixed_norms((u, u), (a, a), None, 1e-6, u.dtype),
+    "rms_norm": lambda: rms_norm(u, a, 1e-6, u.dtype),
     "swiglu": lambda: swiglu(u, u),
     "unit_rotary": lambda: unit_rotary(q, None, *[torch.ones(1, 3, 2)] * 2),
 }
@@ -95,7 +93,6 @@ def test_self_check_is_small(name: str, backend: str) -> None:
 
 WRONG: dict[str, Callable[..., Any]] = {
     "gated_scan": lambda *x: OPS["gated_scan"].backends["naive"](*x[:-1], None),
-    "scan": lambda u, a, h0, starts: OPS["scan"].backends["naive"](u, a, h0, None),
     "attention": lambda q, k, v, mask=None, window=None: OPS["attention"].backends["naive"](
         q, k, v, mask
     ),
@@ -103,9 +100,7 @@ WRONG: dict[str, Callable[..., Any]] = {
     "linear_cross_entropy": lambda x, w, y: OPS["linear_cross_entropy"].backends["naive"](
         x, w, y.clamp(min=0)
     ),
-    "mixed_norms": lambda ys, gains, weights, *rest: OPS["mixed_norms"].backends["naive"](
-        ys, gains[::-1], weights, *rest
-    ),
+    "rms_norm": lambda x, gain, *rest: OPS["rms_norm"].backends["naive"](x, gain.flip(0), *rest),
     "swiglu": lambda gate, up: OPS["swiglu"].backends["naive"](up, gate),
     "unit_rotary": lambda x, scales, cos, sin: OPS["unit_rotary"].backends["naive"](
         x, scales, cos, -sin
@@ -120,17 +115,17 @@ def test_self_check_sees_a_wrong_backend(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_self_check_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def detached(u: torch.Tensor, a: torch.Tensor, *rest: Any) -> Any:
-        return OPS["scan"].backends["naive"](u, a.detach() + 0 * a, *rest)
+    def detached(gate: torch.Tensor, value: torch.Tensor, a: torch.Tensor, *rest: Any) -> Any:
+        return OPS["gated_scan"].backends["naive"](gate, value, a.detach() + 0 * a, *rest)
 
-    monkeypatch.setitem(OPS["scan"].backends, "wrong", detached)
-    assert OPS["scan"].self_check("wrong", "cpu") > 0.1
+    monkeypatch.setitem(OPS["gated_scan"].backends, "wrong", detached)
+    assert OPS["gated_scan"].self_check("wrong", "cpu") > 0.1
 
 
 def test_a_backend_of_one_device_is_preferred_on_no_other() -> None:
-    assert OPS["scan"].runs_on("numba", "cpu")
-    assert not OPS["scan"].runs_on("numba", "cuda")
-    assert OPS["scan"].runs_on("loop", "cuda")
+    assert OPS["gated_scan"].runs_on("triton", "cuda")
+    assert not OPS["gated_scan"].runs_on("triton", "cpu")
+    assert OPS["gated_scan"].runs_on("torch", "cuda")
     for op in OPS.values():
         assert all(op.runs_on(op.choice(device), device) for device in ("cpu", "cuda", "mps"))
 

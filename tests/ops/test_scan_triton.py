@@ -108,18 +108,6 @@ def test_gated_scan(form: str, shape: tuple[int, int, int], device: torch.device
 
 
 @kernels
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("form", FORMS)
-def test_scan(form: str, shape: tuple[int, int, int], device: torch.device) -> None:
-    backends, (u, _, a, _, h0) = OPS["scan"].backends, problem(shape, device)
-    starts = some(shape, device, 0.05)
-    error = relative_error(
-        lambda *x: backends[form](*x, starts), lambda *x: backends["naive"](*x, starts), u, a, h0
-    )
-    assert error < 1e-5
-
-
-@kernels
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("place", ["nowhere", "first", "borders", "everywhere"])
 def test_places_of_starts(place: str, form: str, device: torch.device) -> None:
@@ -226,10 +214,9 @@ def test_empty(device: torch.device) -> None:
 
 @kernels
 def test_the_table_has_it_and_its_check_passes(device: torch.device) -> None:
-    for op in ("scan", "gated_scan"):
-        for backend in ("triton", *FORMS):
-            assert OPS[op].self_check(backend, device.type) < 1e-5
-            assert not OPS[op].runs_on(backend, "cpu")
+    for backend in ("triton", *FORMS):
+        assert OPS["gated_scan"].self_check(backend, device.type) < 1e-5
+        assert not OPS["gated_scan"].runs_on(backend, "cpu")
 
 
 @kernels
@@ -287,7 +274,6 @@ def test_where_it_cannot_run_torch_takes_over_once(monkeypatch: pytest.MonkeyPat
     with pytest.warns(RuntimeWarning, match=r"Triton cannot be used \(broken\)") as caught:
         results = gradients(OPS["gated_scan"].backends["triton"], inputs, *rest)
     assert len(caught) == 1
-    OPS["scan"].backends["triton"](inputs[0], inputs[2])
     expected = gradients(OPS["gated_scan"].backends["naive"], inputs, *rest)
     for x, y in zip(results, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)

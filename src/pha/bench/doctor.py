@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops import OPS, Op
 from pha.utils.hardware import (
     choose_precision,
@@ -78,8 +79,35 @@ def examine() -> dict[str, Any]:
                         "reason": None if reason is None else f"cannot run: {reason}",
                     }
                 )
+    backends.append(_decoder())
     healthy = all(check["ok"] is not False for check in backends)
     return {"environment": environment, "backends": backends, "healthy": healthy}
+
+
+def _decoder() -> dict[str, Any]:
+    """The record of the compiled decoder: its logits beside those of the layers."""
+    record = {"op": "decoder", "device": "cpu", "backend": "numba", "used": False, "error": None}
+    try:
+        from pha import decoder
+        from pha.decoder import runtime
+    except ImportError as missing:
+        return record | {"ok": None, "reason": f"not usable here: {missing}"}
+    torch.manual_seed(0)
+    model = PHAForCausalLM(PHAConfig.from_preset("pha-tiny", vocab_size=257)).eval()
+    ids = torch.arange(12).view(1, -1)
+    logits = []
+    with torch.no_grad():
+        for enabled in (True, False):
+            decoder.enabled = enabled
+            try:
+                cache = model(ids[:, :-1]).past_key_values
+                logits.append(model(ids[:, -1:], past_key_values=cache).logits)
+            finally:
+                decoder.enabled = True
+    if reason := runtime.fault():
+        return record | {"ok": False, "reason": f"cannot run: {reason}"}
+    error = float((logits[0] - logits[1]).abs().max() / logits[1].abs().max())
+    return record | {"used": True, "error": error, "ok": error < TOLERANCE, "reason": None}
 
 
 def _elsewhere(op: Op, name: str, device_type: str) -> dict[str, Any]:

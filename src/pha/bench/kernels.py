@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 
-from pha.nn import decoding
 from pha.ops import OPS
-from pha.utils.hardware import instruction_set
 
 DECODER = "decoder"
 
@@ -18,13 +17,11 @@ def kernels(device_type: str, mode: str) -> list[str]:
     They are the ops whose chosen backend is not the one in plain torch, and the compiled decoder.
     """
     if mode == "decode":
-        return [DECODER] if device_type == "cpu" else []
+        return [DECODER] if device_type == "cpu" and find_spec("numba") else []
     return [
         op.name
         for op in OPS.values()
         if op.choice(device_type) != op.plain
-        and op.name != "scan"  # no model calls it
-        and (op.name != "attention" or device_type != "cpu" or "AVX2" not in instruction_set())
         and (op.name != "linear_cross_entropy" or mode == "train")
     ]
 
@@ -35,8 +32,10 @@ def without(names: Sequence[str]) -> Iterator[None]:
     with ExitStack() as stack:
         for name in names:
             if name == DECODER:
-                decoding.enabled = False
-                stack.callback(setattr, decoding, "enabled", True)
+                from pha import decoder
+
+                decoder.enabled = False
+                stack.callback(setattr, decoder, "enabled", True)
             else:
                 stack.enter_context(OPS[name].force(OPS[name].plain))
         yield

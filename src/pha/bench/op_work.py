@@ -18,7 +18,6 @@ from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS
 
 OP_MODES = {
-    "scan": "scan",
     "gated-scan": "gated_scan",
     "loss": "linear_cross_entropy",
     "attention": "attention",
@@ -95,7 +94,7 @@ def make_op_work(job: Job, device: torch.device) -> OpWork:
     name, _, passes = job.backend.partition(", ")
     if name not in op.backends:
         raise PHAError(f"{job.mode} has no backend {name!r}; it has {', '.join(op.backends)}")
-    makers = {"scan": _scan, "gated-scan": _gated_scan, "loss": _loss}
+    makers = {"gated-scan": _gated_scan, "loss": _loss}
     return makers.get(job.mode, _attention)(
         job, config, device, op.backends[name], passes == PASSES[1]
     )
@@ -104,24 +103,6 @@ def make_op_work(job: Job, device: torch.device) -> OpWork:
 def _random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     generator = torch.Generator(device).manual_seed(1)
     return torch.randn(*shape, generator=generator, device=device).to(dtype)
-
-
-def _scan(
-    job: Job, config: PHAConfig, device: torch.device, function: Callable[..., Any], backward: bool
-) -> OpWork:
-    """Must read u and write h; backward reads their like, dh and h, and writes du."""
-    dtype = PRECISIONS[job.precision]
-    u = _random(device, dtype, job.batch, job.length, config.state_size)
-    a = torch.linspace(0.9, 0.999, config.state_size, device=device)
-    return OpWork(
-        function,
-        [u, a],
-        backward=backward,
-        autocast=None,
-        tokens=job.batch * job.length,
-        need=Need(moved_bytes=(5.0 if backward else 2.0) * u.nbytes),
-        setting=f"u ({job.batch}, {job.length}, {config.state_size})",
-    )
 
 
 def _gated_scan(

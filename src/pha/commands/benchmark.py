@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pha.bench.runner import Request
 
 MODEL_MODES = ("train", "prefill", "decode")
-OP_MODES = ("scan", "gated-scan", "loss", "attention", "documents")
+OP_MODES = ("gated-scan", "loss", "attention", "documents")
 LEGEND = """\
 ±  half the range of the runs      ratio  against the first row      GB  peak memory
 work  what of it came on top of the weights
@@ -39,7 +39,7 @@ def add_bench(verb: AddVerb) -> None:
         "Each model runs in a process of its own, and they take turns. Peers are models of\n"
         "transformers with random weights, so nothing is downloaded: hf:gpt2, hf:llama,\n"
         "hf:falcon-h1, hf:mamba2, hf:recurrent-gemma. What the machine can do is measured in the\n"
-        "same processes, and every row says how much of it was reached. scan, gated-scan, loss,\n"
+        "same processes, and every row says how much of it was reached. gated-scan, loss,\n"
         "attention and documents (attention within them) time the backends of one op at the\n"
         "shapes of a preset. kernels times steps, prompts and tokens with each kernel and without.",
     )

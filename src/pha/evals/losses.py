@@ -13,7 +13,6 @@ from pha.data.sampler import EvaluationWindow, evaluation_windows
 from pha.data.store import TokenStore
 from pha.evals.protocols import Protocol
 from pha.modeling import PHAForCausalLM
-from pha.ops import token_statistics
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS
 
@@ -211,8 +210,8 @@ def _score(
     starts = None if marks is None else torch.from_numpy(marks).to(device)
     with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
         x = model.model(input_ids=ids[:, :-1], document_starts=starts)
-        nats, hits = token_statistics(
-            x[:, first:].flatten(0, 1), model.lm_head.weight, ids[:, first + 1 :].flatten()
+        nats, hits = model.token_statistics(
+            x[:, first:].flatten(0, 1), ids[:, first + 1 :].flatten()
         )
     shape = len(rows), -1
     return nats.view(shape).float().cpu().numpy(), hits.view(shape).cpu().numpy()

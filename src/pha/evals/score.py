@@ -14,7 +14,6 @@ import torch
 
 from pha.data.encoding import TextEncoder
 from pha.evals.loading import LoadedModel
-from pha.ops import token_statistics
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, peak_memory
 
@@ -142,7 +141,7 @@ def stream(
             hidden = model.hidden_states(ids[None], past_key_values=cache)[0]
             before = hidden[:-1] if previous is None else torch.cat([previous, hidden[:-1]])
             targets = ids[1:] if previous is None else ids
-            nats, hits = token_statistics(before, model.lm_head.weight, targets)
+            nats, hits = model.token_statistics(before, targets)
         values, right = nats.float().cpu().numpy(), hits.cpu().numpy()
         if previous is None:
             values = np.concatenate([[np.float32(math.nan)], values])

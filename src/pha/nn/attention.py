@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from pha.nn.branches import Branch, Sequence, register_branch
 from pha.nn.config import ArchitectureConfig
-from pha.nn.projection import project
 from pha.ops import attention, rotate, unit_rotary
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -61,16 +60,12 @@ class GroupedQueryAttention(Branch):
         if self.cosine:
             nn.init.constant_(self.logit_scale, math.log(10.0))
 
-    def input_projections(self) -> tuple[nn.Module, ...]:
-        """W_q (B, T, H K), W_k and W_v (B, T, G K)."""
-        return self.W_q, self.W_k, self.W_v
-
-    def forward(self, z_BTd: Tensor, sequence: Sequence, *projected: Tensor) -> Tensor:
+    def forward(self, z_BTd: Tensor, sequence: Sequence) -> Tensor:
         """Map (B, T, d) to (B, T, d), attending to cached positions as well."""
         B, T, _ = z_BTd.shape
         q, k, v = (
-            x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for x in projected or project(z_BTd, self.input_projections())
+            W(z_BTd).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for W in (self.W_q, self.W_k, self.W_v)
         )
         if self.cosine:
             scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pha.nn.branches import Branch, Sequence, make_branches, run_branches
+from pha.nn.branches import Branch, Sequence, make_branches
 from pha.nn.config import ArchitectureConfig
 from pha.nn.ffn import SwiGLU
 from pha.nn.mixing import LearnableMixing
@@ -73,7 +73,7 @@ class ParallelBlock(FeedForwardSublayer):
         """Map (B, T, d) to (B, T, d)."""
 
         def mix(z_BTd: Tensor) -> Tensor:
-            return self.mixing(run_branches(self.branches, z_BTd, sequence))
+            return self.mixing({n: f(z_BTd, sequence) for n, f in self.branches.items()})
 
         return self.feed_forward(self.mix_residual(x_BTd, mix))
 

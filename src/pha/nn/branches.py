@@ -12,14 +12,12 @@ after which `branches: [gss, attention, average]` works in every block, recipe a
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from pha.nn.projection import project
 from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:
@@ -81,8 +79,7 @@ class Branch(nn.Module):
 
     A subclass takes `(config, layer_idx)` and, as keyword arguments, whatever it wants to receive
     from `branch_options`. Its `forward(z_BTd, sequence)` returns (B, T, d), must not look ahead,
-    and must respect `sequence`: documents, padding and, if it has one, the cache. A branch that
-    names `input_projections` may get their results as further arguments.
+    and must respect `sequence`: documents, padding and, if it has one, the cache.
 
     Attributes:
         keeps_keys: it passes keys and values to `StateCache.update`, exactly once a call.
@@ -100,15 +97,7 @@ class Branch(nn.Module):
     def reset_parameters(self) -> None:
         """Set the starting values of the branch's own parameters, not those of linear layers."""
 
-    def input_projections(self) -> tuple[nn.Module, ...]:
-        """The linear layers that read z, none by default.
-
-        A block may compute those of all its branches together; it hands what they give to
-        `forward` after `sequence`, in the same order.
-        """
-        return ()
-
-    def forward(self, z_BTd: Tensor, sequence: Sequence, *projected: Tensor) -> Tensor:
+    def forward(self, z_BTd: Tensor, sequence: Sequence) -> Tensor:
         """Map (B, T, d) to (B, T, d)."""
         raise NotImplementedError
 
@@ -133,16 +122,6 @@ def register_branch(name: str) -> Callable[[_B], _B]:
         return cls
 
     return register
-
-
-def run_branches(branches: nn.ModuleDict, z_BTd: Tensor, sequence: Sequence) -> dict[str, Tensor]:
-    """What each branch makes of z, (B, T, d), with all input projections in one product."""
-    layers = {name: branch.input_projections() for name, branch in branches.items()}  # type: ignore[operator]
-    projected = iter(project(z_BTd, list(itertools.chain.from_iterable(layers.values()))))
-    return {
-        name: branch(z_BTd, sequence, *itertools.islice(projected, len(layers[name])))
-        for name, branch in branches.items()
-    }
 
 
 def make_branches(config: ArchitectureConfig, layer_idx: int) -> nn.ModuleDict:

@@ -6,7 +6,6 @@ from torch import Tensor, nn
 
 from pha.nn.branches import Branch, Sequence, register_branch
 from pha.nn.config import ArchitectureConfig
-from pha.nn.projection import project
 from pha.ops import swiglu
 
 
@@ -19,17 +18,9 @@ class SwiGLU(nn.Module):
         self.W_up = nn.Linear(hidden_size, inner_size, bias=False)
         self.W_down = nn.Linear(inner_size, hidden_size, bias=False)
 
-    def input_projections(self) -> tuple[nn.Module, ...]:
-        """W_gate and W_up."""
-        return self.W_gate, self.W_up
-
-    def combine(self, gate: Tensor, up: Tensor) -> Tensor:
-        """What follows the projections of z, each (B, T, inner size)."""
-        return self.W_down(swiglu(gate, up))
-
     def forward(self, z_BTd: Tensor) -> Tensor:
         """Map (B, T, d) to (B, T, d)."""
-        return self.combine(*project(z_BTd, self.input_projections()))
+        return self.W_down(swiglu(self.W_gate(z_BTd), self.W_up(z_BTd)))
 
 
 @register_branch("ffn")
@@ -41,10 +32,6 @@ class AuxiliaryFFN(Branch):
         inner = config.ffn_size(config.auxiliary_ffn_expansion)
         self.swiglu = SwiGLU(config.hidden_size, inner)
 
-    def input_projections(self) -> tuple[nn.Module, ...]:
-        """Those of the SwiGLU."""
-        return self.swiglu.input_projections()
-
-    def forward(self, z_BTd: Tensor, sequence: Sequence, *projected: Tensor) -> Tensor:
+    def forward(self, z_BTd: Tensor, sequence: Sequence) -> Tensor:
         """Map (B, T, d) to (B, T, d), token by token."""
-        return self.swiglu.combine(*projected) if projected else self.swiglu(z_BTd)
+        return self.swiglu(z_BTd)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from pha.nn.branches import Branch, Sequence, register_branch
 from pha.nn.config import ArchitectureConfig
-from pha.nn.projection import project
 from pha.ops import gated_scan
 
 GROUP = 16  # states per HiPPO group: A = -(k + 1) for k = 0..15
@@ -62,17 +61,15 @@ class GatedStateSpace(Branch):
             return a, -torch.expm1(dt_A)
         return a, (-torch.expm1(2 * dt_A)).sqrt()
 
-    def input_projections(self) -> tuple[nn.Module, ...]:
-        """W_g and W_B, for gate and value (B, T, n)."""
-        return self.W_g, self.W_B
-
-    def forward(self, z_BTd: Tensor, sequence: Sequence, *projected: Tensor) -> Tensor:
+    def forward(self, z_BTd: Tensor, sequence: Sequence) -> Tensor:
         """Map (B, T, d) to (B, T, d), starting from and updating the cached state."""
-        gate, value = projected or project(z_BTd, self.input_projections())
         a, b = self.decay_and_scale()
         cache = sequence.cache
         h0 = cache.recurrent_state(self.layer_idx) if cache is not None else None
-        h, h_last = gated_scan(gate, value, a, b, h0, sequence.document_starts, sequence.token_mask)
+        h, h_last = gated_scan(
+            *(self.W_g(z_BTd), self.W_B(z_BTd), a, b),
+            *(h0, sequence.document_starts, sequence.token_mask),
+        )
         if cache is not None:
             cache.set_recurrent_state(self.layer_idx, h_last)
         return self.W_C(h)

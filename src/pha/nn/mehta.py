@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from pha.nn.branches import Branch, Sequence, register_branch
 from pha.nn.config import ArchitectureConfig
-from pha.nn.projection import project
 from pha.ops import dss
 from pha.utils.errors import PHAError
 
@@ -75,13 +74,9 @@ class MehtaGSS(Branch):
             for parameter in (self.Lambda_re, self.Lambda_im, self.C_re, self.C_im, self.D):
                 parameter.normal_()
 
-    def input_projections(self) -> tuple[nn.Module, ...]:
-        """W_u and W_v."""
-        return self.W_u, self.W_v
-
-    def forward(self, z_BTd: Tensor, sequence: Sequence, *projected: Tensor) -> Tensor:
+    def forward(self, z_BTd: Tensor, sequence: Sequence) -> Tensor:
         """Map (B, T, d) to (B, T, d), starting from and updating the cached state."""
-        u, v = map(F.gelu, projected or project(z_BTd, self.input_projections()))
+        u, v = F.gelu(self.W_u(z_BTd)), F.gelu(self.W_v(z_BTd))
         if sequence.token_mask is not None:
             v = v * sequence.token_mask.unsqueeze(-1)
         cache = sequence.cache

@@ -7,9 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pha.nn.norm import RMSNorm
-from pha.nn.projection import is_hooked
-from pha.ops import mixed_norms
-from pha.ops.precision import compute_type
 
 
 class LearnableMixing(nn.Module):
@@ -70,13 +67,10 @@ class LearnableMixing(nn.Module):
 
     def forward(self, outputs: dict[str, Tensor]) -> Tensor:
         """Mix branch outputs, each (B, T, d), into one (B, T, d)."""
-        w = self.weights()
-        norms, ys = [self.norms[name] for name in self.names], [outputs[n] for n in self.names]
-        if all(isinstance(norm, RMSNorm) and not is_hooked(norm) for norm in norms):
-            gains = [norm.get_parameter("weight") for norm in norms]
-            return mixed_norms(ys, gains, w, self.eps, compute_type(ys[0]))
-        normed = [norm(y) for norm, y in zip(norms, ys, strict=True)]
-        fused = normed[0] * w[0].to(normed[0].dtype)
-        for i, y in enumerate(normed[1:], start=1):
-            fused = torch.addcmul(fused, y, w[i].to(y.dtype))
-        return fused
+        total: Tensor | None = None
+        for name, w in zip(self.names, self.weights().unbind(), strict=True):
+            norm, y = self.norms[name], outputs[name]
+            part = norm(y, w) if isinstance(norm, RMSNorm) else w.to(y.dtype) * norm(y)
+            total = part if total is None else total + part
+        assert total is not None  # a block has at least one branch
+        return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pha.ops import mixed_norms
+from pha.ops import rms_norm
 from pha.ops.precision import compute_type
 
 
@@ -24,6 +24,12 @@ class RMSNorm(nn.Module):
         """Gains of one."""
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension."""
-        return mixed_norms((x,), (self.weight,), None, self.eps, compute_type(x))
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Normalise the last dimension, and multiply by a scalar `scale` where one is given.
+
+        Scaling the gain costs nothing; scaled after it, the result would have to be kept as well.
+        """
+        gain: Tensor = self.weight
+        if scale is not None:
+            gain = gain.to(torch.promote_types(gain.dtype, scale.dtype)) * scale
+        return rms_norm(x, gain, self.eps, compute_type(x))

@@ -9,9 +9,8 @@ from pha.ops.backends import OPS, Op
 from pha.ops.dss import dss
 from pha.ops.gated_scan import gated_scan
 from pha.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
-from pha.ops.norms import mixed_norms
+from pha.ops.rms_norm import rms_norm
 from pha.ops.rotary import rotate, unit_rotary
-from pha.ops.scan import scan
 from pha.ops.swiglu import swiglu
 
 __all__ = [
@@ -21,9 +20,8 @@ __all__ = [
     "dss",
     "gated_scan",
     "linear_cross_entropy",
-    "mixed_norms",
+    "rms_norm",
     "rotate",
-    "scan",
     "swiglu",
     "token_statistics",
     "unit_rotary",

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention behind one function: our kernels, PyTorch's, or the oracle."""
+"""Causal grouped-query attention behind one function: PyTorch's kernels, or the oracle."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pha.ops import attention_flex as flex_kernels
-from pha.ops import numba_runtime
-from pha.ops.attention_blocked import blocked_attention, serves
 from pha.ops.backends import Op
 from pha.ops.testing import relative_error
 
@@ -37,7 +35,7 @@ def attention(
             plain causal attention, the fast path.
         window: how many keys a query may see, its own included; None means all. Work and memory
             are then linear in T.
-        backend: `blocked`, `flex`, `sdpa` or `naive`; None for the one of the device.
+        backend: `flex`, `sdpa` or `naive`; None for the one of the device.
 
     Returns:
         (B, H, T, K) in the type of `v`.
@@ -177,15 +175,6 @@ def _windowed_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window:
     return torch.cat(outputs, dim=2)
 
 
-def attention_blocked(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
-) -> Tensor:
-    """Compiled kernels on the CPU where they serve, else `attention_sdpa`."""
-    if serves(q, k, v, mask):
-        return blocked_attention(q, k, v, window)
-    return attention_sdpa(q, k, v, mask, window)
-
-
 def attention_flex(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
 ) -> Tensor:
@@ -197,7 +186,7 @@ def attention_flex(
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
     generator = torch.Generator().manual_seed(0)
-    T = 150  # enough for each backend to use its kernels
+    T = 150
     shapes = ((2, 6, T, 20), (2, 2, T, 20), (2, 2, T, 20))
     q, k, v = (torch.randn(*s, generator=generator).to(device_type) for s in shapes)
     starts = (torch.rand(2, T, generator=generator) < 0.1).to(device_type)
@@ -211,8 +200,6 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
 
 
 def _fault(backend: str, device_type: str) -> str | None:
-    if backend == "blocked":
-        return numba_runtime.fault("numba_attention")
     return flex_kernels.fault() if backend == "flex" and device_type == "cuda" else None
 
 
@@ -221,12 +208,11 @@ _OP = Op(
     {
         "naive": attention_naive,
         "sdpa": attention_sdpa,
-        "blocked": attention_blocked,
         "flex": attention_flex,
     },
-    {"cpu": "blocked", "cuda": "flex", "default": "sdpa"},
+    {"cuda": "flex", "default": "sdpa"},
     _check,
-    only_on={"blocked": "cpu", "flex": "cuda"},
+    only_on={"flex": "cuda"},
     plain="sdpa",
     fault=_fault,
 )

@@ -1,8 +1,13 @@
-"""Eq. 2 with its gated input in one pass: h_t = a * h_{t-1} + b * sigmoid(gate_t) * value_t.
+"""Eq. 2 of the paper with its gated input: h_t = a * h_{t-1} + b * sigmoid(gate_t) * value_t.
 
-With s = sigmoid(gate) and g the gradient of the states (see `scan`), the rest of the backward is
-dvalue = g b s,   dgate = g b value s (1 - s),   db = sum_t g_t s_t value_t.
-Saved are gate, value and h; the input of the recurrence is never stored, in either direction.
+Backward in closed form, with s = sigmoid(gate), dh the gradient of the outputs and g that of the
+states:
+
+    g_t = dh_t + a * g_{t+1},   da = sum_t g_t * h_{t-1},   dh_0 = a * g_1,
+    dvalue = g b s,   dgate = g b value s (1 - s),   db = sum_t g_t s_t value_t.
+
+Saved are gate, value and h; the input of the recurrence is not. A document start at t replaces a by
+0 for that step.
 """
 
 from __future__ import annotations
@@ -14,13 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from pha.ops import numba_runtime, triton_runtime, triton_scan
+from pha.ops import triton_runtime, triton_scan
 from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type
-from pha.ops.scan import scan_naive
 from pha.ops.testing import relative_error
+from pha.utils.errors import PHAError
 
 
 def gated_scan(
@@ -46,7 +50,20 @@ def gated_scan(
     Returns:
         h (B, T, n) in the type of `value`, and the last state (B, n). States are accumulated in
         float32 (float64 for float64 inputs), the type of the last state.
+
+    Raises:
+        PHAError: shapes that do not fit each other.
     """
+    B, T, n = value.shape
+    for name, x, shape in (
+        ("gate", gate, (B, T, n)),
+        *(("a", a, (n,)), ("b", b, (n,)), ("h0", h0, (B, n))),
+        *(("starts", starts, (B, T)), ("mask", mask, (B, T))),
+    ):
+        if x is not None and x.shape != shape:
+            raise PHAError(f"gated_scan: {name} is {tuple(x.shape)}; {shape} goes with value")
+    if T == 1:  # calling an operator costs more than a step of the equation
+        return gated_scan_naive(gate, value, a, b, h0, starts, mask)
     return _OP(value.device.type)(gate, value, a, b, h0, starts, mask)
 
 
@@ -64,56 +81,60 @@ def gated_scan_naive(
     u = b.to(dtype) * gate.to(dtype).sigmoid() * value.to(dtype)
     if mask is not None:
         u = torch.where(mask.unsqueeze(-1), u, 0.0)
-    h, h_last = scan_naive(u, a, h0, starts)
-    return h.to(value.dtype), h_last
+    h = u.new_zeros(u.shape[0], u.shape[2]) if h0 is None else h0.to(dtype)
+    states = []
+    for t in range(u.shape[1]):
+        if starts is not None:
+            h = torch.where(starts[:, t, None], 0.0, h)
+        h = a.to(dtype) * h + u[:, t]
+        states.append(h)
+    return torch.stack(states, dim=1).to(value.dtype), h
 
 
-def gated_scan_torch(
+# An operator, so that a graph of torch.compile holds one node and not one for each block of time.
+@torch.library.custom_op(
+    "pha::gated_scan",
+    mutates_args=(),
+    schema="(Tensor gate, Tensor value, Tensor a, Tensor b, Tensor? h0, Tensor? starts, "
+    "Tensor? mask) -> (Tensor, Tensor)",
+)
+def _forward(
     gate: Tensor,
     value: Tensor,
     a: Tensor,
     b: Tensor,
-    h0: Tensor | None = None,
-    starts: Tensor | None = None,
-    mask: Tensor | None = None,
+    h0: Tensor | None,
+    starts: Tensor | None,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Torch's own operations, with the backward pass in closed form. See `gated_scan`."""
-    if value.shape[1] == 1:
-        return gated_scan_naive(gate, value, a, b, h0, starts, mask)
-    return _GatedScan.apply(gate, value, a, b, h0, starts, mask)
+    dtype = accumulation_type(value)
+    if not value.numel():
+        last = value.new_zeros(value.shape[0], value.shape[2], dtype=dtype)
+        return torch.empty_like(value), last if h0 is None else last.copy_(h0)
+    h = gate.to(dtype).sigmoid().mul_(value).mul_(b.to(dtype))
+    if mask is not None:
+        h.mul_(mask.unsqueeze(-1))
+    decay, kept = a.to(dtype), None if starts is None else (~starts).to(dtype)
+    if h0 is not None:
+        first = decay * h0
+        h[:, 0] += first if kept is None else first * kept[:, :1]
+    _recur_(h, decay, kept)
+    last = h[:, -1].clone()
+    return h.to(value.dtype), last
 
 
-class _GatedScan(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        gate: Tensor,
-        value: Tensor,
-        a: Tensor,
-        b: Tensor,
-        h0: Tensor | None,
-        starts: Tensor | None,
-        mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_type(value)
-        h = gate.to(dtype).sigmoid().mul_(value).mul_(b.to(dtype))
-        if mask is not None:
-            h.mul_(mask.unsqueeze(-1))
-        kept = None if starts is None else (~starts).to(dtype)
-        if h0 is not None:
-            first = a * h0 if kept is None else a * h0 * kept[:, :1]
-            h[:, 0] += first
-        _recur_(h, a.to(dtype), kept)
-        return h.to(value.dtype), h[:, -1].clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(output[0], *inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor | None, ...]:
-        *gradients, dh0 = torch_backward(dh, dh_last, *ctx.saved_tensors)
-        return *gradients, dh0 if ctx.needs_input_grad[4] else None, None, None
+@_forward.register_fake
+def _outputs(
+    gate: Tensor,
+    value: Tensor,
+    a: Tensor,
+    b: Tensor,
+    h0: Tensor | None,
+    starts: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    B, _, n = value.shape
+    return value.new_empty(value.shape), value.new_empty(B, n, dtype=accumulation_type(value))
 
 
 def _recur_(x: Tensor, a: Tensor, kept: Tensor | None, back: bool = False) -> None:
@@ -159,113 +180,11 @@ def _recur_(x: Tensor, a: Tensor, kept: Tensor | None, back: bool = False) -> No
 
 
 @torch.library.custom_op(
-    "pha::gated_scan",
-    mutates_args=(),
-    device_types="cpu",
-    schema="(Tensor gate, Tensor value, Tensor a, Tensor b, Tensor? h0, Tensor? starts, "
-    "Tensor? mask) -> (Tensor, Tensor)",
-)
-def _compiled_forward(
-    gate: Tensor,
-    value: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h0: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    kernel = numba_runtime.kernel("gated_scan_forward", value.dtype)
-    if kernel is None:
-        return gated_scan_torch(gate, value, a, b, h0, starts, mask)
-    h, h_last = _outputs(gate, value, a, b, h0, starts, mask)
-    flat, dtype = numba_runtime.flat, h_last.dtype
-    numba_runtime.run(
-        kernel,
-        value.shape,
-        *numba_runtime.strided(gate),
-        *numba_runtime.strided(value),
-        *(flat(x, dtype) for x in (a, b, h0)),
-        *(numba_runtime.flags(x) for x in (starts, mask)),
-        flat(h, h.dtype),
-        flat(h_last, dtype),
-    )
-    return h, h_last
-
-
-@_compiled_forward.register_fake
-def _outputs(
-    gate: Tensor,
-    value: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h0: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    B, _, n = value.shape
-    return value.new_empty(value.shape), value.new_empty(B, n, dtype=accumulation_type(value))
-
-
-@torch.library.custom_op(
     "pha::gated_scan_backward",
     mutates_args=(),
-    device_types="cpu",
     schema="(Tensor dh, Tensor dh_last, Tensor h, Tensor gate, Tensor value, Tensor a, Tensor b, "
     "Tensor? h0, Tensor? starts, Tensor? mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _compiled_backward(
-    dh: Tensor,
-    dh_last: Tensor,
-    h: Tensor,
-    gate: Tensor,
-    value: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h0: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, ...]:
-    kernel = numba_runtime.kernel("gated_scan_backward", h.dtype)
-    if kernel is None:
-        return torch_backward(dh, dh_last, h, gate, value, a, b, h0, starts, mask)
-    dtype = accumulation_type(h)
-    dgate, dvalue = torch.empty_like(h), torch.empty_like(h)
-    da, db, dh0 = (h.new_empty(dh_last.shape, dtype=dtype) for _ in range(3))
-    flat = numba_runtime.flat
-    numba_runtime.run(
-        kernel,
-        h.shape,
-        *numba_runtime.strided(dh),
-        flat(dh_last, dtype),
-        flat(h, h.dtype),
-        *numba_runtime.strided(gate),
-        *numba_runtime.strided(value),
-        *(flat(x, dtype) for x in (a, b, h0)),
-        *(numba_runtime.flags(x) for x in (starts, mask)),
-        *(flat(x, x.dtype) for x in (dgate, dvalue, da, db, dh0)),
-    )
-    dh0 = dh0 if h0 is None else dh0.to(h0.dtype)
-    return dgate, dvalue, da.sum(0).to(a.dtype), db.sum(0).to(b.dtype), dh0
-
-
-@_compiled_backward.register_fake
-def _gradients(
-    dh: Tensor,
-    dh_last: Tensor,
-    h: Tensor,
-    gate: Tensor,
-    value: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h0: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, ...]:
-    dtype = accumulation_type(h) if h0 is None else h0.dtype
-    dh0 = h.new_empty(dh_last.shape, dtype=dtype)
-    return torch.empty_like(h), torch.empty_like(h), a.new_empty(a.shape), b.new_empty(b.shape), dh0
-
-
 def torch_backward(
     dh: Tensor,
     dh_last: Tensor,
@@ -277,9 +196,15 @@ def torch_backward(
     h0: Tensor | None,
     starts: Tensor | None,
     mask: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """The gradients in torch's own operations, for where a compiled kernel is missing."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dgate, dvalue, da, db and dh0 (that of zeros without h0), in torch's own operations."""
     dtype = accumulation_type(h)
+    outputs = _gradients(dh, dh_last, h, gate, value, a, b, h0, starts, mask)
+    if not h.numel():
+        for x in outputs[:-1]:
+            x.zero_()
+        outputs[-1].copy_(dh_last)
+        return outputs
     decay, scale = a.to(dtype), b.to(dtype)
     g = dh.to(dtype, copy=True, memory_format=torch.contiguous_format)
     g[:, -1] += dh_last
@@ -289,15 +214,33 @@ def torch_backward(
     da = (into[:, 1:] * h[:, :-1]).sum((0, 1))
     if h0 is not None:
         da += (into[:, 0] * h0).sum(0)
-    dh0 = (into[:, 0] * decay).to(dtype if h0 is None else h0.dtype)
+    dh0 = (into[:, 0] * decay).to(outputs[-1].dtype)
     if mask is not None:
         g.mul_(mask.unsqueeze(-1))
     s = gate.to(dtype).sigmoid()
-    g.mul_(s)  # no longer needed itself
+    g.mul_(s)
     dvalue = g * scale
     dgate = (dvalue * value).mul_(1 - s)
     db = g.mul_(value).sum((0, 1))
     return dgate.to(gate.dtype), dvalue.to(value.dtype), da.to(a.dtype), db.to(b.dtype), dh0
+
+
+@torch_backward.register_fake
+def _gradients(
+    dh: Tensor,
+    dh_last: Tensor,
+    h: Tensor,
+    gate: Tensor,
+    value: Tensor,
+    a: Tensor,
+    b: Tensor,
+    h0: Tensor | None,
+    starts: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dh0 = h.new_empty(dh_last.shape, dtype=accumulation_type(h) if h0 is None else h0.dtype)
+    dgate, dvalue = gate.new_empty(gate.shape), value.new_empty(value.shape)
+    return dgate, dvalue, a.new_empty(a.shape), b.new_empty(b.shape), dh0
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -305,14 +248,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor | None, ...]:
-    *gradients, dh0 = _compiled_backward(dh, dh_last, *ctx.saved_tensors)
+    *gradients, dh0 = torch_backward(dh, dh_last, *ctx.saved_tensors)
     return *gradients, dh0 if ctx.needs_input_grad[4] else None, None, None
 
 
-_compiled_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def gated_scan_numba(
+def gated_scan_torch(
     gate: Tensor,
     value: Tensor,
     a: Tensor,
@@ -321,18 +264,8 @@ def gated_scan_numba(
     starts: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rows of states in compiled loops, on several threads, on the CPU. See `gated_scan`.
-
-    Everything between what is read and what is written is float32 (float64 for float64 inputs).
-    float16 is computed in float32. Where numba fails torch takes over, with a warning. One token
-    alone takes a step of the equation: calling an operator costs more.
-    """
-    if value.shape[1] == 1:
-        return gated_scan_naive(gate, value, a, b, h0, starts, mask)
-    if value.dtype == torch.float16:
-        h, h_last = gated_scan_numba(gate.float(), value.float(), a, b, h0, starts, mask)
-        return h.half(), h_last
-    return _compiled_forward(gate.to(value.dtype), value, a, b, h0, starts, mask)
+    """Torch's own operations, blocks of time side by side. See `gated_scan`."""
+    return _forward(gate, value, a, b, h0, starts, mask)
 
 
 @torch.library.custom_op(
@@ -412,29 +345,17 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     )
 
 
-def _fault(backend: str, device_type: str) -> str | None:
-    if backend == "numba":
-        return numba_runtime.fault("numba_scan")
-    return triton_runtime.fault(backend, device_type)
-
-
 _OP = Op(
     "gated_scan",
     {
         "naive": gated_scan_naive,
         "torch": gated_scan_torch,
-        "numba": gated_scan_numba,
         "triton": gated_scan_triton,
         "triton-sequential": functools.partial(gated_scan_triton, form="sequential"),
         "triton-chunked": functools.partial(gated_scan_triton, form="chunked"),
     },
-    {"cpu": "numba", "cuda": "triton", "default": "torch"},
+    {"cuda": "triton", "default": "torch"},
     _check,
-    only_on={
-        "numba": "cpu",
-        "triton": "cuda",
-        "triton-sequential": "cuda",
-        "triton-chunked": "cuda",
-    },
-    fault=_fault,
+    only_on=dict.fromkeys(("triton", "triton-sequential", "triton-chunked"), "cuda"),
+    fault=triton_runtime.fault,
 )

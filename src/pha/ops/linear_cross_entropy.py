@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pha.ops import numba_runtime
 from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type, compute_type
 from pha.ops.testing import relative_error
+from pha.utils.errors import PHAError
 
 IGNORE_INDEX = -100
 # Rows times vocabulary per chunk: 128 MiB of float32 logits on a CPU, 512 MiB elsewhere. Smaller
@@ -45,7 +45,17 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
     Returns:
         Scalar, float32 or float64. Differentiable once, in x and weight.
+
+    Raises:
+        PHAError: shapes that do not fit each other, or targets that are not int64.
     """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise PHAError(f"the loss: x {tuple(x.shape)} and head {tuple(weight.shape)} do not fit")
+    if targets.shape != x.shape[:1] or targets.dtype != torch.int64:
+        raise PHAError(
+            f"the loss: targets are {tuple(targets.shape)} of {targets.dtype}; give one int64 for "
+            f"each of {x.shape[0]} rows"
+        )
     return _OP(x.device.type)(x, weight, targets)
 
 
@@ -91,63 +101,32 @@ def _by_torch(
     return loss, dz.to(x.dtype)
 
 
-def _by_kernel(
-    kernel: str, x: Tensor, w: Tensor, y: Tensor, buffer: Tensor, gradient: bool
+def _by_triton(
+    x: Tensor, w: Tensor, y: Tensor, buffer: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same in one kernel, of `triton` or `numba`, on logits of the type of x."""
-    z = torch.mm(x, w.T, out=buffer[: x.shape[0], : w.shape[0]])
-    if kernel == "numba":
-        return _compiled_softmax_gradient_(z, y, IGNORE_INDEX, gradient).sum(), z
+    """The same with softmax and gradient in one kernel, on logits of the type of x."""
     from pha.ops.loss_kernel import softmax_gradient_
 
+    z = torch.mm(x, w.T, out=buffer[: x.shape[0], : w.shape[0]])
     return softmax_gradient_(z, y, IGNORE_INDEX, gradient).sum(), z
 
 
-def _compiled_softmax_gradient_(z: Tensor, y: Tensor, ignored: int, gradient: bool) -> Tensor:
-    """`loss_kernel.softmax_gradient_` on the CPU, which raises IndexError for other targets."""
-    kernel = numba_runtime.kernel("softmax_gradient", z.dtype, "numba_loss")
-    if kernel is None:
-        raise RuntimeError("numba cannot compile it")
-    rows, columns = z.shape
-    if rows and (int(y.max()) >= columns or int(y.masked_fill(y == ignored, 0).min()) < 0):
-        raise IndexError(f"a target is outside the vocabulary of {columns}")
-    losses = z.new_empty(rows, dtype=torch.float32)
-    memory, (_, stride) = numba_runtime.strided(z.unsqueeze(0))
-    options = columns, stride, ignored, gradient
-    arrays = memory, numba_runtime.flat(y, y.dtype), numba_runtime.flat(losses, losses.dtype)
-    numba_runtime.spread(kernel, rows, *options, *arrays)
-    return losses
-
-
-def _compiled_add_(total: Tensor, part: Tensor) -> None:
-    """total += part, of any types, both contiguous, on the CPU."""
-    kernel = numba_runtime.kernel("add_to", part.dtype, "numba_loss")
-    if kernel is None:
-        total += part
-        return
-    from pha.ops.numba_loss import PART
-
-    arrays = (numba_runtime.flat(x, x.dtype) for x in (total, part))
-    numba_runtime.spread(kernel, -(-total.numel() // PART), *arrays)
-
-
 @functools.cache
-def _kernel_fault(kernel: str, device: torch.device) -> str | None:
-    """Why a kernel cannot be used, by a trial; a warning says so too. None where it can."""
+def _triton_fault(device: torch.device) -> str | None:
+    """Why Triton's kernel cannot be used, by a trial; a warning says so too. None where it can."""
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(7, 16, generator=generator), torch.randn(4100, 16, generator=generator)
     y = torch.tensor([0, 4099, IGNORE_INDEX, 4096, 17, 5, 6])
     x, w, y = x.to(device), w.to(device), y.to(device)
     try:
-        functions = functools.partial(_by_kernel, kernel), _by_torch
-        results = [f(x, w, y, x.new_empty(7, 4100), True) for f in functions]
+        results = [f(x, w, y, x.new_empty(7, 4100), True) for f in (_by_triton, _by_torch)]
         error = max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
         reason = "" if error < 1e-3 else f"it is wrong by {error:.1e}"
     except Exception as failure:  # Whatever it is, the same can be computed with torch.
         reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
     if reason:
         warnings.warn(
-            f"the loss runs slower, by torch, because its {kernel} kernel fails ({reason})",
+            f"the loss runs slower, by torch, because Triton's kernel fails ({reason})",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -159,24 +138,24 @@ def _chunk_by_chunk(
     weight: Tensor,
     targets: Tensor,
     dtype: torch.dtype,
-    kernel: str,
+    triton: bool,
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The summed loss, dx and dW; a gradient that is not needed has no elements."""
-    total, dx, dw = _outputs(x, weight, targets, dtype, kernel, need_x, need_weight)
+    total, dx, dw = _outputs(x, weight, targets, dtype, triton, need_x, need_weight)
     total.zero_()
     dw.zero_()
     w = weight.to(dtype)
     chunk = _chunk_rows(x, weight)
-    fused = kernel != "" and dtype != torch.float64 and _kernel_fault(kernel, x.device) is None
+    triton = triton and dtype != torch.float64 and _triton_fault(x.device) is None
     # One buffer for all chunks, overwritten in place from logits to gradients: fresh memory of this
     # size costs a page fault every 4 KiB. Triton wants rows aligned. What pads them is zero, since
     # products may read past the end of a row: those in bfloat16 on a CPU with AMX do.
-    align = ALIGNMENT if fused and kernel == "triton" else 1
+    align = ALIGNMENT if triton else 1
     columns = -(-w.shape[0] // align) * align
-    buffer = x.new_zeros(chunk, columns, dtype=dtype if fused else total.dtype)
-    chunk_loss = functools.partial(_by_kernel, kernel) if fused else _by_torch
+    buffer = x.new_zeros(chunk, columns, dtype=dtype if triton else total.dtype)
+    chunk_loss = _by_triton if triton else _by_torch
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, x.shape[0], chunk):
             rows = slice(start, start + chunk)
@@ -189,8 +168,6 @@ def _chunk_by_chunk(
                 # One pass over dW where the types allow it, else the product is added after.
                 if dtype == dw.dtype:
                     dw.addmm_(dz.T, x_rows)
-                elif fused and kernel == "numba":
-                    _compiled_add_(dw, dz.T @ x_rows)
                 else:
                     dw += dz.T @ x_rows
     return total, dx, dw
@@ -201,7 +178,7 @@ def _outputs(
     weight: Tensor,
     targets: Tensor,
     dtype: torch.dtype,
-    kernel: str,
+    triton: bool,
     need_x: bool,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,7 +193,7 @@ _loss_and_gradients = torch.library.custom_op(
     "pha::linear_cross_entropy",
     _chunk_by_chunk,
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, str kernel, "
+    schema="(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, bool triton, "
     "bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)",
 )
 _loss_and_gradients.register_fake(_outputs)
@@ -224,10 +201,10 @@ _loss_and_gradients.register_fake(_outputs)
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, kernel: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, triton: bool) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
         total, dx, dw = _loss_and_gradients(
-            x, weight, targets, compute_type(x), kernel, need_x, need_weight
+            x, weight, targets, compute_type(x), triton, need_x, need_weight
         )
         ctx.save_for_backward(dx if need_x else None, dw.to(weight.dtype) if need_weight else None)
         return total
@@ -242,17 +219,12 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy_chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Chunks of about `chunk_logits` logits. See `linear_cross_entropy`."""
-    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, "")
+    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, False)
 
 
 def linear_cross_entropy_triton(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Such chunks, with softmax and gradient in one kernel on logits of the compute type."""
-    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, "triton")
-
-
-def linear_cross_entropy_numba(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The same with a kernel for the CPU."""
-    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, "numba")
+    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, True)
 
 
 @torch.no_grad()
@@ -300,7 +272,7 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
 
 def _fault(backend: str, device_type: str) -> str | None:
     device = torch.empty(0, device=device_type).device
-    return _kernel_fault(backend, device) if backend in ("triton", "numba") else None
+    return _triton_fault(device) if backend == "triton" else None
 
 
 _OP = Op(
@@ -309,11 +281,10 @@ _OP = Op(
         "naive": linear_cross_entropy_naive,
         "chunked": linear_cross_entropy_chunked,
         "triton": linear_cross_entropy_triton,
-        "numba": linear_cross_entropy_numba,
     },
-    {"cuda": "triton", "cpu": "numba", "default": "chunked"},
+    {"cuda": "triton", "default": "chunked"},
     _check,
-    only_on={"triton": "cuda", "numba": "cpu"},
+    only_on={"triton": "cuda"},
     plain="chunked",
     fault=_fault,
 )

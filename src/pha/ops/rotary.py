@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pha.ops import numba_runtime
 from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type
 from pha.ops.testing import relative_error
 
-_MODULE = "numba_rows"
 _SHORTEST = 1e-12  # what a vector is divided by at least, as in torch
 
 
@@ -98,88 +96,8 @@ def unit_rotary_torch(x: Tensor, scales: Tensor | None, cos: Tensor, sin: Tensor
     return _UnitRotary.apply(x, scales, cos, sin)
 
 
-def unit_rotary_numba(x: Tensor, scales: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-    """A compiled pass over rows, on the CPU. Few elements and other types go to torch."""
-    known = x.dtype in (torch.float32, torch.bfloat16, torch.float64)
-    if not known or x.numel() < numba_runtime.SMALL or not _kernels_work(x.dtype):
-        return unit_rotary_torch(x, scales, cos, sin)
-    if scales is None:
-        scales = torch.ones(x.shape[1], dtype=accumulation_type(x))
-    return _forward(x, scales, cos, sin)
-
-
-@torch.compiler.assume_constant_result
-def _kernels_work(dtype: torch.dtype) -> bool:
-    names = ("rotary_forward", "rotary_backward")
-    return all(numba_runtime.kernel(name, dtype, _MODULE) for name in names)
-
-
-def _run(name: str, x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor, *others: Any) -> None:
-    kernel = numba_runtime.kernel(name, x.dtype, _MODULE)
-    assert kernel is not None  # `_kernels_work` has compiled it
-    B, H, T, K = x.shape
-    real = accumulation_type(x)
-    numba_runtime.spread(
-        kernel,
-        B * T,
-        *(H, K // 2, T, cos.shape[0]),
-        *numba_runtime.strided(x.transpose(1, 2).reshape(B, T, H * K)),
-        *(numba_runtime.flat(y, real) for y in (scales, cos, sin)),
-        *others,
-        elements=x.numel(),
-    )
-
-
-@torch.library.custom_op("pha::unit_rotary", mutates_args=(), device_types="cpu")
-def _forward(x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    y = _output(x, scales, cos, sin)
-    _run("rotary_forward", x, scales, cos, sin, numba_runtime.flat(y.transpose(1, 2), y.dtype))
-    return y
-
-
-@_forward.register_fake
-def _output(x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    B, H, T, K = x.shape
-    return x.new_empty(B, T, H, K).transpose(1, 2)
-
-
-@torch.library.custom_op("pha::unit_rotary_backward", mutates_args=(), device_types="cpu")
-def _backward(
-    dy: Tensor, x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    B, H, T, _ = x.shape
-    dx = _output(x, scales, cos, sin)
-    dscales = x.new_zeros(numba_runtime.calls(B * T, x.numel()), H, dtype=accumulation_type(x))
-    _run(
-        "rotary_backward",
-        *(x, scales, cos, sin),
-        *numba_runtime.elements(dy),
-        *(numba_runtime.flat(y, y.dtype) for y in (dx.transpose(1, 2), dscales)),
-    )
-    return dx, dscales.sum(0).to(scales.dtype)
-
-
-@_backward.register_fake
-def _gradients(
-    dy: Tensor, x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _output(x, scales, cos, sin), scales.new_empty(scales.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *_backward(dy, *ctx.saved_tensors), None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
     generator = torch.Generator().manual_seed(0)
-    # Enough for each backend to use its kernel.
     x = torch.randn(3, 4, 250, 18, generator=generator).to(device_type)
     scales = (1 + torch.rand(4, generator=generator)).to(device_type)
     angles = torch.randn(1, 250, 9, generator=generator).to(device_type)
@@ -192,9 +110,7 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
 
 _OP = Op(
     "unit_rotary",
-    {"naive": unit_rotary_naive, "torch": unit_rotary_torch, "numba": unit_rotary_numba},
-    {"cpu": "numba", "default": "torch"},
+    {"naive": unit_rotary_naive, "torch": unit_rotary_torch},
+    {"default": "torch"},
     _check,
-    only_on={"numba": "cpu"},
-    fault=lambda backend, _: numba_runtime.fault(_MODULE) if backend == "numba" else None,
 )

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from pha import caching, modeling
+from pha import decoder, modeling
+from pha.decoder import program
+from pha.decoder.program import Decoder
 from pha.modeling import PHAConfig, PHAForCausalLM
-from pha.nn import decoding
-from pha.nn.decoding import Decoder
 from tests.modeling.common import (
     KINDS,
     VOCABULARY,
@@ -102,7 +102,7 @@ def test_threads_do_not_change_a_bit(
 ) -> None:
     model, ids = cached_model("parallel", ("gss", "attention", "ffn")), tokens(2, TOTAL)
     alone = written(model, ids)
-    monkeypatch.setattr(decoding, "BYTES_PER_THREAD", 1)
+    monkeypatch.setattr(program, "BYTES_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert torch.equal(written(model, ids), alone)
     assert len(steps) == 2 * (TOTAL - PREFIX)
@@ -143,7 +143,7 @@ def test_bf16_is_at_least_as_exact_as_the_layers(
     ours = written(model, ids)
     assert steps
     assert ours.dtype == torch.bfloat16
-    monkeypatch.setattr(modeling, "decode", lambda *_: None)
+    monkeypatch.setattr(modeling, "decode", None)
     layers = written(model, ids)
     assert (ours - truth).abs().mean() <= (layers - truth).abs().mean()
 
@@ -159,7 +159,7 @@ def test_the_layers_can_go_on_and_back_again(steps: list[int]) -> None:
 
 
 def test_room_for_keys_is_enlarged(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "_SPARE", 2)
+    monkeypatch.setattr(decoder, "_SPARE", 2)
     model, ids = cached_model("parallel", ("gss", "attention", "ffn")), tokens(2, TOTAL)
     assert_same(written(model, ids), model(ids).logits[:, PREFIX - 1 :])
 
@@ -232,7 +232,7 @@ def test_what_is_left_to_the_layers(how: str, steps: list[int]) -> None:
     elif how == "eager":
         model.set_attn_implementation("eager")
     else:
-        ids = tokens(decoding.MOST_ROWS + 1, TOTAL)
+        ids = tokens(program.MOST_ROWS + 1, TOTAL)
     if how == "documents":
         cache = model.new_cache()
         model(ids[:, :-1], past_key_values=cache, use_cache=True)
@@ -254,7 +254,7 @@ def test_generate_is_the_same(
     options: dict[str, Any] = {"max_new_tokens": 12, "num_beams": beams, "do_sample": False}
     ours = model.generate(tokens(1, 5), pad_token_id=0, **options)
     assert len(steps) >= 10
-    monkeypatch.setattr(modeling, "decode", lambda *_: None)
+    monkeypatch.setattr(modeling, "decode", None)
     assert torch.equal(ours, model.generate(tokens(1, 5), pad_token_id=0, **options))
 
 

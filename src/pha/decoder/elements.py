@@ -1,4 +1,4 @@
-"""Elements and elementary functions of the compiled kernels; imported at first use.
+"""Elements and elementary functions of the compiled kernel; imported at first use.
 
 bfloat16 tensors come as uint16. They are widened when read and rounded to nearest even when
 written. What is here is inlined, without calls, so that the loops around it are vectorised.
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 # Multiplication and addition may be fused; nothing else of IEEE arithmetic is given up.
 jit = njit(nogil=True, error_model="numpy", fastmath={"contract"}, boundscheck=False)
@@ -100,27 +100,7 @@ def exp32(x: Any) -> Any:
     return _times_power_of_two(_ONE + (r + r * r * p), shifted)
 
 
+@jit
 def sigmoid(x: Any) -> Any:
-    """1 / (1 + exp(-x)), in the type of x."""
-
-
-def complement(x: Any) -> Any:
-    """1 - x, in the type of x (a literal 1 would make it float64)."""
-
-
-# numba wants the parameters named alike and without annotations.
-_inlined = {"error_model": "numpy", "fastmath": {"contract"}}
-
-
-@overload(sigmoid, jit_options=_inlined)
-def _sigmoid(x):  # type: ignore[no-untyped-def]
-    if x == types.float32:
-        return lambda x: _ONE / (_ONE + exp32(-x))
-    return lambda x: 1.0 / (1.0 + np.exp(-x))
-
-
-@overload(complement, jit_options=_inlined)
-def _complement(x):  # type: ignore[no-untyped-def]
-    if x == types.float32:
-        return lambda x: _ONE - x
-    return lambda x: 1.0 - x
+    """1 / (1 + exp(-x)) in float32."""
+    return _ONE / (_ONE + exp32(-x))

@@ -1,4 +1,4 @@
-"""A model as instructions for `pha.ops.numba_decode`, which writes one token at a time on a CPU.
+"""A model as instructions for `pha.decoder.kernel`, which writes one token at a time on a CPU.
 
 What a layer computes is said here a second time, step by step, in the terms of the kernel; tests
 hold the two together. What has no such form (branches of one's own, adapters, hooks, quantised
@@ -15,20 +15,36 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pha.decoder import instructions as op
+from pha.decoder import runtime
 from pha.nn.attention import MAX_LOG_SCALE, GroupedQueryAttention
 from pha.nn.block import ParallelBlock, Residual, SequentialBlock
 from pha.nn.ffn import AuxiliaryFFN, SwiGLU
 from pha.nn.gss import GatedStateSpace
+from pha.nn.mixing import LearnableMixing
 from pha.nn.model import Backbone
 from pha.nn.norm import RMSNorm
-from pha.nn.projection import is_hooked, is_plain
-from pha.ops import numba_runtime
+from pha.utils.plain import Forwards, Plain
 
 MOST_ROWS = 8  # sequences beyond which torch's matrix products win
 BYTES_PER_THREAD = 2**21  # of weights, below which another thread gains nothing
 
-
-enabled = True  # False leaves every token to the layers, to measure what this is worth
+# The layers that this file says again, and what else than weights it takes from them.
+FORWARDS: Forwards = {
+    kind: kind.forward
+    for kind in (
+        *(Backbone, ParallelBlock, SequentialBlock, Residual, LearnableMixing, RMSNorm),
+        *(GatedStateSpace, GroupedQueryAttention, AuxiliaryFFN, SwiGLU),
+        *(nn.Embedding, nn.Linear, nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict),
+    )
+}
+SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
+    RMSNorm: ("eps",),
+    Residual: ("alpha", "post"),
+    GatedStateSpace: ("input_scale",),
+    GroupedQueryAttention: ("cosine",),
+    nn.Dropout: ("p", "training"),
+}
 
 
 class _Inexpressible(Exception):  # noqa: N818 - never leaves this module
@@ -53,22 +69,22 @@ class Past:
 
 
 def make_decoder(backbone: Backbone, head: nn.Module, batch: int) -> Decoder | None:
-    """The instructions for B sequences, or None where torch has to do it."""
-    weight = getattr(head, "weight", None)
-    if (
-        not enabled
-        or batch > MOST_ROWS
-        or not isinstance(weight, Tensor)
-        or weight.device.type != "cpu"
-    ):
+    """The instructions for B sequences, or None where the layers have to do it."""
+    plain = Plain((backbone, head), FORWARDS, SETTINGS)
+    if batch > MOST_ROWS or not plain.holds() or backbone.config.attention_window is not None:
         return None
+    if any(type(m) is nn.Dropout and m.p > 0 and m.training for m in backbone.modules()):
+        return None
+    weight: Tensor = head.get_parameter("weight")
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return None
-    kernel = numba_runtime.kernel("run", weight.dtype, "numba_decode")
-    if kernel is None or backbone.config.attention_window is not None:
+    if any(x.device.type != "cpu" or not x.is_contiguous() for x in plain.parameters):
+        return None
+    run, same = runtime.kernel("run", weight.dtype), runtime.kernel("same", torch.float32)
+    if run is None or same is None:
         return None
     try:
-        return Decoder(backbone, head, batch, kernel)
+        return Decoder(backbone, head, batch, plain, run, same)
     except _Inexpressible:
         return None
 
@@ -78,27 +94,28 @@ class Decoder:
 
     Attributes:
         batch: B.
-        key_layers: layers that keep keys and values.
-        state_layers: layers that keep a state.
-        weights: every matrix that is read.
+        key_layers: layers that keep keys and values, and the shape (G, K) of one key.
+        state_layers: layers that keep a state, and its size.
     """
 
     def __init__(
-        self, backbone: Backbone, head: nn.Module, batch: int, kernel: Callable[..., None]
+        self,
+        backbone: Backbone,
+        head: nn.Module,
+        batch: int,
+        plain: Plain,
+        run: Callable[..., None],
+        same: Callable[..., bool],
     ) -> None:
-        from pha.ops import numba_decode
-
-        self.op = numba_decode
-        self.batch, self.kernel = batch, kernel
-        self.modules = [*backbone.modules(), head]
-        self.weights: list[Tensor] = []
-        vocabulary: Tensor = head.get_parameter("weight")
-        self.dtype, self.vocabulary = vocabulary.dtype, vocabulary.shape[0]
-        self.key_layers: list[int] = []
-        self.state_layers: list[int] = []
+        self.batch, self.plain, self.run, self.same = batch, plain, run, same
+        weight: Tensor = head.get_parameter("weight")
+        self.dtype, self.vocabulary = weight.dtype, weight.shape[0]
+        self.key_layers: dict[int, tuple[int, int]] = {}
+        self.state_layers: dict[int, int] = {}
         self._patches: list[tuple[int, str, int]] = []  # instruction, what it points at, layer
         self._steps: list[list[int]] = []
         self._constants: list[Tensor] = []
+        self._read = {id(backbone.embed_tokens.weight)}  # matrices, which are read where they lie
         self._used = self._width = 0
         self._ones = self._constant(torch.tensor([0.0, 1.0]))
         self.d = backbone.config.hidden_size
@@ -109,18 +126,23 @@ class Decoder:
             self._norm(backbone.norm, self.x, self.x)
         self._wait()
         self._linear(head, self.x, self._slot(self.vocabulary))
-        self.pointers = [weight.data_ptr() for weight in self.weights]
         self.steps = np.array(self._steps, np.int64)
         self.constants = torch.cat(self._constants).numpy()
         self.work = torch.zeros(batch, self._width)
-        size = sum(weight.nbytes for weight in self.weights)
+        matrices = [x for x in plain.parameters if id(x) in self._read]
+        size = sum(x.nbytes for x in matrices)
         self.threads = max(1, min(torch.get_num_threads(), size // BYTES_PER_THREAD))
+        # Of all others constants were made: they must still be what they were then.
+        small = [x.detach() for x in plain.parameters if id(x) not in self._read]
+        self._small = (
+            np.array([x.data_ptr() for x in small], np.int64),
+            np.array([x.nbytes for x in small], np.int64),
+            torch.cat([x.flatten().view(torch.uint8) for x in small]).numpy(),
+        )
 
     def is_valid(self) -> bool:
         """Whether the model is still what the instructions were made of."""
-        return not any(map(is_hooked, self.modules)) and self.pointers == [
-            weight.data_ptr() for weight in self.weights
-        ]
+        return self.plain.holds() and self.same(*self._small)
 
     def step(self, x_Bd: Tensor, rotary: tuple[Tensor, Tensor], past: Past) -> Tensor:
         """Logits (B, V) in the dtype of the weights after one more token, which joins the past.
@@ -133,17 +155,17 @@ class Decoder:
         capacity = 0
         for number, what, layer in self._patches:
             if what == "state":
-                self.steps[number, self.op.ADDRESS] = past.states[layer].data_ptr()
+                self.steps[number, op.ADDRESS] = past.states[layer].data_ptr()
             else:
                 key, value = past.keys[layer]
                 capacity = key.shape[2]
-                self.steps[number, self.op.ADDRESS] = key.data_ptr()
-                self.steps[number, self.op.AUX2] = value.data_ptr()
+                self.steps[number, op.ADDRESS] = key.data_ptr()
+                self.steps[number, op.AUX2] = value.data_ptr()
         self.work[:, self.x : self.x + x_Bd.shape[1]] = x_Bd
         logits = torch.empty(self.batch, self.vocabulary, dtype=self.dtype)
         angles = torch.cat([part.expand(self.batch, 1, -1) for part in rotary], dim=-1)
-        numba_runtime.together(
-            self.kernel,
+        runtime.together(
+            self.run,
             self.threads,
             self.batch,
             past.length,
@@ -154,7 +176,7 @@ class Decoder:
             angles.contiguous().view(-1).numpy(),
             past.starts.numpy(),
             np.zeros(1, np.int64),
-            numba_runtime.flat(logits, self.dtype),
+            _array(logits),
         )
         return logits
 
@@ -174,32 +196,30 @@ class Decoder:
     def _number(self, value: float) -> int:
         return self._constant(torch.tensor([value]))
 
-    def _emit(self, op: int, **fields: int) -> None:
-        row = [0] * self.op.FIELDS
-        row[self.op.OP] = op
+    def _emit(self, instruction: int, **fields: int) -> None:
+        row = [0] * op.FIELDS
+        row[op.OP] = instruction
         for name, value in fields.items():
-            row[getattr(self.op, name.upper())] = value
+            row[getattr(op, name.upper())] = value
         self._steps.append(row)
 
     def _wait(self) -> None:
         """Let what follows see what all threads have written."""
         if self._steps:
-            self._steps[-1][self.op.WAIT] = 1
+            self._steps[-1][op.WAIT] = 1
 
     def _point(self, what: str, layer: int) -> None:
         """The last instruction is to point at the past of `layer`."""
         self._patches.append((len(self._steps) - 1, what, layer))
 
     def _linear(self, linear: nn.Module, source: int, to: int) -> None:
-        weight = getattr(linear, "weight", None)
-        if not is_plain(linear) or not isinstance(weight, Tensor) or weight.dtype != self.dtype:
+        weight: Tensor = linear.get_parameter("weight")
+        if weight.dtype != self.dtype or linear.bias is not None:
             raise _Inexpressible
-        if not weight.is_contiguous():
-            raise _Inexpressible
-        self.weights.append(weight)
+        self._read.add(id(weight))
         size, inner = weight.shape
         self._emit(
-            self.op.LINEAR,
+            op.LINEAR,
             target=to,
             source=source,
             size=size,
@@ -210,10 +230,10 @@ class Decoder:
     def _norm(
         self, norm: nn.Module, source: int, to: int, weight: float = 1.0, add: bool = False
     ) -> None:
-        if type(norm) is not RMSNorm or is_hooked(norm):
+        if not isinstance(norm, RMSNorm):
             raise _Inexpressible
         self._emit(
-            self.op.NORM,
+            op.NORM,
             target=to,
             source=source,
             size=norm.weight.numel(),
@@ -248,7 +268,7 @@ class Decoder:
         else:
             raise _Inexpressible
         if layer.has_primary_ffn:
-            ffn = layer.primary_ffn
+            ffn: SwiGLU = layer.primary_ffn
             self._residual(
                 layer.ffn_residual, lambda z: self._lockstep({"": self._swiglu(ffn, z)})[""]
             )
@@ -258,7 +278,7 @@ class Decoder:
             self._wait()
             to = f(self.x)
             self._emit(
-                self.op.ADD,
+                op.ADD,
                 target=self.x,
                 source=to,
                 size=self.d,
@@ -271,7 +291,7 @@ class Decoder:
         self._norm(residual.norm, self.x, z)
         self._wait()
         self._emit(
-            self.op.ADD,
+            op.ADD,
             target=self.x,
             source=f(z),
             size=self.d,
@@ -282,8 +302,6 @@ class Decoder:
     def _branches(self, branches: dict[str, nn.Module], index: int, z: int) -> dict[str, int]:
         makers: dict[str, Iterator[int]] = {}
         for name, branch in branches.items():
-            if is_hooked(branch):
-                raise _Inexpressible
             if type(branch) is GatedStateSpace:
                 makers[name] = self._gss(branch, index, z)
             elif type(branch) is GroupedQueryAttention:
@@ -317,7 +335,7 @@ class Decoder:
         self._linear(branch.W_g, z, gate)
         self._linear(branch.W_B, z, value)
         self._emit(
-            self.op.GATE,
+            op.GATE,
             target=h,
             source=gate,
             aux=value,
@@ -326,7 +344,7 @@ class Decoder:
             second=self._constant(b),
         )
         self._point("state", index)
-        self.state_layers.append(index)
+        self.state_layers[index] = n
         yield y
         self._linear(branch.W_C, h, y)
         yield y
@@ -344,7 +362,7 @@ class Decoder:
             scale = torch.full((heads,), 1 / math.sqrt(inner))
         for to, count, factor in ((q, heads, scale), (k, groups, torch.ones(groups))):
             self._emit(
-                self.op.HEADS,
+                op.HEADS,
                 source=to,
                 size=count,
                 inner=inner,
@@ -352,26 +370,28 @@ class Decoder:
                 flag=int(branch.cosine),
             )
         # The thread that turned a key also keeps it: both share out the same heads.
-        self._emit(self.op.APPEND, source=k, aux=v, size=groups, inner=inner)
+        self._emit(op.APPEND, source=k, aux=v, size=groups, inner=inner)
         self._point("keys", index)
-        self.key_layers.append(index)
+        self.key_layers[index] = groups, inner
         yield y
-        self._emit(self.op.ATTEND, target=mixed, source=q, aux=groups, size=heads, inner=inner)
+        self._emit(op.ATTEND, target=mixed, source=q, aux=groups, size=heads, inner=inner)
         self._point("keys", index)
         yield y
         self._linear(branch.W_o, mixed, y)
         yield y
 
-    def _swiglu(self, ffn: nn.Module, z: int) -> Iterator[int]:
-        if type(ffn) is not SwiGLU or is_hooked(ffn):
-            raise _Inexpressible
-        if not is_plain(ffn.W_gate):
-            raise _Inexpressible
-        size = ffn.W_gate.weight.shape[0]
+    def _swiglu(self, ffn: SwiGLU, z: int) -> Iterator[int]:
+        size = ffn.W_gate.out_features
         gate, up, inner, y = (self._slot(count) for count in (size, size, size, self.d))
         self._linear(ffn.W_gate, z, gate)
         self._linear(ffn.W_up, z, up)
-        self._emit(self.op.SWIGLU, target=inner, source=gate, aux=up, size=size)
+        self._emit(op.SWIGLU, target=inner, source=gate, aux=up, size=size)
         yield y
         self._linear(ffn.W_down, inner, y)
         yield y
+
+
+def _array(x: Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor, flat; bfloat16 as uint16."""
+    x = x.detach().view(-1)
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()

@@ -18,11 +18,30 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from pha.ops.numba_math import exp32, jit_sum, narrow, sigmoid, widen
+from pha.decoder.elements import exp32, jit_sum, narrow, sigmoid, widen
+from pha.decoder.instructions import (
+    ADD,
+    ADDRESS,
+    APPEND,
+    ATTEND,
+    AUX,
+    AUX2,
+    FIRST,
+    FLAG,
+    GATE,
+    HEADS,
+    INNER,
+    LINEAR,
+    NORM,
+    OP,
+    SECOND,
+    SIZE,
+    SOURCE,
+    SWIGLU,
+    TARGET,
+    WAIT,
+)
 
-FIELDS = 12
-OP, WAIT, TARGET, SOURCE, SIZE, INNER, ADDRESS, AUX, AUX2, FIRST, SECOND, FLAG = range(FIELDS)
-LINEAR, NORM, ADD, GATE, SWIGLU, HEADS, APPEND, ATTEND = range(8)
 SPINS = 4000  # looks at the others before giving the processor away
 _yield_processor = types.ExternalFunction("sched_yield", types.int32())
 _TINY, _ONE, _ZERO = np.float32(1e-12), np.float32(1.0), np.float32(0.0)
@@ -331,9 +350,27 @@ def run(
             given[i] = narrow(made[i], given[i])
 
 
-def signature(name: str, element: Any, real: Any) -> Any:
-    """The types of the arguments of `run`, the only kernel, for weights of `element`."""
+@jit_sum
+def same(addresses: Any, sizes: Any, kept: Any) -> bool:
+    """Whether the bytes at each address, as many as its size, are those that lie in `kept`."""
+    at = 0
+    for i in range(addresses.size):
+        here = carray(_pointer(addresses[i], kept), (sizes[i],))
+        there = _slice(kept, at, sizes[i])
+        different = 0
+        for j in range(here.size):
+            different |= here[j] ^ there[j]
+        if different:
+            return False
+        at += sizes[i]
+    return True
+
+
+def signature(name: str, element: Any) -> Any:
+    """The types of the arguments of `run`, for weights of `element`, or of `same`."""
     real, whole = types.Array(types.float32, 1, "C"), types.Array(types.int64, 1, "C")
+    if name == "same":
+        return types.boolean(whole, whole, types.Array(types.uint8, 1, "C"))
     steps = types.Array(types.int64, 2, "C")
     return types.void(
         *[types.int64] * 5,

@@ -1,0 +1,162 @@
+"""Writing tokens on a CPU in one compiled call each: the layers' answers, several times as fast.
+
+Optional: it needs numba, and without this folder `PHAForCausalLM` runs its layers for every token.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from importlib.util import find_spec
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionAndFullAttentionLayer
+
+from pha.caching import CacheAdapter
+from pha.decoder.program import Decoder, Past, make_decoder
+from pha.nn import Backbone
+from pha.nn.attention import rotary_angles
+from pha.utils.plain import nothing_intercepts
+
+if find_spec("numba") is None:
+    raise ImportError("the compiled decoder needs numba: pip install 'pha[cpu]'")
+
+enabled = True
+"""False leaves every token to the layers, to measure what this is worth."""
+
+_GROWING = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
+_SPARE = 256  # places for keys at least
+
+
+def decode(
+    backbone: Backbone,
+    head: nn.Module,
+    ids: Tensor,
+    adapter: CacheAdapter,
+    attention_mask: Tensor | None = None,
+    positions: Tensor | None = None,
+) -> Tensor | None:
+    """Logits (B, 1, V) of one more token for each sequence, by the compiled instructions.
+
+    Args:
+        backbone: in evaluation mode.
+        head: the output head.
+        ids: (B, 1) tokens.
+        adapter: of the past; updated.
+        attention_mask: (B, S + 1), 0 at padding.
+        positions: (B, 1); counts on from the cache when absent.
+
+    Returns:
+        Logits in the type of the weights, or None, with nothing changed, where the layers have to
+        do it: see `pha.decoder.program`. So do gradients, tracing, static and sliding caches.
+    """
+    if not enabled or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    if not nothing_intercepts() or type(ids) is not Tensor or ids.device.type != "cpu":
+        return None
+    cache, (batch, _) = adapter.cache, ids.shape
+    length = adapter.length()
+    if not isinstance(length, int) or length == 0:
+        return None
+    writer = _WRITERS.get(cache)
+    if cache not in _WRITERS or (writer is not None and not writer.serves(backbone, batch)):
+        decoder = make_decoder(backbone, head, batch)
+        writer = _WRITERS[cache] = None if decoder is None else _Writer(decoder, backbone)
+    starts = _starts(attention_mask, batch, length + 1)
+    if writer is None or starts is None or not writer.make_room(cache, length):
+        return None
+    states = writer.states(cache)
+    config = backbone.config
+    if positions is None:
+        positions = torch.full((1, 1), length)
+    if states is None or positions.shape not in ((1, 1), (batch, 1)):
+        return None
+    x = backbone.embed_tokens(ids)[:, 0].float() * math.sqrt(config.hidden_size)
+    rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
+    logits = writer.decoder.step(x, rotary, Past(writer.room, states, length, starts))
+    for index, (keys, values) in writer.room.items():
+        layer = cache.layers[index]
+        layer.keys, layer.values = keys[:, :, : length + 1], values[:, :, : length + 1]
+    if not writer.room:
+        adapter.count(x[:, None])
+    adapter.leave()
+    return logits[:, None]
+
+
+class _Writer:
+    """Writes tokens with compiled instructions, into room that a growing cache is given.
+
+    The cache's keys become views of buffers with places to spare, so that a token costs no copy of
+    those before it. Whoever replaces them (beam search, cropping) loses nothing: they are copied
+    again.
+    """
+
+    def __init__(self, decoder: Decoder, model: nn.Module) -> None:
+        self.decoder, self.model = decoder, weakref.ref(model)
+        self.room: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def serves(self, model: nn.Module, batch: int) -> bool:
+        """Whether the instructions are for this model, as it is now, and so many sequences."""
+        return self.model() is model and self.decoder.batch == batch and self.decoder.is_valid()
+
+    def make_room(self, cache: Cache, length: int) -> bool:
+        """Have a place for one more key in every layer; false where that cannot be."""
+        for index, (groups, size) in self.decoder.key_layers.items():
+            layer = cache.layers[index]
+            if type(layer) not in _GROWING:
+                return False
+            kept, shape = (layer.keys, layer.values), (self.decoder.batch, groups, length, size)
+            if not all(_is(x, shape, self.decoder.dtype) for x in kept):
+                return False
+            room = self.room.get(index)
+            if room is None or room[0].shape[2] <= length or not all(map(_is_begin, kept, room)):
+                self.room[index] = tuple(_enlarged(x, length) for x in kept)  # type: ignore[assignment]
+        return True
+
+    def states(self, cache: Cache) -> dict[int, Tensor] | None:
+        """The recurrent states by layer, or None where one is missing or of another shape."""
+        states = {}
+        for index, size in self.decoder.state_layers.items():
+            layer = cache.layers[index]
+            state = layer.recurrent_states[0]
+            if not _is(state, (self.decoder.batch, size), torch.float32):
+                return None
+            if not (layer.has_previous_state[0] and state.is_contiguous()):
+                return None
+            states[index] = state
+        return states
+
+
+_WRITERS: WeakKeyDictionary[Cache, _Writer | None] = WeakKeyDictionary()
+
+
+def _is(x: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether this is an ordinary tensor of the shape and type, in memory."""
+    return type(x) is Tensor and x.shape == shape and x.dtype == dtype and x.device.type == "cpu"
+
+
+def _is_begin(kept: Tensor, room: Tensor) -> bool:
+    """Whether `kept` is still the view of `room` that it was made."""
+    same = kept.data_ptr() == room.data_ptr() and kept.stride() == room.stride()
+    return same and kept.shape[:2] == room.shape[:2]
+
+
+def _enlarged(kept: Tensor, length: int) -> Tensor:
+    B, G, _, K = kept.shape
+    room = kept.new_empty(B, G, length + max(_SPARE, length // 4), K)
+    room[:, :, :length] = kept
+    return room
+
+
+def _starts(attention_mask: Tensor | None, batch: int, places: int) -> Tensor | None:
+    """(B,) first place that counts, or None where padding is anywhere but on the left."""
+    if attention_mask is None:
+        return torch.zeros(batch, dtype=torch.int64)
+    if attention_mask.shape != (batch, places):
+        return None
+    mask = attention_mask.bool()
+    if not bool((mask[:, -1:] & (mask[:, 1:] >= mask[:, :-1]).all(-1, keepdim=True)).all()):
+        return None
+    return (~mask).sum(-1)
