@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help install demo gpu test test-slow lint format clean
+.PHONY: help install demo test test-gpu test-slow lint format clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -17,11 +17,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## train PHA and its attention-only twin on this Python's standard library
 	$(BIN)/pha demo
 
-gpu: $(INSTALLED) ## checks, benchmarks and training on a machine with a GPU (docs/gpu.md)
-	scripts/gpu.sh
-
 test: $(INSTALLED) ## the fast tests
 	$(BIN)/python -m pytest -n auto
+
+test-gpu: $(INSTALLED) ## the tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
 
 test-slow: $(INSTALLED) ## every test, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu'

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pha.nn import BRANCHES
+from pha.model import BRANCHES
+from scripts.include_source import QUOTE, included
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -23,7 +24,9 @@ def same_branches() -> Iterator[None]:
 
 
 def blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+    """The page's Python, but what it quotes from the source."""
+    text = QUOTE.sub("", page.read_text(encoding="utf-8"))
+    return re.findall(r"^```python\n(.*?)^```", text, re.S | re.M)
 
 
 def test_some_page_has_code() -> None:
@@ -38,6 +41,17 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     namespace: dict[str, object] = {"__name__": "docs"}
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_quotations_are_the_source(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert included(text) == text, "run `python scripts/include_source.py`"
+
+
+def test_every_equation_is_quoted() -> None:
+    text = (ROOT / "docs" / "how-pha-works.md").read_text(encoding="utf-8")
+    assert len(QUOTE.findall(text)) >= 10
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -1,4 +1,4 @@
-"""`pha.nn.StateCache` on top of transformers' caches, which stay the only store."""
+"""`pha.model.StateCache` on top of transformers' caches, which stay the only store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The transformers face of `pha.nn`: configuration, causal language model, cache adapter."""
+"""The transformers face of `pha.model`: configuration, body, causal language model."""
 
 from __future__ import annotations
 
@@ -9,15 +9,24 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
+from pha import mixers as mixers  # which makes them known
 from pha.caching import CacheAdapter, PHACache
-from pha.nn import BRANCHES, ArchitectureConfig, Backbone, Branch
-from pha.nn.model import initialise
-from pha.nn.presets import preset
+from pha.conversion import is_old
+from pha.model import BRANCHES, ArchitectureConfig, Backbone, Branch
+from pha.model.backbone import initialise
+from pha.model.presets import preset
 from pha.ops import linear_cross_entropy, token_statistics
 from pha.ops.precision import accumulation_type
 from pha.utils.errors import PHAError
@@ -25,7 +34,7 @@ from pha.utils.plain import is_plain_linear
 
 decode: Callable[..., Tensor | None] | None
 try:
-    from pha.decoder import decode
+    from pha.decoder import decode, stand_for
 except ImportError:  # no numba: the layers write tokens too
     decode = None
 
@@ -47,6 +56,11 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
     pad_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if is_old(vars(self) | kwargs):
+            raise PHAError(
+                "model: this configuration was written by an older version of pha; run `pha "
+                "convert FOLDER NEW_FOLDER` on the model's folder"
+            )
         self.check()
         super().__post_init__(**kwargs)
         if not self.tie_word_embeddings:
@@ -119,18 +133,102 @@ class PHAPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # A state cannot be taken back: transformers refuses what would crop the cache.
     _is_stateful = True
-    # State spaces and mixing scalars are float32 whatever the rest is loaded in.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
-        "log_A",
-        "log_dt",
-        "theta",
-        "logit_scale",
-        *("Lambda_re", "Lambda_im", "C_re", "C_im", "D"),
-    ]
+
+    def post_init(self) -> None:
+        """What transformers does after the modules are made; they say what stays in float32."""
+        special = {name for m in self.modules() for name in getattr(type(m), "float32", ())}
+        self._keep_in_fp32_modules_strict = special
+        branches = [module for module in self.modules() if isinstance(module, Branch)]
+        self._unit_gain = {id(b.get_submodule(name)) for b in branches for name in b.unit_gain}
+        super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        initialise(module, self.config)
+        initialise(module, self.config, id(module) in self._unit_gain)
+
+    def new_cache(self) -> Cache:
+        """An empty cache for keys, values and recurrent states, which grows as it is used."""
+        return PHACache(config=self.config)
+
+
+class PHAModel(Backbone, PHAPreTrainedModel):
+    """The backbone, from tokens to hidden states, as transformers calls the body of a model."""
+
+    config: PHAConfig
+    config_class = PHAConfig
+
+    def __init__(self, config: PHAConfig) -> None:
+        PHAPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
+        self.make_layers(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        document_starts: Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the last norm.
+
+        Args:
+            input_ids: (B, T) tokens, or
+            attention_mask: (B, S) over cached and new tokens, 0 at padding on either side.
+            position_ids: (B, T); may be left out, since positions enter only as differences.
+            past_key_values: the model's whole state: keys, values and recurrent states; updated.
+            inputs_embeds: (B, T, d) in place of `input_ids`.
+            use_cache: return the state; off while training.
+            output_hidden_states: return what enters each layer, and what leaves the last norm.
+            document_starts: (B, S) bool, true where a packed document begins.
+
+        Returns:
+            last_hidden_state (B, T, d), past_key_values, hidden_states.
+
+        Raises:
+            PHAError: both inputs or none, or a cache of other sequences or another model.
+        """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise PHAError("give exactly one of input_ids and inputs_embeds")
+        past_key_values = self.cache_for(past_key_values, use_cache)
+        cache = None
+        if past_key_values is not None:
+            cache = CacheAdapter(past_key_values, self.config)
+            cache.enter(tokens.shape[0])
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        layer_inputs: list[Tensor] | None = [] if output_hidden_states else None
+        x = Backbone.forward(
+            self,
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            positions=position_ids,
+            document_starts=document_starts,
+            token_mask=_token_mask(attention_mask),
+            cache=cache,
+            attention_backend=_BACKENDS.get(self.config._attn_implementation),
+            layer_inputs=layer_inputs,
+        )
+        if cache is not None:
+            if not self.config.keeps_keys:
+                cache.count(x)
+            cache.leave()
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=None if layer_inputs is None else (*layer_inputs, x),
+        )
+
+    def cache_for(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache of a call: the one that is given, or a new one where one is wanted."""
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        return self.new_cache() if given is None and use_cache and not self.training else given
 
 
 class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
@@ -140,10 +238,14 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: PHAConfig) -> None:
         super().__init__(config)
-        self.model = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Before the body, whose weights start when it is made: all of them as they always have
+        # for a seed, whatever the head draws.
+        head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model = PHAModel(config)
+        self.lm_head = head
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -163,45 +265,45 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         """Logits, and the loss where labels are given.
 
         Args:
-            input_ids: (B, T) tokens.
-            attention_mask: (B, S) over cached and new tokens, 0 at padding on either side.
-            position_ids: (B, T); may be left out, since positions enter only as differences.
-            past_key_values: the model's whole state: keys, values and recurrent states.
-            inputs_embeds: (B, T, d) in place of `input_ids`.
+            input_ids: and what is not explained here: see `PHAModel.forward`.
+            attention_mask: (B, S).
+            position_ids: (B, T).
+            past_key_values: the model's whole state.
+            inputs_embeds: (B, T, d).
             labels: (B, T) aligned with `input_ids`; -100 is ignored. Gives the loss.
             use_cache: return the state; off while training.
             output_hidden_states: return what enters each layer, and what leaves the last norm.
             logits_to_keep: how many last positions get logits (0: all), or which.
-            document_starts: (B, S) bool, true where a packed document begins.
+            document_starts: (B, S) bool.
             shift_labels: (B, T) the token that follows each one, instead of `labels`.
             num_items_in_batch: what the summed loss is divided by; the number of labels if absent.
 
         Returns:
             loss (nats per token), logits (B, T', V), past_key_values, hidden_states. While training
             with labels there are no logits: the loss never forms them all.
+
+        Raises:
+            PHAError: as `PHAModel.forward`, or labels of another batch.
         """
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        use_cache = use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
-        if output_hidden_states is None:
-            output_hidden_states = bool(self.config.output_hidden_states)
-        layer_inputs: list[Tensor] | None = [] if output_hidden_states else None
-        if all(x is None for x in (inputs_embeds, document_starts, labels, shift_labels)) and not (
-            output_hidden_states or self.training
+        past_key_values = self.model.cache_for(past_key_values, use_cache)
+        if not (output_hidden_states or self.config.output_hidden_states or self.training) and all(
+            x is None for x in (inputs_embeds, document_starts, labels, shift_labels)
         ):
             logits = self._decode(input_ids, past_key_values, attention_mask, position_ids)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
-        x = self.hidden_states(
-            input_ids,
-            inputs_embeds=inputs_embeds,
+        body: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            document_starts=document_starts,
             past_key_values=past_key_values,
-            layer_inputs=layer_inputs,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            document_starts=document_starts,
         )
+        x = body.last_hidden_state
+        assert x is not None
         loss = logits = None
         if labels is not None:
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
@@ -223,8 +325,8 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values,
-            hidden_states=None if layer_inputs is None else (*layer_inputs, x),
+            past_key_values=body.past_key_values,
+            hidden_states=body.hidden_states,
         )
 
     def _summed_loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -261,58 +363,6 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         adapter.enter(input_ids.shape[0])
         return decode(self.model, self.lm_head, input_ids, adapter, attention_mask, position_ids)
 
-    def new_cache(self) -> Cache:
-        """An empty cache for keys, values and recurrent states, which grows as it is used."""
-        return PHACache(config=self.config)
-
-    def hidden_states(
-        self,
-        input_ids: Tensor | None = None,
-        *,
-        inputs_embeds: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        document_starts: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        layer_inputs: list[Tensor] | None = None,
-    ) -> Tensor:
-        """What the output head is applied to, (B, T, d); arguments as in `forward`.
-
-        Args:
-            input_ids: (B, T) tokens, or
-            inputs_embeds: (B, T, d) in their place.
-            attention_mask: (B, S), 0 at padding.
-            position_ids: (B, T).
-            document_starts: (B, S) bool.
-            past_key_values: the state so far; updated.
-            layer_inputs: receives what enters each layer.
-
-        Raises:
-            PHAError: both inputs or none, or a cache of other sequences or another model.
-        """
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        if tokens is None or (input_ids is not None and inputs_embeds is not None):
-            raise PHAError("give exactly one of input_ids and inputs_embeds")
-        cache = None
-        if past_key_values is not None:
-            cache = CacheAdapter(past_key_values, self.config)
-            cache.enter(tokens.shape[0])
-        x: Tensor = self.model(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            positions=position_ids,
-            document_starts=document_starts,
-            token_mask=_token_mask(attention_mask),
-            cache=cache,
-            attention_backend=_BACKENDS.get(self.config._attn_implementation),
-            layer_inputs=layer_inputs,
-        )
-        if cache is not None:
-            if not self.config.keeps_keys:
-                cache.count(x)
-            cache.leave()
-        return x
-
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
         """Let `generate` hand over its mask as it is: (B, S), whatever the cache."""
@@ -333,5 +383,8 @@ def _token_mask(attention_mask: Tensor | None) -> Tensor | None:
     return None if bool(mask.all()) else mask
 
 
+if decode is not None:
+    stand_for(PHAModel)
 AutoConfig.register("pha", PHAConfig)
+AutoModel.register(PHAConfig, PHAModel)
 AutoModelForCausalLM.register(PHAConfig, PHAForCausalLM)

@@ -20,8 +20,8 @@ from pha.bench.peers import (
     peer_names,
 )
 from pha.bench.work import Job, Prefill, Train
-from pha.nn.parameters import count_parameters
-from pha.nn.presets import preset_config
+from pha.model.parameters import count_parameters
+from pha.model.presets import preset_config
 from pha.utils.errors import PHAError
 
 META = torch.device("meta")

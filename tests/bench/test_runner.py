@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 
 from pha import decoder
 from pha.bench import floors as floors_module
-from pha.bench import peers, runner
+from pha.bench import peers, runner, worker
 from pha.bench.runner import Request, add_ratios, make_row, run_benchmark, run_worker
 from pha.bench.work import Job
 from pha.bench.worker import measure
@@ -315,3 +316,32 @@ def test_mistakes_are_one_line(
     errors = capsys.readouterr().err
     assert said in errors
     assert errors.count("\n") == 1
+
+
+def test_rows_are_kept_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[list[str | None]] = []
+
+    def note(job: Job, end: float | None) -> dict[str, Any]:
+        path = tmp_path / "bench-prefill.json"
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        found.append([row["error"] for row in rows])
+        return {"error": f"length {job.length}"}
+
+    monkeypatch.setattr(runner, "run_worker", note)
+    words = ("--models", "pha-tiny,hf:gpt2-tiny", "--lengths", "16,32", "--runs", "1")
+    main(["bench", "prefill", *words, "--out", str(tmp_path)])
+    assert found == [[], [], ["length 16"] * 2, ["length 16"] * 2]
+
+
+def test_in_one_process_a_fallback_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fall_back(*_: Any) -> Any:
+        warnings.warn("runs slower, by torch", RuntimeWarning, stacklevel=2)
+
+    monkeypatch.setattr(peers, "VOCABULARY", 512)
+    monkeypatch.setattr(runner, "run_worker", lambda *_: pytest.fail("in a process of its own"))
+    monkeypatch.setattr(worker, "_make", fall_back)
+    with warnings.catch_warnings():
+        main(["bench", "train", "--models", "pha-tiny", "--lengths", "16", "--in-process"])
+    assert "RuntimeWarning: runs slower, by torch" in capsys.readouterr().out

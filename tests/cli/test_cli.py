@@ -14,7 +14,7 @@ import pytest
 
 from pha.cli import build_parser, main
 from pha.data import TokenStore
-from pha.nn import BRANCHES
+from pha.model import BRANCHES
 from pha.ops import OPS
 from pha.utils.runs import RunFolder
 from tests.train.conftest import arguments
@@ -56,7 +56,8 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 def test_help_needs_no_torch_and_names_every_verb() -> None:
-    command = [sys.executable, "-X", "importtime", "-m", "pha", "--help"]
+    start = "import pha_command; pha_command.main()"
+    command = [sys.executable, "-X", "importtime", "-c", start, "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "pha.cli" in imported
@@ -178,7 +179,7 @@ def test_a_branch_of_ones_own_trains_from_the_command_line(
     pha: Callable[..., str], store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own_branch.py").write_text(
-        "from pha.nn import Branch, register_branch\n"
+        "from pha.model import Branch, register_branch\n"
         "@register_branch('identity')\n"
         "class Identity(Branch):\n"
         "    def forward(self, z, sequence):\n"

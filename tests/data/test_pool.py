@@ -28,7 +28,7 @@ from pha.data.pieces import (
     receive,
     send,
 )
-from pha.data.pool import encode_batches, usable_cores
+from pha.data.pool import WORKER, encode_batches, usable_cores
 from pha.data.splits import SplitHash
 from pha.data.tokenizer import load_tokenizer
 from tests.data.common import write_records
@@ -61,7 +61,7 @@ def files_of(store: TokenStore) -> dict[str, bytes]:
 
 
 def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if "pha.data.worker" in p.cmdline()]
+    return [p for p in psutil.Process().children() if WORKER in p.cmdline()]
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
@@ -230,7 +230,7 @@ def test_no_workers(corpus: Path, tmp_path: Path, workers: int, refuses) -> None
 PROGRAM = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv[0] = "pha"
+import pha_command
 import pha.data.pieces, pha.data.pool
 from pha.cli import main
 pha.data.pieces._BATCH_BYTES = 10_000

@@ -79,7 +79,7 @@ def test_equals_the_full_forward(
     [
         {"residual": "post"},
         {"attention_logits": "dot-product"},
-        {"input_scale": "zero-order-hold"},
+        {"input_scaling": "zero-order-hold"},
         {"primary_ffn_expansion": 0},
         {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 6},
         {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 20},
@@ -100,7 +100,7 @@ def test_every_option_of_the_layers(block: str, options: dict[str, Any], steps: 
 def test_threads_do_not_change_a_bit(
     threads: int, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, ids = cached_model("parallel", ("gss", "attention", "ffn")), tokens(2, TOTAL)
+    model, ids = cached_model("parallel", ("gss", "attention", "aux_ffn")), tokens(2, TOTAL)
     alone = written(model, ids)
     monkeypatch.setattr(program, "BYTES_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -109,7 +109,7 @@ def test_threads_do_not_change_a_bit(
 
 
 def test_a_sequence_does_not_depend_on_the_others(steps: list[int]) -> None:
-    model, ids = cached_model("parallel", ("gss", "attention", "ffn")), tokens(3, TOTAL)
+    model, ids = cached_model("parallel", ("gss", "attention", "aux_ffn")), tokens(3, TOTAL)
     cache, logits = model.new_cache(), []
     # The same prefix for all, so that only the compiled steps are compared bit by bit.
     ids[:, :PREFIX] = ids[:1, :PREFIX]
@@ -123,7 +123,7 @@ def test_a_sequence_does_not_depend_on_the_others(steps: list[int]) -> None:
 
 @pytest.mark.parametrize("lengths", [(19, 12, 15), (15, 19, 19)])
 def test_left_padding(lengths: tuple[int, ...], steps: list[int]) -> None:
-    model = cached_model("parallel", ("gss", "attention", "ffn"))
+    model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
     ids, mask = padded_batch(lengths, TOTAL)
     logits = written(model, ids, attention_mask=mask)
     assert len(steps) == TOTAL - PREFIX
@@ -149,7 +149,7 @@ def test_bf16_is_at_least_as_exact_as_the_layers(
 
 
 def test_the_layers_can_go_on_and_back_again(steps: list[int]) -> None:
-    model, ids = cached_model("parallel", ("gss", "attention", "ffn")), tokens(2, TOTAL)
+    model, ids = cached_model("parallel", ("gss", "attention", "aux_ffn")), tokens(2, TOTAL)
     expected, cache = model(ids).logits, model.new_cache()
     for begin, end in ((0, 5), (5, 6), (6, 7), (7, 11), (11, 12), (12, 18), (18, 19)):
         logits = model(ids[:, begin:end], past_key_values=cache, use_cache=True).logits
@@ -160,12 +160,12 @@ def test_the_layers_can_go_on_and_back_again(steps: list[int]) -> None:
 
 def test_room_for_keys_is_enlarged(steps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "_SPARE", 2)
-    model, ids = cached_model("parallel", ("gss", "attention", "ffn")), tokens(2, TOTAL)
+    model, ids = cached_model("parallel", ("gss", "attention", "aux_ffn")), tokens(2, TOTAL)
     assert_same(written(model, ids), model(ids).logits[:, PREFIX - 1 :])
 
 
 def test_two_copies_of_a_cache_part_ways(steps: list[int]) -> None:
-    model = cached_model("parallel", ("gss", "attention", "ffn"))
+    model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
     ids, other = tokens(1, TOTAL), tokens(1, TOTAL, seed=1)
     other[:, :10] = ids[:, :10]
     cache = model.new_cache()
@@ -180,7 +180,7 @@ def test_two_copies_of_a_cache_part_ways(steps: list[int]) -> None:
 
 
 def test_rows_that_were_reordered(steps: list[int]) -> None:
-    model, ids = cached_model("parallel", ("gss", "attention", "ffn")), tokens(2, TOTAL)
+    model, ids = cached_model("parallel", ("gss", "attention", "aux_ffn")), tokens(2, TOTAL)
     cache, order = model.new_cache(), torch.tensor([1, 0])
     model(ids[:, :9], past_key_values=cache, use_cache=True)
     model(ids[:, 9:10], past_key_values=cache, use_cache=True)
@@ -262,5 +262,5 @@ def test_float64_and_autocast_are_left_to_the_layers(steps: list[int]) -> None:
     ids = tokens(1, TOTAL)
     written(PHAForCausalLM(PHAConfig(**small_config().to_dict())).double().eval(), ids)
     with torch.autocast("cpu", torch.bfloat16):
-        written(cached_model("parallel", ("gss", "attention", "ffn")), ids)
+        written(cached_model("parallel", ("gss", "attention", "aux_ffn")), ids)
     assert not steps

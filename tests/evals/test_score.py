@@ -27,7 +27,7 @@ TEXT = synthetic_text(40, 5) + "a café\r\nof 中文 and 😀 and\n\n  two  blan
 
 
 def load(
-    window: int | None = None, branches: tuple[str, ...] = ("gss", "attention", "ffn")
+    window: int | None = None, branches: tuple[str, ...] = ("gss", "attention", "aux_ffn")
 ) -> LoadedModel:
     config = small_config(vocab_size=257, attention_window=window, branches=list(branches))
     model = scrambled(config).requires_grad_(False)
@@ -45,7 +45,7 @@ def cut(text: str, sizes: list[int]) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("window", [None, 7])
-@pytest.mark.parametrize("branches", [("gss", "attention", "ffn"), ("attention",), ("gss",)])
+@pytest.mark.parametrize("branches", [("gss", "attention", "aux_ffn"), ("attention",), ("gss",)])
 @pytest.mark.parametrize("piece", [1, 64, 100_000])
 def test_pieces_give_what_one_pass_gives(
     window: int | None, branches: tuple[str, ...], piece: int

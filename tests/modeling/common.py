@@ -19,13 +19,13 @@ FLOAT32_PARAMETERS = {"theta", "logit_scale", *GSS_PARAMETERS, *MEHTA_PARAMETERS
 SUBSETS = [
     subset
     for size in (1, 2, 3)
-    for subset in itertools.combinations(("gss", "attention", "ffn"), size)
+    for subset in itertools.combinations(("gss", "attention", "aux_ffn"), size)
 ]
 KINDS = [("parallel", subset) for subset in SUBSETS]
 KINDS += [("sequential", ("attention", "gss")), ("sequential", ("gss",))]
-KINDS += [("parallel", ("mehta_gss", "attention", "ffn")), ("sequential", ("mehta_gss",))]
+KINDS += [("parallel", ("mehta_gss", "attention", "aux_ffn")), ("sequential", ("mehta_gss",))]
 # In a hybrid the second layer has attention alone; see `small_config`.
-KINDS += [("hybrid", ("mehta_gss",)), ("hybrid", ("gss", "ffn"))]
+KINDS += [("hybrid", ("mehta_gss",)), ("hybrid", ("gss", "aux_ffn"))]
 MEHTA_SHAPE = {"channels": 12, "modes": 20, "expansion": 2}
 # Logits are of order one; other matrix shapes add their terms in another order, a few units of
 # float32 apiece, and two layers pass them on.
@@ -37,11 +37,11 @@ each_kind = pytest.mark.parametrize(
 each_main_kind = pytest.mark.parametrize(
     ("block", "branches"),
     [
-        ("parallel", ("gss", "attention", "ffn")),
+        ("parallel", ("gss", "attention", "aux_ffn")),
         ("parallel", ("attention",)),
         ("parallel", ("gss",)),
         ("sequential", ("attention", "gss")),
-        ("parallel", ("mehta_gss", "attention", "ffn")),
+        ("parallel", ("mehta_gss", "attention", "aux_ffn")),
         ("hybrid", ("mehta_gss",)),
     ],
     ids=["pha", "attention-only", "gss-only", "sequential", "pha-mehta", "mehta-hybrid"],

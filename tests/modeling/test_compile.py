@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pha.model.presets import PRESETS
 from pha.modeling import PHAConfig, PHAForCausalLM
-from pha.nn.presets import PRESETS
 from pha.ops.linear_cross_entropy import CHUNK_LOGITS
 
 TINY = [name for name in PRESETS if "-tiny" in name]

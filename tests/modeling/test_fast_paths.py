@@ -99,7 +99,7 @@ def test_the_loss_is_that_of_the_logits(
         assert_same(output.logits, model(ids).logits)
         expected = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         torch.testing.assert_close(output.loss, expected)
-        x = model.hidden_states(ids).flatten(0, 1)
+        x = model.model(ids).last_hidden_state.flatten(0, 1)
         losses, hits = model.token_statistics(x, ids.flatten())
         logits = output.logits.flatten(0, 1)
         torch.testing.assert_close(losses, F.cross_entropy(logits, ids.flatten(), reduction="none"))
@@ -141,7 +141,7 @@ def written(model: PHAForCausalLM, ids: Tensor, first: int = 5) -> Tensor:
     return torch.cat(logits, dim=1)
 
 
-LINEARS = ["gss.W_g", "gss.W_C", "attention.W_q", "attention.W_o", "ffn.swiglu.W_up"]
+LINEARS = ["gss.W_g", "gss.W_C", "attention.W_q", "attention.W_o", "aux_ffn.swiglu.W_up"]
 
 
 @torch.no_grad()
@@ -169,8 +169,8 @@ def test_tokens_go_through_what_was_changed(
 MODULES = [
     *("", "embed_tokens", "norm", "layers.0", "layers.1.mixing", "layers.1.mixing.norms.gss"),
     *("layers.0.mix_residual", "layers.0.mix_residual.norm", "layers.0.mix_residual.dropout"),
-    *("layers.1.branches.gss", "layers.1.branches.attention", "layers.1.branches.ffn"),
-    *("layers.1.branches.ffn.swiglu", "layers.1.primary_ffn", "layers.1.ffn_residual"),
+    *("layers.1.branches.gss", "layers.1.branches.attention", "layers.1.branches.aux_ffn"),
+    *("layers.1.branches.aux_ffn.swiglu", "layers.1.primary_ffn", "layers.1.ffn_residual"),
 ]
 
 
@@ -231,7 +231,7 @@ def test_settings_that_change_are_seen(steps: list[int], model: PHAForCausalLM) 
     changes: list[Callable[[], None]] = [
         lambda: setattr(model.model.norm, "eps", 1.0),
         lambda: setattr(model.model.layers[0].mix_residual, "alpha", 7.0),
-        lambda: setattr(model.model.layers[1].branches["gss"], "input_scale", "zero-order-hold"),
+        lambda: setattr(model.model.layers[1].branches["gss"], "input_scaling", "zero-order-hold"),
         lambda: setattr(model.model.layers[1].branches["attention"], "cosine", False),
     ]
     cache = model.new_cache()
@@ -337,7 +337,7 @@ def test_a_reordered_or_emptied_cache_goes_on(model: PHAForCausalLM) -> None:
     "other",
     [
         {"num_hidden_layers": 1},
-        {"branches": ["attention", "ffn"]},
+        {"branches": ["attention", "aux_ffn"]},
         {"block": "hybrid", "branches": ["gss"]},
     ],
 )

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
+from pha.model.presets import PRESETS, preset
 from pha.modeling import PHAConfig, PHAForCausalLM
-from pha.nn.presets import PRESETS, preset
 from pha.ops import OPS
 from pha.utils.errors import PHAError
 from tests.modeling.common import (
@@ -125,7 +125,7 @@ def test_packed_documents_equal_separate_ones(
     packed = model(ids, document_starts=starts_of(lengths)).logits
     apart = torch.cat([model(piece).logits for piece in ids.split(lengths, 1)], 1)
     assert_same(packed, apart)
-    if set(branches) != {"ffn"}:
+    if set(branches) != {"aux_ffn"}:
         # The control: without the boundaries the documents do see each other.
         assert (model(ids).logits - apart).abs().max() > 0.01
 
@@ -168,7 +168,7 @@ def test_padded_and_packed_at_once(block: str, branches: tuple[str, ...]) -> Non
 
 
 def test_a_mask_of_ones_is_no_mask() -> None:
-    model = cached_model("parallel", ("gss", "attention", "ffn"))
+    model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
     ids = tokens(2, 9)
     assert torch.equal(model(ids, attention_mask=torch.ones(2, 9)).logits, model(ids).logits)
     with pytest.raises(PHAError, match=r"attention_mask must be \(batch, tokens\)"):
@@ -262,7 +262,7 @@ def test_one_token_at_a_time_equals_one_pass(block: str, branches: tuple[str, ..
 
 
 def test_the_cache_is_the_state_and_nothing_else() -> None:
-    model = cached_model("parallel", ("gss", "attention", "ffn"))
+    model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
     cache = model(tokens(2, 9), use_cache=True).past_key_values
     assert isinstance(cache, DynamicCache)
     assert cache.get_seq_length() == 9
@@ -278,7 +278,7 @@ def test_the_cache_is_the_state_and_nothing_else() -> None:
 
 
 def test_the_complex_state_is_kept_as_pairs_of_real_numbers() -> None:
-    model = cached_model("parallel", ("mehta_gss", "attention", "ffn"))
+    model = cached_model("parallel", ("mehta_gss", "attention", "aux_ffn"))
     for T in (1, 9):
         for layer in model(tokens(2, T), use_cache=True).past_key_values.layers:
             state = layer.recurrent_states[0]
@@ -295,8 +295,8 @@ def test_recurrent_state_is_float32_beside_bfloat16_keys(first: str) -> None:
 
 def test_what_each_layer_keeps() -> None:
     kept = {
-        ("gss", "attention", "ffn"): "hybrid",
-        ("attention", "ffn"): "full_attention",
+        ("gss", "attention", "aux_ffn"): "hybrid",
+        ("attention", "aux_ffn"): "full_attention",
     }
     for branches, kind in kept.items():
         assert small_config(branches=list(branches)).layer_types == [kind] * 2
@@ -312,13 +312,13 @@ def test_what_layers_of_different_branches_keep() -> None:
     assert kinds(branches=["gss"], attention_layers=[1, 3]) == [linear, full, linear, full]
     assert kinds(branches=["gss", "attention"], attention_layers=[0]) == [full, *["hybrid"] * 3]
     # Layers that keep nothing are not asked for the length of the past.
-    assert kinds(branches=["ffn"], attention_layers=[2]) == [linear, linear, full, linear]
+    assert kinds(branches=["aux_ffn"], attention_layers=[2]) == [linear, linear, full, linear]
     window = kinds(branches=["gss", "attention"], attention_layers=[3], attention_window=8)
     assert window == [*["hybrid_sliding"] * 3, "sliding_attention"]
 
 
 def test_the_past_is_counted_where_the_first_layers_keep_nothing() -> None:
-    config = small_config(branches=["ffn"], attention_layers=[1], num_hidden_layers=3)
+    config = small_config(branches=["aux_ffn"], attention_layers=[1], num_hidden_layers=3)
     model = scrambled(config)
     ids = tokens(2, 9)
     cache = model(ids[:, :5]).past_key_values

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pha.model import ArchitectureConfig
+from pha.model.presets import PRESETS
 from pha.modeling import PHAConfig, PHAForCausalLM
-from pha.nn import ArchitectureConfig
-from pha.nn.presets import PRESETS
 from pha.ops import OPS
 from pha.utils.errors import PHAError
 from tests.modeling.common import (
@@ -38,7 +38,7 @@ from tests.modeling.common import (
 
 
 def test_loss_is_cross_entropy_of_the_shifted_logits() -> None:
-    model = cached_model("parallel", ("gss", "attention", "ffn"))
+    model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
     ids = tokens(3, 11)
     labels = ids.clone()
     labels[0, 4:7] = -100
@@ -52,7 +52,7 @@ def test_loss_is_cross_entropy_of_the_shifted_logits() -> None:
 
 
 def test_shift_labels_are_the_next_tokens() -> None:
-    model = cached_model("parallel", ("gss", "attention", "ffn"))
+    model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
     ids = tokens(2, 12)
     output = model(ids[:, :-1], shift_labels=ids[:, 1:])
     expected = F.cross_entropy(output.logits.flatten(0, 1).double(), ids[:, 1:].flatten())
@@ -65,7 +65,7 @@ def test_shift_labels_are_the_next_tokens() -> None:
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_num_items_in_batch_divides_the_sum(as_tensor: bool) -> None:
-    model = cached_model("parallel", ("gss", "attention", "ffn"))
+    model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
     ids = tokens(2, 11)
     labels = ids.masked_fill(torch.arange(11) < 3, -100)
     mean = model(ids, labels=labels).loss
@@ -134,7 +134,7 @@ def test_gradients_are_those_of_the_oracles(block: str, branches: tuple[str, ...
 
 
 def test_logits_to_keep_and_embedded_inputs() -> None:
-    model = cached_model("parallel", ("gss", "attention", "ffn"))
+    model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
     ids = tokens(2, 9)
     logits = model(ids).logits
     assert_same(model(ids, logits_to_keep=2).logits, logits[:, -2:])
@@ -147,7 +147,7 @@ def test_logits_to_keep_and_embedded_inputs() -> None:
 
 
 def test_autocast_loss_is_close_to_float32() -> None:
-    model = cached_model("parallel", ("gss", "attention", "ffn"))
+    model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
     ids = tokens(4, 33)
     exact = model(ids, labels=ids).loss
     with torch.autocast("cpu", torch.bfloat16):

@@ -226,7 +226,8 @@ def test_checkpointing_is_off_in_evaluation() -> None:
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(
-    ("block", "branches"), [("parallel", ("gss", "attention", "ffn")), ("parallel", ("attention",))]
+    ("block", "branches"),
+    [("parallel", ("gss", "attention", "aux_ffn")), ("parallel", ("attention",))],
 )
 def test_training_compiles_without_a_break(
     block: str, branches: tuple[str, ...], documents: bool
@@ -248,7 +249,7 @@ def test_training_compiles_without_a_break(
 
 
 def test_decoding_with_a_static_cache_compiles_without_a_break() -> None:
-    model = cached_model("parallel", ("gss", "attention", "ffn"))
+    model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
     ids = tokens(2, 20)
     cache = StaticCache(config=model.config, max_cache_len=32)
     model(ids[:, :12], past_key_values=cache)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pha.ops import OPS, attention_flex
+from pha.ops import OPS
 from pha.ops.attention import attention_mask
-from pha.ops.attention_flex import block_mask, flex, serves, usable
+from pha.ops.attention import flex as attention_flex
+from pha.ops.attention.flex import block_mask, flex, serves, usable
 
 NAIVE = OPS["attention"].backends["naive"]
 SHAPES = [(2, 4, 2, 160, 60), (1, 6, 2, 131, 20), (2, 2, 2, 257, 16), (1, 3, 1, 1, 24)]

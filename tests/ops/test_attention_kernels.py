@@ -196,7 +196,7 @@ def test_window_equals_a_loop_over_keys(
 def test_windows_in_blocks_match_the_oracle(
     backend: str, window: int, T: int, past: int, masked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["pha.ops.attention"], "WINDOW_BLOCK", 16)
+    monkeypatch.setattr(sys.modules["pha.ops.attention.sdpa"], "WINDOW_BLOCK", 16)
     starts, tokens = starts_and_padding(2, T + past)
     mask = attention_mask(T, T + past, CPU, starts, tokens) if masked else None
     q, k, v = problem(2, 8, 2, T, T + past, 60)

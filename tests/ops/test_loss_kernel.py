@@ -18,7 +18,7 @@ COLUMNS = (1, 5, 4096, 5000, 8192)
 PROGRAM = """
 import json
 import torch
-from pha.ops.loss_kernel import softmax_gradient_
+from pha.ops.linear_cross_entropy.triton_kernel import softmax_gradient_
 
 torch.manual_seed(0)
 found = []
@@ -93,7 +93,7 @@ def test_it_compiles_for_a_data_centre_gpu_without_spilling(element: str) -> Non
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from pha.ops.loss_kernel import BLOCK, softmax_gradient
+    from pha.ops.linear_cross_entropy.triton_kernel import BLOCK, softmax_gradient
 
     constants = {"IGNORED": -100, "COLUMNS": 50257, "BLOCK": BLOCK, "GRADIENT": True}
     pointers = {"z_ptr": element, "target_ptr": "*i64", "loss_ptr": "*fp32", "row_stride": "i32"}

@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pha.ops import OPS, triton_runtime, triton_scan
+from pha.ops import OPS
+from pha.ops.gated_scan import triton as triton_scan
+from pha.ops.gated_scan import triton_runtime
 from pha.ops.testing import relative_error
 
 FORMS = ("triton-sequential", "triton-chunked")
@@ -321,7 +323,8 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pha.ops import triton_kernels, triton_scan
+from pha.ops.gated_scan import triton as triton_scan
+from pha.ops.gated_scan import triton_kernels
 
 ELEMENTS = ("gate", "value", "h", "dh", "dgate", "dvalue")
 walk = {"BLOCK": triton_scan.BLOCK, "UNROLL": triton_scan.UNROLL, "STAGES": triton_scan.STAGES}

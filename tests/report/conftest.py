@@ -195,7 +195,7 @@ def build_run(
     name: str,
     floor: float = 2.9,
     speed: float = 9120.0,
-    branches: tuple[str, ...] = ("gss", "attention", "ffn"),
+    branches: tuple[str, ...] = ("gss", "attention", "aux_ffn"),
     layers: int = 4,
     finished: bool = True,
     steps: int = STEPS,

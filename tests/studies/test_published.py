@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pha.nn.presets import PAPER_PARAMETERS
+from pha.model.presets import PAPER_PARAMETERS
 from pha.studies.published import find_published, footnotes, published_tables
 from pha.studies.tabulate import published_cell
 from pha.utils.errors import PHAError
@@ -47,7 +47,7 @@ def test_shares_sum_to_one_and_average_as_printed() -> None:
     for row in rows:
         assert sum(row.values()) == pytest.approx(100, abs=0.11)
     means = {name: sum(row[name] for row in rows) / 10 for name in rows[0]}
-    assert means == pytest.approx({"gss": 46.9, "attention": 31.2, "ffn": 21.9}, abs=0.06)
+    assert means == pytest.approx({"gss": 46.9, "attention": 31.2, "aux_ffn": 21.9}, abs=0.06)
 
 
 def test_gains_are_those_that_the_paper_prints() -> None:

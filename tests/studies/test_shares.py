@@ -15,7 +15,8 @@ from pha.studies.shares import last_weights
 def test_last_weights_are_means_over_the_last_checkpoints_of_each_run() -> None:
     def run(*gss: float) -> Any:
         points = [
-            SimpleNamespace(layers=[SimpleNamespace(weights={"gss": g, "ffn": 1 - g})]) for g in gss
+            SimpleNamespace(layers=[SimpleNamespace(weights={"gss": g, "aux_ffn": 1 - g})])
+            for g in gss
         ]
         return SimpleNamespace(mixing_history=points)
 
@@ -23,4 +24,4 @@ def test_last_weights_are_means_over_the_last_checkpoints_of_each_run() -> None:
     row = SimpleNamespace(runs=lambda: runs)
     first, second = last_weights(cast(Outcome, SimpleNamespace(rows=[row])))
     assert first[0]["gss"] == pytest.approx(0.1 * (LAST - 1) / 2)
-    assert second == [{"gss": 0.5, "ffn": 0.5}]
+    assert second == [{"gss": 0.5, "aux_ffn": 0.5}]

@@ -72,7 +72,7 @@ def test_every_study_plans_at_every_scale(name: str, store: TokenStore, tmp_path
 def test_twins_have_the_same_parameters_at_tiny_scale(store: TokenStore, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from pha.nn.parameters import count_parameters
+    from pha.model.parameters import count_parameters
 
     for name in ("branches", "composition", "gss"):
         plan = plan_study(load_study(name), scales()["tiny"], [0], tmp_path, str(store.path))
@@ -274,8 +274,8 @@ def test_a_study_file_is_checked(change: dict[str, Any], message: str) -> None:
 
 
 def test_settings_are_read_and_exclude_each_other() -> None:
-    asked = parse_overrides(["--run.steps", "4", "--model.branches=[gss, ffn]"])
-    assert asked == {"run.steps": "4", "model.branches": "[gss, ffn]"}
+    asked = parse_overrides(["--run.steps", "4", "--model.branches=[gss, aux_ffn]"])
+    assert asked == {"run.steps": "4", "model.branches": "[gss, aux_ffn]"}
     assert merge({"run.epochs": 1, "run.seed": 1}, asked) == asked | {"run.seed": 1}
     for wrong in (["run.steps=4"], ["--run.steps"], ["--steps=4"]):
         with pytest.raises(PHAError, match="--section"):

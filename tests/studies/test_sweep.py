@@ -34,7 +34,7 @@ def quiet() -> Console:
         ("optimizer.learning_rate=1e-3,3e-3", ("1e-3", "3e-3")),
         ("run.seed=4", ("4",)),
         ("model.preset=pha-tiny, attention-only-tiny", ("pha-tiny", "attention-only-tiny")),
-        ("model.branches=[gss, ffn],[gss]", ("[gss, ffn]", "[gss]")),
+        ("model.branches=[gss, aux_ffn],[gss]", ("[gss, aux_ffn]", "[gss]")),
         ("run.deterministic=true,false", ("true", "false")),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pha.nn.presets import PRESETS
+from pha.model.presets import PRESETS
 from pha.train.recipes import describe, load_recipe, protocols
 from pha.utils.errors import PHAError
 
@@ -28,10 +28,10 @@ def test_every_protocol_says_what_it_is() -> None:
 def test_overrides_win_and_keep_their_types() -> None:
     config = load_recipe(
         "pha-tiny.stdlib",
-        ["--run.steps=7", "--model.dropout", "0.25", "--model.branches", "[gss, ffn]"],
+        ["--run.steps=7", "--model.dropout", "0.25", "--model.branches", "[gss, aux_ffn]"],
     )
     assert (config.run.steps, config.model.dropout) == (7, 0.25)
-    assert config.model.branches == ["gss", "ffn"]
+    assert config.model.branches == ["gss", "aux_ffn"]
     assert config.optimizer.learning_rate == load_recipe("pha-tiny.stdlib").optimizer.learning_rate
 
 

@@ -15,8 +15,8 @@ import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from pha.model.presets import PRESETS
 from pha.modeling import PHAConfig
-from pha.nn.presets import PRESETS
 from pha.utils.errors import PHAError
 
 VOCABULARY = 50257

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pha.bench import worker
 from pha.bench.kernels import kernels
 from pha.bench.op_work import OP_MODES, PASSES, op_backends
 from pha.bench.peers import model_config
@@ -24,6 +25,7 @@ from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, default_device
 
 KERNELS = "kernels"
+OUT_OF_TIME = {"error": "not run: the time limit was reached", "out_of_time": True}
 MODES = (*MODEL_MODES, *OP_MODES, KERNELS)
 MEDIANS = (
     *("unit_seconds", "peak_memory", "work_memory"),
@@ -49,6 +51,8 @@ class Request:
         compiled: also measure every model under torch.compile.
         chunk: tokens of a prompt read at a time; 0 reads it whole.
         backends: of an op; None for all but the oracle.
+        in_process: measure here, not in processes of their own: no start for each row, and memory
+            that one row leaves behind is there for the next.
 
     Raises:
         PHAError: a value out of range, or a name that there is not.
@@ -65,6 +69,7 @@ class Request:
     compiled: bool = False
     chunk: int = 0
     backends: tuple[str, ...] | None = None
+    in_process: bool = False
 
     def __post_init__(self) -> None:
         _require(self.mode in MODES, f"there is no mode {self.mode!r}; choose {', '.join(MODES)}")
@@ -165,7 +170,9 @@ def _require(condition: bool, message: str) -> None:
 
 
 def run_benchmark(
-    request: Request, progress: Callable[[str], object] = lambda line: None
+    request: Request,
+    progress: Callable[[str], object] = lambda line: None,
+    keep: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """Measure everything.
 
@@ -175,6 +182,7 @@ def run_benchmark(
     Args:
         request: what to measure.
         progress: called with a line before each process.
+        keep: called with the rows so far after each turn.
 
     Returns:
         A row for each case, in order; see `make_row`.
@@ -188,12 +196,21 @@ def run_benchmark(
                 if so_far and "error" in so_far[-1]:
                     continue
                 progress(f"{describe(job)}, run {turn + 1} of {request.runs}")
-                result = run_worker(job, end)
+                result = _run_here(job, end) if request.in_process else run_worker(job, end)
                 if not (so_far and result.get("out_of_time")):  # the runs so far count
                     so_far.append(result)
-        rows += [make_row(job, runs) for job, runs in zip(group, results, strict=True)]
-        add_ratios(rows[-len(group) :])
+            done = [make_row(j, runs) for j, runs in zip(group, results, strict=True)]
+            add_ratios(done)
+            keep(rows + done)
+        rows += done
     return rows
+
+
+def _run_here(job: Job, end: float | None) -> dict[str, Any]:
+    """The job in this process; a time limit is only heeded between jobs."""
+    if end is not None and time.monotonic() >= end:
+        return OUT_OF_TIME
+    return worker.attempt(job)
 
 
 def describe(job: Job) -> str:
@@ -215,7 +232,7 @@ def run_worker(job: Job, end: float | None = None) -> dict[str, Any]:
     """
     left = None if end is None else end - time.monotonic()
     if left is not None and left <= 0:
-        return {"error": "not run: the time limit was reached", "out_of_time": True}
+        return OUT_OF_TIME
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "pha.bench.worker"],

@@ -11,6 +11,7 @@ import statistics
 import sys
 import threading
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def measure(job: Job) -> dict[str, Any]:
 
     Raises:
         PHAError: no such mode, model or backend.
+        RuntimeWarning: something slower would have computed in place of a kernel.
     """
+    warnings.simplefilter("error", RuntimeWarning)
     device = default_device()
     if device.type == "cpu":
         keep_freed_memory()  # as training does; for every model alike
@@ -94,6 +97,16 @@ def time_units(work: Work, device: torch.device, seconds: float) -> list[float]:
     return go_on(seconds)
 
 
+def attempt(job: Job) -> dict[str, Any]:
+    """What `measure` returns, or `{"error": ...}` in one line, whatever a model does."""
+    try:
+        return measure(job)
+    except (MemoryError, torch.OutOfMemoryError):
+        return {"error": "out of memory"}
+    except Exception as error:
+        return {"error": _one_line(error)}
+
+
 def main() -> None:
     """Read the job, answer with one line: the result, or `{"error": ...}`."""
     # Libraries may print; the answer must be all that arrives.
@@ -103,13 +116,7 @@ def main() -> None:
         Path("/proc/self/oom_score_adj").write_text("1000")
     job = Job(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    try:
-        result = measure(job)
-    except (MemoryError, torch.OutOfMemoryError):
-        result = {"error": "out of memory"}
-    except Exception as error:  # whatever a model does, its row says so
-        result = {"error": _one_line(error)}
-    print(json.dumps(result), file=answers, flush=True)
+    print(json.dumps(attempt(job)), file=answers, flush=True)
 
 
 def _leave_with_parent() -> None:

@@ -26,6 +26,7 @@ VERBS: tuple[Callable[[AddVerb], None], ...] = (
     studies.add_sweep,
     studies.add_study,
     training.add_average,
+    sharing.add_convert,
     training.add_recipes,
     inspection.add_params,
     evaluation.add_evaluate,

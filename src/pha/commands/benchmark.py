@@ -62,6 +62,7 @@ def add_bench(verb: AddVerb) -> None:
     sub.add_argument("--chunk", type=int, default=0, help="tokens of a prompt at a time (all)")
     sub.add_argument("--backends", type=_words, help="of an op (all but the oracle, naive)")
     sub.add_argument("--compile", action="store_true", help="measure under torch.compile too")
+    sub.add_argument("--in-process", action="store_true", help="measure everything in this process")
     sub.add_argument("--json", action="store_true", help="print as JSON")
     sub.add_argument("--out", type=Path, help="folder for bench-MODE.json and plots")
 
@@ -95,18 +96,25 @@ def bench(options: Namespace) -> None:
         compiled=options.compile,
         chunk=options.chunk,
         backends=options.backends,
+        in_process=options.in_process,
     )
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     console = console_for(options)
-    with console.status("") as status:
-        rows = run_benchmark(request, status.update)
-    record = {
+    record: dict[str, Any] = {
         "kind": "bench",
         "request": vars(request),
-        "rows": rows,
+        "rows": [],
         "provenance": provenance(default_device(), ",".join(request.precisions)),
     }
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        record["rows"] = rows
+        if options.out is not None:
+            write_json(options.out / f"bench-{request.mode}.json", record)
+
+    with console.status("") as status:
+        rows = run_benchmark(request, status.update, keep)
     if options.json:
         print_json(record)
     else:
@@ -117,9 +125,7 @@ def bench(options: Namespace) -> None:
             *_notes(rows), LEGEND + last, sep="\n", highlight=False, markup=False, soft_wrap=True
         )
     if options.out is not None:
-        path = options.out / f"bench-{request.mode}.json"
-        write_json(path, record)
-        console.print(str(path), highlight=False)
+        console.print(str(options.out / f"bench-{request.mode}.json"), highlight=False)
         try:
             plots = _plots(request, rows, options.out)
         except ImportError as error:

@@ -45,8 +45,8 @@ def add_doctor(verb: AddVerb) -> None:
 
 def params(options: Namespace) -> None:
     """`pha params`."""
-    from pha.nn.parameters import count_parameters
-    from pha.nn.presets import PAPER_PARAMETERS, PRESETS, preset_config
+    from pha.model.parameters import count_parameters
+    from pha.model.presets import PAPER_PARAMETERS, PRESETS, preset_config
 
     rows: list[dict[str, Any]] = []
     for name in options.presets or PRESETS:
@@ -71,13 +71,13 @@ def params(options: Namespace) -> None:
         title=f"millions of parameters, V = {options.vocab_size}", box=box.SIMPLE_HEAD, padding=0
     )
     table.add_column("preset", no_wrap=True)
-    for column in ("total", "paper", "diff", "embed", "gss", "attn", "aux", "ffn"):
+    for column in ("total", "paper", "diff", "embed", "gss", "attn", "aux_ffn", "ffn"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         paper, difference = row["paper"], row["difference"]
         components = row["components"]
         state_spaces = components.get("gss", 0) + components.get("mehta_gss", 0)
-        others = [components.get(c, 0) for c in ("attention", "ffn", "primary_ffn")]
+        others = [components.get(c, 0) for c in ("attention", "aux_ffn", "primary_ffn")]
         parts = [components["embedding"], state_spaces, *others]
         digits = 1 if row["total"] > 2e7 else 2
         table.add_row(

@@ -1,4 +1,4 @@
-"""Verbs that take a model elsewhere: export, harness."""
+"""Verbs that take a model elsewhere: export, convert, harness."""
 
 from __future__ import annotations
 
@@ -64,6 +64,26 @@ def export(options: Namespace) -> None:
     console.print(str(exported.path), highlight=False, markup=False, soft_wrap=True)
     if exported.note:
         console.print(f"without results: {exported.note}", highlight=False, soft_wrap=True)
+
+
+def add_convert(verb: AddVerb) -> None:
+    """The parser of its verb."""
+    sub = verb(
+        "convert",
+        convert,
+        "a model folder of an older version, as this one reads it",
+        "FOLDER is what an older version saved: a run's model/, a checkpoint, an export.",
+    )
+    sub.add_argument("folder", metavar="FOLDER", type=Path)
+    sub.add_argument("out", metavar="NEW_FOLDER", type=Path)
+
+
+def convert(options: Namespace) -> None:
+    """`pha convert`."""
+    from pha.conversion import convert_model
+
+    convert_model(options.folder, options.out)
+    print(f"{options.out}: {options.folder} in today's names")
 
 
 def add_harness(verb: AddVerb) -> None:

@@ -117,7 +117,7 @@ def recipes(options: Namespace) -> None:
     """`pha recipes`."""
     import yaml
 
-    from pha.nn.presets import PRESETS
+    from pha.model.presets import PRESETS
     from pha.train.recipes import describe, load_recipe, make_parser, protocols
 
     if options.keys:

@@ -20,6 +20,8 @@ from pha.data.encoding import TextEncoder
 from pha.data.pieces import Encoded, Piece, encode_pieces, receive, send
 from pha.utils.errors import PHAError
 
+# Not `-m`: the command's own way in leaves out torch, which would take seconds of each worker.
+WORKER = "import pha_command, runpy; runpy.run_module('pha.data.worker', run_name='__main__')"
 _ALONE_BYTES = 8 << 20  # encoded before processes are started, which takes a second
 _TOGETHER = 1 << 20  # characters encoded side by side by this process's threads
 _AHEAD = 2  # batches read ahead per worker
@@ -143,7 +145,7 @@ class _Worker:
         self._hello = hello
         self._process = subprocess.Popen(
             # -P: a file in the working folder is not to stand in for a module.
-            [sys.executable, "-P", "-m", "pha.data.worker"],
+            [sys.executable, "-P", "-c", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},

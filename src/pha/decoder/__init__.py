@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from pha.caching import CacheAdapter
-from pha.decoder.program import Decoder, Past, make_decoder
-from pha.nn import Backbone
-from pha.nn.attention import rotary_angles
+from pha.decoder.program import FORWARDS, Decoder, Past, make_decoder
+from pha.model import Backbone
+from pha.model.attention import rotary_angles
 from pha.utils.plain import nothing_intercepts
 
 if find_spec("numba") is None:
@@ -28,6 +28,11 @@ enabled = True
 
 _GROWING = (DynamicLayer, LinearAttentionAndFullAttentionLayer)
 _SPARE = 256  # places for keys at least
+
+
+def stand_for(body: type[Backbone]) -> None:
+    """Know a class that does what `Backbone` does, as the body of a model of transformers."""
+    FORWARDS[body] = body.forward
 
 
 def decode(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,20 +18,20 @@ from torch import Tensor, nn
 
 from pha.decoder import instructions as op
 from pha.decoder import runtime
-from pha.nn.attention import MAX_LOG_SCALE, GroupedQueryAttention
-from pha.nn.block import ParallelBlock, Residual, SequentialBlock
-from pha.nn.ffn import AuxiliaryFFN, SwiGLU
-from pha.nn.gss import GatedStateSpace
-from pha.nn.mixing import LearnableMixing
-from pha.nn.model import Backbone
-from pha.nn.norm import RMSNorm
-from pha.utils.plain import Forwards, Plain
+from pha.model.attention import MAX_LOG_SCALE, GroupedQueryAttention
+from pha.model.backbone import Backbone
+from pha.model.block import ParallelBlock, Residual, SequentialBlock
+from pha.model.ffn import AuxiliaryFFN, SwiGLU
+from pha.model.gss import GatedStateSpace
+from pha.model.mixing import LearnableMixing
+from pha.model.norm import RMSNorm
+from pha.utils.plain import Plain
 
 MOST_ROWS = 8  # sequences beyond which torch's matrix products win
 BYTES_PER_THREAD = 2**21  # of weights, below which another thread gains nothing
 
 # The layers that this file says again, and what else than weights it takes from them.
-FORWARDS: Forwards = {
+FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward
     for kind in (
         *(Backbone, ParallelBlock, SequentialBlock, Residual, LearnableMixing, RMSNorm),
@@ -41,7 +42,7 @@ FORWARDS: Forwards = {
 SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     RMSNorm: ("eps",),
     Residual: ("alpha", "post"),
-    GatedStateSpace: ("input_scale",),
+    GatedStateSpace: ("input_scaling",),
     GroupedQueryAttention: ("cosine",),
     nn.Dropout: ("p", "training"),
 }

@@ -209,7 +209,8 @@ def _score(
     ids = torch.from_numpy(rows).to(device)
     starts = None if marks is None else torch.from_numpy(marks).to(device)
     with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
-        x = model.model(input_ids=ids[:, :-1], document_starts=starts)
+        body = model.model(input_ids=ids[:, :-1], document_starts=starts, use_cache=False)
+        x = body.last_hidden_state
         nats, hits = model.token_statistics(
             x[:, first:].flatten(0, 1), ids[:, first + 1 :].flatten()
         )

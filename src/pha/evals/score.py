@@ -138,7 +138,7 @@ def stream(
     for array in _regroup(map(encoder.encode, encoder.pieces_of(parts)), piece):
         ids = torch.from_numpy(array).to(device)
         with autocast:
-            hidden = model.hidden_states(ids[None], past_key_values=cache)[0]
+            hidden = model.model(ids[None], past_key_values=cache).last_hidden_state[0]
             before = hidden[:-1] if previous is None else torch.cat([previous, hidden[:-1]])
             targets = ids[1:] if previous is None else ids
             nats, hits = model.token_statistics(before, targets)

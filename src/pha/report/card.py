@@ -128,7 +128,7 @@ def _architecture(config: PHAConfig) -> str:
     names = {
         "gss": "a gated state space",
         "mehta_gss": "a gated state space (Mehta et al. 2022)",
-        "ffn": "a feed-forward network",
+        "aux_ffn": "a feed-forward network",
     }
     branches = [names.get(branch, branch) for branch in config.branches]
     together = " and ".join(filter(None, [", ".join(branches[:-1]), branches[-1]]))

@@ -19,7 +19,7 @@ from pha.utils.errors import PHAError
 from pha.utils.files import atomic_folder, read_json, sha256_file
 from pha.utils.runs import RunFolder
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass

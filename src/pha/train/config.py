@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pha.nn import ArchitectureConfig
+from pha.model import ArchitectureConfig
 from pha.utils.errors import PHAError
 
 

@@ -10,7 +10,7 @@ from pha.data.store import TokenStore
 from pha.evals.generation import sample
 from pha.evals.loading import load_model
 from pha.evals.perplexity import Evaluation, evaluate
-from pha.nn.parameters import count_parameters
+from pha.model.parameters import count_parameters
 from pha.train.averaging import average_models
 from pha.train.checkpoint import Progress
 from pha.utils.files import copy_folder, write_json

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from pha.model import Branch
 from pha.train.config import OptimizerConfig, ScheduleConfig
 from pha.utils.errors import PHAError
-
-STATE_SPACE = ("log_A", "log_dt", "Lambda_re", "Lambda_im")
-STATE_SPACE_MATRICES = ("C_re", "C_im")
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -50,22 +48,22 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW | MuonAdamW:
-    """AdamW in three groups: matrices decay, vectors do not, decays and steps have a capped rate.
+    """AdamW in three groups: matrices decay, vectors do not, and some have a capped rate.
 
-    Norm gains, mixing scalars and attention scales are vectors. The matrix C of a state space
-    counts as vectors: a weight per mode, not a projection. With `muon` the matrices but for the
-    embedding, which is the head too, go to Muon.
+    Norm gains, mixing scalars and attention scales are vectors. Branches name the parameters whose
+    rate is capped, such as decays and time steps, and matrices that are none to an optimiser. With
+    `muon` the matrices but for the embedding, which is the head too, go to Muon.
 
     Raises:
         PHAError: Muon is asked for, and the model has no matrix for it.
     """
-    hidden, matrices, vectors, state_space = [], [], [], []
+    hidden, matrices, vectors, capped = [], [], [], []
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for name, parameter in model.named_parameters():
-        own_name = name.rsplit(".", 1)[-1]
-        if own_name in STATE_SPACE:
-            state_space.append(parameter)
-        elif parameter.ndim < 2 or own_name in STATE_SPACE_MATRICES:
+    with_cap, without_decay = (_named(model, kind) for kind in ("capped_rate", "no_decay"))
+    for parameter in model.parameters():
+        if id(parameter) in with_cap:
+            capped.append(parameter)
+        elif parameter.ndim < 2 or id(parameter) in without_decay:
             vectors.append(parameter)
         elif config.kind == "muon" and parameter.ndim == 2 and id(parameter) not in embeddings:
             hidden.append(parameter)
@@ -75,7 +73,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
         {"params": matrices, "weight_decay": config.weight_decay, "rate_cap": math.inf},
         {"params": vectors, "weight_decay": 0.0, "rate_cap": math.inf},
         {
-            "params": state_space,
+            "params": capped,
             "weight_decay": 0.0,
             "rate_cap": config.state_space_learning_rate,
         },
@@ -101,6 +99,12 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
         adjust_lr_fn="match_rms_adamw",
     )
     return MuonAdamW(muon, adamw)
+
+
+def _named(model: nn.Module, kind: str) -> set[int]:
+    """The parameters that branches name in their attribute `kind`."""
+    branches = (module for module in model.modules() if isinstance(module, Branch))
+    return {id(branch.get_parameter(name)) for branch in branches for name in getattr(branch, kind)}
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

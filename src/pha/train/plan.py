@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pha.model import ArchitectureConfig
+from pha.model.parameters import count_parameters
 from pha.modeling import PHAConfig, PHAForCausalLM
-from pha.nn import ArchitectureConfig
-from pha.nn.parameters import count_parameters
 from pha.ops.linear_cross_entropy import chunk_logits
 from pha.train.config import TrainConfig
 from pha.utils.errors import PHAError

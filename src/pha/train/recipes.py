@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pha.nn.presets import PRESETS, preset
+from pha.model.presets import PRESETS, preset
 from pha.train.config import TrainConfig
 from pha.utils.errors import PHAError
 

@@ -22,8 +22,8 @@ from pha.data.preparation import cached_store
 from pha.data.store import TokenStore
 from pha.data.tokenizer import tokenizer_sha256
 from pha.evals.loading import load_model
+from pha.model import ArchitectureConfig
 from pha.modeling import PHAConfig, PHAForCausalLM
-from pha.nn import ArchitectureConfig
 from pha.train.checkpoint import Progress
 from pha.train.config import TrainConfig
 from pha.train.display import count, duration, memory

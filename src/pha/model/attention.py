@@ -1,0 +1,88 @@
+"""The attention branch: grouped queries, rotary positions, scaled-cosine logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pha.model.branches import Branch, Context, register_branch
+from pha.model.config import ArchitectureConfig
+from pha.ops import attention, rotate, unit_rotary
+
+MAX_LOG_SCALE = math.log(100.0)
+
+
+def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angles p * theta^(-2 i / K) of the rotary embedding.
+
+    Args:
+        positions: (..., T) token positions.
+        head_dim: K, even.
+        theta: the base.
+
+    Returns:
+        Two tensors (..., T, K / 2), float32.
+    """
+    i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float().unsqueeze(-1) * theta ** (-i / head_dim)
+    return angles.cos(), angles.sin()
+
+
+@register_branch("attention")
+class GroupedQueryAttention(Branch):
+    """Causal GQA with RoPE; logits are cosines times a learnable per-head temperature.
+
+    q and k are L2-normalised per head and the logits multiplied by exp(min(s, ln 100)), with
+    s = ln 10 at the start: scaled-cosine attention without 1 / sqrt(K) and without relative bias.
+    """
+
+    keeps_keys = True
+    float32 = ("logit_scale",)
+    unit_gain = ("W_q", "W_k")
+
+    def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.cosine = config.attention_logits == "scaled-cosine"
+        d = config.hidden_size
+        self.W_q = nn.Linear(d, self.heads * self.head_dim, bias=False)
+        self.W_k = nn.Linear(d, self.kv_heads * self.head_dim, bias=False)
+        self.W_v = nn.Linear(d, self.kv_heads * self.head_dim, bias=False)
+        self.W_o = nn.Linear(self.heads * self.head_dim, d, bias=False)
+        if self.cosine:
+            self.logit_scale = nn.Parameter(torch.empty(self.heads, dtype=torch.float32))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Temperature 10 for every head (the projections are initialised elsewhere)."""
+        if self.cosine:
+            nn.init.constant_(self.logit_scale, math.log(10.0))
+
+    def forward(self, z: Tensor, context: Context) -> Tensor:
+        """Map (B, T, d) to (B, T, d), attending to cached positions as well."""
+        B, T, _ = z.shape
+        q, k, v = (
+            W(z).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for W in (self.W_q, self.W_k, self.W_v)
+        )
+        if self.cosine:
+            scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
+            q, k = (unit_rotary(x, s, *context.rotary) for x, s in ((q, scale), (k, None)))
+        else:
+            q = rotate(q.float() / math.sqrt(self.head_dim), *context.rotary)
+            k = rotate(k.float(), *context.rotary)
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if context.cache is not None:
+            k, v = context.cache.update(k, v, self.layer_idx)
+        y = attention(
+            q,
+            k,
+            v,
+            context.attention_mask,
+            context.attention_window,
+            backend=context.attention_backend,
+        )
+        return self.W_o(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))

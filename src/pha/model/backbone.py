@@ -1,0 +1,156 @@
+"""The backbone: embedding, L identical layers, final norm; and how its weights start."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pha.model.attention import rotary_angles
+from pha.model.block import BLOCKS, ParallelBlock
+from pha.model.branches import Branch, Context, StateCache
+from pha.model.config import ArchitectureConfig
+from pha.model.mixing import LearnableMixing
+from pha.model.norm import RMSNorm
+from pha.ops.attention import attention_mask, placed_attention_mask
+from pha.ops.precision import compute_type
+
+
+class Backbone(nn.Module):
+    """Tokens to hidden states: sqrt(d) * embedding, L blocks, RMSNorm [ours].
+
+    The output head is tied with the embedding and belongs to the language model around this.
+    """
+
+    def __init__(self, config: ArchitectureConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.make_layers(config)
+
+    def make_layers(self, config: ArchitectureConfig) -> None:
+        """Make the modules.
+
+        Raises:
+            PHAError: an impossible shape or branch.
+        """
+        config.check()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        block = BLOCKS[config.block]
+        self.layers = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
+        self.gradient_checkpointing = False  # compute layers again rather than keep what they made
+        # With the post reading each layer ends in a norm of its own.
+        self.norm = (
+            RMSNorm(config.hidden_size, config.rms_norm_eps)
+            if config.residual == "pre"
+            else nn.Identity()
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        document_starts: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        cache: StateCache | None = None,
+        attention_backend: str | None = None,
+        layer_inputs: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, d) after the final norm, in the compute type.
+
+        Args:
+            input_ids: (B, T) tokens, or
+            inputs_embeds: (B, T, d) in their place, before the scaling by sqrt(d).
+            positions: (B or 1, T); counts on from the cache when absent. Only differences matter,
+                since attention is rotary.
+            document_starts: (B, S) bool over cached and new tokens, true where one begins.
+            token_mask: (B, S) bool over cached and new tokens, false at padding.
+            cache: the model's state so far; updated.
+            attention_backend: name in the op table; None for the one of the device.
+            layer_inputs: receives what enters each layer, (B, T, d).
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        context = self._context(
+            inputs_embeds, positions, document_starts, token_mask, cache, attention_backend
+        )
+        x = self.dropout(inputs_embeds * math.sqrt(self.config.hidden_size))
+        for layer in self.layers:
+            if layer_inputs is not None:
+                layer_inputs.append(x)
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, context, use_reentrant=False)
+            else:
+                x = layer(x, context)
+        return self.norm(x).to(compute_type(x))
+
+    def _context(
+        self,
+        inputs_embeds: Tensor,
+        positions: Tensor | None,
+        document_starts: Tensor | None,
+        token_mask: Tensor | None,
+        cache: StateCache | None,
+        attention_backend: str | None,
+    ) -> Context:
+        """What all layers need to know of the tokens."""
+        T, device, config = inputs_embeds.shape[1], inputs_embeds.device, self.config
+        past, (keys, first) = (0, (T, 0)) if cache is None else (cache.length(), cache.key_range(T))
+        query = torch.arange(T, device=device) + past
+        window = config.attention_window
+        new: Tensor | slice = slice(-T, None)
+        mask: Tensor | None
+        if cache is not None and cache.is_static:
+            key = torch.arange(keys, device=device) + first
+            mask = placed_attention_mask(query, key, document_starts, token_mask, window)
+            window, new = None, query
+        else:
+            mask = attention_mask(T, keys, device, document_starts, token_mask)
+        return Context(
+            rotary=rotary_angles(
+                query[None] if positions is None else positions, config.head_dim, config.rope_theta
+            ),
+            attention_mask=mask,
+            attention_window=window,
+            attention_backend=attention_backend,
+            document_starts=None if document_starts is None else document_starts[:, new],
+            token_mask=None if token_mask is None else token_mask[:, new],
+            cache=cache,
+        )
+
+    @torch.no_grad()
+    def mixing_weights(self) -> list[dict[str, dict[str, float]]]:
+        """Per layer `{"weights": {branch: w}, "effective": {branch: share}}`; [] if sequential."""
+        layers = []
+        for layer in self.layers:
+            if isinstance(layer, ParallelBlock):
+                mixing = layer.mixing
+                weights, shares = mixing.weights().tolist(), mixing.effective_shares().tolist()
+                layers.append(
+                    {
+                        "weights": dict(zip(mixing.names, weights, strict=True)),
+                        "effective": dict(zip(mixing.names, shares, strict=True)),
+                    }
+                )
+        return layers
+
+
+def initialise(module: nn.Module, config: ArchitectureConfig, unit_gain: bool = False) -> None:
+    """Set the starting values of `module`'s own parameters (not of its children).
+
+    Linear layers are normal with `initializer_range`; the embedding has std d^(-1/2), so that
+    the tied head gives logits of order one [ours]. With `deepnorm_init`, linear layers follow
+    DeepNorm: Xavier-normal with gain beta, or 1 with `unit_gain`, as branches say it of their q and
+    k and of the gate of Eq. 2 [ours].
+    """
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=config.hidden_size**-0.5)
+    elif isinstance(module, RMSNorm | LearnableMixing | Branch):
+        module.reset_parameters()
+    elif isinstance(module, nn.Linear) and config.deepnorm_init:
+        nn.init.xavier_normal_(module.weight, gain=1.0 if unit_gain else config.deepnorm_beta)
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=config.initializer_range)

@@ -1,0 +1,165 @@
+"""The contract of a branch, and the table that turns a name in the configuration into a class.
+
+A branch of one's own is a class and a line:
+
+    @register_branch("average")
+    class CausalAverage(Branch):
+        ...
+
+after which `branches: [gss, attention, average]` works in every block, recipe and preset.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from pha.utils.errors import PHAError
+
+if TYPE_CHECKING:
+    from pha.model.config import ArchitectureConfig
+
+
+class StateCache(Protocol):
+    """What a branch needs of the model's cache to carry its past from call to call."""
+
+    is_static: bool
+    """Whether keys have fixed places, so that their number says nothing of how many are filled."""
+
+    def length(self) -> int | Tensor:
+        """Tokens seen so far."""
+        ...
+
+    def key_range(self, queries: int) -> tuple[int, int]:
+        """How many keys `update` will return for T new tokens, and the position of the first."""
+        ...
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Append keys and values (B, G, T, K); return those to attend to, (B, G, S, K)."""
+        ...
+
+    def recurrent_state(self, layer_idx: int) -> Tensor | None:
+        """The state that the layer left behind, (B, ...), or None at the beginning."""
+        ...
+
+    def set_recurrent_state(self, layer_idx: int, state: Tensor) -> None:
+        """Keep the layer's state: one real tensor (B, ...), of the same shape at every call."""
+        ...
+
+
+@dataclass
+class Context:
+    """What every layer knows of the tokens it is given; made once per forward pass.
+
+    Attributes:
+        rotary: cosine and sine (B or 1, T, K / 2) of the rotary angles, float32.
+        attention_mask: (B or 1, 1, T, S) bool, or None for plain causal attention.
+        attention_window: keys that a query may see besides, or None.
+        attention_backend: name in the op table; None for the one of the device.
+        document_starts: (B, T) bool, true where a document begins, or None.
+        token_mask: (B, T) bool, false at padding, or None.
+        cache: where the past is, or None when the tokens are the whole sequence.
+    """
+
+    rotary: tuple[Tensor, Tensor]
+    attention_mask: Tensor | None = None
+    attention_window: int | None = None
+    attention_backend: str | None = None
+    document_starts: Tensor | None = None
+    token_mask: Tensor | None = None
+    cache: StateCache | None = None
+
+
+class Branch(nn.Module):
+    """One of the layers that run side by side on a block's normalised input.
+
+    A subclass takes `(config, layer_idx)` and, as keyword arguments, whatever it wants to receive
+    from `branch_options`. Its `forward(z, context)` returns (B, T, d), must not look ahead,
+    and must respect `context`: documents, padding and, if it has one, the cache.
+
+    Attributes:
+        keeps_keys: it passes keys and values to `StateCache.update`, exactly once a call.
+        keeps_state: it keeps a recurrent state in the cache. The cache holds one of each kind per
+            layer, so no two branches of a layer may keep the same.
+        float32: its parameters that stay float32 whatever the rest is in.
+        no_decay: its matrices without weight decay. Vectors never have any.
+        capped_rate: its parameters whose learning rate has a cap of its own.
+        unit_gain: its linear layers that DeepNorm's initialisation leaves at gain 1.
+    """
+
+    keeps_keys: ClassVar[bool] = False
+    keeps_state: ClassVar[bool] = False
+    float32: ClassVar[tuple[str, ...]] = ()
+    no_decay: ClassVar[tuple[str, ...]] = ()
+    capped_rate: ClassVar[tuple[str, ...]] = ()
+    unit_gain: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+
+    def reset_parameters(self) -> None:
+        """Set the starting values of the branch's own parameters, not those of linear layers."""
+
+    def forward(self, z: Tensor, context: Context) -> Tensor:
+        """Map (B, T, d) to (B, T, d)."""
+        raise NotImplementedError
+
+
+BRANCHES: dict[str, type[Branch]] = {}
+
+_B = TypeVar("_B", bound=type[Branch])
+
+
+def register_branch(name: str) -> Callable[[_B], _B]:
+    """Class decorator: make a branch known under `name`.
+
+    Raises:
+        PHAError: another class has that name, or no module can have it.
+    """
+
+    def register(cls: _B) -> _B:
+        if not name or "." in name or hasattr(nn.ModuleDict, name):
+            raise PHAError(f"a branch cannot be called {name!r}, a word of torch; choose another")
+        if BRANCHES.setdefault(name, cls) is not cls:
+            raise PHAError(f"there is a branch {name!r} already: {BRANCHES[name].__name__}")
+        return cls
+
+    return register
+
+
+def make_branches(config: ArchitectureConfig, layer_idx: int) -> nn.ModuleDict:
+    """Construct the branches of one layer, by name and in order.
+
+    Raises:
+        PHAError: no such branch, options that its constructor does not take, or two branches that
+            need the same place in the cache.
+    """
+    names = config.layer_branches(layer_idx)
+    branches = nn.ModuleDict({name: _make_branch(name, config, layer_idx) for name in names})
+    for what, kept in (("a state", "keeps_state"), ("keys", "keeps_keys")):
+        keepers = [name for name, branch in branches.items() if getattr(branch, kept)]
+        if len(keepers) > 1:
+            raise PHAError(
+                f"model: branches {' and '.join(keepers)} both keep {what}, and the cache holds "
+                "one per layer; leave one of them out"
+            )
+    return branches
+
+
+def _make_branch(name: str, config: ArchitectureConfig, layer_idx: int) -> Branch:
+    if name not in BRANCHES:
+        known = ", ".join(sorted(BRANCHES))
+        raise PHAError(f"model: branches names {name!r}; there is {known}")
+    options = config.branch_options.get(name, {})
+    accepted = set(inspect.signature(BRANCHES[name]).parameters) - {"config", "layer_idx"}
+    if unknown := set(options) - accepted:
+        takes = ", ".join(sorted(accepted)) or "none"
+        raise PHAError(
+            f"model: branch {name} has no option {', '.join(sorted(unknown))}; it takes {takes}"
+        )
+    return BRANCHES[name](config, layer_idx, **options)

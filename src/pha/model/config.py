@@ -1,0 +1,210 @@
+"""What a model is made of: one dataclass, checked as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pha.utils.errors import PHAError
+
+
+@dataclass(kw_only=True)
+class ArchitectureConfig:
+    """Shape and choices of a PHA model. Defaults are PHA-125M; `[ours]` fills a hole in the paper.
+
+    Attributes:
+        preset: name of the published configuration this started from, for the record.
+        vocab_size: V, entries of the embedding, which is tied with the output head.
+        hidden_size: d.
+        num_hidden_layers: L.
+        block: `parallel` mixes all branches of one input (Eq. 3); `sequential` chains them, each
+            with its own norm and residual, in the order of `branches`.
+        branches: names in `pha.model.BRANCHES`; the primary FFN comes after them and is not one.
+        branch_options: keyword arguments for the constructors of branches, by branch name.
+        attention_layers: layers, counted from 0, whose only branch is `attention`, whatever
+            `branches` says, as in stacks of state spaces with a few layers of attention.
+        num_attention_heads: H, query heads.
+        num_key_value_heads: G, shared key-value heads.
+        head_dim: K, size of a head (even, for the rotary embedding).
+        primary_ffn_expansion: hidden size of the primary FFN over d; 0 for layers without one.
+        auxiliary_ffn_expansion: hidden size of the `aux_ffn` branch over d.
+        state_size: n, a multiple of 16 [ours: chosen to reach the paper's parameter counts].
+        dt_min: shortest initial time step of the state space, log-uniform [ours].
+        dt_max: longest initial time step [ours].
+        input_scaling: the formula of b in Eq. 2: `unit-variance` is sqrt(1 - a^2),
+            `zero-order-hold` is 1 - a [ours, measured equal; the first keeps slow states at unit
+            scale].
+        rope_theta: base of the rotary embedding [ours: the value was lost].
+        attention_window: how many keys a query sees, its own included; None is all of them. With a
+            window, cost is linear and memory constant in length, and the state space alone carries
+            what lies behind it [ours: not in the paper].
+        attention_logits: `scaled-cosine` as in the paper, or `dot-product` over sqrt(K).
+        residual: `pre` is x + f(RMSNorm(x)) / alpha, `post` is RMSNorm(alpha x + f(x)), the two
+            sound readings of "scales residual connections by alpha" [ours: pre].
+        mixing_weights: `learned`, Eq. 4, or `fixed`: equal weights that are not trained, the
+            control for what learning them is worth.
+        branch_norms: an RMSNorm on each branch output before the mix, as in Eq. 3; only to measure
+            what they are worth is there a reason to leave them out.
+        deepnorm_init: DeepNorm's scaled Xavier initialisation, only with `post` [ours: off].
+        dropout: probability, on the embedding and on what enters the residual stream.
+        initializer_range: standard deviation of the linear layers' initial weights [ours].
+        rms_norm_eps: added to the mean square in every RMSNorm [ours].
+    """
+
+    preset: str | None = None
+    vocab_size: int = 50257
+    hidden_size: int = 608
+    num_hidden_layers: int = 12
+    block: Literal["parallel", "sequential"] = "parallel"
+    branches: list[str] = field(default_factory=lambda: ["gss", "attention", "aux_ffn"])
+    branch_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attention_layers: list[int] = field(default_factory=list)
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    head_dim: int = 76
+    primary_ffn_expansion: float = 2.0
+    auxiliary_ffn_expansion: float = 0.67
+    state_size: int = 2176
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    input_scaling: Literal["unit-variance", "zero-order-hold"] = "unit-variance"
+    rope_theta: float = 10000.0
+    attention_window: int | None = None
+    attention_logits: Literal["scaled-cosine", "dot-product"] = "scaled-cosine"
+    residual: Literal["pre", "post"] = "pre"
+    mixing_weights: Literal["learned", "fixed"] = "learned"
+    branch_norms: bool = True
+    deepnorm_init: bool = False
+    dropout: float = 0.0
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+
+    @property
+    def residual_alpha(self) -> float:
+        """DeepNorm's alpha = (2 L)^(1/4)."""
+        return float((2 * self.num_hidden_layers) ** 0.25)
+
+    @property
+    def deepnorm_beta(self) -> float:
+        """DeepNorm's beta = (8 L)^(-1/4), the gain of value, output and FFN weights."""
+        return float((8 * self.num_hidden_layers) ** -0.25)
+
+    @property
+    def branch_names(self) -> list[str]:
+        """Every branch that some layer may have: `branches`, and what `attention_layers` adds."""
+        added = ["attention"] if self.attention_layers else []
+        return list(dict.fromkeys([*self.branches, *added]))
+
+    def layer_branches(self, layer_idx: int) -> list[str]:
+        """Names of the branches of one layer."""
+        return ["attention"] if layer_idx in self.attention_layers else list(self.branches)
+
+    def ffn_size(self, expansion: float) -> int:
+        """Hidden size of an FFN: `expansion` times d, to the nearest multiple of 8 [ours]."""
+        return 8 * round(expansion * self.hidden_size / 8)
+
+    def check(self) -> None:
+        """Refuse impossible shapes.
+
+        Raises:
+            PHAError: naming the field, its value and what would be right.
+        """
+        hints = get_type_hints(ArchitectureConfig)
+        for item in fields(ArchitectureConfig):
+            value = getattr(self, item.name)
+            _require(
+                _is_a(value, hints[item.name]), f"{item.name} is {value!r}; it must be {item.type}"
+            )
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "state_size",
+        ):
+            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+            f"num_key_value_heads ({self.num_key_value_heads})",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"head_dim is {self.head_dim}; the rotary embedding needs an even number",
+        )
+        _require(
+            self.state_size % 16 == 0,
+            f"state_size is {self.state_size}; it must be a multiple of 16, one HiPPO group",
+        )
+        _require(
+            0 < self.dt_min <= self.dt_max,
+            f"dt_min ({self.dt_min}) must be above 0 and at most dt_max ({self.dt_max})",
+        )
+        _require(
+            self.attention_window is None or self.attention_window >= 2,
+            f"attention_window is {self.attention_window}; at least 2, or null for no window",
+        )
+        _require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)")
+        _require(bool(self.branches), "branches is empty; name at least one, such as gss")
+        _require(
+            len(set(self.branches)) == len(self.branches),
+            f"branches names one twice: {', '.join(self.branches)}",
+        )
+        for name, allowed in (
+            ("block", ("parallel", "sequential")),
+            ("residual", ("pre", "post")),
+            ("input_scaling", ("unit-variance", "zero-order-hold")),
+            ("attention_logits", ("scaled-cosine", "dot-product")),
+            ("mixing_weights", ("learned", "fixed")),
+        ):
+            value = getattr(self, name)
+            _require(value in allowed, f"{name} is {value!r}; choose {' or '.join(allowed)}")
+        _require(
+            self.residual == "post" or not self.deepnorm_init,
+            "deepnorm_init needs residual post; with pre, leave it off",
+        )
+        last = self.num_hidden_layers - 1
+        _require(
+            self.attention_layers == sorted(set(self.attention_layers))
+            and all(0 <= layer <= last for layer in self.attention_layers),
+            f"attention_layers is {self.attention_layers}; name each layer once, in order, "
+            f"from 0 to {last}",
+        )
+        unknown = set(self.branch_options) - set(self.branch_names)
+        _require(not unknown, f"branch_options names {', '.join(sorted(unknown))}, not in branches")
+        for name, may_be_zero in (
+            ("primary_ffn_expansion", True),
+            ("auxiliary_ffn_expansion", False),
+        ):
+            expansion = getattr(self, name)
+            size = self.ffn_size(expansion)
+            _require(
+                size >= 8 or (may_be_zero and expansion == 0),
+                f"{name} is {expansion}, a hidden size of {size}; at least 8 is needed"
+                + (", or 0 for no FFN" if may_be_zero else ""),
+            )
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is list:
+        return isinstance(value, list) and all(_is_a(x, arguments[0]) for x in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _is_a(k, arguments[0]) and _is_a(v, arguments[1]) for k, v in value.items()
+        )
+    if origin in (Union, UnionType):
+        return any(_is_a(value, x) for x in arguments)
+    if hint is Any or origin is Literal:  # choices have a message of their own
+        return True
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise PHAError(f"model: {message}")

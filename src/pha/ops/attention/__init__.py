@@ -1,0 +1,153 @@
+"""Causal grouped-query attention behind one function: PyTorch's kernels, or the oracle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pha.ops.attention import flex as flex_kernels
+from pha.ops.attention.naive import attention_naive
+from pha.ops.attention.sdpa import attention_sdpa
+from pha.ops.backends import Op
+from pha.ops.testing import relative_error
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    window: int | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """softmax(q k^T) v, causal; any scaling of the logits is already in q.
+
+    Args:
+        q: (B, H, T, K) queries of the last T of S positions.
+        k: (B, G, S, K) keys, H a multiple of G; each key head serves H / G query heads.
+        v: (B, G, S, K) values.
+        mask: (B, 1, T, S) bool from `attention_mask`, true where a query may look; None means
+            plain causal attention, the fast path.
+        window: how many keys a query may see, its own included; None means all. Work and memory
+            are then linear in T.
+        backend: `flex`, `sdpa` or `naive`; None for the one of the device.
+
+    Returns:
+        (B, H, T, K) in the type of `v`.
+    """
+    function = _OP(q.device.type) if backend is None else _OP.backends[backend]
+    return function(q, k, v, mask, window)
+
+
+def attention_mask(
+    queries: int,
+    keys: int,
+    device: torch.device,
+    document_starts: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> Tensor | None:
+    """Which of `keys` positions each of the last `queries` positions may attend to.
+
+    Args:
+        queries: T, the number of new tokens.
+        keys: S >= T, the number of cached and new tokens that have keys.
+        device: where the mask lives.
+        document_starts: (B, S or more) bool, true where a document begins; attention stays within
+            it. The last S of its columns are those of the keys.
+        token_mask: (B, S or more) bool, false at padding, which nobody attends to. A padding
+            position may still attend to itself, since a softmax over nothing is not a number.
+
+    Returns:
+        (B or 1, 1, T, S) bool, or None for plain causal attention.
+    """
+    if document_starts is None and token_mask is None:
+        return None
+    key = torch.arange(keys, device=device)
+    query = key[keys - queries :, None]
+    mask = (key <= query)[None]
+    if document_starts is not None:
+        document = document_starts.cumsum(-1)[:, -keys:]
+        mask = mask & (document[:, keys - queries :, None] == document[:, None, :])
+    if token_mask is not None:
+        mask = mask & (token_mask[:, None, -keys:] | (key == query)[None])
+    return mask[:, None]
+
+
+def placed_attention_mask(
+    query: Tensor,
+    key: Tensor,
+    document_starts: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """The mask of a cache whose keys have fixed places, filled or not.
+
+    Args:
+        query: (T,) positions of the new tokens.
+        key: (S,) positions of the places.
+        document_starts: (B, N) bool over positions 0 .. N - 1.
+        token_mask: (B, N) bool over the same, false at padding.
+        window: how many keys a query may see.
+
+    Returns:
+        (B or 1, 1, T, S) bool.
+    """
+    q, k = query[:, None], key[None, :]
+    mask = (k <= q) & (k >= 0)
+    if window is not None:
+        mask = mask & (k > q - window)
+    mask = mask[None]
+    if document_starts is not None:
+        document = document_starts.cumsum(-1)
+        known = key.clamp(0, document.shape[1] - 1)
+        mask = mask & (document[:, query, None] == document[:, None, known])
+    if token_mask is not None:
+        known = key.clamp(0, token_mask.shape[1] - 1)
+        mask = mask & (token_mask[:, None, known] | (k == q)[None])
+    return mask[:, None]
+
+
+def attention_flex(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """FlexAttention within documents and windows on a GPU, else `attention_sdpa`."""
+    if flex_kernels.serves(q, k, mask, window):
+        return flex_kernels.flex(q, k, v, mask, window)
+    return attention_sdpa(q, k, v, mask, window)
+
+
+def _check(backend: Any, oracle: Any, device_type: str) -> float:
+    generator = torch.Generator().manual_seed(0)
+    T = 150
+    shapes = ((2, 6, T, 20), (2, 2, T, 20), (2, 2, T, 20))
+    q, k, v = (torch.randn(*s, generator=generator).to(device_type) for s in shapes)
+    starts = (torch.rand(2, T, generator=generator) < 0.1).to(device_type)
+    mask = attention_mask(T, T, q.device, starts)
+    return max(
+        relative_error(
+            lambda *x, o=options: backend(*x, *o), lambda *x, o=options: oracle(*x, *o), q, k, v
+        )
+        for options in ((), (mask,), (None, 11), (mask, 11))
+    )
+
+
+def _fault(backend: str, device_type: str) -> str | None:
+    return flex_kernels.fault() if backend == "flex" and device_type == "cuda" else None
+
+
+_OP = Op(
+    "attention",
+    {
+        "naive": attention_naive,
+        "sdpa": attention_sdpa,
+        "flex": attention_flex,
+    },
+    {"cuda": "flex", "default": "sdpa"},
+    _check,
+    only_on={"flex": "cuda"},
+    plain="sdpa",
+    fault=_fault,
+)

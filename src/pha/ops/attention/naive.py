@@ -1,0 +1,30 @@
+"""The oracle of attention: the T x S matrix written out."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def attention_naive(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """softmax(q k^T) v with every logit at hand; see `pha.ops.attention`."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    queries, keys = q.shape[2], k.shape[2]
+    if mask is None:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    if window is not None:
+        mask = mask & within(queries, keys, window, q.device)
+    logits = (q @ k.transpose(-1, -2)).masked_fill(~mask, -math.inf)
+    return logits.softmax(-1) @ v
+
+
+def within(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """(T, S) bool: the causal band in which the last T of S positions see `window` keys each."""
+    key = torch.arange(keys, device=device)
+    query = key[keys - queries :, None]
+    return (key <= query) & (key > query - window)

@@ -1,0 +1,288 @@
+"""The scans on a GPU: what Triton's kernels are given, and in which form they run.
+
+`scan` and `gated_scan` make opaque operators of torch of these functions. There is nothing around a
+scan to fuse with it, and an operator goes into a graph of torch.compile whole, may check itself at
+its first use, and may leave the work to torch. Grids follow from shapes alone and nothing waits for
+the device, so that CUDA graphs can record them.
+
+Bytes moved, in units of B * T * n elements: the sequential form reads gate and value and writes h
+(3); its backward reads dh, h, gate and value and writes dgate and dvalue (6). The plain scan moves
+2 and 3. The chunked form reads gate and value, or dh, once more (5 and 7; 3 and 4), from the L2
+cache where they fit in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pha.ops.precision import accumulation_type
+
+FORMS = ("auto", "sequential", "chunked")
+BLOCK = 64  # States of a program, by one warp: two neighbours a thread, a transaction of bf16.
+UNROLL = 8  # Steps whose loads are issued together.
+STAGES = 3  # Of the pipeline of loads: those of two more groups of UNROLL steps are under way.
+# About 29 kB in flight on each SM of an H200 (4.8 TB/s for some 800 ns) keep its memory busy. A
+# program in bf16 has 4 kB, so 8 programs are wanted. With fewer the time of the sequential form
+# grows in proportion; the chunked one moves 5/3 of the bytes.
+WANTED = 8  # Programs per SM that the chunked form aims at.
+ENOUGH = 5  # Programs per SM from which on the sequential form is taken.
+SHORTEST = 64  # Steps of a chunk, at least.
+
+
+def chunk_length(B: int, T: int, n: int, processors: int, form: str = "auto") -> int:
+    """Steps of a chunk: T for the sequential form.
+
+    Args:
+        B: batch.
+        T: steps.
+        n: states.
+        processors: SMs of the device.
+        form: one of `FORMS`; `"auto"` takes the chunked form where the programs of the sequential
+            one, B * ceil(n / BLOCK), are fewer than ENOUGH a processor.
+    """
+    programs = B * -(-n // BLOCK)
+    if form == "sequential" or (form == "auto" and programs >= ENOUGH * processors):
+        return T
+    chunks = -(-WANTED * processors // max(1, programs))
+    if form == "chunked":
+        chunks = max(chunks, 2)
+    steps = -(-T // chunks)
+    return min(T, max(SHORTEST, -(-steps // UNROLL) * UNROLL))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` (B, T, n) itself where its states are adjacent, else a copy."""
+    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+
+
+def _flags(x: Tensor | None, absent: Tensor) -> Tensor:
+    return absent if x is None else x.contiguous().view(torch.uint8)
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch on the device of `x`, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+class _Launch:
+    """The grid of one problem, and what all its launches have in common."""
+
+    def __init__(self, x: Tensor, form: str) -> None:
+        self.B, self.T, self.n = x.shape
+        self.length = chunk_length(self.B, self.T, self.n, _processors(x.device), form)
+        self.chunks = -(-self.T // max(1, self.length))
+        self.blocks = self.B * -(-self.n // BLOCK)
+        self.sizes = self.T, self.n, self.chunks, self.length
+        self.walk = {"BLOCK": BLOCK, "UNROLL": UNROLL, "STAGES": STAGES, "num_warps": 1}
+
+    def partial(self, x: Tensor) -> Tensor:
+        """(B, chunks, n), empty, in the type of the states."""
+        return x.new_empty(self.B, self.chunks, self.n, dtype=accumulation_type(x))
+
+    def run(self, kernel: Any, *arguments: Any, **flags: Any) -> None:
+        kernel[(self.blocks * self.chunks,)](*arguments, *self.sizes, **self.walk, **flags)
+
+    def combine(
+        self, initial: Tensor | None, last: Tensor, product: Tensor, reverse: bool
+    ) -> Tensor:
+        """What comes into each chunk (B, chunks, n)."""
+        from pha.ops.gated_scan import triton_kernels
+
+        incoming = torch.empty_like(last)
+        triton_kernels.combine[(self.blocks,)](
+            last if initial is None else initial,
+            last,
+            product,
+            incoming,
+            self.n,
+            self.chunks,
+            BLOCK=BLOCK,
+            UNROLL=UNROLL,
+            HAS_INITIAL=initial is not None,
+            REVERSE=reverse,
+            num_warps=1,
+        )
+        return incoming
+
+
+def scan_forward(
+    gate: Tensor | None,
+    value: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    h0: Tensor | None,
+    starts: Tensor | None,
+    mask: Tensor | None,
+    form: str,
+) -> tuple[Tensor, Tensor]:
+    """h and the last state, as `gated_scan` says; as `scan` for u = `value` without gate and b."""
+    from pha.ops.gated_scan import triton_kernels
+
+    h, h_last = forward_outputs(gate, value, a, b, h0, starts, mask, form)
+    if not value.numel():
+        return h, h_last.zero_() if h0 is None else h_last.copy_(h0)
+    launch, dtype = _Launch(value, form), h_last.dtype
+    value = _rows(value)
+    gate = value if gate is None else _rows(gate)
+    a, scale = (x.to(dtype).contiguous() for x in (a, a if b is None else b))
+    initial = None if h0 is None else h0.to(dtype).contiguous()
+    inputs = gate, *gate.stride()[:2], value, *value.stride()[:2], a, scale
+    flags = _flags(starts, h), _flags(mask, h)
+    present = {
+        "GATED": b is not None,
+        "HAS_STARTS": starts is not None,
+        "HAS_MASK": mask is not None,
+    }
+    with _on(value):
+        if launch.chunks > 1:
+            last, product = launch.partial(value), launch.partial(value)
+            launch.run(
+                triton_kernels.forward,
+                *inputs,
+                a,
+                *flags,
+                h,
+                last,
+                product,
+                HAS_INITIAL=False,
+                SUMMARY=True,
+                **present,
+            )
+            initial = launch.combine(initial, last, product, reverse=False)
+        launch.run(
+            triton_kernels.forward,
+            *inputs,
+            a if initial is None else initial,
+            *flags,
+            h,
+            h_last,
+            h_last,
+            HAS_INITIAL=initial is not None,
+            SUMMARY=False,
+            **present,
+        )
+    return h, h_last
+
+
+def forward_outputs(
+    gate: Tensor | None,
+    value: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    h0: Tensor | None,
+    starts: Tensor | None,
+    mask: Tensor | None,
+    form: str,
+) -> tuple[Tensor, Tensor]:
+    """What `scan_forward` returns, not filled."""
+    B, _, n = value.shape
+    return value.new_empty(value.shape), value.new_empty(B, n, dtype=accumulation_type(value))
+
+
+def scan_backward(
+    dh: Tensor,
+    dh_last: Tensor,
+    h: Tensor,
+    gate: Tensor | None,
+    value: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    h0: Tensor | None,
+    starts: Tensor | None,
+    mask: Tensor | None,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dgate, dvalue, da, db and dh0, from what `scan_forward` took and returned.
+
+    Without a gate dgate and db are empty; without h0 dh0 is that of zeros.
+    """
+    from pha.ops.gated_scan import triton_kernels
+
+    dgate, dvalue, da, db, dh0 = backward_outputs(
+        dh, dh_last, h, gate, value, a, b, h0, starts, mask, form
+    )
+    if not h.numel():
+        return dgate, dvalue, da.zero_(), db.zero_(), dh0.copy_(dh_last)
+    launch, dtype = _Launch(h, form), dh_last.dtype
+    dh, value = _rows(dh), _rows(value)
+    gates = value if gate is None else _rows(gate)
+    decay, scale = (x.to(dtype).contiguous() for x in (a, a if b is None else b))
+    incoming = dh_last.contiguous()
+    initial = incoming if h0 is None else h0.to(dtype).contiguous()
+    parts_a = launch.partial(h)
+    parts_b = parts_a if b is None else torch.empty_like(parts_a)
+    leaving = torch.empty_like(incoming)
+    flags = _flags(starts, h), _flags(mask, h)
+    with _on(h):
+        if launch.chunks > 1:
+            last, product = torch.empty_like(parts_a), torch.empty_like(parts_a)
+            launch.run(
+                triton_kernels.backward_summary,
+                dh,
+                *dh.stride()[:2],
+                decay,
+                flags[0],
+                last,
+                product,
+                HAS_STARTS=starts is not None,
+            )
+            incoming = launch.combine(incoming, last, product, reverse=True)
+        launch.run(
+            triton_kernels.backward,
+            dh,
+            *dh.stride()[:2],
+            incoming,
+            h,
+            gates,
+            *gates.stride()[:2],
+            value,
+            *value.stride()[:2],
+            decay,
+            scale,
+            initial,
+            *flags,
+            dgate,
+            dvalue,
+            parts_a,
+            parts_b,
+            leaving,
+            GATED=b is not None,
+            HAS_H0=h0 is not None,
+            HAS_STARTS=starts is not None,
+            HAS_MASK=mask is not None,
+        )
+    if b is not None:
+        db = parts_b.sum((0, 1)).to(b.dtype)
+    return dgate, dvalue, parts_a.sum((0, 1)).to(a.dtype), db, leaving.to(dh0.dtype)
+
+
+def backward_outputs(
+    dh: Tensor,
+    dh_last: Tensor,
+    h: Tensor,
+    gate: Tensor | None,
+    value: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    h0: Tensor | None,
+    starts: Tensor | None,
+    mask: Tensor | None,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `scan_backward` returns, not filled."""
+    dgate = h.new_empty(0) if gate is None else gate.new_empty(gate.shape)
+    db = a.new_empty(0) if b is None else b.new_empty(b.shape)
+    dh0 = dh_last.new_empty(dh_last.shape, dtype=dh_last.dtype if h0 is None else h0.dtype)
+    return dgate, value.new_empty(value.shape), a.new_empty(a.shape), db, dh0

@@ -1,0 +1,290 @@
+"""Output head and cross-entropy in one op that never holds all N x V logits.
+
+For a chunk of rows, z = x W^T, the loss of a row with target y is logsumexp(z) - z_y, and
+dz = softmax(z) - onehot(y), dx = dz W, dW = dz^T x. The gradients of a chunk are formed while its
+logits are at hand, so the logits are computed once and only dx and dW are kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pha.ops.backends import Op
+from pha.ops.precision import accumulation_type, compute_type
+from pha.ops.testing import relative_error
+from pha.utils.errors import PHAError
+
+IGNORE_INDEX = -100
+# Rows times vocabulary per chunk: 128 MiB of float32 logits on a CPU, 512 MiB elsewhere. Smaller
+# chunks spend their time adding into dW (V x d); on a CPU larger ones fall out of the caches.
+CHUNK_LOGITS = {"cpu": 1 << 25, "default": 1 << 27}
+ALIGNMENT = 64  # elements of which aligned rows of logits are a multiple apart
+
+
+def chunk_logits(device_type: str) -> int:
+    """Rows times vocabulary that are held at a time on a device."""
+    return CHUNK_LOGITS.get(device_type, CHUNK_LOGITS["default"])
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum over rows of -log softmax(x W^T)[target], in nats.
+
+    Matrix products run in the autocast type, softmax and sums in float32 (float64 for float64).
+
+    Args:
+        x: (N, d) hidden states.
+        weight: (V, d) output head.
+        targets: (N,) int64 in [0, V); rows with `IGNORE_INDEX` count for nothing.
+
+    Returns:
+        Scalar, float32 or float64. Differentiable once, in x and weight.
+
+    Raises:
+        PHAError: shapes that do not fit each other, or targets that are not int64.
+    """
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise PHAError(f"the loss: x {tuple(x.shape)} and head {tuple(weight.shape)} do not fit")
+    if targets.shape != x.shape[:1] or targets.dtype != torch.int64:
+        raise PHAError(
+            f"the loss: targets are {tuple(targets.shape)} of {targets.dtype}; give one int64 for "
+            f"each of {x.shape[0]} rows"
+        )
+    return _OP(x.device.type)(x, weight, targets)
+
+
+def linear_cross_entropy_naive(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The oracle: all logits, PyTorch's cross-entropy."""
+    logits = F.linear(x, weight)
+    accumulate = accumulation_type(x)
+    return F.cross_entropy(
+        logits.to(accumulate), targets, reduction="sum", ignore_index=IGNORE_INDEX
+    )
+
+
+def _chunk_rows(x: Tensor, weight: Tensor) -> int:
+    """Rows at a time: about `chunk_logits`, in chunks of one size, none of them a small rest."""
+    rows = x.shape[0]
+    chunks = max(1, round(rows * weight.shape[0] / chunk_logits(x.device.type)))
+    return max(1, -(-rows // chunks))
+
+
+def _logits(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
+    """x W^T in the first rows of `buffer`."""
+    z = buffer[: x.shape[0]]
+    if x.dtype == buffer.dtype:
+        return torch.mm(x, w.T, out=z)
+    return z.copy_(x @ w.T)
+
+
+def _by_torch(
+    x: Tensor, w: Tensor, y: Tensor, buffer: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of a chunk, and dz in the type of x if it is wanted; z is overwritten."""
+    kept = (y != IGNORE_INDEX).unsqueeze(1)
+    y = y.unsqueeze(1).masked_fill(~kept, 0)
+    z = _logits(x, w, buffer)
+    largest, target = z.amax(-1, keepdim=True), z.gather(1, y)
+    exponentials = z.sub_(largest).exp_()
+    mass = exponentials.sum(-1, keepdim=True)
+    loss = ((mass.log() + largest - target) * kept).sum()
+    if not gradient:
+        return loss, exponentials
+    dz = exponentials.mul_(kept / mass)
+    dz.scatter_add_(1, y, -kept.to(dz.dtype))
+    return loss, dz.to(x.dtype)
+
+
+def _by_triton(
+    x: Tensor, w: Tensor, y: Tensor, buffer: Tensor, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The same with softmax and gradient in one kernel, on logits of the type of x."""
+    from pha.ops.linear_cross_entropy.triton_kernel import softmax_gradient_
+
+    z = torch.mm(x, w.T, out=buffer[: x.shape[0], : w.shape[0]])
+    return softmax_gradient_(z, y, IGNORE_INDEX, gradient).sum(), z
+
+
+@functools.cache
+def _triton_fault(device: torch.device) -> str | None:
+    """Why Triton's kernel cannot be used, by a trial; a warning says so too. None where it can."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(7, 16, generator=generator), torch.randn(4100, 16, generator=generator)
+    y = torch.tensor([0, 4099, IGNORE_INDEX, 4096, 17, 5, 6])
+    x, w, y = x.to(device), w.to(device), y.to(device)
+    try:
+        results = [f(x, w, y, x.new_empty(7, 4100), True) for f in (_by_triton, _by_torch)]
+        error = max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
+        reason = "" if error < 1e-3 else f"it is wrong by {error:.1e}"
+    except Exception as failure:  # Whatever it is, the same can be computed with torch.
+        reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+    if reason:
+        warnings.warn(
+            f"the loss runs slower, by torch, because Triton's kernel fails ({reason})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason or None
+
+
+def _chunk_by_chunk(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    triton: bool,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The summed loss, dx and dW; a gradient that is not needed has no elements."""
+    total, dx, dw = _outputs(x, weight, targets, dtype, triton, need_x, need_weight)
+    total.zero_()
+    dw.zero_()
+    w = weight.to(dtype)
+    chunk = _chunk_rows(x, weight)
+    triton = triton and dtype != torch.float64 and _triton_fault(x.device) is None
+    # One buffer for all chunks, overwritten in place from logits to gradients: fresh memory of this
+    # size costs a page fault every 4 KiB. Triton wants rows aligned. What pads them is zero, since
+    # products may read past the end of a row: those in bfloat16 on a CPU with AMX do.
+    align = ALIGNMENT if triton else 1
+    columns = -(-w.shape[0] // align) * align
+    buffer = x.new_zeros(chunk, columns, dtype=dtype if triton else total.dtype)
+    chunk_loss = _by_triton if triton else _by_torch
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, x.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            x_rows = x[rows].to(dtype)
+            loss, dz = chunk_loss(x_rows, w, targets[rows], buffer, need_x or need_weight)
+            total += loss
+            if need_x:
+                dx[rows] = dz @ w
+            if need_weight:
+                # One pass over dW where the types allow it, else the product is added after.
+                if dtype == dw.dtype:
+                    dw.addmm_(dz.T, x_rows)
+                else:
+                    dw += dz.T @ x_rows
+    return total, dx, dw
+
+
+def _outputs(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    triton: bool,
+    need_x: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    accumulate = accumulation_type(x)
+    total = x.new_empty((), dtype=accumulate)
+    dx = x.new_empty(x.shape if need_x else 0)
+    return total, dx, weight.new_empty(weight.shape if need_weight else 0, dtype=accumulate)
+
+
+# One operator, so that a graph of torch.compile holds it whole and not every chunk.
+_loss_and_gradients = torch.library.custom_op(
+    "pha::linear_cross_entropy",
+    _chunk_by_chunk,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor targets, ScalarType dtype, bool triton, "
+    "bool need_x, bool need_weight) -> (Tensor, Tensor, Tensor)",
+)
+_loss_and_gradients.register_fake(_outputs)
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, triton: bool) -> Tensor:
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        total, dx, dw = _loss_and_gradients(
+            x, weight, targets, compute_type(x), triton, need_x, need_weight
+        )
+        ctx.save_for_backward(dx if need_x else None, dw.to(weight.dtype) if need_weight else None)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw = ctx.saved_tensors
+        scaled = [None if g is None else g * gradient.to(g.dtype) for g in (dx, dw)]
+        return (*scaled, None, None)
+
+
+def linear_cross_entropy_chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Chunks of about `chunk_logits` logits. See `linear_cross_entropy`."""
+    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, False)
+
+
+def linear_cross_entropy_triton(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Such chunks, with softmax and gradient in one kernel on logits of the compute type."""
+    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, True)
+
+
+@torch.no_grad()
+def token_statistics(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-token loss and whether the top prediction is right, for evaluation.
+
+    Args:
+        x: (N, d) hidden states.
+        weight: (V, d) output head.
+        targets: (N,) int64 in [0, V).
+
+    Returns:
+        (N,) float32 (or float64) negative log-likelihoods in nats, and (N,) bool hits.
+    """
+    dtype = compute_type(x)
+    accumulate = accumulation_type(x)
+    w = weight.to(dtype)
+    losses = x.new_empty(x.shape[0], dtype=accumulate)
+    hits = torch.empty(x.shape[0], dtype=torch.bool, device=x.device)
+    chunk = _chunk_rows(x, weight)
+    buffer = x.new_empty(chunk, weight.shape[0], dtype=accumulate)
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, x.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            y = targets[rows].unsqueeze(1)
+            z = _logits(x[rows].to(dtype), w, buffer)
+            largest, top = z.max(-1, keepdim=True)
+            target = z.gather(1, y)
+            mass = z.sub_(largest).exp_().sum(-1, keepdim=True)
+            losses[rows] = (mass.log() + largest - target).squeeze(1)
+            hits[rows] = (top == y).squeeze(1)
+    return losses, hits
+
+
+def _check(backend: Any, oracle: Any, device_type: str) -> float:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(33, 16, generator=generator).to(device_type)
+    weight = torch.randn(101, 16, generator=generator).to(device_type)
+    targets = torch.randint(101, (33,), generator=generator).to(device_type)
+    targets[::7] = IGNORE_INDEX
+    return relative_error(
+        lambda *a: backend(*a, targets), lambda *a: oracle(*a, targets), x, weight
+    )
+
+
+def _fault(backend: str, device_type: str) -> str | None:
+    device = torch.empty(0, device=device_type).device
+    return _triton_fault(device) if backend == "triton" else None
+
+
+_OP = Op(
+    "linear_cross_entropy",
+    {
+        "naive": linear_cross_entropy_naive,
+        "chunked": linear_cross_entropy_chunked,
+        "triton": linear_cross_entropy_triton,
+    },
+    {"cuda": "triton", "default": "chunked"},
+    _check,
+    only_on={"triton": "cuda"},
+    plain="chunked",
+    fault=_fault,
+)
