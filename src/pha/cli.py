@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from pha.commands import VERBS
 from pha.utils.errors import PHAError, TrainingInterruptedError
+from pha.utils.extras import remedy
 
 # Verbs that pass arguments of the form --section.key on to the recipe.
 OPEN = frozenset({"train", "sweep", "study"})
@@ -94,6 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.run(options, rest) if options.verb in OPEN else options.run(options)
     except PHAError as error:
         sys.exit(_fail(options.verb, str(error)))
+    except ModuleNotFoundError as error:
+        if (what := remedy(error)) is None:
+            raise
+        sys.exit(_fail(options.verb, what))
     except TrainingInterruptedError as error:
         print(f"pha {options.verb}: {error}", file=sys.stderr)
         sys.exit(130)

@@ -16,7 +16,7 @@ from pha.cli import build_parser, main
 from pha.data import TokenStore
 from pha.model import BRANCHES
 from pha.ops import OPS
-from pha.utils.runs import RunFolder
+from pha.runs import RunFolder
 from tests.train.conftest import arguments
 
 

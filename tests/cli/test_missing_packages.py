@@ -72,6 +72,41 @@ def test_a_recipe_without_jsonargparse_says_what_is_missing(tmp_path: Path) -> N
     assert "jsonargparse, which is not installed; run `pip install" in done.stderr
 
 
+TRAIN = ("accelerate", "filelock", "jsonargparse", "psutil", "yaml", "rich")
+
+
+def test_a_model_needs_no_extra(tmp_path: Path) -> None:
+    program = """
+import sys, pha, torch
+model = pha.PHAForCausalLM(pha.PHAConfig.from_preset("pha-tiny", vocab_size=31))
+model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=3)
+model.save_pretrained("model")
+pha.PHAModel.from_pretrained("model")
+"""
+    # Those that transformers or torch need themselves are there.
+    needless = {*OPTIONAL, *TRAIN} - {"filelock", "yaml", "psutil", "accelerate"}
+    done = run_python(tmp_path, tuple(needless), "-c", program)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("missing", "extra", "words"),
+    [
+        ("rich", "train", ["--help"]),
+        ("accelerate", "train", ["train", "pha-tiny.stdlib"]),
+    ],
+)
+def test_a_missing_package_is_one_line_with_its_extra(
+    missing: str, extra: str, words: list[str], tmp_path: Path
+) -> None:
+    start = "import pha_command; pha_command.main()"
+    done = run_python(tmp_path, (missing,), "-c", start, *words)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"needs {missing}, which is not installed" in done.stderr
+    assert f"pha[{extra}]" in done.stderr
+
+
 @pytest.mark.slow
 def test_training_and_benchmarks_run_without_them(store: TokenStore, tmp_path: Path) -> None:
     words = ["pha-tiny.text", "--out", str(tmp_path / "run"), *arguments(store, run__epochs="null")]

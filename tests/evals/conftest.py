@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pha.data.tokenizer import load_tokenizer
-from pha.evals.loading import LoadedModel
+from pha.loading import LoadedModel
 from tests.modeling.common import scrambled, small_config
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pha.evals.generation import Continuation, Sampling, Speed, draw, generate, sample
-from pha.evals.loading import LoadedModel, load_model
+from pha.loading import LoadedModel, load_model
 from pha.utils.errors import PHAError
 
 PROMPTS = ["one two three four", "", "é", "a much longer prompt than all of the others here", "x"]

@@ -18,8 +18,8 @@ import yaml
 
 from pha.data import TokenStore
 from pha.evals.harness import harness_model, lambada_task, require_harness, run_harness
-from pha.evals.loading import LoadedModel
 from pha.evals.perplexity import evaluate
+from pha.loading import LoadedModel
 from pha.utils.errors import PHAError
 
 

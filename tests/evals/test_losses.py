@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pha.data import TokenStore
-from pha.evals.loading import LoadedModel
 from pha.evals.losses import context_starts, token_losses
 from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
+from pha.loading import LoadedModel
 from pha.modeling import PHAForCausalLM
 
 STARTS = np.array([0, 40, 41, 100, 777], dtype=np.int64)

@@ -13,11 +13,11 @@ import torch
 from pha.data import TokenStore
 from pha.data.tokenizer import load_tokenizer
 from pha.evals.compare import mean_interval
-from pha.evals.loading import LoadedModel
 from pha.evals.losses import token_losses
 from pha.evals.paired import PairedComparison, compare_models
 from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
+from pha.loading import LoadedModel
 from pha.utils.errors import PHAError
 from tests.modeling.common import scrambled, small_config
 

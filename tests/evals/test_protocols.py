@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from pha.data.sampler import evaluation_windows
 from pha.evals.protocols import Protocol, parse_protocols, trained_protocol
+from pha.runs import RunFolder
 from pha.utils.errors import PHAError
-from pha.utils.runs import RunFolder
 
 
 def shapes(*specs: str, base: int = 256) -> list[tuple[str, int, int]]:

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pha.cli import main
 from pha.data.tokenizer import load_tokenizer
 from pha.evals import score as module
-from pha.evals.loading import LoadedModel
 from pha.evals.score import read_text, score, stream
+from pha.loading import LoadedModel
 from pha.report.surprise import Collector, words
 from pha.utils.errors import PHAError
 from tests.conftest import synthetic_text

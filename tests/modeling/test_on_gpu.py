@@ -10,8 +10,8 @@ import torch
 
 from pha.data import TokenStore
 from pha.evals.generation import Sampling, generate
-from pha.evals.loading import LoadedModel
 from pha.evals.perplexity import evaluate
+from pha.loading import LoadedModel
 from pha.modeling import PHAConfig, PHAForCausalLM
 
 pytestmark = pytest.mark.gpu

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from pha.data.tokenizer import load_tokenizer
-from pha.evals.loading import load_model
+from pha.loading import load_model
 from pha.modeling import PHAConfig
 from pha.report.card import model_card
 from pha.report.collect import collect

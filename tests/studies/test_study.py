@@ -12,11 +12,11 @@ import yaml
 
 from pha.cli import main
 from pha.data import TokenStore
+from pha.runs import RunFolder
 from pha.studies.definition import load_study, parse_study, scales, study_names
 from pha.studies.planning import merge, parse_overrides, plan_study
 from pha.train.recipes import load_recipe
 from pha.utils.errors import PHAError
-from pha.utils.runs import RunFolder
 
 MINIATURE = {
     "model.hidden_size": 32,

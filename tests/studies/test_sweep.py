@@ -12,10 +12,10 @@ from rich.console import Console
 
 from pha.cli import main
 from pha.data import TokenStore
+from pha.runs import RunFolder
 from pha.studies.jobs import Job, run_jobs
 from pha.studies.sweep import make_points, parse_axis, run_sweep, table_cells
 from pha.utils.errors import PHAError
-from pha.utils.runs import RunFolder
 from tests.train.conftest import arguments
 
 

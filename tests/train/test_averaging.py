@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pha.data import TokenStore
-from pha.evals.loading import load_model
 from pha.evals.perplexity import evaluate
+from pha.loading import load_model
+from pha.runs import RunFolder
 from pha.train.averaging import average_models, average_weights
 from pha.train.checkpoint import Progress
 from pha.train.trainer import Trainer
 from pha.utils.errors import PHAError, TrainingInterruptedError
-from pha.utils.runs import RunFolder
 
 Train = Callable[..., dict[str, Any]]
 AVERAGING = {

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from pha.data import TokenStore
+from pha.runs import RunFolder
 from pha.train import trainer as trainer_module
 from pha.utils.errors import PHAError, TrainingInterruptedError
-from pha.utils.runs import RunFolder
 from tests.train.test_runs import assert_same_weights, start, stop_after, timeless
 
 pytestmark = pytest.mark.gpu

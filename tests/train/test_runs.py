@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pha.data import TokenStore, prepare
+from pha.runs import RunFolder
 from pha.train import trainer as trainer_module
 from pha.utils.errors import PHAError, TrainingInterruptedError
-from pha.utils.runs import RunFolder
 from tests.train.conftest import arguments
 
 Train = Callable[..., dict[str, Any]]
@@ -210,7 +210,7 @@ def test_a_folder_in_use_is_refused_until_it_is_free(train_small: Train, tmp_pat
 
 
 def test_a_process_that_is_killed_leaves_no_lock(train_small: Train, tmp_path: Path) -> None:
-    code = "import sys, time; from pathlib import Path; from pha.utils.runs import RunFolder\n"
+    code = "import sys, time; from pathlib import Path; from pha.runs import RunFolder\n"
     code += "with RunFolder(Path(sys.argv[1])).lock(): print(flush=True); time.sleep(600)"
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pha.evals.loading import LoadedModel
     from pha.evals.paired import PairedComparison
     from pha.evals.protocols import Protocol
+    from pha.loading import LoadedModel
 
 
 def add_compare(verb: AddVerb) -> None:
@@ -52,8 +52,8 @@ def compare(options: Namespace) -> None:
     from rich.progress import Progress
 
     from pha.data import TokenStore
-    from pha.evals.loading import load_model
     from pha.evals.paired import compare_models
+    from pha.loading import load_model
     from pha.utils.hardware import choose_precision, default_device, provenance
 
     device = default_device()

@@ -91,9 +91,9 @@ def evaluate(options: Namespace) -> None:
     from rich.progress import Progress, TaskID
 
     from pha.data import TokenStore, tokenizer_sha256
-    from pha.evals.loading import load_model
     from pha.evals.perplexity import evaluate as run_evaluation
     from pha.evals.protocols import parse_protocols, trained_protocol
+    from pha.loading import load_model
     from pha.utils.hardware import choose_precision, default_device, provenance
 
     if options.protocol and options.stride is not None:

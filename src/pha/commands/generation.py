@@ -76,7 +76,7 @@ def generate(options: Namespace) -> None:
         raise PHAError(f"{options.out} is a folder: name the file to write")
     from pha.evals.generation import Sampling, Speed
     from pha.evals.generation import generate as continue_texts
-    from pha.evals.loading import load_model
+    from pha.loading import load_model
     from pha.utils.files import write_text
     from pha.utils.hardware import PRECISIONS, default_device
 

@@ -92,8 +92,8 @@ def params(options: Namespace) -> None:
 
 def mixing(options: Namespace) -> None:
     """`pha mixing`."""
-    from pha.evals.loading import load_model
-    from pha.utils.runs import RunFolder
+    from pha.loading import load_model
+    from pha.runs import RunFolder
 
     records: list[dict[str, Any]] = []
     if options.run_path.is_dir():

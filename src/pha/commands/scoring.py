@@ -38,9 +38,9 @@ def score(options: Namespace) -> None:
     """`pha score`."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from pha.evals.loading import load_model
     from pha.evals.score import read_text
     from pha.evals.score import score as score_text
+    from pha.loading import load_model
     from pha.report.surprise import Collector, write_page
     from pha.utils.files import write_json
     from pha.utils.hardware import choose_precision, default_device, provenance, return_freed_memory

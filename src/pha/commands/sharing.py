@@ -115,7 +115,7 @@ def add_harness(verb: AddVerb) -> None:
 def harness(options: Namespace) -> None:
     """`pha harness`."""
     from pha.evals.harness import require_harness, run_harness
-    from pha.evals.loading import load_model
+    from pha.loading import load_model
     from pha.utils.files import write_json
     from pha.utils.hardware import PRECISIONS, default_device, provenance
 

@@ -102,7 +102,7 @@ def train(options: Namespace, overrides: list[str]) -> None:
 
 def average(options: Namespace) -> None:
     """`pha average`."""
-    from pha.evals.loading import model_folder
+    from pha.loading import model_folder
     from pha.train.averaging import average_models
     from pha.utils.errors import PHAError
 

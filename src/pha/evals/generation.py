@@ -19,8 +19,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from pha.evals.loading import LoadedModel
 from pha.evals.streaming import TextStream
+from pha.loading import LoadedModel
 from pha.utils.errors import PHAError
 from pha.utils.hardware import synchronise
 

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pha.evals.loading import LoadedModel
+from pha.loading import LoadedModel
 from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:

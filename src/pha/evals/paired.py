@@ -30,10 +30,10 @@ from pha.evals.compare import (
     require_blocks,
     steepest,
 )
-from pha.evals.loading import LoadedModel
 from pha.evals.losses import context_starts, split_windows, token_losses
 from pha.evals.perplexity import Evaluation, Totals, summarise
 from pha.evals.protocols import Protocol
+from pha.loading import LoadedModel
 from pha.utils.errors import PHAError
 
 PASSAGES = 5

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from pha.runs import RunFolder
 from pha.utils.errors import PHAError
-from pha.utils.runs import RunFolder
 
 DEFAULT_LENGTH = 1024
 NAMES = ("non-overlapping", "strided", "long")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pha.data.encoding import TextEncoder
-from pha.evals.loading import LoadedModel
+from pha.loading import LoadedModel
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, peak_memory
 

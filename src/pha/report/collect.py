@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import yaml
 
 from pha.report.text import printable, shorten
+from pha.runs import RunFolder
 from pha.utils.errors import PHAError
-from pha.utils.runs import RunFolder
 
 
 @dataclass(frozen=True)

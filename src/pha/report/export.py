@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import GenerationConfig
 
-from pha.evals.loading import LoadedModel, load_model, model_folder
+from pha.loading import LoadedModel, load_model, model_folder
 from pha.report.card import LIBRARY, model_card
 from pha.report.collect import Run, collect
 from pha.utils.errors import PHAError

@@ -33,7 +33,7 @@ def write_report(runs: Sequence[Path], out: Path, title: str | None = None) -> P
     The page depends on the run folders alone: the same folders give the same bytes.
 
     Args:
-        runs: run folders (`pha.utils.runs.RunFolder`), finished or not, in the order to show.
+        runs: run folders (`pha.runs.RunFolder`), finished or not, in the order to show.
         out: the file to write; an existing one is replaced in one step.
         title: heading of the page; by default the names of the runs.
 

@@ -15,12 +15,12 @@ from typing import Any
 
 from rich.console import Console
 
+from pha.runs import RunFolder
 from pha.train.recipes import load_recipe
 from pha.train.session import finished_result
 from pha.train.signals import on_stop_signals
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.files import read_json
-from pha.utils.runs import RunFolder
 
 INTERRUPTED = 130
 

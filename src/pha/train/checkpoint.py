@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from pha.modeling import PHAForCausalLM
+from pha.runs import RunFolder
 from pha.utils.errors import PHAError
 from pha.utils.files import atomic_folder, read_json, sha256_file
-from pha.utils.runs import RunFolder
 
 FORMAT = 3
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pha.data.store import TokenStore
 from pha.evals.generation import sample
-from pha.evals.loading import load_model
 from pha.evals.perplexity import Evaluation, evaluate
+from pha.loading import load_model
 from pha.model.parameters import count_parameters
 from pha.train.averaging import average_models
 from pha.train.checkpoint import Progress

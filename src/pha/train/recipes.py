@@ -102,7 +102,7 @@ def make_parser(program: str = "pha train RECIPE") -> jsonargparse.ArgumentParse
     except ImportError as error:
         raise PHAError(
             f"recipes are read with {error.name}, which is not installed; run "
-            "`pip install 'jsonargparse[signatures]'`, or carry its wheels as in docs/gpu.md"
+            "`pip install 'pha[train]'`"
         ) from error
     parser = jsonargparse.ArgumentParser(
         prog=program, exit_on_error=False, add_help=False, allow_abbrev=False, default_env=False

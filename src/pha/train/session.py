@@ -21,9 +21,10 @@ from pha.data.display import PreparationDisplay
 from pha.data.preparation import cached_store
 from pha.data.store import TokenStore
 from pha.data.tokenizer import tokenizer_sha256
-from pha.evals.loading import load_model
+from pha.loading import load_model
 from pha.model import ArchitectureConfig
 from pha.modeling import PHAConfig, PHAForCausalLM
+from pha.runs import RunFolder
 from pha.train.checkpoint import Progress
 from pha.train.config import TrainConfig
 from pha.train.display import count, duration, memory
@@ -33,7 +34,6 @@ from pha.train.trainer import Trainer
 from pha.utils.errors import PHAError
 from pha.utils.files import cache_folder, write_text
 from pha.utils.hardware import choose_precision, device_name, keep_freed_memory
-from pha.utils.runs import RunFolder
 
 # Keys that may change when a run is resumed: they touch neither the weights nor the order of data.
 FREE_KEYS = {

@@ -19,6 +19,7 @@ from pha.data.sampler import WindowSampler
 from pha.data.store import TokenStore
 from pha.evals.perplexity import Evaluation, evaluate
 from pha.modeling import PHAForCausalLM
+from pha.runs import RunFolder
 from pha.train.batches import BatchFeed
 from pha.train.checkpoint import Progress, load_checkpoint, save_checkpoint, save_model
 from pha.train.config import TrainConfig
@@ -31,7 +32,6 @@ from pha.train.signals import on_stop_signals
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.files import copy_folder, write_json
 from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
-from pha.utils.runs import RunFolder
 
 
 @dataclass

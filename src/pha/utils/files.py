@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from pha.utils.errors import PHAError
 
 
@@ -92,6 +90,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def remove_leftovers(path: Path) -> None:
     """Remove what `atomic_folder(path)` left behind in processes of this host that were killed."""
+    import psutil  # an extra, which loading a model does not need
+
     name = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(platform.node())}-(\d+)\.(tmp|old)")
     if not path.parent.is_dir():
         return

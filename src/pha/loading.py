@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from pha.modeling import PHAForCausalLM
+from pha.runs import RunFolder
 from pha.utils.errors import PHAError
-from pha.utils.runs import RunFolder
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,21 @@
+"""Which extra of this package brings what is not installed."""
+
+from __future__ import annotations
+
+EXTRAS = {
+    "train": ("accelerate", "filelock", "jsonargparse", "psutil", "rich", "yaml"),
+    "report": ("jinja2", "matplotlib", "scipy"),
+    "data": ("datasets", "pyarrow", "zstandard"),
+    "cpu": ("numba",),
+    "harness": ("lm_eval",),
+    "cluster": ("submitit",),
+}
+
+
+def remedy(error: ModuleNotFoundError) -> str | None:
+    """What to install where a package of an extra is missing; None for any other module."""
+    package = (error.name or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            return f"this needs {package}, which is not installed; run `pip install 'pha[{extra}]'`"
+    return None
