@@ -113,7 +113,7 @@ def test_several_evaluations_and_values_that_are_no_numbers(make_run) -> None:
     name = results[1]["metrics"][0]["name"]
     assert "sliding windows of 256 tokens, advancing by 64" in name
     assert name.endswith("bf16")
-    assert "next-token accuracy | 50.00 %" in card.text
+    assert "next-token accuracy | 50.00%" in card.text
     assert "with changes that were not committed" in card.text
 
 

@@ -38,8 +38,8 @@ def test_the_lower_perplexity_wins_wherever_it_stands(make_run, swap):
     assert text.startswith("good has the lower test perplexity: 20.29 per token, 9.5")
     assert "below bad (22.42)" in text
     assert "2.640 against 2.727 (3.2" in text
-    assert "Both saw 4.92\u202fM training tokens." in text
-    assert "bad trained faster: 10,000 tokens/s against 8,000 for good (+25.0\u202f%)" in text
+    assert "Both saw 4.92M training tokens." in text
+    assert "bad trained faster: 10,000 tokens/s against 8,000 for good (+25.0%)" in text
     assert "one seed does not decide" in text
 
 
@@ -47,7 +47,7 @@ def test_unequal_tokens_are_said(make_run):
     runs = collect(
         [make_run("a"), make_run("b", change=lambda result: result.update(tokens_seen=1_000_000))]
     )
-    assert "b 1.00\u202fM, so this is not a comparison at equal data" in headline(runs)
+    assert "b 1.00M, so this is not a comparison at equal data" in headline(runs)
     assert best_cells(runs)["Time training"] == []
 
 
@@ -64,7 +64,7 @@ def test_a_single_run_and_a_run_that_only_began(make_run):
     (finished,) = collect([make_run("a")])
     assert headline([finished]).startswith("a reaches a test perplexity of 20.29 per token")
     (begun,) = collect([make_run("b", finished=False, steps=120)])
-    assert headline([begun]).startswith("b is unfinished: 1.47\u202fM tokens seen so far")
+    assert headline([begun]).startswith("b is unfinished: 1.47M tokens seen so far")
     assert "at step 120" in headline([begun])
 
 

@@ -197,7 +197,7 @@ def _bins_table(result: PairedComparison) -> Table:
 
 
 def _print_passages(result: PairedComparison, console: Console) -> None:
-    from pha.report.text import printable
+    from pha.utils.text import printable
 
     indent = " " * 4
     for name in ("A", "B"):

@@ -81,7 +81,7 @@ def describe_protocol(protocol: dict[str, Any]) -> str:
 
 def show_perplexity(value: float) -> str:
     """Four significant figures while they are decimals; three and an exponent from 10^7 on."""
-    from pha.report.text import perplexity
+    from pha.utils.text import perplexity
 
     return perplexity(value) if value < 1e7 else f"{value:.3g}"
 

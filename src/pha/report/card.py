@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pha.modeling import PHAConfig
 from pha.report.collect import Evaluation, Run, section
-from pha.report.text import compact, duration, fixed, percent, perplexity, plain, shorten
+from pha.utils.text import count, duration, fixed, percent, perplexity, plain, shorten
 
 LIBRARY = "pha"
 
@@ -100,7 +100,7 @@ def model_card(
             name=name,
             folder=json.dumps(name, ensure_ascii=False),
             command_folder=shlex.quote(name),
-            parameters=compact(run.parameters).replace("\u202f", "") if run else "",
+            parameters=count(run.parameters) if run else "",
             architecture=_architecture(config),
             no_results=no_results or ("" if tables else "The run measured nothing on a split."),
             tables=tables,
@@ -257,7 +257,7 @@ def _slug(text: str) -> str:
 
 def _line(text: str) -> str:
     """Text on one line of bounded length."""
-    return shorten(text, _LIMIT).replace("\u202f", " ")
+    return shorten(text, _LIMIT)
 
 
 def _markdown(text: str) -> str:

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from pha.report.text import printable, shorten
 from pha.runs import RunFolder
 from pha.utils.errors import PHAError
+from pha.utils.text import printable, shorten
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pha.report.collect import Evaluation, Run, Scores
-from pha.report.text import DASH, compact, duration, fixed, memory, perplexity
+from pha.utils.text import DASH, count, duration, fixed, memory, perplexity
 
 Basis = Literal["tokenizer", "data", "protocol", "hardware", "work"]
 """What runs may have in common; `work` is hardware and tokens seen."""
@@ -79,8 +79,8 @@ QUALITY = (
     ),
 )
 SIZE = (
-    Column("Parameters", "total", lambda r: r.run.parameters, compact),
-    Column("Tokens", "seen", lambda r: r.run.tokens_seen, compact),
+    Column("Parameters", "total", lambda r: r.run.parameters, count),
+    Column("Tokens", "seen", lambda r: r.run.tokens_seen, count),
 )
 COST = (
     Column(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pha.report.collect import Evaluation, Run, number, section
-from pha.report.text import DASH, duration, fixed, flatten, memory, percent, plain, printable
+from pha.utils.text import DASH, duration, fixed, flatten, memory, percent, plain, printable
 
 # What a run gave, where and when: no two runs agree in these, and nothing follows from that.
 _OUTCOMES = {

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from pha.report import plots
 from pha.report.collect import LayerMixing, Run, TrainPoint
-from pha.report.text import percent
+from pha.utils.text import percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ from typing import Any
 
 from pha.report.collect import Run
 from pha.report.compare import QUALITY, Row, differ, join, main_split, row_of
-from pha.report.text import compact, duration, fixed, percent, perplexity
+from pha.utils.text import count, duration, fixed, percent, perplexity
 
 
 def headline(runs: Sequence[Run]) -> str:
@@ -89,7 +89,7 @@ def _single(row: Row, split: str) -> str:
     if values:
         sentence = f"{run.label} reaches a {split} perplexity of {' and '.join(values)}"
     if run.tokens_seen is not None:
-        sentence += f" after {compact(run.tokens_seen)} training tokens"
+        sentence += f" after {count(run.tokens_seen)} training tokens"
     if run.seconds is not None:
         sentence += f" in {duration(run.seconds)}"
     return f"{sentence}."
@@ -98,7 +98,7 @@ def _single(row: Row, split: str) -> str:
 def _progress(run: Run) -> str:
     sentence = f"{run.label} is unfinished"
     if run.tokens_seen is not None:
-        sentence += f": {compact(run.tokens_seen)} tokens seen so far"
+        sentence += f": {count(run.tokens_seen)} tokens seen so far"
     point = run.latest_eval("validation")
     if point is not None and point.scores.perplexity is not None:
         sentence += f", validation perplexity {perplexity(point.scores.perplexity)} per token"
@@ -112,12 +112,12 @@ def _tokens(runs: Sequence[Run]) -> str:
         return ""
     if len({tokens for tokens, _ in seen}) == 1:
         every = "Both" if len(runs) == 2 else "All"
-        return f"{every} saw {compact(seen[0][0])} training tokens."
+        return f"{every} saw {count(seen[0][0])} training tokens."
     if len(seen) == 2:
         (a, first), (b, second) = seen
-        amounts = f"{first} saw {compact(a)} training tokens and {second} {compact(b)}"
+        amounts = f"{first} saw {count(a)} training tokens and {second} {count(b)}"
     else:
-        amounts = f"They saw between {compact(min(seen)[0])} and {compact(max(seen)[0])} tokens"
+        amounts = f"They saw between {count(min(seen)[0])} and {count(max(seen)[0])} tokens"
     return f"{amounts}, so this is not a comparison at equal data."
 
 

@@ -14,9 +14,9 @@ from pha.report.collect import Run, Sample, collect
 from pha.report.compare import comparisons, warnings
 from pha.report.facts import fact_groups
 from pha.report.headline import headline
-from pha.report.text import plain, printable
 from pha.utils.errors import PHAError
 from pha.utils.files import write_text
+from pha.utils.text import plain, printable
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import numpy as np
 
 from pha.evals.compare import BinDifference
 from pha.evals.paired import PairedComparison
-from pha.report import plots, text
+from pha.report import plots
+from pha.utils import text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

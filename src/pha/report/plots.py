@@ -20,7 +20,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
-from pha.report import text
+from pha.utils import text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,8 +14,8 @@ import numpy as np
 from pha import __version__
 from pha.evals.score import Score, Surprisal
 from pha.report import plots
-from pha.report.text import memory, printable
 from pha.utils.files import write_text
+from pha.utils.text import memory, printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

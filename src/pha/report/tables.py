@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from pha.report.plots import branch_names, mean_share
+from pha.utils.text import duration, memory
 
 Row = tuple[str, Callable[[dict[str, Any], dict[str, Any]], float], Callable[[float], str], Any]
 
@@ -22,8 +23,8 @@ ROWS: tuple[Row, ...] = (
     ("accuracy", lambda r, e: e["accuracy"], lambda v: f"{v:.2%}", max),
     ("training tokens/s", lambda r, e: r["tokens_per_second"], lambda v: f"{v:,.0f}", max),
     ("of measured matmul rate", lambda r, e: r["utilisation"], lambda v: f"{v:.0%}", max),
-    ("peak memory", lambda r, e: r["peak_memory_bytes"], lambda v: f"{v / 1e9:.2f} GB", min),
-    ("training time", lambda r, e: r["seconds"], lambda v: f"{v:.0f} s", min),
+    ("peak memory", lambda r, e: r["peak_memory_bytes"], memory, min),
+    ("training time", lambda r, e: r["seconds"], duration, min),
 )
 
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pha.studies.jobs import Job
-from pha.train.display import count, duration
 from pha.train.recipes import load_recipe
 from pha.train.session import open_session
+from pha.utils.text import count, duration
 
 
 def estimate(jobs: Sequence[Job], console: Console) -> dict[str, Any]:

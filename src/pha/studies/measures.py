@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pha.studies.statistics import Summary, summarise
-from pha.train.display import count
+from pha.utils.text import count
 
 Result = dict[str, Any]
 

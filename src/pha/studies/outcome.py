@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from pha.report.collect import Run, collect
-from pha.report.text import DASH
 from pha.studies.definition import Variant
 from pha.studies.measures import MEASURES, measure_all, summarise_all
 from pha.studies.paired import Difference, adjust, paired_difference, sentence
 from pha.studies.planning import StudyPlan
 from pha.studies.statistics import Summary
-from pha.train.display import count
+from pha.utils.text import DASH, count
 
 MAIN = "test"
 

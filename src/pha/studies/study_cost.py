@@ -14,10 +14,10 @@ from pha.data import TokenStore
 from pha.studies.jobs import Job
 from pha.studies.planning import StudyPlan
 from pha.train.config import TrainConfig
-from pha.train.display import count, duration
 from pha.train.plan import ASSUMED_UTILISATION, Plan, make_plan
 from pha.train.recipes import load_recipe
 from pha.utils.hardware import choose_precision, default_device
+from pha.utils.text import count, duration
 
 VOCABULARY = 50257  # of GPT-2, where the data are not there yet
 UNBOUNDED = 1 << 40  # sequences, where the number of steps does not depend on the data

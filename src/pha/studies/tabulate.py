@@ -9,7 +9,7 @@ from pha.report.formats import Section, TextTable
 from pha.studies.measures import MEASURES
 from pha.studies.outcome import Outcome, show
 from pha.studies.published import Published, find_published, footnotes
-from pha.train.display import count
+from pha.utils.text import count
 
 DASH = "–"
 # GPT-2 tokens, words with line ends, and bytes of WikiText-103's raw test split.

@@ -9,32 +9,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pha.utils.text import count, duration
+
 PLAIN_SECONDS = 15.0  # between lines where there is no terminal to redraw
-
-
-def count(number: float) -> str:
-    """A number people can read at a glance: 2.1M, 812, 97k."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            value = number / size
-            return f"{value:.3g}{unit}" if value < 1000 else f"{value:.0f}{unit}"
-    return f"{number:.3g}"
-
-
-def memory(size: float) -> str:
-    """Bytes as GB or MB."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 45 s, 3 min 20 s or 5 h 12 min."""
-    if seconds < 59.5:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        minutes, rest = divmod(round(seconds), 60)
-        return f"{minutes} min {rest:02d} s"
-    hours, rest = divmod(round(seconds / 60), 60)
-    return f"{hours} h {rest:02d} min"
 
 
 class TrainingDisplay:

@@ -27,13 +27,13 @@ from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.runs import RunFolder
 from pha.train.checkpoint import Progress
 from pha.train.config import TrainConfig
-from pha.train.display import count, duration, memory
 from pha.train.finish import finish
 from pha.train.plan import Plan, make_plan, vars_of
 from pha.train.trainer import Trainer
 from pha.utils.errors import PHAError
 from pha.utils.files import cache_folder, write_text
 from pha.utils.hardware import choose_precision, device_name, keep_freed_memory
+from pha.utils.text import count, duration, memory
 
 # Keys that may change when a run is resumed: they touch neither the weights nor the order of data.
 FREE_KEYS = {

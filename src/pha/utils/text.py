@@ -1,4 +1,4 @@
-"""Numbers and strings as the page prints them."""
+"""Numbers and strings for people: in the terminal, on pages and in tables alike."""
 
 from __future__ import annotations
 
@@ -42,29 +42,26 @@ def fixed(value: float | None, decimals: int) -> str:
 
 
 def percent(fraction: float | None, decimals: int = 1) -> str:
-    """A fraction as a percentage: 0.074 is 7.4 %."""
-    return DASH if fraction is None else f"{100 * fraction:.{decimals}f}\u202f%"
+    """A fraction as a percentage: 0.074 is 7.4%."""
+    return DASH if fraction is None else f"{100 * fraction:.{decimals}f}%"
 
 
-def compact(value: float | None) -> str:
-    """A count with three significant figures and K, M, G or T: 4.10 M."""
+def count(value: float | None) -> str:
+    """Three significant figures with k, M, G or T: 812, 97.0k, 4.10M."""
     if value is None:
         return DASH
-    for factor, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K")):
-        # 999.6 K rounds to 1.00 M, so the step up comes at half a unit of the third figure.
+    for factor, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        # 999.6k rounds to 1.00M, so the step up comes at half a unit of the third figure.
         if abs(value) >= 0.9995 * factor:
-            return f"{_three_figures(value / factor)}\u202f{suffix}"
+            return f"{_three_figures(value / factor)}{suffix}"
     return f"{value:,.0f}"
 
 
 def memory(value: float | None) -> str:
-    """Bytes in binary units: 1.23 GiB."""
+    """Bytes as GB or MB: 1.23 GB, 640 MB."""
     if value is None:
         return DASH
-    for factor, suffix in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= factor:
-            return f"{_three_figures(value / factor)}\u202f{suffix}"
-    return f"{value:.0f}\u202fB"
+    return f"{value / 1e9:.2f} GB" if value >= 0.9995e9 else f"{value / 1e6:.0f} MB"
 
 
 def duration(seconds: float | None) -> str:
@@ -72,7 +69,7 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return DASH
     if seconds < 59.95:
-        return f"{seconds:.1f}\u202fs"
+        return f"{seconds:.1f} s"
     whole = round(seconds)
     size, unit, part_size, part_unit = 60, "min", 1, "s"
     if whole >= 86400:
@@ -80,7 +77,7 @@ def duration(seconds: float | None) -> str:
     elif whole >= 3600:
         size, unit, part_size, part_unit = 3600, "h", 60, "min"
     rest = whole % size // part_size
-    return f"{whole // size}\u202f{unit} {rest:02d}\u202f{part_unit}"
+    return f"{whole // size} {unit} {rest:02d} {part_unit}"
 
 
 def plain(value: Any) -> str:
