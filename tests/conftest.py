@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where tests marked `gpu` run."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every token that the compiled instructions write."""
+    from pha.decoder.program import Decoder
+
+    taken: list[int] = []
+    step = Decoder.step
+
+    def counted(self: Any, *arguments: Any) -> Any:
+        taken.append(1)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Decoder, "step", counted)
+    return taken
 
 
 def synthetic_text(lines: int, seed: int) -> str:

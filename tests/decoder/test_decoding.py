@@ -11,7 +11,6 @@ from transformers import StaticCache
 
 from pha import decoder, modeling
 from pha.decoder import program
-from pha.decoder.program import Decoder
 from pha.modeling import PHAConfig, PHAForCausalLM
 from tests.modeling.common import (
     KINDS,
@@ -35,20 +34,6 @@ each_of_ours = pytest.mark.parametrize(
 def no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with every token that the compiled instructions write."""
-    taken: list[int] = []
-    step = Decoder.step
-
-    def counted(self: Decoder, *arguments: Any) -> Tensor:
-        taken.append(1)
-        return step(self, *arguments)
-
-    monkeypatch.setattr(Decoder, "step", counted)
-    return taken
 
 
 def written(model: PHAForCausalLM, ids: Tensor, **options: Any) -> Tensor:

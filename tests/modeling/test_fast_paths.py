@@ -15,26 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers import DynamicCache
 
-from pha.decoder.program import Decoder
 from pha.modeling import PHAForCausalLM
 from pha.utils.errors import PHAError
 from tests.modeling.common import assert_same, scrambled, small_config, tokens
 
 T = 12
-
-
-@pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with every token that the compiled instructions write."""
-    taken: list[int] = []
-    step = Decoder.step
-
-    def counted(self: Decoder, *arguments: Any) -> Tensor:
-        taken.append(1)
-        return step(self, *arguments)
-
-    monkeypatch.setattr(Decoder, "step", counted)
-    return taken
 
 
 @pytest.fixture
