@@ -51,7 +51,7 @@ class CacheAdapter:
     """
 
     def __init__(self, cache: Cache, config: PreTrainedConfig) -> None:
-        self.cache, self._config = cache, weakref.ref(config)
+        self.cache, self._config = cache, config
         if not cache.layers:  # made without a configuration, as loops often do
             cache.layers.extend(DynamicCache(config=config).layers)
         self._left: _Left | None = getattr(cache, "_pha_left", None)
@@ -98,6 +98,8 @@ class CacheAdapter:
         Raises:
             PHAError: a state is of other sequences than those given, or keys were changed alone.
         """
+        if torch.compiler.is_compiling():  # whoever compiles keeps a static cache as it is
+            return
         keys, states = self._contents()
         for state in states:
             if state is not None and state.shape[0] != batch:
@@ -116,7 +118,8 @@ class CacheAdapter:
 
     def leave(self) -> None:
         """Remember what the cache holds, for `enter`."""
-        self.cache._pha_left = _Left(self._config, *self._contents())
+        if not torch.compiler.is_compiling():
+            self.cache._pha_left = _Left(weakref.ref(self._config), *self._contents())
 
     def _contents(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Keys of every layer, and states of every layer that may have one."""

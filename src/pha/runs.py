@@ -110,9 +110,9 @@ class RunFolder:
         except OSError:
             yield
             return
-        # Not in the locked file, which other processes cannot read on Windows.
-        write_text(self.owner, f"process {os.getpid()} on {platform.node()}\n")
         try:
+            # Not in the locked file, which other processes cannot read on Windows.
+            write_text(self.owner, f"process {os.getpid()} on {platform.node()}\n")
             yield
         finally:
             self.owner.unlink(missing_ok=True)

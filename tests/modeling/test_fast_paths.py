@@ -211,6 +211,34 @@ def test_every_weight_that_changes_is_seen_by_the_next_token(how: str, steps: li
 
 
 @torch.no_grad()
+def test_another_head_in_the_middle_of_a_text_is_seen(
+    model: PHAForCausalLM, steps: list[int]
+) -> None:
+    ids, cache = tokens(1, T), model.new_cache()
+    model(ids[:, :8], past_key_values=cache)
+    model(ids[:, 8:9], past_key_values=cache)
+    model.lm_head = nn.Linear(32, 31, bias=False)
+    logits = model(ids[:, 9:10], past_key_values=cache).logits
+    assert_same(logits, model(ids[:, :10]).logits[:, -1:])
+    assert len(steps) == 2
+
+
+@torch.no_grad()
+def test_a_window_from_the_middle_of_a_text_on_is_seen(
+    model: PHAForCausalLM, steps: list[int]
+) -> None:
+    ids, cache = tokens(1, T), model.new_cache()
+    model(ids[:, :8], past_key_values=cache)
+    model(ids[:, 8:9], past_key_values=cache)
+    model.config.attention_window, same = 3, copy.deepcopy(cache)
+    logits = model(ids[:, 9:10], past_key_values=cache).logits
+    with torch.enable_grad():
+        expected = model(ids[:, 9:10], past_key_values=same).logits
+    assert_same(logits, expected.detach())
+    assert len(steps) == 1
+
+
+@torch.no_grad()
 def test_settings_that_change_are_seen(steps: list[int], model: PHAForCausalLM) -> None:
     ids = tokens(1, T)
     changes: list[Callable[[], None]] = [

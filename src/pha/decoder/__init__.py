@@ -62,18 +62,17 @@ def decode(
     if not nothing_intercepts() or type(ids) is not Tensor or ids.device.type != "cpu":
         return None
     cache, (batch, _) = adapter.cache, ids.shape
-    length = adapter.length()
-    if not isinstance(length, int) or length == 0:
+    length, config = adapter.length(), backbone.config
+    if not isinstance(length, int) or length == 0 or config.attention_window is not None:
         return None
     writer = _WRITERS.get(cache)
-    if cache not in _WRITERS or (writer is not None and not writer.serves(backbone, batch)):
+    if cache not in _WRITERS or (writer is not None and not writer.serves(backbone, head, batch)):
         decoder = make_decoder(backbone, head, batch)
-        writer = _WRITERS[cache] = None if decoder is None else _Writer(decoder, backbone)
+        writer = _WRITERS[cache] = None if decoder is None else _Writer(decoder, backbone, head)
     starts = _starts(attention_mask, batch, length + 1)
     if writer is None or starts is None or not writer.make_room(cache, length):
         return None
     states = writer.states(cache)
-    config = backbone.config
     if positions is None:
         positions = torch.full((1, 1), length)
     if states is None or positions.shape not in ((1, 1), (batch, 1)):
@@ -98,13 +97,15 @@ class _Writer:
     again.
     """
 
-    def __init__(self, decoder: Decoder, model: nn.Module) -> None:
-        self.decoder, self.model = decoder, weakref.ref(model)
+    def __init__(self, decoder: Decoder, body: nn.Module, head: nn.Module) -> None:
+        self.decoder, self.body, self.head = decoder, weakref.ref(body), weakref.ref(head)
         self.room: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def serves(self, model: nn.Module, batch: int) -> bool:
+    def serves(self, body: nn.Module, head: nn.Module, batch: int) -> bool:
         """Whether the instructions are for this model, as it is now, and so many sequences."""
-        return self.model() is model and self.decoder.batch == batch and self.decoder.is_valid()
+        if self.body() is not body or self.head() is not head or self.decoder.batch != batch:
+            return False
+        return self.decoder.is_valid()
 
     def make_room(self, cache: Cache, length: int) -> bool:
         """Have a place for one more key in every layer; false where that cannot be."""

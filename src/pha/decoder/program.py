@@ -72,7 +72,7 @@ class Past:
 def make_decoder(backbone: Backbone, head: nn.Module, batch: int) -> Decoder | None:
     """The instructions for B sequences, or None where the layers have to do it."""
     plain = Plain((backbone, head), FORWARDS, SETTINGS)
-    if batch > MOST_ROWS or not plain.holds() or backbone.config.attention_window is not None:
+    if batch > MOST_ROWS or not plain.holds():
         return None
     if any(type(m) is nn.Dropout and m.p > 0 and m.training for m in backbone.modules()):
         return None
