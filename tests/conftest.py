@@ -19,9 +19,11 @@ from pha.data import TokenStore, prepare
 torch.set_num_threads(1)
 # What `empty` returns is filled with NaN, so that nothing can read what it has not written.
 torch.use_deterministic_algorithms(True, warn_only=True)
-# Times vary too much between machines for a limit on each example.
-settings.register_profile("no-deadline", deadline=None)
-settings.load_profile("no-deadline")
+# The same examples each time, so that a red run can be run again; times vary too much between
+# machines for a limit on each. `--hypothesis-profile=search` looks at others.
+settings.register_profile("search", deadline=None)
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.load_profile("same")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

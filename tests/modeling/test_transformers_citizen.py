@@ -93,7 +93,7 @@ def test_any_split_with_a_static_cache_equals_the_whole(
     block: str, branches: tuple[str, ...], window: int | None, sizes: list[int]
 ) -> None:
     config = small_config(block=block, branches=list(branches), attention_window=window)
-    model = scrambled(config).requires_grad_(False)
+    model = scrambled(config).requires_grad_(False).double()
     ids = tokens(2, sum(sizes))
     cache = StaticCache(config=model.config, max_cache_len=80)
     logits, done = [], 0

@@ -27,9 +27,14 @@ WINDOW = 5
 
 
 @functools.cache
-def windowed(block: str, branches: tuple[str, ...], window: int | None = WINDOW) -> PHAForCausalLM:
+def windowed(
+    block: str,
+    branches: tuple[str, ...],
+    window: int | None = WINDOW,
+    dtype: torch.dtype = torch.float32,
+) -> PHAForCausalLM:
     config = small_config(block=block, branches=list(branches), attention_window=window)
-    return scrambled(config).requires_grad_(False)
+    return scrambled(config).requires_grad_(False).to(dtype)
 
 
 def in_pieces(model: PHAForCausalLM, ids: Tensor, sizes: list[int], **kwargs: Tensor) -> Tensor:
@@ -73,7 +78,7 @@ def test_a_window_of_the_whole_length_is_none(block: str, branches: tuple[str, .
 def test_any_split_equals_the_whole(
     block: str, branches: tuple[str, ...], sizes: list[int]
 ) -> None:
-    model = windowed(block, branches)
+    model = windowed(block, branches, dtype=torch.float64)
     ids = tokens(2, sum(sizes))
     assert_same(in_pieces(model, ids, sizes), model(ids).logits)
 
