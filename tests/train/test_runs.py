@@ -342,7 +342,7 @@ def test_init_from_starts_from_its_weights(
     first = train_small("first", run__steps=40, run__evaluate_every=40)
     train_small("second", run__init_from=str(tmp_path / "first"), run__steps=1)
     start_loss = RunFolder(tmp_path / "second").read_metrics().train[0].loss
-    assert start_loss < first["evaluations"][0]["loss"] + 0.3
+    assert start_loss < first.evaluations[0].loss + 0.3
     other = prepare(str(text_folder), "bpe:280", tmp_path / "bpe")
     with pytest.raises(PHAError, match="tokenizer"):
         train_small("third", run__init_from=str(tmp_path / "first"), data__store=str(other.path))
@@ -415,8 +415,8 @@ def test_bf16_trains_close_to_fp32(train_small: Train) -> None:
     changes = {"run__steps": 30, "run__evaluate_every": 30, "model__dropout": 0.0}
     full = train_small("fp32", **changes)
     half = train_small("bf16", run__precision="bf16", **changes)
-    assert half["provenance"]["precision"] == "bf16"
-    losses = [r["evaluations"][0]["loss"] for r in (full, half)]
+    assert half.provenance["precision"] == "bf16"
+    losses = [r.evaluations[0].loss for r in (full, half)]
     assert losses[1] == pytest.approx(losses[0], abs=0.05)
 
 
