@@ -156,7 +156,7 @@ def test_mixing_shows_layers_and_time(pha: Callable[..., str], run: Path) -> Non
     assert "attention" in pha("mixing", run)
     content = json.loads(pha("mixing", run, "--json"))
     assert len(content["final"]) == 2
-    assert [r.step for r in content["over_time"]] == [0, 4, 8]
+    assert [r["step"] for r in content["over_time"]] == [0, 4, 8]
     for layer in content["final"]:
         assert sum(layer["weights"].values()) == pytest.approx(1, abs=1e-6)
 
