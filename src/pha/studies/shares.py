@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pha.report.collect import Run
-from pha.report.formats import Section, TextTable
+from pha.report.tables import Section, TextTable
 from pha.studies.outcome import Outcome
 from pha.studies.published import Published, find_published
 from pha.studies.sandwich import LAST, Contrast, Layers, sandwich, settled, tell
