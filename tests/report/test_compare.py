@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pha.report.collect import collect
-from pha.report.compare import comparisons, limits, main_split, warnings
+from pha.report.compare import Best, comparisons, limits, main_split, warnings
 from tests.report.conftest import train_records
 
 
@@ -20,7 +20,7 @@ def best_cells(runs) -> dict[str, list[str]]:
     """Measure -> labels of the runs with the emphasised value."""
     table = comparisons(runs)[0]
     return {
-        measure.name: [row.run.label for row, cells in table.rows if cells[index].best]
+        measure.name: [row.run.label for row, cells in table.rows if isinstance(cells[index], Best)]
         for index, measure in enumerate(table.measures)
     }
 
@@ -133,7 +133,7 @@ def test_figures_from_training_are_marked_and_not_ranked(make_run, change):
     assert validation.split == "validation"
     assert [row.remark for row, _ in validation.rows] == ["during training, step 400"] * 2
     assert not any(
-        cell.best
+        isinstance(cell, Best)
         for _, cells in validation.rows
         for cell, measure in zip(cells, validation.measures, strict=True)
         if measure.basis in ("tokenizer", "data")

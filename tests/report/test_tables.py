@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from pha.report.collect import collect
+from pha.report.compare import Best
 from pha.report.tables import (
-    Best,
     Section,
     TextTable,
     mixing_history_table,

@@ -50,12 +50,10 @@ class Row:
     remark: str = ""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A printed value, and whether it is the best of its measure."""
+class Best(str):
+    """A printed value that is the best of those beside it."""
 
-    text: str
-    best: bool
+    best = True
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Comparison:
 
     split: str
     measures: list[Measure]
-    rows: list[tuple[Row, list[Cell]]]
+    rows: list[tuple[Row, list[str]]]
 
 
 def _score(name: str) -> Callable[[Row], float | None]:
@@ -106,14 +104,12 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
         rows = [row_of(index, run, split) for index, run in enumerate(runs)]
         if split != main:
             rows = [row for row in rows if row.scores is not None]
-        best = [_best(measure, rows) for measure in measures]
-        cells = [
-            [
-                Cell(measure.show(measure.value(row)), row.index in winners)
-                for measure, winners in zip(measures, best, strict=True)
-            ]
-            for row in rows
-        ]
+        cells: list[list[str]] = [[] for _ in rows]
+        for measure in measures:
+            winners = _best(measure, rows)
+            for row, line in zip(rows, cells, strict=True):
+                shown = measure.show(measure.value(row))
+                line.append(Best(shown) if row.index in winners else shown)
         tables.append(Comparison(split, measures, list(zip(rows, cells, strict=True))))
     return tables
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pha.report.collect import Run
-from pha.report.compare import comparisons
+from pha.report.compare import Best, comparisons
 from pha.report.figures import branch_names, mean_share, shares_of
 from pha.results import LayerMixing, MixingRecord, RunResult
 from pha.utils.text import DASH, percent, perplexity
@@ -40,10 +40,6 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
 }
-
-
-class Best(str):
-    """A cell in bold: the best of those beside it."""
 
 
 @dataclass(frozen=True)
@@ -190,10 +186,10 @@ def _tex(text: str) -> str:
 def results_table(results: Sequence[RunResult]) -> TextTable:
     """Runs side by side, a column each; the best of each row in bold where they may be ranked."""
     comparison = comparisons([Run.of(result) for result in results])[0]
-    rows = []
-    for index, measure in enumerate(comparison.measures):
-        cells = [cells[index] for _, cells in comparison.rows]
-        rows.append([measure.name, *(Best(c.text) if c.best else c.text for c in cells)])
+    rows = [
+        [measure.name, *(cells[index] for _, cells in comparison.rows)]
+        for index, measure in enumerate(comparison.measures)
+    ]
     for name in ("best checkpoint", "average"):
         if any(len(result.candidates) > 1 for result in results):
             rows.append([f"perplexity, {name}", *(_of_candidate(each, name) for each in results)])
