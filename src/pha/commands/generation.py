@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from pha.evals.generation import Continuation, Speed
 
 _DETAIL = """\
-One text is printed as it grows; several, when their batch is done. --json and --out give one JSON
-object a line. Tokens per second go to standard error: prompts and decoding apart, with the bytes of
-weights that decoding read per second.
+One text is printed as it grows, or with --stop when it is done; several, when their batch is done.
+--json and --out give one JSON object a line. Tokens per second go to standard error: prompts and
+decoding apart, with the bytes of weights that decoding read per second.
 
 One seed gives one text for a prompt, whatever else is in the batch.
 """

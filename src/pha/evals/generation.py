@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
     TemperatureLogitsWarper,
     TextStreamer,
     TopPLogitsWarper,
@@ -150,6 +151,18 @@ def draws(keys: Sequence[Sequence[int]], sampling: Sampling) -> LogitsProcessorL
     )
 
 
+class _Stop(StopStringCriteria):
+    """Ends a row at a stop string in its new text; transformers' own also looks at the prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str], start: int) -> None:
+        super().__init__(tokenizer, list(stop))
+        self.start = start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        ended: Tensor = super().__call__(input_ids[:, self.start :], scores)
+        return ended
+
+
 @dataclass
 class _Clock(StoppingCriteria):
     """Stops nothing; notes when each step was done."""
@@ -279,6 +292,9 @@ def _continue(
     mask = pad_sequence([torch.ones_like(p) for p in prompts], True, 0, "left")
     keys = [[sampling.seed, request.sample, *request.ids] for request in batch]
     clock = _Clock()
+    criteria = StoppingCriteriaList([clock])
+    if sampling.stop:
+        criteria.append(_Stop(tokenizer, sampling.stop, ids.shape[1]))
     synchronise(model.device)
     begin = time.perf_counter()
     tokens = model.generate(
@@ -289,12 +305,10 @@ def _continue(
             do_sample=False,  # the largest is the choice
             eos_token_id=end,
             pad_token_id=pad,
-            stop_strings=list(sampling.stop) or None,
             prefill_chunk_size=piece or None,
         ),
         logits_processor=draws(keys, sampling),
-        stopping_criteria=StoppingCriteriaList([clock]),
-        tokenizer=tokenizer,
+        stopping_criteria=criteria,
         streamer=Writer(tokenizer, write) if write and not sampling.stop else None,
     )
     texts = [
