@@ -9,8 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from pha.evals.compare import BinDifference, Interval
-from pha.evals.paired import PairedComparison
+from pha.evals.compare import BinDifference, Interval, PairedComparison
 from pha.evals.perplexity import Evaluation
 from pha.report.paired import describe, paired_figure
 from pha.report.plots import LIGHT, to_svg

@@ -24,11 +24,8 @@ from pha.data.tokenizer import tokenizer_sha256
 from pha.loading import load_model
 from pha.model import ArchitectureConfig
 from pha.modeling import PHAConfig, PHAForCausalLM
-<<<<<<< HEAD
 from pha.ops import in_use
-=======
 from pha.results import RunResult
->>>>>>> results
 from pha.runs import RunFolder
 from pha.train.checkpoint import Progress
 from pha.train.config import TrainConfig
