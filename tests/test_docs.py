@@ -48,7 +48,7 @@ APPENDED = {
 SLOW = {
     "make demo": "pha demo --steps 2",
     "pha sweep": f"pha sweep pha-tiny.wikitext103 --data STORE --seeds 2 --out runs/table-2 {TINY}",
-    "pha study branches": f"pha study branches --data STORE --seeds 2 {TINY}",
+    "pha study branches": f"pha study branches --data STORE --seeds 1 {TINY}",
 }
 # And why the others are not run.
 NOT_RUN = {
