@@ -14,8 +14,8 @@ from pha.commands import VERBS
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.extras import remedy
 
-# Verbs that pass arguments of the form --section.key on to the recipe.
-OPEN = frozenset({"train", "sweep", "study"})
+# Verbs that pass further arguments on: --section.key to the recipe, or lm_eval's to lm_eval.
+OPEN = frozenset({"train", "sweep", "study", "harness"})
 
 ABOUT = """\
 The Parallel Hybrid Architecture: train, evaluate and study language models whose every layer runs a

@@ -10,8 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from pha.evals.compare import BinDifference, Interval
-from pha.evals.paired import PairedComparison
+from pha.evals.compare import BinDifference, Interval, PairedComparison
 from pha.report import charts
 from pha.report.plots import LIGHT, MUTED, save_picture, to_svg
 from pha.results import Evaluation

@@ -224,12 +224,9 @@ def test_a_process_that_is_killed_leaves_no_lock(train_small: Train, tmp_path: P
     train_small()
 
 
-@pytest.mark.parametrize("late", [False, True])
 def test_not_a_number_stops_with_a_name_and_keeps_the_checkpoint(
-    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if late:
-        monkeypatch.setattr(trainer_module.Trainer, "deferred", True)
     original = trainer_module.Trainer._step
 
     def poisoned(self: Any, number: int, rate: float) -> Any:
@@ -247,32 +244,10 @@ def test_not_a_number_stops_with_a_name_and_keeps_the_checkpoint(
     assert all(bool(value.isfinite().all()) for value in kept.values())
 
 
-@pytest.fixture
-def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train as on a GPU: the host hears of a bad step when the next one is due."""
-    monkeypatch.setattr(trainer_module.Trainer, "deferred", True)
-
-
-def test_hearing_of_steps_late_changes_nothing(
-    train_small: Train, tmp_path: Path, request: pytest.FixtureRequest
+@pytest.mark.parametrize("bad_step", [4, 7])
+def test_a_bad_step_updates_nothing(
+    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_step: int
 ) -> None:
-    train_small("asked")
-    request.getfixturevalue("deferred")
-    train_small("deferred")
-    asked, late = RunFolder(tmp_path / "asked"), RunFolder(tmp_path / "deferred")
-    assert_same_weights(asked.checkpoint(8), late.checkpoint(8))
-    assert timeless(asked) == timeless(late)
-
-
-@pytest.mark.parametrize("bad_step", [4, 6, 7])
-def test_a_bad_step_that_is_heard_of_late_updates_nothing(
-    train_small: Train,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    deferred: None,
-    bad_step: int,
-) -> None:
-    """Steps 4 and 6 are followed by another, and 7 by the end of the run."""
     original = trainer_module.Trainer._backward
     trainers, before = [], {}
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from pha.evals.paired import PairedComparison
+    from pha.evals.compare import PairedComparison
     from pha.evals.protocols import Protocol
     from pha.loading import LoadedModel
 
@@ -52,7 +52,7 @@ def compare(options: Namespace) -> None:
     from rich.progress import Progress
 
     from pha.data import TokenStore
-    from pha.evals.paired import compare_models
+    from pha.evals.compare import compare_models
     from pha.loading import load_model
     from pha.utils.hardware import choose_precision, default_device, provenance
 

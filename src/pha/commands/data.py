@@ -60,9 +60,6 @@ def add_prepare(verb: AddVerb) -> None:
     sub.add_argument(
         "--split-seed", type=int, metavar="N", help="of the hash that splits documents (0)"
     )
-    sub.add_argument(
-        "--workers", type=int, metavar="N", help="processes that encode (all usable cores)"
-    )
     sub.add_argument("--json", action="store_true", help="print the store's facts as JSON")
 
 
@@ -81,7 +78,6 @@ def prepare(options: Namespace) -> None:
             options.out,
             separator=options.separator,
             options=SourceOptions(options.text_field, options.holdout, options.split_seed),
-            workers=options.workers,
             progress=display,
         )
     effort = _effort(store, time.monotonic() - begin)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
 
 from pha.commands.common import AddVerb, console_for, print_json
-from pha.utils.errors import PHAError
 
 _EXPORT = """\
 The folder loads with transformers' AutoModelForCausalLM and AutoTokenizer after
@@ -19,8 +16,10 @@ made.
 """
 
 _HARNESS = """\
-Needs `pip install 'pha[harness]'`. Tasks with local data (--lambada, --include-path) run without a
-network; the harness's own fetch theirs from the Hugging Face Hub. No code is fetched.
+Needs `pip install 'pha[harness]'`. All further options are those of `lm_eval run`, such as
+--tasks A,B, --include_path DIR, --limit N, --batch_size N and --output_path DIR. Sequences have at
+most 2048 tokens; --model_args max_length=N sets another length. Tasks with local data run without
+a network; the harness's own fetch theirs from the Hugging Face Hub. No code is fetched.
 """
 
 
@@ -90,92 +89,10 @@ def add_harness(verb: AddVerb) -> None:
     """The parser of its verb."""
     sub = verb("harness", harness, "tasks of EleutherAI's lm-evaluation-harness", _HARNESS)
     sub.add_argument("model", metavar="RUN_OR_MODEL", type=Path)
-    sub.add_argument("--tasks", metavar="A,B", default="", help="tasks or groups by name")
-    sub.add_argument(
-        "--lambada", metavar="FILE", type=Path, help="lambada_openai from this lambada_test.jsonl"
-    )
-    sub.add_argument(
-        "--include-path", metavar="DIR", type=Path, help="a folder with task definitions (YAML)"
-    )
-    sub.add_argument("--limit", metavar="N", type=int, help="only the first N documents of a task")
-    sub.add_argument("--num-fewshot", metavar="N", type=int, help="examples before each question")
-    sub.add_argument(
-        "--max-length", metavar="N", type=int, default=2048, help="tokens at most (2048)"
-    )
-    sub.add_argument(
-        "--batch-size", metavar="N", type=int, default=4, help="sequences at a time (4)"
-    )
-    sub.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="type of the weights (fp32)"
-    )
-    sub.add_argument("--out", metavar="FILE", type=Path, help="write JSON to FILE")
-    sub.add_argument("--json", action="store_true", help="print as JSON")
 
 
-def harness(options: Namespace) -> None:
+def harness(options: Namespace, arguments: Sequence[str]) -> None:
     """`pha harness`."""
-    from pha.evals.harness import require_harness, run_harness
-    from pha.loading import load_model
-    from pha.utils.files import write_json
-    from pha.utils.hardware import PRECISIONS, default_device, provenance
+    from pha.evals.harness import run_harness
 
-    require_harness()
-    tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
-    if not tasks and options.lambada is None:
-        raise PHAError("no task to run; name some with --tasks, or a file with --lambada")
-    if options.out is not None and options.out.is_dir():
-        raise PHAError(f"{options.out} is a folder: name the file to write")
-    device = default_device()
-    loaded = load_model(options.model, device, dtype=PRECISIONS[options.dtype])
-    result = run_harness(
-        loaded,
-        tasks,
-        lambada=options.lambada,
-        include_path=options.include_path,
-        limit=options.limit,
-        num_fewshot=options.num_fewshot,
-        max_length=options.max_length,
-        batch_size=options.batch_size,
-    )
-    record = {
-        "model": str(options.model),
-        **result,
-        "provenance": provenance(device, options.dtype),
-    }
-    if options.out is not None:
-        try:
-            write_json(options.out, record)
-        except OSError as error:
-            raise PHAError(
-                f"{options.out} cannot be written ({error.strerror or error})"
-            ) from error
-    if options.json:
-        print_json(record)
-    else:
-        console_for(options).print(_harness_table(result))
-
-
-def _harness_table(result: dict[str, Any]) -> Table:
-    limit = "" if result["limit"] is None else f", the first {result['limit']} documents only"
-    table = Table(
-        title=f"lm_eval {result['lm_eval']}, at most {result['max_length']} tokens{limit}"
-    )
-    table.add_column("task", no_wrap=True)
-    table.add_column("documents", justify="right")
-    table.add_column("metric", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    for task, values in result["tasks"].items():
-        documents = result["documents"].get(task)
-        for key, value in values.items():
-            metric, _, variant = key.partition(",")
-            if not isinstance(value, float | int) or metric.endswith("_stderr") or not variant:
-                continue
-            error = values.get(f"{metric}_stderr,{variant}")
-            shown = _figure(value) + (f" ± {_figure(error)}" if isinstance(error, float) else "")
-            name = metric if variant == "none" else f"{metric} ({variant})"
-            table.add_row(task, "" if documents is None else f"{documents:,}", name, shown)
-    return table
-
-
-def _figure(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
+    run_harness(options.model, arguments)

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pha.evals.compare import BinDifference, Interval
-    from pha.evals.paired import PairedComparison
+    from pha.evals.compare import BinDifference, Interval, PairedComparison
 
 # How a seed is drawn.
 _RING: dict[str, Any] = {

@@ -24,6 +24,7 @@ from pha.data.tokenizer import tokenizer_sha256
 from pha.loading import load_model
 from pha.model import ArchitectureConfig
 from pha.modeling import PHAConfig, PHAForCausalLM
+from pha.ops import in_use
 from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train.checkpoint import Progress
@@ -160,6 +161,7 @@ def describe_plan(config: TrainConfig, plan: Plan, device: torch.device) -> list
         f"memory     {memory(plan.weights_bytes)} for weights, gradients and moments, "
         f"{memory(plan.activation_bytes)} for a micro-batch; {memory(plan.free_bytes)} free",
         f"work       {count(plan.flops)}FLOP (6 x parameters x tokens)",
+        "ops        " + ", ".join(f"{op} {what}" for op, what in in_use(device.type).items()),
         f"time       about {duration(plan.seconds)} if 40% of that rate is reached",
     ]
 
