@@ -24,9 +24,10 @@ import numpy as np
 from pha.data.store import TokenStore
 from pha.data.tokenizer import tokenizer_sha256
 from pha.evals.kinds import Bins, divisions
-from pha.evals.perplexity import Evaluation, token_losses
+from pha.evals.perplexity import token_losses
 from pha.evals.protocols import Protocol
 from pha.loading import LoadedModel
+from pha.results import Evaluation
 from pha.utils.errors import PHAError
 
 BLOCK_TOKENS = 2048

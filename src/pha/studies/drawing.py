@@ -7,9 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pha.report import plots
-from pha.report.dots import save_picture
-from pha.report.study_plots import (
+from pha.report import figures
+from pha.report.charts import (
     Estimate,
     Point,
     Rate,
@@ -17,6 +16,7 @@ from pha.report.study_plots import (
     estimates,
     over_settings,
 )
+from pha.report.plots import save_picture
 from pha.studies.measures import MEASURES
 from pha.studies.outcome import MAIN, Outcome, Row
 from pha.studies.published import find_published
@@ -108,20 +108,19 @@ def _curves(outcome: Outcome) -> Figure | None:
         by_tokens: dict[float, list[float]] = {}
         runs = row.runs()
         for run in runs:
-            for point in run.evals:
-                loss = point.scores.loss
-                if point.split == "validation" and point.tokens and loss is not None:
-                    by_tokens.setdefault(point.tokens, []).append(loss)
+            for record in run.metrics.eval:
+                if record.split == "validation" and record.tokens and math.isfinite(record.loss):
+                    by_tokens.setdefault(record.tokens, []).append(record.loss)
         mean = [
             (x, math.fsum(losses) / len(losses))
             for x, losses in sorted(by_tokens.items())
             if len(losses) == len(runs)
         ]
         if mean:
-            series.append(plots.Series(row.variant.label, mean, index))
+            series.append(figures.Series(row.variant.label, mean, index))
     if not series:
         return None
-    return plots.learning_curves(series, "tokens", "validation loss (nats per token)")
+    return figures.learning_curves(series, "tokens", "validation loss (nats per token)")
 
 
 def _settings(outcome: Outcome) -> Figure | None:
@@ -147,7 +146,7 @@ def _shares(outcome: Outcome) -> Figure | None:
         {name: math.fsum(run[i][name] for run in runs) / len(runs) for name in layer}
         for i, layer in enumerate(runs[0])
     ]
-    return plots.mixing_heat_map(layers, 0)
+    return figures.mixing_heat_map(layers, 0)
 
 
 _DRAW: dict[str, Callable[[Outcome], Figure | None]] = {

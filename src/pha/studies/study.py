@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pha.report.formats import TextTable
+from pha.report.tables import TextTable
 from pha.studies import efficiency, shares
 from pha.studies.cluster import run_on_cluster
 from pha.studies.definition import Scale, Study
@@ -141,8 +141,6 @@ def tell(
     """Print tables and sentences."""
     console.print(study.question, highlight=False, markup=False)
     for table in tables:
-        for part in table.to_rich(console.width):
-            console.print(part)
-        console.print("\n".join(table.below), highlight=False, markup=False)
+        console.print(table)
     for sentence in sentences:
         console.print(f"- {sentence}", highlight=False, markup=False)

@@ -14,7 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pha.report.dots import Dots, dot_plot, save_picture
+from pha.report.charts import Rate, over_settings
+from pha.report.plots import save_picture
 from pha.studies.jobs import Job, run_jobs
 from pha.studies.statistics import Summary, summarise
 from pha.utils.errors import PHAError
@@ -164,7 +165,7 @@ def run_sweep(
     series = _dots(rows, axes)
     if series:
         label = axes[0].key if axes else "seed"
-        figure = dot_plot(series, label, "validation perplexity")
+        figure = over_settings(series, label, "validation perplexity")
         save_picture(figure, out / "sweep", f"{recipe}: validation perplexity over {label}")
     return content
 
@@ -191,7 +192,7 @@ def _row(point: Point, outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "run": str(job.out),
             "status": outcome["status"],
             "step": outcome.get("step"),
-            "result": outcome.get("result"),
+            "result": outcome["result"].to_dict() if "result" in outcome else None,
         }
         for job, outcome in zip(point.jobs, outcomes, strict=True)
     ]
@@ -256,7 +257,7 @@ def _words(settings: dict[str, str]) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items()) or "as in the recipe"
 
 
-def _dots(rows: Sequence[dict[str, Any]], axes: Sequence[Axis]) -> list[Dots]:
+def _dots(rows: Sequence[dict[str, Any]], axes: Sequence[Axis]) -> list[Rate]:
     """A series for each combination of all axes but the first, whose values are the places."""
     series: dict[str, dict[str, list[float]]] = {}
     for row in rows:
@@ -266,4 +267,4 @@ def _dots(rows: Sequence[dict[str, Any]], axes: Sequence[Axis]) -> list[Dots]:
         if found:
             place = values[0] if values else "all"
             series.setdefault(name, {})[place] = [measures(each)["validation"] for each in found]
-    return [Dots(name, places) for name, places in series.items()]
+    return [Rate(name, places, {}) for name, places in series.items()]
