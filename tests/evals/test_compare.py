@@ -26,11 +26,10 @@ from pha.evals.compare import (
     grown_block,
     mean_interval,
     neighbour_correlation,
-    steepest,
 )
-from pha.evals.kinds import Bins
 from pha.evals.perplexity import evaluate, token_losses
 from pha.evals.protocols import Protocol
+from pha.evals.where import Bins
 from pha.loading import LoadedModel
 from pha.utils.errors import PHAError
 from tests.modeling.common import scrambled, small_config
@@ -188,13 +187,6 @@ def test_break_down_by_loops() -> None:
     assert found[3].difference.half_width is None
 
 
-def test_steepest_stretch_by_a_loop() -> None:
-    values = np.random.default_rng(10).standard_normal(200)
-    sums = [values[i : i + 16].sum() for i in range(185)]
-    assert steepest(values, 16) == int(np.argmax(sums))
-    assert steepest(values[:5], 16) == 0
-
-
 @pytest.fixture(scope="module")
 def other() -> LoadedModel:
     """Another model of bytes: the writer's shape with attention alone."""
@@ -271,23 +263,6 @@ def test_bins_hold_every_token(result: PairedComparison, store: TokenStore) -> N
         assert sum(b.difference.tokens for b in bins) == store.counts("test").tokens - 1
         total = math.fsum(b.share * b.difference.mean for b in bins)
         assert total == pytest.approx(result.difference.mean, abs=1e-9)
-
-
-def test_passages_are_where_the_text_says(result: PairedComparison, store: TokenStore) -> None:
-    assert {p.better for p in result.passages} <= {"A", "B"}
-    assert result.passages
-    tokens = store.tokens("test")
-    for passage in result.passages:
-        sign = -1 if passage.better == "A" else 1
-        assert sign * passage.difference > 0
-        assert sign * passage.excerpt_difference >= sign * passage.difference - 1e-9
-        last = passage.first_token + passage.tokens
-        text = bytes(tokens[passage.first_token : last].tolist()).decode()
-        assert passage.excerpt in text
-        assert passage.excerpt
-    for name, sign in (("A", 1), ("B", -1)):
-        gaps = [sign * p.difference for p in result.passages if p.better == name]
-        assert gaps == sorted(gaps)
 
 
 def with_interval(result: PairedComparison, mean: float, width: float) -> PairedComparison:

@@ -86,6 +86,7 @@ def test_the_last_window_of_the_harness_is_as_long_as_the_others(
     assert abs(sum(whole + nats(writer, ids[-9:], 8)) - expected) > 0.01
 
 
+@pytest.mark.slow
 def test_the_task_of_the_docs_agrees_with_a_count_by_hand(
     lm_eval: Any,
     writer: LoadedModel,

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from pha.data import TokenStore
-from pha.evals.kinds import context_starts
 from pha.evals.perplexity import evaluate, token_losses
 from pha.evals.protocols import Protocol
+from pha.evals.where import context_starts
 from pha.loading import LoadedModel
 from pha.modeling import PHAForCausalLM
 from pha.utils.errors import PHAError

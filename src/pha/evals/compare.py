@@ -23,16 +23,15 @@ import numpy as np
 
 from pha.data.store import TokenStore
 from pha.data.tokenizer import tokenizer_sha256
-from pha.evals.kinds import Bins, divisions
-from pha.evals.perplexity import Evaluation, token_losses
+from pha.evals.perplexity import token_losses
 from pha.evals.protocols import Protocol
+from pha.evals.where import Bins, Passage, divisions, passages
 from pha.loading import LoadedModel
+from pha.results import Evaluation
 from pha.utils.errors import PHAError
 
 BLOCK_TOKENS = 2048
 MIN_BLOCKS = 20
-PASSAGES = 5
-EXCERPT_TOKENS = 64
 
 _RESAMPLES = 9999
 _RESAMPLED_VALUES = 1 << 22  # drawn at a time, 8 bytes each
@@ -87,27 +86,6 @@ class BinDifference:
     loss_a: float
     loss_b: float
     difference: Interval
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A block where the models differ much, with its most telling stretch.
-
-    Attributes:
-        better: `A` or `B`.
-        first_token: of the block, its place in the split.
-        tokens: of the block.
-        difference: mean of A - B over the block, nats per token.
-        excerpt: text of the stretch in it with the largest difference.
-        excerpt_difference: mean of A - B over that stretch.
-    """
-
-    better: str
-    first_token: int
-    tokens: int
-    difference: float
-    excerpt: str
-    excerpt_difference: float
 
 
 @dataclass(frozen=True)
@@ -273,7 +251,7 @@ def compare_models(
             bins.name: break_down(losses[0], losses[1], blocks, bins)
             for bins in divisions(store, split, protocol)
         },
-        _passages(store.tokens(split), difference, blocks, a.tokenizer),
+        passages(store.tokens(split), difference, counts, a.tokenizer),
     )
 
 
@@ -389,33 +367,6 @@ def break_down(a: np.ndarray, b: np.ndarray, blocks: np.ndarray, bins: Bins) -> 
                 )
             )
     return found
-
-
-def _passages(
-    tokens: np.ndarray, difference: np.ndarray, blocks: np.ndarray, tokenizer: Any
-) -> list[Passage]:
-    """The blocks with the largest differences, those where A is better first."""
-    found = []
-    sums, counts = block_sums(difference, blocks)
-    edges, means = np.append(0, np.cumsum(counts)), sums / counts
-    for better, sign in (("A", -1.0), ("B", 1.0)):
-        for number in np.argsort(-sign * means, kind="stable")[:PASSAGES]:
-            if sign * means[number] <= 0:
-                break
-            first, last = int(edges[number]), int(edges[number + 1])
-            start = first + steepest(sign * difference[first:last], EXCERPT_TOKENS)
-            end = min(start + EXCERPT_TOKENS, last)
-            # Entry i of the differences is of token i + 1.
-            text = tokenizer.decode(tokens[start + 1 : end + 1].tolist()).strip("\ufffd")
-            mean, telling = float(means[number]), float(difference[start:end].mean())
-            found.append(Passage(better, first + 1, last - first, mean, text, telling))
-    return found
-
-
-def steepest(values: np.ndarray, width: int) -> int:
-    """Start of the stretch of `width` values (or all, if fewer) with the largest sum."""
-    stretches = np.lib.stride_tricks.sliding_window_view(values, min(width, len(values)))
-    return int(stretches.sum(axis=1).argmax())
 
 
 def _digits(gap: float, width: float | None) -> str:

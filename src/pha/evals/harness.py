@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pha.loading import model_folder
-from pha.utils.errors import PHAError
 
 MAX_LENGTH = 2048
 
@@ -35,14 +34,10 @@ def run_harness(model: Path, arguments: Sequence[str]) -> None:
     """Run `harness_command` in this process.
 
     Raises:
-        PHAError: no lm_eval here, or no such model.
+        PHAError: no such model.
     """
-    try:
-        from lm_eval.__main__ import cli_evaluate
-    except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
-            raise
-        raise PHAError("lm_eval is not installed; run `pip install 'pha[harness]'`") from error
+    from lm_eval.__main__ import cli_evaluate
+
     from pha import modeling  # noqa: F401 - makes the model known to transformers
 
     sys.argv = harness_command(model, arguments)

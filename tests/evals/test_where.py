@@ -1,4 +1,4 @@
-"""Kinds of token, against loops."""
+"""Kinds of token and passages, against loops."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from pha.data import TokenStore
-from pha.evals.kinds import context_bins, context_starts, frequency_bins, recall_bins
 from pha.evals.protocols import Protocol
+from pha.evals.where import context_bins, context_starts, frequency_bins, passages, recall_bins
+from pha.loading import LoadedModel
 
 STARTS = np.array([0, 40, 41, 100, 777], dtype=np.int64)
 
@@ -72,3 +73,26 @@ def test_contexts_by_hand(
     found = context_starts(store, "test", Protocol(length, stride, packed))
     total = store.counts("test").tokens
     assert found.tolist() == windows_by_hand(total, length, stride, STARTS if packed else None)
+
+
+def test_passages_are_the_blocks_that_differ_most(writer: LoadedModel) -> None:
+    rng = np.random.default_rng(11)
+    counts = np.array([*rng.integers(30, 200, 14), 90])  # some shorter than an excerpt
+    tokens = rng.integers(97, 123, counts.sum() + 1)
+    difference = rng.standard_normal(counts.sum())
+    blocks = np.split(difference, np.cumsum(counts)[:-1])
+    found = passages(tokens, difference, counts, writer.tokenizer)
+    means = sorted(float(block.mean()) for block in blocks)
+    for name, sign, expected in (("A", -1, means), ("B", 1, means[::-1])):
+        each = [passage for passage in found if passage.better == name]
+        expected = [mean for mean in expected if sign * mean > 0][:5]
+        assert [p.difference for p in each] == pytest.approx(expected)
+        for passage in each:
+            first = passage.first_token - 1  # entry i of the differences is of token i + 1
+            block = difference[first : first + passage.tokens]
+            width = min(64, len(block))
+            stretches = [block[i : i + width].mean() for i in range(len(block) - width + 1)]
+            best = int(np.argmax(sign * np.array(stretches)))
+            assert passage.excerpt_difference == pytest.approx(stretches[best])
+            start = passage.first_token + best
+            assert passage.excerpt == bytes(tokens[start : start + width].tolist()).decode()

@@ -1,9 +1,10 @@
-"""Kinds of token that a comparison looks at one by one: by context, frequency and recall."""
+"""Where two models differ: kinds of token by context, frequency and recall, and passages."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from pha.evals.protocols import Protocol
 RECENT_TOKENS = 64
 POSITION_BINS = 8
 RANK_BOUNDS = (10, 100, 1000, 10_000)
+PASSAGES = 5
+EXCERPT_TOKENS = 64
 
 _COUNTED_TOKENS = 1 << 22  # at a time
 
@@ -30,6 +33,27 @@ class Bins(NamedTuple):
     name: str
     labels: Sequence[str]
     members: np.ndarray
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A block where the models differ much, with its most telling stretch.
+
+    Attributes:
+        better: `A` or `B`.
+        first_token: of the block, its place in the split.
+        tokens: of the block.
+        difference: mean of A - B over the block, nats per token.
+        excerpt: text of the stretch in it with the largest difference.
+        excerpt_difference: mean of A - B over that stretch.
+    """
+
+    better: str
+    first_token: int
+    tokens: int
+    difference: float
+    excerpt: str
+    excerpt_difference: float
 
 
 def divisions(store: TokenStore, split: str, protocol: Protocol) -> tuple[Bins, ...]:
@@ -119,3 +143,32 @@ def _ranges(last: Sequence[int] | np.ndarray) -> list[str]:
     """`1–10`, `11–100`, ...: names of ranges that follow one another, by their last numbers."""
     first = [1, *(int(number) + 1 for number in last[:-1])]
     return [f"{a:,}" if a == b else f"{a:,}\u2013{b:,}" for a, b in zip(first, last, strict=True)]
+
+
+def passages(
+    tokens: np.ndarray, difference: np.ndarray, counts: np.ndarray, tokenizer: Any
+) -> list[Passage]:
+    """The blocks with the largest differences, those where A is better first.
+
+    Args:
+        tokens: (N,) token ids.
+        difference: (N - 1,) loss of A less that of B; entry i is of token i + 1.
+        counts: (blocks,) tokens of each block.
+        tokenizer: that made the ids.
+    """
+    edges = np.append(0, np.cumsum(counts))
+    means = np.add.reduceat(difference, edges[:-1]) / counts
+    found = []
+    for better, sign in (("A", -1), ("B", 1)):
+        for number in np.argsort(-sign * means, kind="stable")[:PASSAGES]:
+            if sign * means[number] <= 0:
+                break
+            first, last = int(edges[number]), int(edges[number + 1])
+            width = min(EXCERPT_TOKENS, last - first)
+            stretches = np.lib.stride_tricks.sliding_window_view(difference[first:last], width)
+            start = first + int((sign * stretches.sum(axis=1)).argmax())
+            end = start + width
+            text = tokenizer.decode(tokens[start + 1 : end + 1].tolist()).strip("\ufffd")
+            mean, telling = float(means[number]), float(difference[start:end].mean())
+            found.append(Passage(better, first + 1, last - first, mean, text, telling))
+    return found
