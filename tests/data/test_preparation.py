@@ -211,8 +211,6 @@ def test_long_documents_are_stored_in_order(split_folder: Path, tmp_path: Path) 
     assert tokens[tokens < 256].astype(np.uint8).tobytes() == whole
     assert np.flatnonzero(tokens == 256).tolist() == [len(text), len(whole) + 1]
     assert store.document_starts("train").tolist() == [0, len(text) + 1]
-    assert store.counts("train").words == 300_000 + 100
-    assert store.counts("train").lines == whole.count(b"\n")
 
 
 def test_bpe_is_trained_on_the_train_split(split_folder: Path, tmp_path: Path) -> None:

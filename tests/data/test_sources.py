@@ -160,12 +160,6 @@ def test_text_file_too_short_to_cut(tmp_path: Path, text: str, refuses) -> None:
         open_source(str(path))
 
 
-def test_text_that_is_not_utf8(split_folder: Path, refuses) -> None:
-    (split_folder / "valid.txt").write_bytes(b"caf\xe9")
-    with refuses("valid.txt", "UTF-8"):
-        texts(split_folder, "validation")
-
-
 def test_sources_that_are_not_there(tmp_path: Path, refuses) -> None:
     with refuses("no file or folder", "nowhere", "stdlib"):
         open_source(str(tmp_path / "nowhere"))
@@ -229,17 +223,6 @@ def test_stdlib_of_this_python() -> None:
     meter = Meter()
     assert sum(len(document.text) for document in source.documents("train", meter)) > 4_000_000
     assert meter.done == meter.total
-
-
-def test_identity_changes_with_the_files(split_folder: Path) -> None:
-    first = open_source(str(split_folder)).identity
-    assert open_source(str(split_folder)).identity == first
-    with (split_folder / "test.txt").open("a") as file:
-        file.write("!")
-    second = open_source(str(split_folder)).identity
-    (split_folder / "test.txt").unlink()
-    third = open_source(str(split_folder)).identity
-    assert len({first, second, third}) == 3
 
 
 def test_importing_the_package_is_light() -> None:
