@@ -15,7 +15,7 @@ from rich.console import Console
 from pha.cli import main
 from pha.data import PreparationState, TokenStore
 from pha.data.display import PreparationDisplay, describe_state
-from tests.data.common import write_hub, write_records
+from tests.data.common import write_records
 
 TEXTS = [f"text number {number}\nof many\n" for number in range(400)]
 
@@ -97,17 +97,6 @@ def test_the_documented_check_of_a_split(
     exec(program, {})
     expected = TokenStore.open(tmp_path / "store").describe()["split"]["sha256"]
     assert capsys.readouterr().out == expected + "\n"
-
-
-def test_a_pattern_and_a_folder_of_the_hubs_layout(pha: Callable[..., str], tmp_path: Path) -> None:
-    write_records(tmp_path / "a" / "one.jsonl.gz", TEXTS[:200])
-    write_records(tmp_path / "b" / "two.jsonl.gz", TEXTS[200:])
-    folder = write_hub(tmp_path / "hub", "plain_text", {"train": TEXTS})
-    words = ["--tokenizer", "bytes", "--json", "--holdout", "0.05", "--out"]
-    first = json.loads(pha(tmp_path / "**" / "*.jsonl.gz", *words, tmp_path / "s1"))
-    second = json.loads(pha(f"hf:{folder}:plain_text", *words, tmp_path / "s2"))
-    assert first["counts"] == second["counts"]
-    assert first["split"] == second["split"]
 
 
 @pytest.mark.parametrize(
