@@ -51,12 +51,6 @@ def test_the_split_follows_seed_and_holdout_and_not_the_format(tmp_path: Path) -
     assert len(test) > 30
 
 
-def test_equal_texts_share_a_split(tmp_path: Path) -> None:
-    path = write_records(tmp_path / "rows.jsonl", TEXTS * 2)
-    splits = [document.split for document in read(path)]
-    assert splits[:300] == splits[300:]
-
-
 @pytest.mark.parametrize("suffix", RECORDS)
 def test_files_named_for_splits_in_parts(tmp_path: Path, suffix: str) -> None:
     parts = ["train", "train-2", "train-10", "valid", "test-00000-of-00002", "test-00001-of-00002"]
@@ -140,10 +134,11 @@ def test_patterns(tmp_path: Path, refuses, monkeypatch: pytest.MonkeyPatch) -> N
         read(tmp_path / "b" / "*.jsonl")
 
 
-def test_a_path_with_a_star_in_its_name_is_a_path(tmp_path: Path) -> None:
-    write_records(tmp_path / "rows*.jsonl", TEXTS[:20])
-    write_records(tmp_path / "rows2.jsonl", TEXTS[20:40])
-    assert len(read(tmp_path / "rows*.jsonl")) == 20
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_path_with_a_star_in_its_name_is_a_path(tmp_path: Path, suffix: str) -> None:
+    write_records(tmp_path / f"rows[2]*{suffix}", TEXTS[:20])
+    write_records(tmp_path / f"rows2{suffix}", TEXTS[20:40])
+    assert len(read(tmp_path / f"rows[2]*{suffix}")) == 20
 
 
 def test_folders_that_leave_open_what_is_meant(tmp_path: Path, refuses) -> None:
@@ -207,13 +202,3 @@ def test_meter_runs_from_nothing_to_all(tmp_path: Path) -> None:
     assert done == sorted(done)
     assert meter.done == meter.total
     assert meter.total == sum(path.stat().st_size for path in tmp_path.iterdir())
-
-
-@pytest.mark.shared_data
-def test_books_are_three_splits(shared_data: Path) -> None:
-    source = open_source(str(shared_data / "books"))
-    assert source.splits == SPLITS
-    assert not source.joins_documents
-    names = "train.jsonl.xz, train-2.jsonl.xz, train-3.jsonl.xz, valid.jsonl.xz, test.jsonl.xz"
-    assert source.description == f"folder books: {names}"
-    assert next(len(d.text) for d in source.documents("validation")) > 1_000_000

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pha.data import SPLITS, Counts, PreparationState, TokenStore, cached_store, prepare
+from pha.data import SPLITS, PreparationState, TokenStore, cached_store, prepare
 from pha.data.encoding import byte_vocabulary
 from pha.data.sources import open_source
-from pha.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_sha256
+from pha.data.tokenizer import load_tokenizer, tokenizer_sha256
 from tests.data.common import write_records
 
 WORDS = "the state of the café is a state <|endoftext|>\n\n  of 中 😀 states, it's said "
@@ -170,25 +170,6 @@ def test_a_killed_preparation_is_cleaned_up_by_the_next(
     assert {path.name for path in out.parent.iterdir()} == {"store", *others}
 
 
-def test_documents_end_with_end_of_text(document_folder: Path, tmp_path: Path) -> None:
-    (document_folder / "doc-72.txt").write_text(f"é {END_OF_TEXT}\n")
-    store = prepare(str(document_folder), "bytes", tmp_path / "store")
-    assert store.tokens("validation").tolist() == [*f"é {END_OF_TEXT}\n".encode(), 256]
-    assert store.counts("validation") == Counts(tokens=18, documents=1, words=2, lines=1, bytes=17)
-    train = store.tokens("train")
-    starts = store.document_starts("train")
-    assert starts.dtype == np.int64
-    ends = np.flatnonzero(train == 256)
-    assert starts.tolist() == [0, *(ends[:-1] + 1)]
-    assert ends[-1] == len(train) - 1
-    counts = store.counts("train")
-    assert counts.documents == len(starts)
-    assert counts.tokens == counts.bytes + counts.documents
-    texts = [document.text for document in open_source(str(document_folder)).documents("train")]
-    stored = [train[start:end].tolist() for start, end in zip(starts, ends, strict=True)]
-    assert stored == [list(text.encode()) for text in texts]
-
-
 def test_separator_can_be_chosen(
     document_folder: Path, split_folder: Path, tmp_path: Path, refuses
 ) -> None:
@@ -211,18 +192,6 @@ def test_long_documents_are_stored_in_order(split_folder: Path, tmp_path: Path) 
     assert tokens[tokens < 256].astype(np.uint8).tobytes() == whole
     assert np.flatnonzero(tokens == 256).tolist() == [len(text), len(whole) + 1]
     assert store.document_starts("train").tolist() == [0, len(text) + 1]
-    assert store.counts("train").words == 300_000 + 100
-    assert store.counts("train").lines == whole.count(b"\n")
-
-
-def test_bpe_is_trained_on_the_train_split(split_folder: Path, tmp_path: Path) -> None:
-    store = prepare(str(split_folder), "bpe:262", tmp_path / "store")
-    expected = load_tokenizer("bpe:262", [(split_folder / "train.txt").read_bytes().decode()])
-    assert store.tokenizer_sha256 == tokenizer_sha256(expected)
-    assert store.vocab_size == 262
-    tokenizer = store.tokenizer()
-    assert tokenizer_sha256(tokenizer) == store.tokenizer_sha256
-    assert tokenizer.decode(store.tokens("validation").tolist()) == "one two\n three \n"
 
 
 def test_large_vocabularies_take_four_bytes(split_folder: Path, tmp_path: Path) -> None:

@@ -78,22 +78,15 @@ def test_files_cut_short_are_refused(tmp_path: Path, suffix: str, refuses) -> No
             list(read_records(path, "text", Meter()))
 
 
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.xz", ".jsonl.zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
 def test_damaged_archives_are_refused(tmp_path: Path, suffix: str, refuses) -> None:
-    path = write_records(tmp_path / f"rows{suffix}", [f"row {number}" for number in range(200)])
-    path.write_bytes(b"this is no archive, whatever its name says")
-    with refuses(path.name):
-        list(read_records(path, "text", Meter()))
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".xz"])
-def test_a_wrong_checksum_is_refused(tmp_path: Path, suffix: str, refuses) -> None:
     path = tmp_path / f"text.txt{suffix}"
     data = bytearray(COMPRESS[suffix](b"some text " * 99))
-    data[-6 if suffix == ".gz" else -30] ^= 1
-    path.write_bytes(data)
-    with refuses(path.name):
-        list(read_text(path, Meter()))
+    data[-30 if suffix == ".xz" else -6] ^= 1  # in the checksum; .zst has none, so in the text
+    for damaged in (b"this is no archive, whatever its name says", data):
+        path.write_bytes(damaged)
+        with refuses(path.name):
+            list(read_text(path, Meter()))
 
 
 def test_an_archive_that_takes_gigabytes_to_unpack_is_refused(tmp_path: Path, refuses) -> None:

@@ -58,22 +58,6 @@ def test_text_split_is_exact_at_its_bounds() -> None:
         assert TextSplit(0, above, held).split_of("hello") == held[-1]
 
 
-def test_shares_and_seeds_of_text_split() -> None:
-    texts = [f"document {number}" for number in range(20_000)]
-    rule = TextSplit(0, Fraction("0.05"))
-    shares = Counter(map(rule.split_of, texts))
-    assert shares["test"] / 20_000 == pytest.approx(0.05, abs=0.005)
-    assert shares["validation"] / 20_000 == pytest.approx(0.05, abs=0.005)
-    other = TextSplit(1, Fraction("0.05"))
-    both = sum(rule.split_of(text) == other.split_of(text) == "test" for text in texts)
-    assert both < 100
-    assert rule.describe() == {
-        "rule": "hash of seed and text",
-        "seed": 0,
-        "fractions": {"train": "9/10", "test": "1/20", "validation": "1/20"},
-    }
-
-
 def test_only_missing_splits_are_held_out() -> None:
     rule = TextSplit(0, Fraction(1, 4), ("validation",))
     shares = Counter(rule.split_of(str(number)) for number in range(4_000))

@@ -16,7 +16,6 @@ from pha.data.tokenizer import (
     END_OF_TEXT,
     load_tokenizer,
     saved_tokenizer_sha256,
-    tokenizer_identity,
     tokenizer_sha256,
     vocabulary_size,
 )
@@ -189,16 +188,6 @@ def test_gpt2_without_the_hub(monkeypatch: pytest.MonkeyPatch, refuses) -> None:
     monkeypatch.setattr(hub, "cached_file", unreachable)
     with refuses("Hub", "gpt2:FOLDER"):
         load_tokenizer("gpt2")
-
-
-def test_identity_follows_the_files(bpe: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    folder = write_bpe_files(bpe, tmp_path / "bpe", "encoder.json", "vocab.bpe")
-    spec = f"gpt2:{folder}"
-    before = tokenizer_identity(spec)
-    assert tokenizer_identity(spec) == before
-    (folder / "vocab.bpe").write_text("#version: 0.2\n")
-    assert tokenizer_identity(spec) != before
-    assert tokenizer_identity("bpe:300") != tokenizer_identity("bpe:301")
 
 
 @pytest.mark.shared_data

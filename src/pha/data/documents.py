@@ -62,6 +62,35 @@ class SourceOptions:
         if self.split_seed is not None and self.split_seed < 0:
             raise PHAError(f"the split seed is {self.split_seed}: give 0 or more")
 
+    def split_rule(
+        self,
+        description: str,
+        given: Collection[str],
+        otherwise: dict[str, Any],
+        holdout: Fraction | None = None,
+    ) -> tuple[TextSplit | None, dict[str, Any]]:
+        """What holds documents out of a source's train split, and its rule ready for JSON.
+
+        Args:
+            description: of the source.
+            given: splits that are there.
+            otherwise: the rule where nothing is held out.
+            holdout: what is held out where validation is not given; None: never anything.
+
+        Raises:
+            PHAError: options for a hash of the text where that is not the rule.
+        """
+        if holdout is not None and "validation" not in given:
+            held = tuple(split for split in ("test", "validation") if split not in given)
+            split = TextSplit(self.split_seed or 0, self.holdout or holdout, held)
+            return split, split.describe()
+        if self.holdout is not None or self.split_seed is not None:
+            raise PHAError(
+                f"{description} is split by another rule ({otherwise['rule']}): leave out "
+                "--holdout and --split-seed"
+            )
+        return None, otherwise
+
 
 @dataclass(frozen=True)
 class Source:
@@ -120,37 +149,6 @@ class Source:
                     document = Document(document.name, self.held_out.split_of(text), (text,))
                 if split in (None, document.split):
                     yield document
-
-
-def split_rule(
-    options: SourceOptions,
-    description: str,
-    given: Collection[str],
-    otherwise: dict[str, Any],
-    holdout: Fraction | None = None,
-) -> tuple[TextSplit | None, dict[str, Any]]:
-    """What holds documents out of a source's train split, and its rule ready for JSON.
-
-    Args:
-        options: holdout and seed, if they are given.
-        description: of the source.
-        given: splits that are there.
-        otherwise: the rule that stands if none is held out of train.
-        holdout: how much is held out where validation is not given; None: nothing ever.
-
-    Raises:
-        PHAError: options for a hash of the text where that is not the rule.
-    """
-    if holdout is not None and "validation" not in given:
-        held = tuple(split for split in ("test", "validation") if split not in given)
-        rule = TextSplit(options.split_seed or 0, options.holdout or holdout, held)
-        return rule, rule.describe()
-    if options.holdout is not None or options.split_seed is not None:
-        raise PHAError(
-            f"{description} is split by another rule ({otherwise['rule']}): leave out --holdout "
-            "and --split-seed"
-        )
-    return None, otherwise
 
 
 def identity_of(words: Iterable[str], files: Iterable[Path] = ()) -> str:

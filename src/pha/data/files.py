@@ -1,4 +1,7 @@
-"""Corpora in files: one text, a folder, or a pattern; plain, compressed or in records."""
+"""Corpora in files: one text, a folder, or a pattern; plain, compressed or in records.
+
+What cannot be read, or leaves open which file belongs to which split, raises a PHAError.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pha.data.documents import Document, Source, SourceOptions, identity_of, split_rule
+from pha.data.documents import Document, Source, SourceOptions, identity_of
 from pha.data.readers import (
     DOCUMENT_TEXT,
     KINDS,
@@ -33,11 +36,7 @@ _BY_POSITION = {"rule": "position in the file, at line ends", "fractions": _SHAR
 
 
 def open_file(path: Path, options: SourceOptions) -> Source:
-    """One file: records are split by document, plain text is cut by position.
-
-    Raises:
-        PHAError: it is of a kind that cannot be read, or too short to be cut.
-    """
+    """One file: records are split by document, plain text is cut by position."""
     kind = kind_of(path)
     if kind.is_records:
         return _split_by_text([path], path.parent, f"file {path.name}", options)
@@ -52,34 +51,35 @@ def open_file(path: Path, options: SourceOptions) -> Source:
 
 
 def open_folder(folder: Path, options: SourceOptions) -> Source:
-    """A folder of split files, of records, or of plain documents.
-
-    Raises:
-        PHAError: nothing to read, splits that are missing or there twice, files of several kinds
-            that leave open what the corpus is.
-    """
-    visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    top = [path for path in visible if path.is_file() and (_named(path) or kind_of(path).is_data)]
-    if any(map(_named, top)):
-        return _split_files(sorted(top, key=_order), folder, f"folder {folder.name}", options)
-    data = text_files(folder, lambda path: kind_of(path).is_data)
-    if data:
-        return _data_folder(folder, data, options)
-    files = text_files(folder, lambda path: path.suffix.lower() in DOCUMENT_TEXT)
+    """A folder of split files, of records, or of plain documents."""
+    where = f"folder {folder.name}"
+    top = [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."]
+    top = [path for path in top if _split_word(path) or kind_of(path).is_data]
+    if any(map(_split_word, top)):
+        return _split_files(sorted(top, key=_order), folder, where, options)
+    files = text_files(folder, lambda path: kind_of(path).is_data or kind_of(path).is_document)
+    if any(kind_of(path).is_data for path in files):
+        # Beside data .md, .rst and .py are about it, not of it.
+        files = [p for p in files if kind_of(p).is_data or kind_of(p).suffix in {".txt", ".text"}]
+        for path in files:
+            if kind_of(path).is_data and _split_word(path):
+                raise PHAError(
+                    f"{folder} has files named for a split in a subfolder "
+                    f"({path.relative_to(folder)}): give that subfolder, or hf:FOLDER:CONFIG for "
+                    "the Hub's layout"
+                )
+        files.sort(key=_order)
+        return _split_by_text(files, folder, f"{where}: {_listed(files)}", options)
     if not files:
         kinds = " ".join(sorted(DOCUMENT_TEXT))
         raise PHAError(
             f"{folder} holds no text: no file there is non-empty and one of {kinds}, or {KINDS}"
         )
-    return split_by_path(folder, files, f"folder {folder.name}, {len(files)} files", options)
+    return split_by_path(folder, files, f"{where}, {len(files)} files", options)
 
 
 def open_pattern(pattern: str, options: SourceOptions) -> Source:
-    """The files that a glob matches: split files where all are named so, else split by document.
-
-    Raises:
-        PHAError: no match, or one of a kind that cannot be read; some files named for a split.
-    """
+    """The files that a glob matches: split files where all are named so, else split by document."""
     found = (Path(name) for name in glob(pattern, recursive=True))  # noqa: PTH207, it may be absolute
     files = sorted((path for path in found if path.is_file()), key=_order)
     if not files:
@@ -91,7 +91,7 @@ def open_pattern(pattern: str, options: SourceOptions) -> Source:
                 f"those are {KINDS}"
             )
     root = Path(os.path.commonpath([path.parent for path in files]))
-    if any(map(_named, files)):
+    if any(map(_split_word, files)):
         return _split_files(files, root, f"files {pattern}", options)
     return _split_by_text(files, root, f"files {pattern}: {_listed(files)}", options)
 
@@ -99,11 +99,7 @@ def open_pattern(pattern: str, options: SourceOptions) -> Source:
 def split_by_path(
     root: Path, files: Iterable[Path], description: str, options: SourceOptions
 ) -> Source:
-    """Whole files as documents, split by a hash of their paths below `root`.
-
-    Raises:
-        PHAError: a split gets no file.
-    """
+    """Whole files as documents, split by a hash of their paths below `root`."""
     by_split: dict[str, list[Path]] = {split: [] for split in SPLITS}
     for path in files:
         by_split[path_split(path.relative_to(root).as_posix())].append(path)
@@ -127,14 +123,14 @@ def text_files(
     def refuse(error: OSError) -> None:
         raise PHAError(f"{error.filename} cannot be read ({error.strerror})") from error
 
-    def is_ours(name: str) -> bool:
+    def is_kept(name: str) -> bool:
         return not name.startswith(".") and keep(name)
 
     inside = root.resolve()
     found = []
     for folder, subfolders, names in os.walk(root, onerror=refuse):
-        subfolders[:] = filter(is_ours, subfolders)
-        for path in (Path(folder, name) for name in filter(is_ours, names)):
+        subfolders[:] = filter(is_kept, subfolders)
+        for path in (Path(folder, name) for name in filter(is_kept, names)):
             leads_out = path.is_symlink() and not path.resolve().is_relative_to(inside)
             if wanted(path) and path.is_file() and path.stat().st_size > 0 and not leads_out:
                 found.append(path)
@@ -147,14 +143,13 @@ def _source(
     description: str,
     options: SourceOptions,
     otherwise: dict[str, Any],
-    *,
     holdout: Fraction | None = None,
-    joins_documents: bool = False,
 ) -> Source:
     """Files of text or records, each in a split; documents are named by their path below `root`."""
     given = tuple(split for split in SPLITS if files.get(split))
-    held_out, rule = split_rule(options, description, given, otherwise, holdout)
+    held_out, rule = options.split_rule(description, given, otherwise, holdout)
     words = [description, options.text_field, str(rule)]
+    paths = [path for split in given for path in files[split]]
 
     def read(split: str, meter: Meter) -> Iterator[Document]:
         for path in files[split]:
@@ -167,8 +162,8 @@ def _source(
 
     return Source(
         description=description,
-        identity=identity_of(words, [path for split in given for path in files[split]]),
-        joins_documents=joins_documents,
+        identity=identity_of(words, paths),
+        joins_documents=rule is _BY_NAME and not any(kind_of(path).is_records for path in paths),
         given=given,
         held_out=held_out,
         split_rule=rule,
@@ -179,67 +174,44 @@ def _source(
 
 def _split_files(files: Sequence[Path], root: Path, where: str, options: SourceOptions) -> Source:
     """Files that are all named for a split."""
-    others = [path for path in files if not _named(path)]
+    named = [path for path in files if _split_word(path)]
+    others = [path for path in files if path not in named]
     if others:
         raise PHAError(
-            f"{where} has files named for a split ({_listed([*filter(_named, files)])}) and others "
+            f"{where} has files named for a split ({_listed(named)}) and others "
             f"({_listed(others)}): keep one sort there, or choose files with a pattern"
         )
     by_split: dict[str, list[Path]] = {}
     for path in files:
-        by_split.setdefault(SPLIT_WORDS[_named(path) or ""], []).append(path)
+        by_split.setdefault(SPLIT_WORDS[_split_word(path) or ""], []).append(path)
     for split, paths in by_split.items():
         # Several files are one split only as numbered parts; anything else may be the same text.
-        if len({(*kind_of(path)[1:], _named(path)) for path in paths}) > 1:
+        if len({(*kind_of(path)[1:], _split_word(path)) for path in paths}) > 1:
             raise PHAError(
                 f"{where} has more than one variant of the {split} split ({_listed(paths)}): "
                 "keep one of them"
             )
         if all(path.stat().st_size == 0 for path in paths):
             raise PHAError(f"the {split} split of {where} is empty: put text into {paths[0].name}")
-    are_records = [kind_of(path).is_records for path in files]
+    are_records = all(kind_of(path).is_records for path in files)
     for split, example in (("train", "train.txt"), ("validation", "valid.txt")):
-        if split not in by_split and not (split == "validation" and all(are_records)):
+        if split not in by_split and not (split == "validation" and are_records):
             raise PHAError(
                 f"{where} has files named for a split ({_listed(files)}) but none for {split}: "
                 f"name that file like {example}"
             )
-    names = _listed([path for split in SPLITS for path in by_split.get(split, [])])
-    return _source(
-        root,
-        by_split,
-        f"{where}: {names}",
-        options,
-        _BY_NAME,
-        holdout=HOLDOUT,
-        joins_documents=not any(are_records),
-    )
-
-
-def _data_folder(folder: Path, data: Sequence[Path], options: SourceOptions) -> Source:
-    """Records and compressed texts anywhere below a folder, with the plain texts beside them."""
-    for path in data:
-        if _named(path):
-            raise PHAError(
-                f"{folder} has files named for a split in a subfolder ({path.relative_to(folder)}):"
-                " give that subfolder, or hf:FOLDER:CONFIG for the Hub's layout"
-            )
-    texts = text_files(folder, lambda path: path.suffix.lower() in {".txt", ".text"})
-    files = sorted([*data, *texts], key=_order)
-    return _split_by_text(files, folder, f"folder {folder.name}: {_listed(files)}", options)
+    description = f"{where}: {_listed([p for split in SPLITS for p in by_split.get(split, [])])}"
+    return _source(root, by_split, description, options, _BY_NAME, HOLDOUT)
 
 
 def _split_by_text(
     files: Sequence[Path], root: Path, description: str, options: SourceOptions
 ) -> Source:
-    return _source(root, {"train": files}, description, options, {}, holdout=HOLDOUT)
+    return _source(root, {"train": files}, description, options, {}, HOLDOUT)
 
 
 def _cut_text(path: Path, options: SourceOptions) -> Source:
-    """One text cut at line ends into the first 90%, the next 5% and the last 5% of its bytes.
-
-    A cut is put at the end of the line that crosses 90% (95%) of the bytes.
-    """
+    """One text cut into 90%, 5% and 5% of its bytes, each to the end of the line it ends in."""
     size, cuts = _size(path), []
     if size == 0:
         raise PHAError(f"{path} is empty")
@@ -259,11 +231,10 @@ def _cut_text(path: Path, options: SourceOptions) -> Source:
         )
     stretches = dict(zip(SPLITS, pairwise(bounds), strict=True))
     description = f"text file {path.name}, cut 90/5/5 at line ends"
-    held_out, rule = split_rule(options, description, SPLITS, _BY_POSITION)
+    held_out, rule = options.split_rule(description, SPLITS, _BY_POSITION)
 
     def read(split: str, meter: Meter) -> Iterator[Document]:
-        start, end = stretches[split]
-        yield Document(path.name, split, read_text(path, meter, start, end))
+        yield Document(path.name, split, read_text(path, meter, *stretches[split]))
 
     return Source(
         description=description,
@@ -277,10 +248,10 @@ def _cut_text(path: Path, options: SourceOptions) -> Source:
     )
 
 
-def _named(path: Path) -> str | None:
-    """The word for a split in the name of a file that may be one."""
-    may_be = kind_of(path).is_data or path.suffix.lower() in RUNNING_TEXT
-    return split_word(kind_of(path).stem) if may_be else None
+def _split_word(path: Path) -> str | None:
+    """The word for a split in the name of a file that may be one: not code, not notes."""
+    kind = kind_of(path)
+    return split_word(kind.stem) if kind.is_records or kind.suffix in RUNNING_TEXT else None
 
 
 def _order(path: Path) -> tuple[list[str | int], Path]:

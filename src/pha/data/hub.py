@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
-from pha.data.documents import Document, Source, SourceOptions, identity_of, split_rule
+from pha.data.documents import Document, Source, SourceOptions, identity_of
 from pha.data.readers import Meter, first_line, open_rows, read_rows
 from pha.data.splits import SPLIT_WORDS
 from pha.utils.errors import PHAError
@@ -61,7 +61,7 @@ def open_hub(spec: str, options: SourceOptions) -> Source:
     if "train" not in names or (is_wikitext and "validation" not in names):
         has = ", ".join(dataset) or "none"
         raise PHAError(f"{description} lacks a train or validation split: it has {has}")
-    held_out, rule = split_rule(options, description, names, _BY_NAME, HOLDOUT)
+    held_out, rule = options.split_rule(description, names, _BY_NAME, HOLDOUT)
 
     def read(split: str, meter: Meter) -> Iterator[Document]:
         name = names[split]

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
@@ -74,7 +74,7 @@ def prepare(
     """Encode a corpus into a token store.
 
     Text is streamed: memory holds a few megabytes of it and the document (or row group) being
-    read, not the corpus. The tokenizer's threads encode while the next text is read.
+    read. The tokenizer's threads encode while the next text is read.
 
     Args:
         source_spec: see `open_source`.
@@ -82,8 +82,7 @@ def prepare(
             `TRAINING_BYTES` of the train split, in a pass of its own.
         out: the store's folder; an existing store there is replaced when the new one is whole.
         separator: `end-of-text` ends every document with that token, `none` puts nothing between
-            them, `auto` picks `none` where a split is one running text (a single file, text files
-            named for their split, WikiText) and `end-of-text` elsewhere.
+            them, `auto` picks `none` where a split is one running text, else `end-of-text`.
         options: text field and split of the source, where it leaves them open.
         progress: told how far the work is.
 
@@ -119,25 +118,19 @@ def cached_store(
         return earlier
     key = json.dumps([FORMAT, source.identity, tokenizer_identity(tokenizer_spec)])
     path = Path(root) / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if (path / RECORD).is_file():
-        try:
-            return TokenStore.open(path)
-        except PHAError:
-            pass  # prepared anew below
+    with suppress(PHAError):  # none, or a damaged one
+        return TokenStore.open(path)
     return _make_store(source, source_spec, tokenizer_spec, path, "auto", progress)
 
 
 def _latest_store(root: Path, slug: str, source: str, tokenizer: str) -> TokenStore | None:
     """The store of a source below `root` that was written last, whatever the source's revision."""
-    found = sorted(root.glob(f"{slug}-*/{RECORD}"), key=lambda path: -path.stat().st_mtime_ns)
-    for path in found:
-        try:
+    for path in sorted(root.glob(f"{slug}-*/{RECORD}"), key=lambda path: -path.stat().st_mtime_ns):
+        with suppress(PHAError):
             store = TokenStore.open(path.parent)
-        except PHAError:
-            continue
-        facts = store.describe()
-        if (facts["source"], facts["tokenizer"]) == (source, tokenizer):
-            return store
+            facts = store.describe()
+            if (facts["source"], facts["tokenizer"]) == (source, tokenizer):
+                return store
     return None
 
 

@@ -64,6 +64,11 @@ class FileKind(NamedTuple):
         return self.suffix == ".jsonl" or (self.suffix == ".parquet" and not self.compression)
 
     @property
+    def is_document(self) -> bool:
+        """Whether it is one plain text."""
+        return self.suffix in DOCUMENT_TEXT and not self.compression
+
+    @property
     def is_packed_text(self) -> bool:
         """Whether it is one compressed text."""
         return self.suffix in RUNNING_TEXT and bool(self.compression)
@@ -151,13 +156,7 @@ def _read_json_lines(path: Path, field: str, meter: Meter) -> Iterator[tuple[int
 
 
 def open_rows(place: str, config: str | None, where: str, **options: Any) -> Any:
-    """Open a data set with `datasets`, as a stream of rows for each split.
-
-    Args:
-        place: what `load_dataset` calls its path.
-        config: of the data set, if it has several.
-        where: what it is, for errors.
-        options: of `load_dataset`.
+    """Open a data set with `load_dataset`, as a stream of rows for each split.
 
     Raises:
         PHAError: `datasets` is not installed, or there is no such data set or configuration.
@@ -177,13 +176,7 @@ def open_rows(place: str, config: str | None, where: str, **options: Any) -> Any
 
 
 def read_rows(rows: Any, field: str, where: str, meter: Meter) -> Iterator[str]:
-    """Yield the text of each row of one split that `open_rows` gave.
-
-    Args:
-        rows: the split.
-        field: that holds the text.
-        where: what is read, for errors.
-        meter: counts rows.
+    """Yield the text in a field of each row of a split that `open_rows` gave; `meter` counts rows.
 
     Raises:
         PHAError: as `read_records`, and whatever a network does.

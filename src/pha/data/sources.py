@@ -32,20 +32,9 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
     """Open a corpus.
 
     Args:
-        spec: one of
-
-            - `stdlib`: the source text of this Python's standard library;
-            - a file: UTF-8 text, which is cut by position, or records (.jsonl, also as .gz, .xz or
-              .zst; .parquet), which are split by a hash of their text;
-            - a folder: files whose name holds one split word (train; valid, validation, val or
-              dev; test; parted by `.` or `_` and perhaps numbered, as in wiki.valid.raw or
-              train-2.jsonl.xz) are the splits as they stand. Otherwise it is read recursively:
-              records and compressed texts, with .txt and .text files beside them, are documents
-              split by a hash of their text; without any of them, every .txt, .text, .md, .rst and
-              .py file is a document, put into a split by a hash of its path;
-            - a pattern such as `books/**/*.jsonl.xz`: likewise, by names or by text;
-            - `hf:OWNER/NAME`, `hf:OWNER/NAME:CONFIG` or `hf:FOLDER:CONFIG`: a data set of the Hub
-              or in its layout; or a name of `SHORT_NAMES`, if no such path exists.
+        spec: `stdlib`, a file, a folder, a pattern, `hf:OWNER/NAME[:CONFIG]`, `hf:FOLDER:CONFIG`
+            or a name of `SHORT_NAMES`; a path of such a name comes first. docs/data.md says which
+            files are read, and how each is split.
         options: text field and split, where the source leaves them open.
 
     Raises:
@@ -95,8 +84,6 @@ def _is_library_part(name: str) -> bool:
 
 def _is_utf8(path: Path) -> bool:
     try:
-        for _ in read_text(path, Meter()):
-            pass
+        return all(True for _ in read_text(path, Meter()))
     except PHAError:
         return False
-    return True

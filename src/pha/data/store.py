@@ -108,11 +108,10 @@ class TokenStore:
         try:
             store = cls(path, record)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise PHAError(f"{path / RECORD} is damaged: prepare the store again") from error
+            raise _unusable(path / RECORD, "is damaged") from error
         if saved_tokenizer_sha256(path / TOKENIZER) != store.tokenizer_sha256:
-            raise PHAError(
-                f"{path / TOKENIZER} is not the tokenizer that made the ids of this store: "
-                "prepare the store again"
+            raise _unusable(
+                path / TOKENIZER, "is not the tokenizer that made the ids of this store"
             )
         for split in store.splits:
             store._check_starts(split)
@@ -131,7 +130,7 @@ class TokenStore:
         try:
             starts: np.ndarray = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise PHAError(f"{path} is missing or damaged: prepare the store again") from error
+            raise _unusable(path, "is missing or damaged") from error
         return starts
 
     def counts(self, split: str) -> Counts:
@@ -173,43 +172,35 @@ class TokenStore:
 
     def _check_starts(self, split: str) -> None:
         starts = self.document_starts(split)
-        counts = self._counts[split]
-        entry = self._entries[split]
         if (
             starts.dtype != np.dtype("<i8")
-            or starts.shape != (counts.documents,)
-            or hashlib.sha256(starts.tobytes()).hexdigest() != entry.get("document_starts_sha256")
+            or starts.shape != (self._counts[split].documents,)
+            or hashlib.sha256(starts.tobytes()).hexdigest()
+            != self._entries[split].get("document_starts_sha256")
         ):
-            raise PHAError(
-                f"{self.path / split}.documents.npy is not what was written for this store: "
-                "prepare the store again"
-            )
+            path = self.path / f"{split}.documents.npy"
+            raise _unusable(path, "is not what was written for this store")
 
     def _check_ids(self, split: str, verify: bool) -> None:
         path = self.path / f"{split}.bin"
         if not path.is_file():
-            raise PHAError(f"{path} is missing: prepare the store again")
-        expected = self._counts[split].tokens * self._dtype.itemsize
-        if path.stat().st_size != expected:
-            raise PHAError(
-                f"{path} is truncated or altered, with {path.stat().st_size} bytes instead of "
-                f"{expected}: prepare the store again"
-            )
+            raise _unusable(path, "is missing")
+        size, expected = path.stat().st_size, self._counts[split].tokens * self._dtype.itemsize
+        if size != expected:
+            raise _unusable(path, f"is truncated or altered, with {size} bytes, not {expected}")
         if not verify:
             return
         if sha256_file(path) != self._entries[split].get("sha256"):
-            raise PHAError(
-                f"{path} is altered, as its SHA-256 is not the recorded one: "
-                "prepare the store again"
-            )
+            raise _unusable(path, "is altered, as its SHA-256 is not the recorded one")
         tokens = self.tokens(split)
         parts = range(0, len(tokens), _CHECK_TOKENS)
         largest = max(int(tokens[start : start + _CHECK_TOKENS].max()) for start in parts)
         if largest >= self.vocab_size:
-            raise PHAError(
-                f"{path} has id {largest}, but {RECORD} says there are {self.vocab_size}: "
-                "prepare the store again"
-            )
+            raise _unusable(path, f"has id {largest} in a vocabulary of {self.vocab_size}")
+
+
+def _unusable(path: Path, what: str) -> PHAError:
+    return PHAError(f"{path} {what}: prepare the store again")
 
 
 class SplitWriter:

@@ -167,11 +167,11 @@ def _bpe_files(folder: Path) -> tuple[Path, Path]:
 
 
 def _read_bpe(vocabulary_file: Path, merges_file: Path) -> Tokenizer:
-    vocabulary = read_json(vocabulary_file)
+    from tokenizers.models import BPE
+
     try:
-        lines = merges_file.read_text(encoding="utf-8").split("\n")
-        pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-        backend = _byte_level_bpe(vocabulary, [(left, right) for left, right in pairs])
+        vocabulary, merges = BPE.read_file(str(vocabulary_file), str(merges_file))
+        backend = _byte_level_bpe(vocabulary, merges)
     except Exception as error:  # tokenizers raises bare Exception
         raise PHAError(
             f"{vocabulary_file} and {merges_file.name} are not a BPE vocabulary and its merges: "
