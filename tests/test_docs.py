@@ -47,7 +47,7 @@ APPENDED = {
 }
 # The same where the test is marked slow: these then train.
 SLOW = {
-    "make demo": "pha demo --steps 2",
+    "make demo": "pha demo --steps 2 --out runs/first",
     "pha sweep": f"pha sweep pha-tiny.wikitext103 --data STORE --seeds 2 --out runs/table-2 {TINY}",
     "pha study branches": f"pha study branches --data STORE --seeds 1 {TINY}",
 }
