@@ -29,5 +29,5 @@ pha eval "$TWIN" --data "$STORE" --protocol all --json > "$TWIN/windows.json"
 pha compare "$PHA" "$TWIN" --data "$STORE" --out "$OUT/comparison"
 pha report "$PHA" "$TWIN" --out "$OUT/report.html"
 
-# That interval covers the text and not the seeds. Table 2 is a mean over five, one GPU for each run.
+# It covers the text and not the seeds. Table 2 is a mean over five seeds, one GPU for each run.
 pha study wikitext103 --scale paper --data "$STORE" --jobs "$GPUS"
