@@ -130,11 +130,6 @@ def test_where_numba_fails_the_layers_write_and_say_so() -> None:
         assert_same(logits, model(ids).logits[:, 7:])
 
 
-def test_numba_is_not_imported_before_it_is_needed() -> None:
-    script = "import sys, pha, pha.decoder; assert 'numba' not in sys.modules"
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
-
-
 def test_without_numba_or_without_the_folder_the_layers_write() -> None:
     for missing in ("numba", "pha.decoder"):
         script = f"""
