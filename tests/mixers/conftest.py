@@ -6,4 +6,5 @@ from tests.model.conftest import (  # noqa: F401
     scramble,
     seed,
     small,
+    spy,
 )

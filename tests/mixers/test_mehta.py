@@ -15,6 +15,7 @@ from pha.model import ArchitectureConfig, Backbone
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops import dss
 from pha.utils.errors import PHAError
+from tests.model.conftest import OneState
 
 SHAPE = {"channels": 5, "modes": 7, "expansion": 2}
 EPS32 = torch.finfo(torch.float32).eps
@@ -114,42 +115,22 @@ def test_bfloat16_inputs_are_computed_in_float32(
     small: Callable[..., Any],
     make_layer: Callable[..., Any],
     plain_context: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    spy: Callable[[str], dict[str, Any]],
 ) -> None:
     layer = make_layer()
     if how == "cast":
         layer = layer.bfloat16()
         layer.Lambda_re.data = layer.Lambda_re.data.float()
-    seen: dict[str, Any] = {}
-
-    def spy(v: Tensor, *rest: Any) -> Any:
-        y, h_last = dss(v, *rest)
-        seen.update(v=v, y=y, exact=dss(v.double(), *rest)[0])
-        return y, h_last
-
-    monkeypatch.setattr("pha.mixers.mehta.dss", spy)
+    seen = spy("pha.mixers.mehta.dss")
     z = torch.randn(2, 50, 24)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         output = layer(z if how == "autocast" else z.bfloat16(), plain_context(small(), 50))
-    assert output.dtype == seen["v"].dtype == seen["y"].dtype == torch.bfloat16
+    (v, *rest), (y, _) = seen["inputs"], seen["outputs"]
+    assert output.dtype == v.dtype == y.dtype == torch.bfloat16
     # Rounded to bfloat16 once, at the end.
-    wrong = (seen["y"].double() - seen["exact"]).abs() - 2**-8 * seen["exact"].abs()
+    exact = dss(v.double(), *rest)[0]
+    wrong = (y.double() - exact).abs() - 2**-8 * exact.abs()
     assert float(wrong.max()) <= 1e-5
-
-
-class OneState:
-    """The smallest cache there is: one layer's recurrent state."""
-
-    def __init__(self) -> None:
-        self.state: Tensor | None = None
-
-    def recurrent_state(self, layer_idx: int) -> Tensor | None:
-        assert layer_idx == 0
-        return self.state
-
-    def set_recurrent_state(self, layer_idx: int, state: Tensor) -> None:
-        assert layer_idx == 0
-        self.state = state
 
 
 def test_state_is_carried_through_the_cache(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,10 +71,44 @@ def scramble() -> Callable[..., Any]:
     return move
 
 
+class OneState:
+    """The smallest cache there is: one layer's recurrent state."""
+
+    def __init__(self) -> None:
+        self.state: Tensor | None = None
+
+    def recurrent_state(self, layer_idx: int) -> Tensor | None:
+        assert layer_idx == 0
+        return self.state
+
+    def set_recurrent_state(self, layer_idx: int, state: Tensor) -> None:
+        assert layer_idx == 0
+        self.state = state
+
+
+@pytest.fixture
+def spy(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
+    """Replace a function by one that notes the `inputs` and `outputs` of its last call."""
+
+    def watch(name: str) -> dict[str, Any]:
+        module, _, attribute = name.rpartition(".")
+        function, seen = getattr(importlib.import_module(module), attribute), {}
+
+        def watched(*inputs: Any) -> Any:
+            seen["inputs"], seen["outputs"] = inputs, function(*inputs)
+            return seen["outputs"]
+
+        monkeypatch.setattr(name, watched)
+        return seen
+
+    return watch
+
+
 @pytest.fixture
 def registry() -> Iterator[None]:
-    """Branches registered by a test are forgotten after it."""
+    """Branches registered by a test are forgotten after it; those of others were."""
     before = dict(BRANCHES)
+    assert set(before) == {"gss", "mehta_gss", "attention", "aux_ffn"}
     yield
     BRANCHES.clear()
     BRANCHES.update(before)

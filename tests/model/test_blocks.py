@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pha.model import BRANCHES, Branch, ParallelBlock, SequentialBlock, register_branch
+from pha.model import Branch, ParallelBlock, SequentialBlock, register_branch
 from pha.model.block import Residual
 from pha.model.branches import Context
 
@@ -192,7 +192,3 @@ def test_sequential_branches_hand_on_their_output(
     torch.testing.assert_close(recorders[0][1], z)
     between = x + (z + 1) / 6**0.25
     torch.testing.assert_close(recorders[1][1], rms(between, torch.ones(24)))
-
-
-def test_the_recorders_are_gone_again() -> None:
-    assert set(BRANCHES) == {"gss", "mehta_gss", "attention", "aux_ffn"}

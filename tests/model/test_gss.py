@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pha.model import GatedStateSpace
-from pha.ops import gated_scan
+from tests.model.conftest import OneState
 
 EPS32 = torch.finfo(torch.float32).eps
 each_input_scaling = pytest.mark.parametrize("input_scaling", ["unit-variance", "zero-order-hold"])
@@ -142,75 +142,29 @@ def test_time_step_is_shared_by_a_group_of_sixteen(make_gss: Callable[..., Any])
     assert changed.tolist() == list(range(16, 32))
 
 
-def spy_on_gated_scan(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.dtype]:
-    seen = {}
-
-    def spy(gate: Tensor, value: Tensor, a: Tensor, *rest: Any) -> Any:
-        h, h_last = gated_scan(gate, value, a, *rest)
-        seen.update(gate=gate.dtype, value=value.dtype, a=a.dtype, h_last=h_last.dtype)
-        return h, h_last
-
-    monkeypatch.setattr("pha.model.gss.gated_scan", spy)
-    return seen
-
-
-def test_decays_are_float32_under_autocast(
+@pytest.mark.parametrize("how", ["autocast", "cast"])
+def test_decays_are_float32_beside_bfloat16(
+    how: str,
     small: Callable[..., Any],
     make_gss: Callable[..., Any],
     plain_context: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    spy: Callable[[str], dict[str, Any]],
 ) -> None:
-    gss = make_gss()
+    gss, z = make_gss(), torch.randn(2, 5, 24)
+    if how == "cast":
+        gss, z = gss.bfloat16(), z.bfloat16()
     exact, _ = gss.decay_and_scale()
-    seen = spy_on_gated_scan(monkeypatch)
-    with torch.autocast("cpu", torch.bfloat16):
+    seen = spy("pha.model.gss.gated_scan")
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         a, b = gss.decay_and_scale()
-        y = gss(torch.randn(2, 5, 24), plain_context(small(), 5))
+        y = gss(z, plain_context(small(), 5))
     assert torch.equal(a, exact)
     assert b.dtype == torch.float32
-    assert y.dtype == torch.bfloat16
-    assert seen == {
-        "gate": torch.bfloat16,
-        "value": torch.bfloat16,
-        "a": torch.float32,
-        "h_last": torch.float32,
-    }
-
-
-def test_decays_are_float32_in_a_bfloat16_model(
-    small: Callable[..., Any],
-    make_gss: Callable[..., Any],
-    plain_context: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    gss = make_gss().bfloat16()
-    seen = spy_on_gated_scan(monkeypatch)
-    y = gss(torch.randn(2, 5, 24).bfloat16(), plain_context(small(), 5))
-    assert y.dtype == torch.bfloat16
-    assert seen == {
-        "gate": torch.bfloat16,
-        "value": torch.bfloat16,
-        "a": torch.float32,
-        "h_last": torch.float32,
-    }
+    gate, value, decay, *_ = seen["inputs"]
+    assert gate.dtype == value.dtype == y.dtype == torch.bfloat16
+    assert decay.dtype == seen["outputs"][1].dtype == torch.float32
     # The logarithms are rounded when cast; what is computed from them is not rounded again.
-    a_exact, _ = literal_decay_and_scale(gss)
-    assert (gss.decay_and_scale()[0] - a_exact).abs().max().item() <= 2 * EPS32
-
-
-class OneState:
-    """The smallest cache there is: one layer's recurrent state."""
-
-    def __init__(self) -> None:
-        self.state: Tensor | None = None
-
-    def recurrent_state(self, layer_idx: int) -> Tensor | None:
-        assert layer_idx == 0
-        return self.state
-
-    def set_recurrent_state(self, layer_idx: int, state: Tensor) -> None:
-        assert layer_idx == 0
-        self.state = state
+    assert (a - literal_decay_and_scale(gss)[0]).abs().max().item() <= 2 * EPS32
 
 
 def test_state_is_carried_through_the_cache(
