@@ -103,12 +103,14 @@ def errors(
     expected: Mapping[str, Tensor],
     sizes: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """The largest error of each tensor over its size: its largest magnitude unless given."""
+    """The largest error of each tensor over its size: its largest magnitude unless given.
+
+    What is not a number is wrong by infinity, as a largest value would pass over it.
+    """
     assert actual.keys() == expected.keys()
     sizes = magnitudes(expected) | dict(sizes or {})
-    return {
-        name: float((actual[name] - y).abs().max()) / sizes[name] for name, y in expected.items()
-    }
+    wrong = {name: (actual[name] - y).abs().nan_to_num(torch.inf) for name, y in expected.items()}
+    return {name: float(x.max()) / sizes[name] for name, x in wrong.items()}
 
 
 def worst(*arguments: Any) -> float:
