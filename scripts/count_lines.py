@@ -17,7 +17,7 @@ PARTS = {
         "src/pha/data/sampler.py src/pha/modeling.py"
     ),
     "one op, the gated scan": "src/pha/ops/gated_scan/*.py src/pha/ops/backends.py",
-    "its tests": "tests/ops/test_gated_scan.py tests/ops/test_scan_triton.py",
+    "its tests": "tests/ops/test_gated_scan.py",
     "src": "src/**/*.py",
     "tests": "tests/**/*.py",
 }

@@ -15,6 +15,7 @@ from pha.model import ArchitectureConfig, Backbone
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops import dss
 from pha.utils.errors import PHAError
+from tests.model.common import OneState, plain_context, scramble, small
 
 SHAPE = {"channels": 5, "modes": 7, "expansion": 2}
 EPS32 = torch.finfo(torch.float32).eps
@@ -42,18 +43,12 @@ def literal_forward(layer: MehtaGSS, z: Tensor) -> Tensor:
     return torch.stack(sequences)
 
 
-@pytest.fixture
-def make_layer(small: Callable[..., Any], scramble: Callable[..., Any]) -> Callable[..., Any]:
-    def make(**overrides: Any) -> MehtaGSS:
-        torch.manual_seed(0)
-        return scramble(MehtaGSS(small(**overrides), 0, **SHAPE))
-
-    return make
+def make_layer(**overrides: Any) -> MehtaGSS:
+    torch.manual_seed(0)
+    return scramble(MehtaGSS(small(**overrides), 0, **SHAPE))
 
 
-def test_values_and_gradients_equal_the_equations(
-    small: Callable[..., Any], make_layer: Callable[..., Any], plain_context: Callable[..., Any]
-) -> None:
+def test_values_and_gradients_equal_the_equations() -> None:
     layer = make_layer().double()
     z = torch.randn(2, 13, 24, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 13, 24, dtype=torch.float64)
@@ -86,7 +81,7 @@ def test_defaults_are_those_of_the_source() -> None:
     ("name", "value"),
     [("channels", 0), ("channels", 2.5), ("modes", -1), ("modes", "many"), ("expansion", 0.5)],
 )
-def test_bad_options_are_refused_by_name(name: str, value: Any, small: Callable[..., Any]) -> None:
+def test_bad_options_are_refused_by_name(name: str, value: Any) -> None:
     config = small(branches=["mehta_gss"], branch_options={"mehta_gss": {name: value}})
     with pytest.raises(PHAError, match=f"model: {name} of branch mehta_gss"):
         Backbone(config)
@@ -110,51 +105,25 @@ def test_the_state_space_starts_standard_normal_by_the_language_model_too() -> N
 
 @pytest.mark.parametrize("how", ["autocast", "cast"])
 def test_bfloat16_inputs_are_computed_in_float32(
-    how: str,
-    small: Callable[..., Any],
-    make_layer: Callable[..., Any],
-    plain_context: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    how: str, spy: Callable[[str], dict[str, Any]]
 ) -> None:
     layer = make_layer()
     if how == "cast":
         layer = layer.bfloat16()
         layer.Lambda_re.data = layer.Lambda_re.data.float()
-    seen: dict[str, Any] = {}
-
-    def spy(v: Tensor, *rest: Any) -> Any:
-        y, h_last = dss(v, *rest)
-        seen.update(v=v, y=y, exact=dss(v.double(), *rest)[0])
-        return y, h_last
-
-    monkeypatch.setattr("pha.mixers.mehta.dss", spy)
+    seen = spy("pha.mixers.mehta.dss")
     z = torch.randn(2, 50, 24)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         output = layer(z if how == "autocast" else z.bfloat16(), plain_context(small(), 50))
-    assert output.dtype == seen["v"].dtype == seen["y"].dtype == torch.bfloat16
+    (v, *rest), (y, _) = seen["inputs"], seen["outputs"]
+    assert output.dtype == v.dtype == y.dtype == torch.bfloat16
     # Rounded to bfloat16 once, at the end.
-    wrong = (seen["y"].double() - seen["exact"]).abs() - 2**-8 * seen["exact"].abs()
+    exact = dss(v.double(), *rest)[0]
+    wrong = (y.double() - exact).abs() - 2**-8 * exact.abs()
     assert float(wrong.max()) <= 1e-5
 
 
-class OneState:
-    """The smallest cache there is: one layer's recurrent state."""
-
-    def __init__(self) -> None:
-        self.state: Tensor | None = None
-
-    def recurrent_state(self, layer_idx: int) -> Tensor | None:
-        assert layer_idx == 0
-        return self.state
-
-    def set_recurrent_state(self, layer_idx: int, state: Tensor) -> None:
-        assert layer_idx == 0
-        self.state = state
-
-
-def test_state_is_carried_through_the_cache(
-    small: Callable[..., Any], make_layer: Callable[..., Any], plain_context: Callable[..., Any]
-) -> None:
+def test_state_is_carried_through_the_cache() -> None:
     layer = make_layer().double()
     z = torch.randn(2, 11, 24, dtype=torch.float64)
     whole = layer(z, plain_context(small(), 11))
@@ -168,9 +137,7 @@ def test_state_is_carried_through_the_cache(
     assert cache.state.shape == (2, 5, 7, 2)
 
 
-def test_padding_puts_nothing_into_the_state(
-    small: Callable[..., Any], make_layer: Callable[..., Any], plain_context: Callable[..., Any]
-) -> None:
+def test_padding_puts_nothing_into_the_state() -> None:
     layer = make_layer().double()
     z = torch.randn(1, 9, 24, dtype=torch.float64)
     tokens = torch.arange(9)[None] >= 4

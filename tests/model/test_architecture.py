@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from pha.model.parameters import count_parameters
 from pha.model.presets import PAPER_PARAMETERS, PRESETS, preset, preset_config
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.utils.errors import PHAError
+from tests.model.common import small
 
 ABLATIONS = [
     "attention-only-180m",
@@ -111,7 +111,7 @@ def test_backbone_checks_its_configuration() -> None:
     [(480, 0.67, 320), (608, 0.67, 408), (480, 2.0, 960), (768, 2.5, 1920), (768, 8 / 3, 2048)],
 )
 def test_ffn_size_rounds_to_the_nearest_multiple_of_eight(
-    hidden_size: int, expansion: float, expected: int, small: Callable[..., Any]
+    hidden_size: int, expansion: float, expected: int
 ) -> None:
     config = small(
         hidden_size=hidden_size,
@@ -125,7 +125,7 @@ def test_ffn_size_rounds_to_the_nearest_multiple_of_eight(
     assert layer.branches["aux_ffn"].swiglu.W_gate.weight.shape == (expected, hidden_size)
 
 
-def test_residual_constants_are_those_of_deepnorm(small: Callable[..., Any]) -> None:
+def test_residual_constants_are_those_of_deepnorm() -> None:
     config = small(num_hidden_layers=8)
     assert config.residual_alpha == pytest.approx(2.0, rel=1e-15)
     assert config.deepnorm_beta == pytest.approx(1 / 64**0.25, rel=1e-15)
@@ -273,7 +273,7 @@ def test_options_of_attention_where_only_some_layers_have_it() -> None:
     ArchitectureConfig(**fields, attention_layers=[0]).check()
 
 
-def test_counts_by_component(small: Callable[..., Any]) -> None:
+def test_counts_by_component() -> None:
     d, n, L, H, G, K = 24, 48, 3, 6, 2, 10
     config = small(primary_ffn_expansion=2.0, auxiliary_ffn_expansion=1.0)
     assert count_parameters(config) == {
@@ -287,7 +287,7 @@ def test_counts_by_component(small: Callable[..., Any]) -> None:
     }
 
 
-def test_mixing_weights_are_reported_by_layer_and_branch(small: Callable[..., Any]) -> None:
+def test_mixing_weights_are_reported_by_layer_and_branch() -> None:
     model = Backbone(small(branches=["aux_ffn", "gss"]))
     with torch.no_grad():
         model.layers[1].mixing.theta.copy_(torch.tensor([0.5, -0.5]))
@@ -305,14 +305,14 @@ def test_mixing_weights_are_reported_by_layer_and_branch(small: Callable[..., An
     assert Backbone(small(block="sequential")).mixing_weights() == []
 
 
-def test_mixing_weights_of_layers_with_different_branches(small: Callable[..., Any]) -> None:
+def test_mixing_weights_of_layers_with_different_branches() -> None:
     report = Backbone(small(branches=["gss", "aux_ffn"], attention_layers=[1])).mixing_weights()
     names = [list(layer["weights"]) for layer in report]
     assert names == [["gss", "aux_ffn"], ["attention"], ["gss", "aux_ffn"]]
     assert report[1] == {"weights": {"attention": 1.0}, "effective": {"attention": 1.0}}
 
 
-def test_embedding_is_scaled_by_the_root_of_the_width(small: Callable[..., Any]) -> None:
+def test_embedding_is_scaled_by_the_root_of_the_width() -> None:
     model = Backbone(small())
     ids = torch.randint(37, (2, 5))
     seen = []
@@ -323,14 +323,14 @@ def test_embedding_is_scaled_by_the_root_of_the_width(small: Callable[..., Any])
 
 
 @pytest.mark.parametrize("residual", ["pre", "post"])
-def test_hidden_states_leave_normalised(residual: str, small: Callable[..., Any]) -> None:
+def test_hidden_states_leave_normalised(residual: str) -> None:
     x = Backbone(small(residual=residual))(torch.randint(37, (2, 5)))
     size = x.square().mean(-1).sqrt()
     # RMSNorm with its epsilon of 1e-5 under a mean square of order one.
     torch.testing.assert_close(size, torch.ones(2, 5), rtol=0, atol=1e-4)
 
 
-def test_dropout_reaches_embedding_and_stream(small: Callable[..., Any]) -> None:
+def test_dropout_reaches_embedding_and_stream() -> None:
     ids = torch.randint(37, (2, 5))
     model = Backbone(small(dropout=0.4))
     assert torch.equal(model.eval()(ids), model(ids))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import cmath
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from pha.model import ArchitectureConfig, GroupedQueryAttention
 from pha.model.attention import rotary_angles
 from pha.ops import rotate
+from tests.model.common import plain_context, scramble, small
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -61,25 +61,15 @@ def literal(attention: GroupedQueryAttention, config: ArchitectureConfig, z: Ten
     return y
 
 
-@pytest.fixture
-def make_attention(small: Callable[..., Any], scramble: Callable[..., Any]) -> Callable[..., Any]:
-    def make(**overrides: Any) -> tuple[GroupedQueryAttention, ArchitectureConfig]:
-        torch.manual_seed(0)
-        config = small(**overrides)
-        return scramble(GroupedQueryAttention(config, 0)), config
-
-    return make
+def make_attention(**overrides: Any) -> tuple[GroupedQueryAttention, ArchitectureConfig]:
+    torch.manual_seed(0)
+    config = small(**overrides)
+    return scramble(GroupedQueryAttention(config, 0)), config
 
 
 @pytest.mark.parametrize("logits", ["scaled-cosine", "dot-product"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (6, 2), (3, 3)])
-def test_equals_the_formula(
-    logits: str,
-    heads: int,
-    kv_heads: int,
-    make_attention: Callable[..., Any],
-    plain_context: Callable[..., Any],
-) -> None:
+def test_equals_the_formula(logits: str, heads: int, kv_heads: int) -> None:
     attention, config = make_attention(
         attention_logits=logits, num_attention_heads=heads, num_key_value_heads=kv_heads
     )
@@ -91,9 +81,7 @@ def test_equals_the_formula(
     torch.testing.assert_close(y, literal(attention, config, z), rtol=0, atol=atol)
 
 
-def test_temperature_starts_at_ten_and_is_clamped_at_a_hundred(
-    make_attention: Callable[..., Any], plain_context: Callable[..., Any]
-) -> None:
+def test_temperature_starts_at_ten_and_is_clamped_at_a_hundred() -> None:
     attention, config = make_attention()
     assert torch.equal(
         GroupedQueryAttention(config, 0).logit_scale.detach(), torch.full((6,), math.log(10.0))
@@ -112,9 +100,7 @@ def test_temperature_starts_at_ten_and_is_clamped_at_a_hundred(
     assert torch.equal(attention.logit_scale.grad, torch.zeros(6))
 
 
-def test_temperature_is_one_of_each_head(
-    make_attention: Callable[..., Any], plain_context: Callable[..., Any]
-) -> None:
+def test_temperature_is_one_of_each_head() -> None:
     attention, config = make_attention()
     # With the identity as output projection the heads can be told apart.
     attention.W_o = nn.Identity()
@@ -129,12 +115,7 @@ def test_temperature_is_one_of_each_head(
 
 @pytest.mark.parametrize("factor", [0.01, 7.0])
 @pytest.mark.parametrize("which", ["W_q", "W_k"])
-def test_logits_are_cosines(
-    which: str,
-    factor: float,
-    make_attention: Callable[..., Any],
-    plain_context: Callable[..., Any],
-) -> None:
+def test_logits_are_cosines(which: str, factor: float) -> None:
     for logits in ("scaled-cosine", "dot-product"):
         attention, config = make_attention(attention_logits=logits)
         z = torch.randn(1, 9, 24)
@@ -148,9 +129,7 @@ def test_logits_are_cosines(
             assert difference > 0.01 * before.abs().max().item()
 
 
-def test_normalisation_survives_a_zero_vector(
-    make_attention: Callable[..., Any], plain_context: Callable[..., Any]
-) -> None:
+def test_normalisation_survives_a_zero_vector() -> None:
     attention, config = make_attention()
     z = torch.zeros(1, 5, 24, requires_grad=True)
     attention(z, plain_context(config, 5)).sum().backward()
@@ -158,9 +137,7 @@ def test_normalisation_survives_a_zero_vector(
 
 
 @pytest.mark.parametrize("shift", [1, 17, 4096])
-def test_shifting_all_positions_changes_nothing(
-    shift: int, make_attention: Callable[..., Any], plain_context: Callable[..., Any]
-) -> None:
+def test_shifting_all_positions_changes_nothing(shift: int) -> None:
     attention, config = make_attention()
     z = torch.randn(2, 9, 24)
     positions = torch.arange(9).expand(2, 9).clone()
@@ -189,9 +166,7 @@ def test_rotation_is_the_complex_one(head_dim: int, theta: float) -> None:
     assert torch.equal(y[:, :, 0], x[:, :, 0])
 
 
-def test_bfloat16_computes_cosines_in_float32(
-    make_attention: Callable[..., Any], plain_context: Callable[..., Any]
-) -> None:
+def test_bfloat16_computes_cosines_in_float32() -> None:
     attention, config = make_attention()
     z = torch.randn(2, 9, 24)
     y = attention(z, plain_context(config, 9))
@@ -204,7 +179,7 @@ def test_bfloat16_computes_cosines_in_float32(
     assert ((rough - y).abs().max() / y.abs().max()).item() <= 12 * 2**-8
 
 
-def test_dot_product_has_no_temperature(make_attention: Callable[..., Any]) -> None:
+def test_dot_product_has_no_temperature() -> None:
     attention, _ = make_attention(attention_logits="dot-product")
     assert [name for name, _ in attention.named_parameters()] == [
         "W_q.weight",

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from pha.model import BRANCHES, Branch, ParallelBlock, SequentialBlock, register_branch
+from pha.model import Branch, ParallelBlock, SequentialBlock, register_branch
 from pha.model.block import Residual
 from pha.model.branches import Context
+from tests.model.common import plain_context, scramble, small
 
 SUBSETS = [
     list(subset)
@@ -35,9 +35,7 @@ def connect(residual: Residual, kind: str, x: Tensor, f: Callable[[Tensor], Tens
 
 
 @each_residual
-def test_residual_by_definition(
-    residual: str, small: Callable[..., Any], scramble: Callable[..., Any]
-) -> None:
+def test_residual_by_definition(residual: str) -> None:
     module = scramble(Residual(small(residual=residual))).double()
     x = torch.randn(2, 5, 24, dtype=torch.float64)
     actual = module(x, module.enter(x).square() - 1)
@@ -46,7 +44,7 @@ def test_residual_by_definition(
 
 
 @each_residual
-def test_dropout_acts_on_what_enters_the_stream(residual: str, small: Callable[..., Any]) -> None:
+def test_dropout_acts_on_what_enters_the_stream(residual: str) -> None:
     module = Residual(small(residual=residual, dropout=0.5))
     x = torch.randn(2, 5, 24)
     everything = module.eval()(x, torch.ones_like(x))
@@ -61,13 +59,7 @@ def test_dropout_acts_on_what_enters_the_stream(residual: str, small: Callable[.
 
 @each_residual
 @pytest.mark.parametrize("branches", SUBSETS, ids="+".join)
-def test_parallel_block_of_any_subset(
-    residual: str,
-    branches: list[str],
-    small: Callable[..., Any],
-    scramble: Callable[..., Any],
-    plain_context: Callable[..., Any],
-) -> None:
+def test_parallel_block_of_any_subset(residual: str, branches: list[str]) -> None:
     config = small(branches=branches, residual=residual)
     block = scramble(ParallelBlock(config, 0)).double()
     context = plain_context(config, 7)
@@ -91,11 +83,7 @@ def test_parallel_block_of_any_subset(
 @each_residual
 @pytest.mark.parametrize("order", list(itertools.permutations(["gss", "attention", "aux_ffn"])))
 def test_sequential_block_goes_in_the_order_of_branches(
-    residual: str,
-    order: tuple[str, ...],
-    small: Callable[..., Any],
-    scramble: Callable[..., Any],
-    plain_context: Callable[..., Any],
+    residual: str, order: tuple[str, ...]
 ) -> None:
     config = small(block="sequential", branches=list(order), residual=residual)
     block = scramble(SequentialBlock(config, 0)).double()
@@ -116,11 +104,7 @@ def test_sequential_block_goes_in_the_order_of_branches(
 @pytest.mark.parametrize("block", [ParallelBlock, SequentialBlock])
 @pytest.mark.parametrize("attention_layer", [False, True])
 def test_a_layer_without_a_primary_ffn(
-    block: type[ParallelBlock] | type[SequentialBlock],
-    attention_layer: bool,
-    small: Callable[..., Any],
-    scramble: Callable[..., Any],
-    plain_context: Callable[..., Any],
+    block: type[ParallelBlock] | type[SequentialBlock], attention_layer: bool
 ) -> None:
     config = small(
         branches=["gss"],
@@ -163,11 +147,7 @@ def recorders(registry: None) -> list[tuple[str, Tensor, Context]]:
     return calls
 
 
-def test_parallel_branches_share_one_input(
-    recorders: list[tuple[str, Tensor, Context]],
-    small: Callable[..., Any],
-    plain_context: Callable[..., Any],
-) -> None:
+def test_parallel_branches_share_one_input(recorders: list[tuple[str, Tensor, Context]]) -> None:
     config = small(branches=["second", "first"])
     context = plain_context(config, 3)
     x = torch.randn(1, 3, 24)
@@ -180,8 +160,6 @@ def test_parallel_branches_share_one_input(
 
 def test_sequential_branches_hand_on_their_output(
     recorders: list[tuple[str, Tensor, Context]],
-    small: Callable[..., Any],
-    plain_context: Callable[..., Any],
 ) -> None:
     config = small(block="sequential", branches=["second", "first"])
     context = plain_context(config, 3)
@@ -192,7 +170,3 @@ def test_sequential_branches_hand_on_their_output(
     torch.testing.assert_close(recorders[0][1], z)
     between = x + (z + 1) / 6**0.25
     torch.testing.assert_close(recorders[1][1], rms(between, torch.ones(24)))
-
-
-def test_the_recorders_are_gone_again() -> None:
-    assert set(BRANCHES) == {"gss", "mehta_gss", "attention", "aux_ffn"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from pha.model import (
 from pha.model.branches import Context
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.utils.errors import PHAError
+from tests.model.common import scramble, small
 
 pytestmark = pytest.mark.usefixtures("registry")
 
@@ -47,9 +47,7 @@ def average(registry: None) -> type[Branch]:
 
 
 @pytest.mark.parametrize("block", ["parallel", "sequential"])
-def test_custom_branch_works_in_both_blocks(
-    block: str, average: type[Branch], small: Callable[..., Any]
-) -> None:
+def test_custom_branch_works_in_both_blocks(block: str, average: type[Branch]) -> None:
     config = small(
         block=block,
         branches=["gss", "average"],
@@ -65,9 +63,7 @@ def test_custom_branch_works_in_both_blocks(
     assert all(bool(layer.branches["average"].gain.grad.any()) for layer in model.layers)
 
 
-def test_option_changes_what_the_branch_does(
-    average: type[Branch], small: Callable[..., Any], scramble: Callable[..., Any]
-) -> None:
+def test_option_changes_what_the_branch_does(average: type[Branch]) -> None:
     ids = torch.randint(37, (1, 9))
 
     def run(**options: Any) -> Tensor:
@@ -81,7 +77,7 @@ def test_option_changes_what_the_branch_does(
 
 @pytest.mark.parametrize("block", ["parallel", "sequential"])
 def test_custom_branch_is_saved_and_loaded(
-    block: str, average: type[Branch], tmp_path: Path, scramble: Callable[..., Any]
+    block: str, average: type[Branch], tmp_path: Path
 ) -> None:
     config = PHAConfig(
         vocab_size=37,
@@ -101,7 +97,7 @@ def test_custom_branch_is_saved_and_loaded(
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_options_of_another_subclass_of_a_paper_branch(small: Callable[..., Any]) -> None:
+def test_options_of_another_subclass_of_a_paper_branch() -> None:
     @register_branch("slow-gss")
     class SlowStateSpace(GatedStateSpace):
         def __init__(self, config: ArchitectureConfig, layer_idx: int, *, slower: float) -> None:
@@ -117,7 +113,7 @@ def test_options_of_another_subclass_of_a_paper_branch(small: Callable[..., Any]
     torch.testing.assert_close(difference, torch.full((3,), 2.0))
 
 
-def test_unknown_branch_names_the_field_and_what_there_is(small: Callable[..., Any]) -> None:
+def test_unknown_branch_names_the_field_and_what_there_is() -> None:
     with pytest.raises(
         PHAError, match=r"branches names 'gsss'.*attention, aux_ffn, gss, mehta_gss"
     ):
@@ -127,9 +123,7 @@ def test_unknown_branch_names_the_field_and_what_there_is(small: Callable[..., A
         PHAForCausalLM(config)
 
 
-def test_unknown_option_names_the_branch_and_what_it_takes(
-    average: type[Branch], small: Callable[..., Any]
-) -> None:
+def test_unknown_option_names_the_branch_and_what_it_takes(average: type[Branch]) -> None:
     config = small(branches=["average"], branch_options={"average": {"widow": 3}})
     with pytest.raises(PHAError, match=r"branch average .*widow.*takes scale, window"):
         Backbone(config)
@@ -142,7 +136,7 @@ def test_unknown_option_names_the_branch_and_what_it_takes(
         Backbone(config)
 
 
-def test_options_of_an_absent_branch_are_refused(small: Callable[..., Any]) -> None:
+def test_options_of_an_absent_branch_are_refused() -> None:
     with pytest.raises(PHAError, match=r"branch_options names aux_ffn, not in branches"):
         small(branches=["gss"], branch_options={"aux_ffn": {}})
 
@@ -155,9 +149,7 @@ def test_names_that_a_module_cannot_have_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("block", ["parallel", "sequential"])
-def test_two_branches_of_a_layer_cannot_share_a_place_in_the_cache(
-    block: str, small: Callable[..., Any]
-) -> None:
+def test_two_branches_of_a_layer_cannot_share_a_place_in_the_cache(block: str) -> None:
     class Keys(Branch):
         keeps_keys = True
 
@@ -173,7 +165,7 @@ def test_two_branches_of_a_layer_cannot_share_a_place_in_the_cache(
     Backbone(small(block=block, branches=["shared", "gss"], attention_layers=[1]))
 
 
-def test_a_branch_of_ones_own_may_keep_a_state(small: Callable[..., Any]) -> None:
+def test_a_branch_of_ones_own_may_keep_a_state() -> None:
     @register_branch("sum")
     class RunningSum(Branch):
         keeps_state = True

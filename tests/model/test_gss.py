@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pha.model import GatedStateSpace
-from pha.ops import gated_scan
+from tests.model.common import OneState, plain_context, scramble, small
 
 EPS32 = torch.finfo(torch.float32).eps
 each_input_scaling = pytest.mark.parametrize("input_scaling", ["unit-variance", "zero-order-hold"])
@@ -46,22 +46,13 @@ def literal_forward(gss: GatedStateSpace, z: Tensor, a: Tensor, b: Tensor) -> Te
     return torch.stack(sequences)
 
 
-@pytest.fixture
-def make_gss(small: Callable[..., Any], scramble: Callable[..., Any]) -> Callable[..., Any]:
-    def make(**overrides: Any) -> GatedStateSpace:
-        torch.manual_seed(0)
-        return scramble(GatedStateSpace(small(**overrides), 0))
-
-    return make
+def make_gss(**overrides: Any) -> GatedStateSpace:
+    torch.manual_seed(0)
+    return scramble(GatedStateSpace(small(**overrides), 0))
 
 
 @each_input_scaling
-def test_equals_the_equation(
-    input_scaling: str,
-    small: Callable[..., Any],
-    make_gss: Callable[..., Any],
-    plain_context: Callable[..., Any],
-) -> None:
+def test_equals_the_equation(input_scaling: str) -> None:
     gss = make_gss(input_scaling=input_scaling).double()
     z = torch.randn(2, 13, 24, dtype=torch.float64)
     y = gss(z, plain_context(small(), 13))
@@ -71,12 +62,7 @@ def test_equals_the_equation(
 
 
 @each_input_scaling
-def test_gradients_equal_those_of_the_equation(
-    input_scaling: str,
-    small: Callable[..., Any],
-    make_gss: Callable[..., Any],
-    plain_context: Callable[..., Any],
-) -> None:
+def test_gradients_equal_those_of_the_equation(input_scaling: str) -> None:
     gss = make_gss(input_scaling=input_scaling).double()
     z = torch.randn(2, 9, 24, dtype=torch.float64)
     weight = torch.randn(2, 9, 24, dtype=torch.float64)
@@ -95,9 +81,7 @@ def test_gradients_equal_those_of_the_equation(
 
 
 @each_input_scaling
-def test_decays_and_input_scale_by_definition(
-    input_scaling: str, make_gss: Callable[..., Any]
-) -> None:
+def test_decays_and_input_scale_by_definition(input_scaling: str) -> None:
     gss = make_gss(input_scaling=input_scaling, state_size=16 * 64)
     a, b = gss.decay_and_scale()
     assert a.dtype == b.dtype == torch.float32
@@ -110,7 +94,7 @@ def test_decays_and_input_scale_by_definition(
     assert a.max().item() < 1
 
 
-def test_initial_A_is_the_hippo_diagonal(small: Callable[..., Any]) -> None:
+def test_initial_A_is_the_hippo_diagonal() -> None:
     gss = GatedStateSpace(small(state_size=80), 0)
     expected = -torch.arange(1.0, 17.0).repeat(5)
     # The logarithm is rounded once: relative error up to ln(16) half units.
@@ -118,9 +102,7 @@ def test_initial_A_is_the_hippo_diagonal(small: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(("dt_min", "dt_max"), [(1e-3, 1e-1), (1e-4, 0.5)])
-def test_initial_time_steps_are_log_uniform(
-    dt_min: float, dt_max: float, small: Callable[..., Any]
-) -> None:
+def test_initial_time_steps_are_log_uniform(dt_min: float, dt_max: float) -> None:
     torch.manual_seed(0)
     groups = 4096
     gss = GatedStateSpace(small(state_size=16 * groups, dt_min=dt_min, dt_max=dt_max), 0)
@@ -133,7 +115,7 @@ def test_initial_time_steps_are_log_uniform(
     assert float(((log_dt - low) / (high - low) - ranks).abs().max()) <= 1.95 / groups**0.5
 
 
-def test_time_step_is_shared_by_a_group_of_sixteen(make_gss: Callable[..., Any]) -> None:
+def test_time_step_is_shared_by_a_group_of_sixteen() -> None:
     gss = make_gss(state_size=48)
     before, _ = gss.decay_and_scale()
     with torch.no_grad():
@@ -142,80 +124,26 @@ def test_time_step_is_shared_by_a_group_of_sixteen(make_gss: Callable[..., Any])
     assert changed.tolist() == list(range(16, 32))
 
 
-def spy_on_gated_scan(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.dtype]:
-    seen = {}
-
-    def spy(gate: Tensor, value: Tensor, a: Tensor, *rest: Any) -> Any:
-        h, h_last = gated_scan(gate, value, a, *rest)
-        seen.update(gate=gate.dtype, value=value.dtype, a=a.dtype, h_last=h_last.dtype)
-        return h, h_last
-
-    monkeypatch.setattr("pha.model.gss.gated_scan", spy)
-    return seen
-
-
-def test_decays_are_float32_under_autocast(
-    small: Callable[..., Any],
-    make_gss: Callable[..., Any],
-    plain_context: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    gss = make_gss()
+@pytest.mark.parametrize("how", ["autocast", "cast"])
+def test_decays_are_float32_beside_bfloat16(how: str, spy: Callable[[str], dict[str, Any]]) -> None:
+    gss, z = make_gss(), torch.randn(2, 5, 24)
+    if how == "cast":
+        gss, z = gss.bfloat16(), z.bfloat16()
     exact, _ = gss.decay_and_scale()
-    seen = spy_on_gated_scan(monkeypatch)
-    with torch.autocast("cpu", torch.bfloat16):
+    seen = spy("pha.model.gss.gated_scan")
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         a, b = gss.decay_and_scale()
-        y = gss(torch.randn(2, 5, 24), plain_context(small(), 5))
+        y = gss(z, plain_context(small(), 5))
     assert torch.equal(a, exact)
     assert b.dtype == torch.float32
-    assert y.dtype == torch.bfloat16
-    assert seen == {
-        "gate": torch.bfloat16,
-        "value": torch.bfloat16,
-        "a": torch.float32,
-        "h_last": torch.float32,
-    }
-
-
-def test_decays_are_float32_in_a_bfloat16_model(
-    small: Callable[..., Any],
-    make_gss: Callable[..., Any],
-    plain_context: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    gss = make_gss().bfloat16()
-    seen = spy_on_gated_scan(monkeypatch)
-    y = gss(torch.randn(2, 5, 24).bfloat16(), plain_context(small(), 5))
-    assert y.dtype == torch.bfloat16
-    assert seen == {
-        "gate": torch.bfloat16,
-        "value": torch.bfloat16,
-        "a": torch.float32,
-        "h_last": torch.float32,
-    }
+    gate, value, decay, *_ = seen["inputs"]
+    assert gate.dtype == value.dtype == y.dtype == torch.bfloat16
+    assert decay.dtype == seen["outputs"][1].dtype == torch.float32
     # The logarithms are rounded when cast; what is computed from them is not rounded again.
-    a_exact, _ = literal_decay_and_scale(gss)
-    assert (gss.decay_and_scale()[0] - a_exact).abs().max().item() <= 2 * EPS32
+    assert (a - literal_decay_and_scale(gss)[0]).abs().max().item() <= 2 * EPS32
 
 
-class OneState:
-    """The smallest cache there is: one layer's recurrent state."""
-
-    def __init__(self) -> None:
-        self.state: Tensor | None = None
-
-    def recurrent_state(self, layer_idx: int) -> Tensor | None:
-        assert layer_idx == 0
-        return self.state
-
-    def set_recurrent_state(self, layer_idx: int, state: Tensor) -> None:
-        assert layer_idx == 0
-        self.state = state
-
-
-def test_state_is_carried_through_the_cache(
-    small: Callable[..., Any], make_gss: Callable[..., Any], plain_context: Callable[..., Any]
-) -> None:
+def test_state_is_carried_through_the_cache() -> None:
     gss = make_gss().double()
     z = torch.randn(2, 11, 24, dtype=torch.float64)
     whole = gss(z, plain_context(small(), 11))
@@ -227,9 +155,7 @@ def test_state_is_carried_through_the_cache(
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-14)
 
 
-def test_padding_puts_nothing_into_the_state(
-    small: Callable[..., Any], make_gss: Callable[..., Any], plain_context: Callable[..., Any]
-) -> None:
+def test_padding_puts_nothing_into_the_state() -> None:
     gss = make_gss().double()
     z = torch.randn(1, 9, 24, dtype=torch.float64)
     tokens = torch.arange(9)[None] >= 4
@@ -239,9 +165,7 @@ def test_padding_puts_nothing_into_the_state(
     assert torch.equal(padded[:, :4], torch.zeros_like(padded[:, :4]))
 
 
-def test_the_branch_goes_into_one_graph(
-    small: Callable[..., Any], make_gss: Callable[..., Any], plain_context: Callable[..., Any]
-) -> None:
+def test_the_branch_goes_into_one_graph() -> None:
     gss = make_gss()
     z = torch.randn(2, 9, 24)
     context = plain_context(small(), 9)

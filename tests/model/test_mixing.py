@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from pha.model.norm import RMSNorm
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops.precision import compute_type
 from pha.utils.errors import PHAError
+from tests.model.common import scramble
 
 NAMES = ["gss", "attention", "aux_ffn"]
 
@@ -25,7 +25,7 @@ def literal_rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 @pytest.mark.parametrize("eps", [1e-5, 0.5])
-def test_rms_norm_by_definition(eps: float, scramble: Callable[..., Any]) -> None:
+def test_rms_norm_by_definition(eps: float) -> None:
     norm = scramble(RMSNorm(17, eps)).double()
     x = torch.randn(3, 5, 17, dtype=torch.float64)
     torch.testing.assert_close(norm(x), literal_rms_norm(x, norm.weight, eps), rtol=0, atol=1e-14)
@@ -43,7 +43,7 @@ def test_rms_norm_returns_the_compute_type() -> None:
     assert norm(x).dtype == torch.float32
 
 
-def test_swiglu_by_definition(scramble: Callable[..., Any]) -> None:
+def test_swiglu_by_definition() -> None:
     ffn = scramble(SwiGLU(24, 40)).double()
     assert not any("bias" in name for name, _ in ffn.named_parameters())
     assert ffn.W_gate.weight.shape == ffn.W_up.weight.shape == (40, 24)
@@ -54,7 +54,7 @@ def test_swiglu_by_definition(scramble: Callable[..., Any]) -> None:
 
 
 @pytest.fixture
-def mixing(scramble: Callable[..., Any]) -> LearnableMixing:
+def mixing() -> LearnableMixing:
     return scramble(LearnableMixing(NAMES, 17, 1e-5), by=0.7)
 
 

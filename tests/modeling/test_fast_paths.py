@@ -182,32 +182,43 @@ def test_who_listens_hears_every_token(
     assert len(steps) == 1
 
 
+def next_logits(model: PHAForCausalLM, token: Tensor, cache: DynamicCache) -> Tensor:
+    """Those of one more token, which leaves `cache` as it is; those of the layers agree."""
+    logits = model(token, past_key_values=copy.deepcopy(cache)).logits
+    with torch.enable_grad():  # which leaves it to the layers
+        expected = model(token, past_key_values=copy.deepcopy(cache)).logits
+    assert_same(logits, expected.detach())
+    return logits
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["in place", "data", "assigned", "fresh data"])
-def test_every_weight_that_changes_is_seen_by_the_next_token(how: str, steps: list[int]) -> None:
-    ids = tokens(1, T)
-    for name, _ in scrambled(small_config()).named_parameters():
-        model = scrambled(small_config())
-        cache = model.new_cache()
-        model(ids[:, :8], past_key_values=cache)
-        model(ids[:, 8:9], past_key_values=cache)
+def test_every_weight_that_changes_is_seen_by_the_next_token(
+    how: str, model: PHAForCausalLM, steps: list[int]
+) -> None:
+    def scale(name: str, factor: float) -> None:
         parameter = model.get_parameter(name)
         if how == "in place":
-            parameter.mul_(1.5)
+            parameter.mul_(factor)
         elif how == "data":
-            parameter.data.mul_(1.5)
+            parameter.data.mul_(factor)
         elif how == "fresh data":
-            parameter.data = 1.5 * parameter.data
+            parameter.data = factor * parameter.data
         else:
             owner, _, key = name.rpartition(".")
-            setattr(model.get_submodule(owner), key, nn.Parameter(1.5 * parameter))
+            setattr(model.get_submodule(owner), key, nn.Parameter(factor * parameter))
             model.tie_weights()
-        taken, same = len(steps), copy.deepcopy(cache)
-        logits = model(ids[:, 9:10], past_key_values=cache).logits
-        assert len(steps) == taken + 1
-        with torch.enable_grad():  # which leaves it to the layers
-            expected = model(ids[:, 9:10], past_key_values=same).logits
-        torch.testing.assert_close(logits, expected.detach(), rtol=0, atol=1e-5, msg=name)
+
+    ids, cache = tokens(1, T), model.new_cache()
+    model(ids[:, :8], past_key_values=cache)
+    before, names = next_logits(model, ids[:, 8:9], cache), list(dict(model.named_parameters()))
+    for name in names:
+        scale(name, 1.5)
+        changed = next_logits(model, ids[:, 8:9], cache)
+        assert not torch.equal(changed, before), name
+        scale(name, 1 / 1.5)
+        before = next_logits(model, ids[:, 8:9], cache)
+    assert len(steps) == 1 + 2 * len(names)
 
 
 @torch.no_grad()
@@ -218,8 +229,7 @@ def test_another_head_in_the_middle_of_a_text_is_seen(
     model(ids[:, :8], past_key_values=cache)
     model(ids[:, 8:9], past_key_values=cache)
     model.lm_head = nn.Linear(32, 31, bias=False)
-    logits = model(ids[:, 9:10], past_key_values=cache).logits
-    assert_same(logits, model(ids[:, :10]).logits[:, -1:])
+    next_logits(model, ids[:, 9:10], cache)
     assert len(steps) == 2
 
 
@@ -230,34 +240,27 @@ def test_a_window_from_the_middle_of_a_text_on_is_seen(
     ids, cache = tokens(1, T), model.new_cache()
     model(ids[:, :8], past_key_values=cache)
     model(ids[:, 8:9], past_key_values=cache)
-    model.config.attention_window, same = 3, copy.deepcopy(cache)
-    logits = model(ids[:, 9:10], past_key_values=cache).logits
-    with torch.enable_grad():
-        expected = model(ids[:, 9:10], past_key_values=same).logits
-    assert_same(logits, expected.detach())
+    model.config.attention_window = 3
+    next_logits(model, ids[:, 9:10], cache)
     assert len(steps) == 1
 
 
 @torch.no_grad()
 def test_settings_that_change_are_seen(steps: list[int], model: PHAForCausalLM) -> None:
-    ids = tokens(1, T)
-    changes: list[Callable[[], None]] = [
-        lambda: setattr(model.model.norm, "eps", 1.0),
-        lambda: setattr(model.model.layers[0].mix_residual, "alpha", 7.0),
-        lambda: setattr(model.model.layers[1].branches["gss"], "input_scaling", "zero-order-hold"),
-        lambda: setattr(model.model.layers[1].branches["attention"], "cosine", False),
-    ]
-    cache = model.new_cache()
+    ids, cache = tokens(1, T), model.new_cache()
     model(ids[:, :5], past_key_values=cache)
-    for t, change in enumerate(changes, start=5):
-        model(ids[:, t : t + 1], past_key_values=copy.deepcopy(cache))
-        change()
-        same = copy.deepcopy(cache)
-        logits = model(ids[:, t : t + 1], past_key_values=cache).logits
-        with torch.enable_grad():
-            expected = model(ids[:, t : t + 1], past_key_values=same).logits
-        assert_same(logits, expected.detach())
-    assert len(steps) == 2 * len(changes)
+    before = next_logits(model, ids[:, 5:6], cache)
+    for owner, name, value in (
+        (model.model.norm, "eps", 1.0),
+        (model.model.layers[0].mix_residual, "alpha", 7.0),
+        (model.model.layers[1].branches["gss"], "input_scaling", "zero-order-hold"),
+        (model.model.layers[1].branches["attention"], "cosine", False),
+    ):
+        setattr(owner, name, value)
+        changed = next_logits(model, ids[:, 5:6], cache)
+        assert not torch.equal(changed, before), name
+        before = changed
+    assert len(steps) == 5
 
 
 # --- caches

@@ -75,7 +75,7 @@ def small_model() -> PHAForCausalLM:
     return PHAForCausalLM(small_config(vocab_size=257, state_size=64))
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}, {"bf16": True}])
+@pytest.mark.parametrize("changes", [{"gradient_accumulation_steps": 2}, {"bf16": True}])
 def test_the_trainer_of_transformers_lowers_the_loss(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:

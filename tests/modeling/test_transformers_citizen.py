@@ -18,7 +18,6 @@ from tests.modeling.common import (
     FLOAT32_PARAMETERS,
     assert_same,
     cached_model,
-    each_kind,
     each_main_kind,
     padded_batch,
     scrambled,
@@ -31,10 +30,11 @@ from tests.modeling.test_generation import generate, greedy
 # Loading
 
 
-def test_import_pha_is_enough_for_the_auto_classes(tmp_path: Path) -> None:
+def test_import_pha_is_enough_for_the_auto_classes_and_imports_no_numba(tmp_path: Path) -> None:
     scrambled(small_config()).save_pretrained(tmp_path)
     program = (
-        "import sys, pha; from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "import sys, pha, pha.decoder; from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "assert 'numba' not in sys.modules\n"  # it is slow to import, and not needed yet
         "print(AutoConfig.from_pretrained(sys.argv[1]).model_type)\n"
         "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
     )
@@ -58,7 +58,7 @@ def test_decays_and_mixing_stay_in_float32(block: str, branches: tuple[str, ...]
 
 @each_main_kind
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("sizes", [[1] * 24, [7, 1, 16], [23, 1]])
+@pytest.mark.parametrize("sizes", [[1] * 24, [7, 1, 16]])
 def test_splits_in_bfloat16(
     block: str, branches: tuple[str, ...], window: int | None, sizes: list[int]
 ) -> None:
@@ -87,7 +87,7 @@ def test_splits_in_bfloat16(
 
 @each_main_kind
 @pytest.mark.parametrize("window", [None, 5])
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(sizes=st.lists(st.integers(1, 13), min_size=1, max_size=6))
 def test_any_split_with_a_static_cache_equals_the_whole(
     block: str, branches: tuple[str, ...], window: int | None, sizes: list[int]
@@ -157,7 +157,7 @@ def test_what_crops_or_repeats_the_cache_is_refused(block: str, branches: tuple[
 # Outputs
 
 
-@each_kind
+@each_main_kind
 def test_hidden_states_are_the_stream_and_what_the_head_sees(
     block: str, branches: tuple[str, ...]
 ) -> None:
@@ -224,35 +224,12 @@ def test_checkpointing_is_off_in_evaluation() -> None:
 # Compilation
 
 
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(
-    ("block", "branches"),
-    [("parallel", ("gss", "attention", "aux_ffn")), ("parallel", ("attention",))],
-)
-def test_training_compiles_without_a_break(
-    block: str, branches: tuple[str, ...], documents: bool
-) -> None:
-    config = small_config(block=block, branches=list(branches))
-    model = scrambled(config).train()
-    ids = tokens(2, 33)
-    starts = starts_of([3, 9, 21]).expand(2, -1) if documents else None
-
-    def gradients(function: object) -> list[torch.Tensor]:
-        model.zero_grad()
-        function(ids, labels=ids, document_starts=starts).loss.backward()
-        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-    # Without a compiler of C++: the graph is captured whole and then run as it is.
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for actual, expected in zip(gradients(compiled), gradients(model), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-
-
 def test_decoding_with_a_static_cache_compiles_without_a_break() -> None:
     model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
     ids = tokens(2, 20)
     cache = StaticCache(config=model.config, max_cache_len=32)
     model(ids[:, :12], past_key_values=cache)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    # Without a compiler of C++: the graph is captured whole and then run as it is.
     logits = [compiled(ids[:, t : t + 1], past_key_values=cache).logits for t in range(12, 20)]
     assert_same(torch.cat(logits, 1), model(ids).logits[:, 12:])

@@ -5,6 +5,7 @@ What `empty` returns holds NaN in tests, so anything that is read before it is w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops import OPS
 from pha.ops.attention import attention_mask
+from tests.ops.common import Inputs, converted, magnitudes, outcome, worst
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -50,47 +52,50 @@ class Problem:
         return None if share is None else torch.rand(*shape, generator=self.generator) < share
 
 
-def gated_scan(new: Problem, B: int, T: int, n: int) -> tuple[list[Any], list[Any]]:
-    a = torch.rand(n, generator=new.generator).to(new(1, wide=True).dtype)
-    h0 = new(B, n, wide=True) if new.data.draw(st.booleans()) else None
-    tensors = [new(B, T, n), new(B, T, n), a, new(n, wide=True), h0]
-    return tensors, [new.flags(B, T), new.flags(B, T)]
+def gated_scan(new: Problem, B: int, T: int, n: int) -> Inputs:
+    inputs = {"gate": new(B, T, n), "value": new(B, T, n), "b": new(n, wide=True)}
+    inputs["a"] = torch.rand(n, generator=new.generator).to(inputs["b"].dtype)
+    if new.data.draw(st.booleans()):
+        inputs["h0"] = new(B, n, wide=True)
+    return inputs | {"starts": new.flags(B, T), "mask": new.flags(B, T)}
 
 
-def rms_norm(new: Problem, B: int, T: int, n: int) -> tuple[list[Any], list[Any]]:
-    return [new(B, T, n), new(n, wide=True)], [1e-5, new.dtype]
+def rms_norm(new: Problem, B: int, T: int, n: int) -> Inputs:
+    return {"x": new(B, T, n), "gain": new(n, wide=True), "eps": 1e-5, "dtype": new.dtype}
 
 
-def swiglu(new: Problem, B: int, T: int, n: int) -> tuple[list[Any], list[Any]]:
-    return [new(B, T, n), new(B, T, n)], []
+def swiglu(new: Problem, B: int, T: int, n: int) -> Inputs:
+    return {"gate": new(B, T, n), "up": new(B, T, n)}
 
 
-def unit_rotary(new: Problem, B: int, T: int, n: int) -> tuple[list[Any], list[Any]]:
+def unit_rotary(new: Problem, B: int, T: int, n: int) -> Inputs:
     angles = torch.randn(1, T, n, generator=new.generator)
-    return [new(B, 3, T, 2 * n), new(3, wide=True)], [angles.cos(), angles.sin()]
+    inputs = {"x": new(B, 3, T, 2 * n), "scales": new(3, wide=True)}
+    return inputs | {"cos": angles.cos(), "sin": angles.sin()}
 
 
-def attention(new: Problem, B: int, T: int, n: int) -> tuple[list[Any], list[Any]]:
+def attention(new: Problem, B: int, T: int, n: int) -> Inputs:
     heads, groups, S = *new.data.draw(st.sampled_from([(1, 1), (4, 2), (6, 2)])), T + n - 1
-    tensors = [new(B, heads, T, 2 * n), new(B, groups, S, 2 * n), new(B, groups, S, 2 * n)]
+    shapes = {"q": (B, heads, T, 2 * n), "k": (B, groups, S, 2 * n), "v": (B, groups, S, 2 * n)}
     mask = attention_mask(T, S, torch.device("cpu"), new.flags(B, S), new.flags(B, S))
-    return tensors, [mask, new.data.draw(st.sampled_from([None, 1, 3, 100]))]
+    window = new.data.draw(st.sampled_from([None, 1, 3, 100]))
+    return {name: new(*x) for name, x in shapes.items()} | {"mask": mask, "window": window}
 
 
-def linear_cross_entropy(new: Problem, B: int, T: int, n: int) -> tuple[list[Any], list[Any]]:
+def linear_cross_entropy(new: Problem, B: int, T: int, n: int) -> Inputs:
     vocabulary = new.data.draw(st.sampled_from([1, 2, 61, 257]))
     targets = torch.randint(vocabulary, (T,), generator=new.generator)
     ignored = new.flags(T)
-    return [new(T, n), new(vocabulary, n)], [
-        targets if ignored is None else targets.masked_fill(ignored, -100)
-    ]
+    targets = targets if ignored is None else targets.masked_fill(ignored, -100)
+    return {"x": new(T, n), "weight": new(vocabulary, n), "targets": targets}
 
 
-def dss(new: Problem, B: int, T: int, n: int) -> tuple[list[Any], list[Any]]:
+def dss(new: Problem, B: int, T: int, n: int) -> Inputs:
     modes = new.data.draw(sizes)
-    parameters = [new(modes, wide=True) - 1, new(modes, wide=True)]
-    parameters += [new(n, modes, wide=True), new(n, modes, wide=True), new(n, wide=True)]
-    return [new(B, T, n), *parameters], [None, new.flags(B, T)]
+    shapes = {"Lambda_im": (modes,), "C_re": (n, modes), "C_im": (n, modes), "D": (n,)}
+    inputs = {name: new(*x, wide=True) for name, x in shapes.items()}
+    inputs |= {"v": new(B, T, n), "Lambda_re": new(modes, wide=True) - 1}
+    return inputs | {"starts": new.flags(B, T)}
 
 
 PROBLEMS = {
@@ -100,16 +105,6 @@ PROBLEMS = {
         *(linear_cross_entropy, dss),
     )
 }
-
-
-def outcome(function: Callable[..., Any], tensors: list[Any], rest: list[Any]) -> list[Tensor]:
-    leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
-    outputs = function(*leaves, *rest)
-    outputs = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x is not None]
-    weights = [torch.arange(1, x.numel() + 1).view(x.shape).sin() for x in outputs]
-    total = sum((x.double() * w).sum() for x, w in zip(outputs, weights, strict=True))
-    wanted = [x for x in leaves if x is not None]
-    return [*outputs, *torch.autograd.grad(total, wanted)]
 
 
 def test_every_op_is_here() -> None:
@@ -123,19 +118,19 @@ def test_every_op_is_here() -> None:
 def test_what_runs_agrees_with_the_oracle(
     name: str, data: st.DataObject, dtype: torch.dtype, B: int, T: int, n: int
 ) -> None:
-    op = OPS[name]
-    tensors, rest = PROBLEMS[name](Problem(data, dtype), B, T, n)
-    actual = outcome(op("cpu"), tensors, rest)
-    wide = [x.double() if isinstance(x, Tensor) else x for x in tensors]
-    rest = [torch.float64 if x is dtype else x for x in rest]
-    expected = outcome(op.backends["naive"], wide, rest)
-    for x, y in zip(actual, expected, strict=True):
-        assert x.shape == y.shape
-        assert x.isfinite().all()
-        # Relative to the largest number, with room for sums of terms of both signs.
-        size = y.abs().max() + (1 if dtype == torch.bfloat16 else 0.1)
-        error = float((x.double() - y).abs().max() / size)
-        assert error <= {torch.float64: 1e-11, torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype]
+    op, inputs = OPS[name], PROBLEMS[name](Problem(data, dtype), B, T, n)
+    constant = {key: inputs.pop(key) for key in ("cos", "sin", "dtype") if key in inputs}
+    actual = outcome(functools.partial(op("cpu"), **constant), inputs)
+    if "dtype" in constant:
+        constant["dtype"] = torch.float64
+    naive = functools.partial(op.backends["naive"], **constant)
+    expected = outcome(naive, converted(inputs, torch.float64))
+    assert all(x.isfinite().all() for x in actual.values())
+    # Relative to the largest number, with room for sums of terms of both signs.
+    room = 1 if dtype == torch.bfloat16 else 0.1
+    sizes = {key: size + room for key, size in magnitudes(expected).items()}
+    limit = {torch.float64: 1e-11, torch.float32: 1e-3, torch.bfloat16: 0.1}[dtype]
+    assert worst(actual, expected, sizes) <= limit
 
 
 @given(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,197 +14,175 @@ from torch.utils._pytree import tree_leaves
 
 from pha.ops import OPS, linear_cross_entropy, token_statistics
 from pha.utils.errors import PHAError
+from tests.ops.common import (
+    Function,
+    Inputs,
+    converted,
+    cpu_backends,
+    device_of,
+    errors,
+    gradcheck,
+    is_triton,
+    kernels,
+    moved,
+    outcome,
+    with_marks,
+    worst,
+)
 
 # The package re-exports a function of the same name as the module, so it is asked for by path.
 MODULE = importlib.import_module("pha.ops.linear_cross_entropy")
-BACKENDS = sorted(OPS["linear_cross_entropy"].backends)
+BACKENDS = cpu_backends("linear_cross_entropy")
 N, V, D = 33, 101, 12
+# Triton's kernel takes no float64.
+EXACT = dict.fromkeys(BACKENDS, (torch.float64, 1e-14)) | {"triton": (torch.float32, 2e-6)}
+
+each_backend = pytest.mark.parametrize("backend", [*map(with_marks, EXACT)])
 # Rows per chunk: one, some that leave a ragged last chunk (33 = 4 * 7 + 5), all but one, all.
-CHUNKS = [1, 7, 32, 33, 1000]
-
-LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_chunk = pytest.mark.parametrize("chunk", [1, 7, 32, 33, 1000], indirect=True)
 
 
-@pytest.fixture(params=CHUNKS)
-def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setitem(MODULE.CHUNK_LOGITS, "cpu", request.param * V + V // 2)
-    return request.param
+@pytest.fixture(autouse=True)
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = getattr(request, "param", 7)
+    for device in MODULE.CHUNK_LOGITS:
+        monkeypatch.setitem(MODULE.CHUNK_LOGITS, device, rows * V + V // 2)
 
 
-def problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def problem(dtype: torch.dtype = torch.float64) -> Inputs:
     """x, weight and targets with every fifth one ignored."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(N, D, generator=generator).to(dtype)
-    weight = torch.randn(V, D, generator=generator).to(dtype)
-    targets = torch.randint(V, (N,), generator=generator)
-    targets[::5] = -100
-    return x, weight, targets
+    inputs = {
+        "x": torch.randn(N, D, generator=generator).to(dtype),
+        "weight": torch.randn(V, D, generator=generator).to(dtype),
+        "targets": torch.randint(V, (N,), generator=generator),
+    }
+    inputs["targets"][::5] = -100
+    return inputs
 
 
-def backend_function(name: str) -> LossFunction:
+def exact_problem(backend: str) -> tuple[Function, Inputs, float]:
+    """The backend, a problem in the widest type that it takes, and how exact it is there."""
+    dtype, limit = EXACT[backend]
+    return backend_function(backend), moved(problem(dtype), device_of(backend)), limit
+
+
+def backend_function(name: str) -> Function:
     return OPS["linear_cross_entropy"].backends[name]
-
-
-def loss_and_gradients(function: LossFunction, *inputs: Tensor, scale: float = 1.0) -> list[Tensor]:
-    x, weight = (i.detach().clone().requires_grad_() for i in inputs[:2])
-    loss = function(x, weight, inputs[2])
-    return [loss.detach(), *torch.autograd.grad(scale * loss, (x, weight))]
-
-
-def worst(actual: list[Tensor], expected: list[Tensor]) -> float:
-    return max(
-        float((x.double() - y.double()).abs().max() / y.abs().max())
-        for x, y in zip(actual, expected, strict=True)
-    )
 
 
 @each_backend
 def test_by_its_definition(backend: str) -> None:
-    x, weight, targets = problem()
-    loss, dx, dw = loss_and_gradients(backend_function(backend), x, weight, targets)
-    total = torch.zeros((), dtype=torch.float64)
-    dx_sum, dw_sum = torch.zeros_like(x), torch.zeros_like(weight)
+    function, inputs, limit = exact_problem(backend)
+    x, weight, targets = problem().values()
+    expected = {"y": torch.zeros(()).double()}
+    expected |= {"dx": torch.zeros_like(x), "dweight": torch.zeros_like(weight)}
     for i in range(N):
         if targets[i] == -100:
             continue
         p = torch.exp(weight @ x[i])
         p = p / p.sum()
-        total -= p[targets[i]].log()
+        expected["y"] -= p[targets[i]].log()
         dz = p - F.one_hot(targets[i], V)
-        dx_sum[i] = dz @ weight
-        dw_sum += torch.outer(dz, x[i])
-    assert worst([loss, dx, dw], [total, dx_sum, dw_sum]) <= 1e-14
+        expected["dx"][i] = dz @ weight
+        expected["dweight"] += torch.outer(dz, x[i])
+    assert worst(outcome(function, inputs), expected) <= limit
 
 
 @each_backend
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 2e-6)])
-def test_matches_oracle(backend: str, chunk: int, dtype: torch.dtype, limit: float) -> None:
-    x, weight, targets = problem(dtype)
-    actual = loss_and_gradients(backend_function(backend), x, weight, targets)
-    expected = loss_and_gradients(
-        OPS["linear_cross_entropy"].backends["naive"], x.double(), weight.double(), targets
-    )
-    assert [g.dtype for g in actual] == [dtype] * 3
-    assert worst(actual, expected) <= limit
+@each_chunk
+def test_matches_oracle(backend: str) -> None:
+    function, inputs, limit = exact_problem(backend)
+    expected = outcome(backend_function("naive"), problem())
+    assert worst(outcome(function, inputs), expected) <= limit
+    if not is_triton(backend):
+        assert worst(outcome(function, problem(torch.float32)), expected) <= 2e-6
 
 
 @each_backend
-def test_ignored_rows_count_for_nothing(backend: str, chunk: int) -> None:
-    x, weight, targets = problem()
-    kept = targets != -100
-    loss, dx, dw = loss_and_gradients(backend_function(backend), x, weight, targets)
-    short = loss_and_gradients(backend_function(backend), x[kept], weight, targets[kept])
-    assert worst([loss, dx[kept], dw], short) <= 1e-14
-    assert torch.equal(dx[~kept], torch.zeros_like(dx[~kept]))
+def test_ignored_rows_count_for_nothing(backend: str) -> None:
+    function, inputs, limit = exact_problem(backend)
+    kept = inputs["targets"] != -100
+    actual = outcome(function, inputs)
+    short = inputs | {name: inputs[name][kept] for name in ("x", "targets")}
+    dx, kept = actual["dx"], kept.cpu()
+    assert worst(actual | {"dx": dx[kept]}, outcome(function, short)) <= limit
+    assert not dx[~kept].any()
+    inputs["targets"].fill_(-100)
+    assert not any(x.any() for x in outcome(function, inputs).values())
 
 
 @each_backend
-def test_all_rows_ignored(backend: str, chunk: int) -> None:
-    x, weight, targets = problem()
-    targets.fill_(-100)
-    for result in loss_and_gradients(backend_function(backend), x, weight, targets):
-        assert torch.equal(result, torch.zeros_like(result))
+def test_upstream_gradient_scales_both_gradients(backend: str) -> None:
+    function, inputs, limit = exact_problem(backend)
+    expected = outcome(function, inputs)
+    expected |= {name: -0.37 * expected[name] for name in ("dx", "dweight")}
+    assert worst(outcome(function, inputs, scale=-0.37), expected) <= limit
 
 
 @each_backend
-def test_upstream_gradient_scales_both_gradients(backend: str, chunk: int) -> None:
-    inputs = problem()
-    _, dx, dw = loss_and_gradients(backend_function(backend), *inputs)
-    _, dx_scaled, dw_scaled = loss_and_gradients(backend_function(backend), *inputs, scale=-0.37)
-    assert worst([dx_scaled, dw_scaled], [-0.37 * dx, -0.37 * dw]) <= 1e-14
-
-
-@each_backend
-@pytest.mark.parametrize("frozen", ["x", "weight"])
-def test_a_frozen_input_leaves_the_other_gradient_alone(
-    backend: str, frozen: str, chunk: int
-) -> None:
-    x, weight, targets = problem()
-    _, dx, dw = loss_and_gradients(backend_function(backend), x, weight, targets)
-    x.requires_grad_(frozen != "x")
-    weight.requires_grad_(frozen != "weight")
-    backend_function(backend)(x, weight, targets).backward()
-    for leaf, expected in ((x, dx), (weight, dw)):
-        if leaf.requires_grad:
-            assert leaf.grad is not None
-            assert torch.equal(leaf.grad, expected)
-        else:
-            assert leaf.grad is None
-
-
-@each_backend
-def test_value_without_gradients(backend: str, chunk: int) -> None:
-    x, weight, targets = problem()
-    expected, *_ = loss_and_gradients(backend_function(backend), x, weight, targets)
-    loss = backend_function(backend)(x, weight, targets)
+@pytest.mark.parametrize("wanted", ["x", "weight", None])
+def test_a_frozen_input_leaves_the_other_gradient_alone(backend: str, wanted: str | None) -> None:
+    function, inputs, _ = exact_problem(backend)
+    everything = outcome(function, inputs)
+    if wanted is not None:
+        alone = outcome(function, inputs, wanted)
+        assert all(torch.equal(alone[name], everything[name]) for name in ("y", f"d{wanted}"))
+        return
+    loss = function(**inputs)
     assert not loss.requires_grad
-    assert torch.equal(loss, expected)
+    assert float(loss) == float(everything["y"])
     with torch.no_grad():
-        assert torch.equal(backend_function(backend)(x.requires_grad_(), weight, targets), expected)
+        inputs["x"].requires_grad_()
+        assert float(function(**inputs)) == float(everything["y"])
 
 
 @each_backend
-def test_autocast_is_as_good_as_bfloat16_logits(backend: str, chunk: int) -> None:
-    x, weight, targets = problem(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, dx, dw = loss_and_gradients(backend_function(backend), x, weight, targets)
-    assert (loss.dtype, dx.dtype, dw.dtype) == (torch.float32,) * 3
-    exact, dx_exact, dw_exact = loss_and_gradients(
-        OPS["linear_cross_entropy"].backends["naive"], x, weight, targets
-    )
+@pytest.mark.parametrize("how", ["autocast", "cast"])
+def test_bfloat16_sums_in_float32(backend: str, how: str) -> None:
+    device, types = device_of(backend), []
+    dtype = torch.bfloat16 if how == "cast" else torch.float32
+
+    def function(**inputs: Any) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=how == "autocast"):
+            loss = backend_function(backend)(**inputs)
+        types.append(loss.dtype)
+        return loss
+
+    inputs = problem(dtype)
+    found = outcome(function, moved(inputs, device))
+    assert types == [torch.float32]
+    exact = outcome(backend_function("naive"), converted(inputs, torch.float64))
     # Rounding x, weight and the logit moves a logit by at most 3 * 2^-8 of sum |x_i w_i|, and a
-    # row's loss by twice that.
-    size = (x.abs() @ weight.abs().T).max()
-    assert abs(float(loss - exact)) <= 6 * 2**-8 * float(size) * int((targets != -100).sum())
-    # Those shifts are independent between rows and logits: the sum and the gradients average them.
-    assert abs(float(loss / exact) - 1) <= 2**-8
-    assert worst([dx, dw], [dx_exact, dw_exact]) <= 0.03
+    # row's loss by twice that. Those shifts are independent between rows and logits: the sum and
+    # the gradients average them.
+    wrong = errors(found, exact)
+    assert wrong["y"] <= 2**-8
+    assert max(wrong.values()) <= 0.03
 
 
-@each_backend
-def test_bfloat16_weights_sum_in_float32(backend: str, chunk: int) -> None:
-    x, weight, targets = problem(torch.bfloat16)
-    loss, dx, dw = loss_and_gradients(backend_function(backend), x, weight, targets)
-    assert (loss.dtype, dx.dtype, dw.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
-    expected = loss_and_gradients(
-        OPS["linear_cross_entropy"].backends["naive"], x.double(), weight.double(), targets
-    )
-    assert abs(float(loss / expected[0]) - 1) <= 2**-8
-    assert worst([dx, dw], expected[1:]) <= 0.03
-
-
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "naive"])
-def test_gradcheck(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODULE.CHUNK_LOGITS, "cpu", 2 * 7)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(7, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    targets = torch.tensor([0, 6, -100, 3, 3])
+    inputs = problem()
+    small = {"x": inputs["x"][:5, :3], "weight": inputs["weight"][:7, :3]}
+    small["targets"] = torch.tensor([0, 6, -100, 3, 3])
     # Central differences with step 1e-6 on a loss of about 10: 1e-15 * 10 / 1e-6 = 1e-8.
-    assert torch.autograd.gradcheck(
-        lambda x, w: backend_function(backend)(x, w, targets),
-        (x, weight),
-        eps=1e-6,
-        atol=2e-8,
-        rtol=1e-7,
-    )
+    gradcheck(backend_function("chunked"), small, atol=2e-8)
 
 
 @each_backend
-def test_tied_weight_collects_both_gradients(backend: str, chunk: int) -> None:
-    _, weight, targets = problem()
-    ids = torch.arange(N) % V
+def test_tied_weight_collects_both_gradients(backend: str) -> None:
+    _, inputs, limit = exact_problem(backend)
+    table, targets = inputs["weight"], inputs["targets"]
+    ids = torch.arange(N, device=table.device) % V
 
-    def gradient(name: str) -> Tensor:
-        table = weight.clone().requires_grad_()
-        loss = backend_function(name)(torch.tanh(table[ids]), table, targets)
-        (loss + table.square().sum()).backward()
-        assert table.grad is not None
-        return table.grad
+    def tied(name: str) -> Function:
+        return lambda weight: (
+            backend_function(name)(torch.tanh(weight[ids]), weight, targets) + weight.square().sum()
+        )
 
-    assert worst([gradient(backend)], [gradient("naive")]) <= 1e-14
+    expected = outcome(tied("naive"), {"weight": table.double()})
+    assert worst(outcome(tied(backend), {"weight": table}), expected) <= limit
 
 
 class LargestTensor(TorchDispatchMode):
@@ -223,9 +200,8 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def largest_tensor(function: Callable[..., Any], rows: int) -> int:
-    x = torch.randn(rows, D, requires_grad=True)
-    weight = torch.randn(V, D, requires_grad=True)
+def largest_tensor(function: Function, rows: int) -> int:
+    x, weight = (torch.randn(size, D, requires_grad=True) for size in (rows, V))
     with LargestTensor() as largest:
         result = function(x, weight, torch.arange(rows) % V)
         if isinstance(result, Tensor):
@@ -248,27 +224,25 @@ def test_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert largest_tensor(backend_function("naive"), rows) == rows * V
 
 
+@each_chunk
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
-def test_token_statistics_are_cross_entropy_and_argmax(
-    chunk: int, dtype: torch.dtype, limit: float
-) -> None:
-    x, weight, targets = problem(dtype)
+def test_token_statistics_are_cross_entropy_and_argmax(dtype: torch.dtype, limit: float) -> None:
+    x, weight, targets = problem(dtype).values()
     targets[targets < 0] = 0
     # Some rows made right on purpose: by chance one in a hundred would be.
     best = (x @ weight.T).argmax(-1)
     targets[::3] = best[::3]
     losses, hits = token_statistics(x.requires_grad_(), weight, targets)
-    expected = F.cross_entropy(x.double() @ weight.double().T, targets, reduction="none")
-    assert losses.dtype == dtype
-    assert hits.dtype == torch.bool
+    expected = F.cross_entropy(x.double() @ weight.double().T, targets, reduction="none").detach()
+    assert (losses.dtype, hits.dtype) == (dtype, torch.bool)
     assert not losses.requires_grad
-    assert worst([losses], [expected.detach()]) <= limit
+    assert worst({"losses": losses.double()}, {"losses": expected}) <= limit
     assert torch.equal(hits, best == targets)
     assert 0 < int(hits.sum()) < N
 
 
-def test_token_statistics_sum_to_the_loss_in_autocast(chunk: int) -> None:
-    x, weight, targets = problem(torch.float32)
+def test_token_statistics_sum_to_the_loss_in_autocast() -> None:
+    x, weight, targets = problem(torch.float32).values()
     targets[targets < 0] = 0
     with torch.autocast("cpu", torch.bfloat16):
         losses, _ = token_statistics(x, weight, targets)
@@ -285,19 +259,21 @@ def test_no_gradient_comes_from_memory_that_was_never_written(
 ) -> None:
     """Vocabularies that no vector divides, in bfloat16; what is not written holds NaN in tests."""
     assert torch.empty(3).isnan().all()
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(70, 64, generator=generator)
-    weight = torch.randn(vocabulary, 64, generator=generator) / 8
-    targets = torch.randint(vocabulary, (70,), generator=generator)
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = loss_and_gradients(backend_function(backend), x, weight, targets)
-    expected = loss_and_gradients(backend_function("naive"), x, weight, targets)
+    device, generator = device_of(backend), torch.Generator().manual_seed(0)
+    inputs = {
+        "x": torch.randn(70, 64, generator=generator),
+        "weight": torch.randn(vocabulary, 64, generator=generator) / 8,
+        "targets": torch.randint(vocabulary, (70,), generator=generator),
+    }
+    expected = outcome(backend_function("naive"), inputs)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual = outcome(backend_function(backend), moved(inputs, device))
     assert worst(actual, expected) <= 0.03
 
 
 @pytest.mark.parametrize("rows", [0, 1, N - 1, N + 1])
 def test_targets_of_other_rows_are_refused(rows: int) -> None:
-    x, weight, _ = problem()
+    x, weight, _ = problem().values()
     with pytest.raises(PHAError, match=f"targets are .{rows},. of .*each of {N} rows"):
         linear_cross_entropy(x, weight, torch.zeros(rows, dtype=torch.long))
     with pytest.raises(PHAError, match="int32"):
@@ -308,16 +284,71 @@ def test_targets_of_other_rows_are_refused(rows: int) -> None:
 
 @pytest.mark.parametrize("target", [-1, V])
 def test_refuses_targets_outside_the_vocabulary(target: int) -> None:
-    x, weight, targets = problem(torch.float32)
-    targets[3] = target
+    inputs = problem(torch.float32)
+    inputs["targets"][3] = target
     with pytest.raises((IndexError, RuntimeError), match="out"):
-        linear_cross_entropy(x, weight, targets)
+        linear_cross_entropy(**inputs)
 
 
 def test_refuses_a_second_derivative() -> None:
-    x, weight, targets = problem()
+    inputs = problem()
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
-    loss = scale * linear_cross_entropy(x.requires_grad_(), weight, targets)
-    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    loss = scale * linear_cross_entropy(**(inputs | {"x": inputs["x"].requires_grad_()}))
+    (dx,) = torch.autograd.grad(loss, inputs["x"], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()
+
+
+# Triton's kernel.
+
+
+def test_where_it_cannot_run_torch_takes_over_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = MODULE._by_torch
+
+    def fail(*arguments: Any) -> tuple[Tensor, Tensor]:
+        raise ValueError("no compiler")
+
+    def wrong(*arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, dz = right(*arguments)
+        return loss, dz + 0.01
+
+    inputs = problem(torch.float32)
+    expected = outcome(backend_function("chunked"), inputs)
+    for by_triton, reason in ((fail, "ValueError: no compiler"), (wrong, "wrong by 1.0e-02")):
+        MODULE._triton_fault.cache_clear()
+        monkeypatch.setattr(MODULE, "_by_triton", by_triton)
+        with pytest.warns(RuntimeWarning, match=reason) as caught:
+            actual = [outcome(backend_function("triton"), inputs) for _ in range(2)]
+        assert len(caught) == 1
+        assert all(worst(x, expected) == 0 for x in actual)
+    MODULE._triton_fault.cache_clear()
+
+
+@pytest.mark.gpu
+@kernels[1]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [1, 5, 4096, 5000, 8192])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_kernel_writes_its_gradient_and_nothing_beside_it(
+    columns: int, gradient: bool, dtype: torch.dtype
+) -> None:
+    from pha.ops.linear_cross_entropy.triton_kernel import softmax_gradient_
+
+    generator, device = torch.Generator().manual_seed(0), device_of("triton")
+    # Rows of a wider buffer, and logits far from zero.
+    before = (torch.randn(7, columns + 11, generator=generator) * 5 + 200).to(dtype)
+    targets = torch.randint(columns, (7,), generator=generator)
+    targets[2] = -100
+    exact = before[:, :columns].double().requires_grad_()
+    losses = F.cross_entropy(exact, targets, reduction="none")
+    losses.sum().backward()
+    buffer = before.to(device)
+    found = softmax_gradient_(buffer[:, :columns], targets.to(device), -100, gradient).cpu()
+    # Losses of logits around 200 lose what float32 has beyond seven digits.
+    torch.testing.assert_close(found.double(), losses.detach(), rtol=0, atol=1e-4)
+    limit = 2**-8 if dtype == torch.bfloat16 else 1e-4
+    expected = torch.cat([exact.grad, before[:, columns:].double()], -1) if gradient else before
+    left = buffer.cpu()
+    assert torch.equal(left[:, columns:], before[:, columns:])
+    difference = float((left.double() - expected.double()).abs().max())
+    assert difference <= (limit if gradient else 0.0)
