@@ -63,7 +63,7 @@ def test_table_9_of_the_paper() -> None:
 
 
 def test_stacks_without_a_middle_are_not_tested() -> None:
-    assert sandwich([model([0.5, 0.4])], "gss", "positive") is None
+    assert sandwich([model([0.5, 0.4, 0.5])], "gss", "positive") is None
     assert sandwich([[{"attention": 1.0}] * 5], "gss", "positive") is None
 
 

@@ -14,12 +14,12 @@ from pha.bench.runner import Request, run_benchmark
 from pha.report.formats import Section, TextTable
 from pha.studies.definition import Scale, Study
 from pha.studies.published import find_published
-from pha.studies.statistics import Summary, summarise
+from pha.studies.seeds import Summary, summarise
 from pha.utils.errors import PHAError
 from pha.utils.files import read_json, write_json
 from pha.utils.hardware import default_device, provenance
+from pha.utils.text import DASH
 
-DASH = "–"
 MEANING = {"train": "training steps", "prefill": "reading a prompt"}
 
 
@@ -125,20 +125,7 @@ def _summarise(study: Study, scale: Scale, folder: Path) -> Measured:
         sentences += _sentences(mode, own, labels, base)
     if missing:
         sentences.append(f"Not measured yet: {', '.join(missing)} tokens.")
-    record = {
-        "kind": "study",
-        "study": study.name,
-        "title": study.title,
-        "paper": study.paper,
-        "question": study.question,
-        "scale": {"name": scale.name, "about": scale.about},
-        "rows": rows,
-        "measured": origins,
-        "missing": missing,
-        "published": [vars(row) for row in find_published(study.published)],
-        "sentences": sentences,
-        "summarised": provenance(default_device(), "-"),
-    }
+    record = {"rows": rows, "measured": origins, "missing": missing}
     return Measured(tables, sentences, record)
 
 
@@ -189,7 +176,7 @@ def _table(
     first = next((row for row in rows if row["error"] is None), None)
     where = "nothing" if first is None else f"{first['device']}, {first['precision']}"
     batch = rows[0]["batch"]
-    sections = [Section("ours", f"scale {scale.name}, {where}, batch {batch}", lines)]
+    sections = [Section("ours", f"{scale.words}, {where}, batch {batch}", lines)]
     paper = []
     for given in find_published(study.published):
         speed, memory = given.values.get("throughput"), given.values["memory_gb"]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pha.studies.statistics import Summary, summarise
-from pha.utils.text import count
+from pha.studies.seeds import Summary
+from pha.utils.text import DASH, count
 
 Result = dict[str, Any]
 
@@ -33,7 +33,7 @@ class Measure:
     def show(self, summary: Summary | None) -> str:
         """Mean and deviation, or a dash."""
         if summary is None:
-            return "-"
+            return DASH
         return count(summary.mean) if self.lower_is_better is None else summary.show(self.digits)
 
 
@@ -41,19 +41,20 @@ def _test(key: str, factor: float = 1.0) -> Callable[[Result], float | None]:
     return lambda result: factor * result["evaluations"][0][key]
 
 
-def _candidate(name: str, key: str = "perplexity") -> Callable[[Result], float | None]:
+def _candidate(name: str) -> Callable[[Result], float | None]:
     def value(result: Result) -> float | None:
-        for candidate in result["candidates"]:
-            if candidate["name"] == name:
-                return float(candidate["evaluation"][key])
-        return None
+        found = _candidates(result).get(name)
+        return None if found is None else float(found["evaluation"]["perplexity"])
 
     return value
 
 
+def _candidates(result: Result) -> dict[str, dict[str, Any]]:
+    return {candidate["name"]: candidate for candidate in result["candidates"]}
+
+
 def _validation(result: Result) -> float | None:
-    by_name = {candidate["name"]: candidate for candidate in result["candidates"]}
-    return float(by_name[result["chosen"]]["validation_perplexity"])
+    return float(_candidates(result)[result["chosen"]]["validation_perplexity"])
 
 
 MEASURES: dict[str, Measure] = {
@@ -73,6 +74,7 @@ MEASURES: dict[str, Measure] = {
     ),
     "word": Measure("per word", "test perplexity per word", _test("word_perplexity"), 1),
     "byte": Measure("per byte", "test perplexity per byte", _test("byte_perplexity"), 4),
+    "bits": Measure("bits/byte", "bits per byte", _test("bits_per_byte"), 4),
     "accuracy": Measure("accuracy, %", "accuracy", _test("accuracy", 100.0), 2, False),
     "speed": Measure(
         "training tokens/s", "training speed", lambda r: r["tokens_per_second"], 0, False
@@ -87,12 +89,3 @@ def measure_all(result: Result) -> dict[str, float]:
     """Every measure that a run has, by name."""
     found = {name: measure.value(result) for name, measure in MEASURES.items()}
     return {name: float(value) for name, value in found.items() if value is not None}
-
-
-def summarise_all(runs: list[dict[str, float]]) -> dict[str, Summary]:
-    """Every measure that all of the runs have, over the runs."""
-    return {
-        name: summarise([run[name] for run in runs])
-        for name in MEASURES
-        if runs and all(name in run for run in runs)
-    }

@@ -8,18 +8,19 @@ layers (an exact permutation test, whose p can be no smaller than one over their
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pha.studies.statistics import Summary, summarise
+import numpy as np
 
-LEVEL = 0.05
+from pha.studies.seeds import LEVEL, Summary, p_of_mean, summarise
+
 LAST = 5  # checkpoints over which shares must be settled
 
 Layers = Sequence[dict[str, float]]
+Sign = Literal["positive", "negative"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Contrast:
     """
 
     branch: str
-    expected: Literal["positive", "negative"]
+    expected: Sign
     points: tuple[float, ...]
     summary: Summary
     p_seeds: float | None
@@ -67,49 +68,42 @@ def outer_layers(layers: int) -> frozenset[int]:
     return frozenset([*range(each), *range(layers - each, layers)])
 
 
-def sandwich(models: Sequence[Layers], branch: str, expected: str) -> Contrast | None:
-    """Test the shares of a branch; None where a stack has fewer than three layers that mix it.
+def sandwich(models: Sequence[Layers], branch: str, expected: Sign) -> Contrast | None:
+    """Test the shares of a branch; None where a stack has fewer than four layers that mix it.
 
     Args:
         models: for each seed the layers' shares, from 0 to 1.
         branch: name.
-        expected: `positive` or `negative`, the sign of outer minus inner in a sandwich.
+        expected: the sign of outer minus inner in a sandwich.
     """
     from scipy import stats
 
     shares = [[100 * layer[branch] for layer in layers if branch in layer] for layers in models]
-    sizes = {len(row) for row in shares}
-    if len(sizes) != 1 or min(sizes) < 3:
+    count = len(shares[0])
+    if any(len(row) != count for row in shares) or count < 4:
         return None
-    count = sizes.pop()
-    outer = outer_layers(count)
-    points = tuple(_contrast(row, outer) for row in shares)
-    summary = summarise(points)
-    p_seeds = None
-    if summary.std is not None:
-        p_seeds = float(stats.ttest_1samp(points, 0.0).pvalue) if summary.std > 0 else 1.0
-    mean = [math.fsum(column) / len(column) for column in zip(*shares, strict=True)]
-    p_layers, ways = _permutations(mean, len(outer))
-    sign: Literal["positive", "negative"] = "positive" if expected == "positive" else "negative"
+    by_seed = np.array(shares)
+    outer = np.isin(np.arange(count), list(outer_layers(count)))
+    points = by_seed[:, outer].mean(1) - by_seed[:, ~outer].mean(1)
+    mean = by_seed.mean(0)
+    p_layers = stats.permutation_test(
+        (mean[outer], mean[~outer]),
+        lambda outside, inside, axis: np.abs(outside.mean(axis) - inside.mean(axis)),
+        alternative="greater",  # of the absolute value: two-sided
+        n_resamples=math.inf,  # all of them: exact
+        batch=10_000,
+    ).pvalue
     # Where half of the layers are outer ones, choosing the other half is as far from even.
-    smallest = (2 if 2 * len(outer) == count else 1) / ways
-    return Contrast(branch, sign, points, summary, p_seeds, p_layers, smallest)
-
-
-def _contrast(shares: Sequence[float], outer: frozenset[int]) -> float:
-    inside = [share for i, share in enumerate(shares) if i not in outer]
-    outside = [share for i, share in enumerate(shares) if i in outer]
-    return math.fsum(outside) / len(outside) - math.fsum(inside) / len(inside)
-
-
-def _permutations(shares: Sequence[float], size: int) -> tuple[float, int]:
-    """The two-sided exact p of the contrast, and how many choices of layers there are."""
-    observed = abs(_contrast(shares, outer_layers(len(shares))))
-    found = [
-        abs(_contrast(shares, frozenset(chosen)))
-        for chosen in itertools.combinations(range(len(shares)), size)
-    ]
-    return sum(value >= observed - 1e-9 for value in found) / len(found), len(found)
+    smallest = (2 if 2 * outer.sum() == count else 1) / math.comb(count, int(outer.sum()))
+    return Contrast(
+        branch,
+        expected,
+        tuple(points.tolist()),
+        summarise(points.tolist()),
+        p_of_mean(points.tolist()),
+        float(p_layers),
+        smallest,
+    )
 
 
 def settled(history: Sequence[Layers], branch: str) -> float:

@@ -11,10 +11,11 @@ from pha.report.collect import Run
 from pha.report.formats import Section, TextTable
 from pha.studies.outcome import Outcome
 from pha.studies.published import Published, find_published
-from pha.studies.sandwich import LAST, Contrast, Layers, sandwich, settled, tell
+from pha.studies.sandwich import LAST, Contrast, Layers, Sign, sandwich, settled, tell
+from pha.studies.seeds import summarise
+from pha.utils.text import DASH
 
-EXPECTED = {"gss": "positive", "attention": "negative"}
-KINDS = {"weights": "mixing weight", "effective": "effective share"}
+EXPECTED: dict[str, Sign] = {"gss": "positive", "attention": "negative"}
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,17 @@ def _histories(runs: Sequence[Run]) -> list[list[Layers]]:
     ]
 
 
+def mean_layers(models: Sequence[Layers]) -> Layers:
+    """Means by layer and branch, over models or checkpoints of the same branches."""
+    return [
+        {name: math.fsum(each[i][name] for each in models) / len(models) for name in layer}
+        for i, layer in enumerate(models[0])
+    ]
+
+
 def last_weights(outcome: Outcome) -> list[Layers]:
     """Weights by layer of every finished run, each the mean over its last checkpoints."""
-    return [_mean_of_last(history) for history in _histories(_runs(outcome))]
+    return [mean_layers(history[-LAST:]) for history in _histories(_runs(outcome))]
 
 
 def analyse(outcome: Outcome) -> Shares:
@@ -54,12 +63,13 @@ def analyse(outcome: Outcome) -> Shares:
     histories = _histories(runs)
     effective = [[dict(layer.effective) for layer in run.mixing_history[-1].layers] for run in runs]
     final = last_weights(outcome)
-    theirs = find_published(outcome.plan.study.published)
+    study, scale = outcome.plan.study, outcome.plan.scale
+    theirs = find_published(study.published)
     paper: Layers = [{k: v / 100 for k, v in row.values.items()} for row in theirs]
     contrasts: dict[str, list[Contrast]] = {}
     for who, models in (
-        (f"ours ({outcome.plan.scale.name}, weights)", final),
-        (f"ours ({outcome.plan.scale.name}, effective shares)", effective),
+        (f"ours ({scale.name}, weights)", final),
+        (f"ours ({scale.name}, effective shares)", effective),
         ("paper (one model)", [paper] if paper else []),
     ):
         found = [sandwich(models, name, sign) for name, sign in EXPECTED.items()] if models else []
@@ -87,38 +97,26 @@ def analyse(outcome: Outcome) -> Shares:
     )
 
 
-def _mean_of_last(history: Sequence[Layers]) -> Layers:
-    last = history[-LAST:]
-    return [
-        {name: math.fsum(layers[i][name] for layers in last) / len(last) for name in last[0][i]}
-        for i in range(len(last[0]))
-    ]
-
-
 def _table(outcome: Outcome, models: Sequence[Layers], theirs: Sequence[Published]) -> TextTable:
     names = list(dict.fromkeys(name for layers in models for layer in layers for name in layer))
+    scale, seeds = outcome.plan.scale, len(models)
     sections = []
     if models:
         rows = []
         for index in range(len(models[0])):
-            cells = []
-            for name in names:
-                values = [100 * layers[index][name] for layers in models if name in layers[index]]
-                cells.append(_mean_and_std(values))
+            of_layer = [layers[index] for layers in models]
+            cells = [_cell([layer[name] for layer in of_layer if name in layer]) for name in names]
             rows.append([f"layer {index}", *cells])
-        columns = [
-            [100 * layer[name] for layers in models for layer in layers if name in layer]
-            for name in names
-        ]
-        rows.append(["average", *(f"{math.fsum(c) / len(c):.1f}" for c in columns)])
-        about = (
-            f"scale {outcome.plan.scale.name}, {outcome.tokens} tokens seen, {len(models)} seeds"
-        )
-        sections.append(Section("ours", about, rows))
+        every = [layer for layers in models for layer in layers]
+        about = f"{scale.words}, {outcome.tokens} tokens seen, {seeds} seeds"
+        sections.append(Section("ours", about, [*rows, _average(every, names)]))
     if theirs:
-        columns = [[row.values[name] for row in theirs if name in row.values] for name in names]
-        rows = [[row.label, *(f"{row.values[name]:.1f}" for name in names)] for row in theirs]
-        rows.append(["average", *(f"{math.fsum(c) / len(c):.1f}" for c in columns)])
+        paper = [{name: value / 100 for name, value in row.values.items()} for row in theirs]
+        rows = [
+            [row.label, *(_cell([layer[name]]) for name in names)]
+            for row, layer in zip(theirs, paper, strict=True)
+        ]
+        rows.append(_average(paper, names))
         sections.append(Section("paper", "PHA-180M, steps 48k to 58k", rows))
     note = (
         f"Mean over the last {LAST} checkpoints, then mean ± standard deviation over seeds. "
@@ -128,9 +126,10 @@ def _table(outcome: Outcome, models: Sequence[Layers], theirs: Sequence[Publishe
     return TextTable("Mixing weights by layer, %", ["layer", *names], sections, [note])
 
 
-def _mean_and_std(values: Sequence[float]) -> str:
-    mean = math.fsum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.1f}"
-    std = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return f"{mean:.1f} ± {std:.1f}"
+def _cell(shares: Sequence[float]) -> str:
+    return summarise([100 * share for share in shares]).show(1) if shares else DASH
+
+
+def _average(layers: Layers, names: Sequence[str]) -> list[str]:
+    means = [summarise([100 * layer[n] for layer in layers if n in layer]).mean for n in names]
+    return ["average", *(f"{mean:.1f}" for mean in means)]
