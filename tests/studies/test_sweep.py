@@ -95,8 +95,8 @@ def test_a_sweep_compares_reuses_and_records_what_diverged(
     for row in fine:
         (seed,) = row["seeds"]
         result = RunFolder(Path(seed["run"])).read_result()
-        assert row["measures"]["test"]["mean"] == result["evaluations"][0]["perplexity"]
-        assert row["measures"]["bits"]["mean"] == result["evaluations"][0]["bits_per_byte"]
+        assert row["measures"]["test"]["mean"] == result.evaluations[0].perplexity
+        assert row["measures"]["bits"]["mean"] == result.evaluations[0].bits_per_byte
     means = {row["name"]: row["measures"]["validation"]["mean"] for row in fine}
     assert content["best"] == min(means, key=lambda name: means[name])
     assert [row["diverged"] for row in content["variants"]] == [0, 0, 1]

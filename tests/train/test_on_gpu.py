@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from pha.data import TokenStore
+from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train import trainer as trainer_module
 from pha.utils.errors import PHAError, TrainingInterruptedError
@@ -20,7 +21,7 @@ from tests.train.test_runs import assert_same_weights, start, stop_after, timele
 
 pytestmark = pytest.mark.gpu
 
-Train = Callable[..., dict[str, Any]]
+Train = Callable[..., RunResult]
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +40,12 @@ def test_a_run_learns(
 ) -> None:
     changes = {"run__precision": precision, "run__compile": compiled}
     result = train_small(run__steps=60, run__evaluate_every=60, **changes)
-    losses = [r["loss"] for r in RunFolder(tmp_path / "run").read_metrics("train")]
+    losses = [r.loss for r in RunFolder(tmp_path / "run").read_metrics().train]
     assert losses[-1] < 0.75 * losses[0]
-    assert result["provenance"]["precision"] == precision
-    assert result["peak_memory_bytes"] > 0
+    assert result.provenance["precision"] == precision
+    assert result.peak_memory_bytes > 0
     if device.type == "cuda":
-        assert result["provenance"]["device"] == torch.cuda.get_device_name()
+        assert result.provenance["device"] == torch.cuda.get_device_name()
 
 
 @pytest.mark.parametrize("documents", ["false", "true"])
@@ -63,7 +64,7 @@ def test_steps_are_those_of_a_cpu(
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     gpu, cpu = RunFolder(tmp_path / "gpu"), RunFolder(tmp_path / "cpu")
-    losses = [[r["loss"] for r in run.read_metrics("train")] for run in (gpu, cpu)]
+    losses = [[r.loss for r in run.read_metrics().train] for run in (gpu, cpu)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     a, b = (load_file(run.checkpoint(8) / "model.safetensors") for run in (gpu, cpu))
     for name in a:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -93,21 +94,21 @@ def params(options: Namespace) -> None:
 def mixing(options: Namespace) -> None:
     """`pha mixing`."""
     from pha.loading import load_model
+    from pha.results import LayerMixing
     from pha.runs import RunFolder
 
-    records: list[dict[str, Any]] = []
-    if options.run_path.is_dir():
-        records = list(RunFolder(options.run_path).read_metrics("mixing"))
+    records = RunFolder(options.run_path).read_metrics().mixing
     final = load_model(options.run_path).model.model.mixing_weights()
     if not final:
         raise PHAError(f"{options.run_path} has sequential blocks, which mix nothing")
     if options.json:
-        print_json({"final": final, "over_time": records})
+        print_json({"final": final, "over_time": [asdict(record) for record in records]})
         return
     from pha.report.tables import mixing_history_table, mixing_table
 
     console = Console()
-    console.print(mixing_table(final, f"{options.run_path}: weight (effective share)"))
+    layers = [LayerMixing(**layer) for layer in final]
+    console.print(mixing_table(layers, f"{options.run_path}: weight (effective share)"))
     if len(records) > 1:
         console.print(mixing_history_table(records))
 

@@ -79,7 +79,7 @@ def demo(options: Namespace) -> None:
 def train(options: Namespace, overrides: list[str]) -> None:
     """`pha train`."""
     from pha.train.recipes import load_recipe
-    from pha.train.session import run_training
+    from pha.train.session import plan_training, run_training
 
     if options.data is not None:
         overrides = [*overrides, "--data.store", options.data]
@@ -88,12 +88,17 @@ def train(options: Namespace, overrides: list[str]) -> None:
     config = load_recipe(options.recipe, overrides)
     out = options.out or Path("runs") / str(config.recipe)
     console = console_for(options)
-    result = run_training(config, out, console, options.resume, options.dry_run)
-    if not result:
+    if options.dry_run:
+        plan = plan_training(config, out, console, options.resume)
+        if options.json:
+            print_json(plan)
+        return
+    result = run_training(config, out, console, options.resume)
+    if result is None:
         return  # not the main process
     if options.json:
-        print_json(result)
-    elif not (options.dry_run or options.quiet):
+        print_json(result.to_dict())
+    elif not options.quiet:
         from pha.report.tables import results_table
 
         console.print(results_table([result]))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,44 +14,8 @@ from pha.data.store import TokenStore
 from pha.evals.losses import BATCH_TOKENS, evaluation_mode, score_windows, split_windows
 from pha.evals.protocols import Protocol
 from pha.modeling import PHAForCausalLM
+from pha.results import Evaluation
 from pha.utils.hardware import synchronise
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model scores on a split.
-
-    Attributes:
-        split: name of the split.
-        loss: mean negative log-likelihood per token, in nats.
-        perplexity: exp(loss), per token.
-        word_perplexity: exp(total NLL / (whitespace words + line ends)).
-        byte_perplexity: exp(total NLL / UTF-8 bytes).
-        bits_per_byte: total NLL / UTF-8 bytes, in bits.
-        accuracy: fraction of tokens that were the top prediction.
-        tokens: tokens scored.
-        words: words and line ends they spell.
-        bytes: UTF-8 bytes they spell.
-        seconds: wall time.
-        protocol: how it was measured.
-    """
-
-    split: str
-    loss: float
-    perplexity: float
-    word_perplexity: float
-    byte_perplexity: float
-    bits_per_byte: float
-    accuracy: float
-    tokens: int
-    words: float
-    bytes: float
-    seconds: float
-    protocol: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain mapping for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

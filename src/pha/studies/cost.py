@@ -39,7 +39,7 @@ def study_cost(plan: StudyPlan, console: Console) -> dict[str, Any]:
             plans[home] = _plan(job, plan)
         one, finished = plans[home], job.finished()
         if one is not None and finished and (result := job.result()) is not None:
-            ratios.append(result["seconds"] / one.seconds)
+            ratios.append(result.seconds / one.seconds)
         sizes = {} if one is None else one.to_dict()
         rows[job.out] = {
             "run": str(job.out),

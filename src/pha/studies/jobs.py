@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
+from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train.recipes import Settings, as_words, load_recipe
 from pha.train.session import finished_result
@@ -61,7 +61,7 @@ class Job:
         config = load_recipe(self.recipe, self.settings)
         return finished_result(self.run, config) is not None or self.diverged_at() is not None
 
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> RunResult | None:
         """What it came to; None where it diverged.
 
         Raises:

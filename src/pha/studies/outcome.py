@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pha.report.collect import Run, collect
+from pha.results import RunResult
 from pha.studies.definition import Variant
 from pha.studies.measures import MEASURES, measure_all
 from pha.studies.planning import PlannedRun, StudyPlan
@@ -31,14 +31,14 @@ class Seed:
     Attributes:
         seed: of weights and data order.
         folder: of the run.
-        result: content of its result.json; None where it diverged.
+        result: None where it diverged.
         measures: name -> value; empty where it diverged.
         diverged_at: the step, if it did.
     """
 
     seed: int
     folder: Path
-    result: dict[str, Any] | None
+    result: RunResult | None
     measures: dict[str, float]
     diverged_at: int | None
 
@@ -93,14 +93,14 @@ class Outcome:
     differences: Sequence[Difference]
 
     @property
-    def results(self) -> list[dict[str, Any]]:
-        """Contents of result.json of all finished runs."""
+    def results(self) -> list[RunResult]:
+        """Of all finished runs."""
         return [s.result for row in self.rows for s in row.seeds if s.result is not None]
 
     @property
     def tokens(self) -> str:
         """Tokens seen by a run, in words; a range where they differ."""
-        seen = sorted({result["tokens_seen"] for result in self.results})
+        seen = sorted({result.tokens_seen for result in self.results})
         if not seen:
             return "no"
         return count(seen[0]) if len(seen) == 1 else f"{count(seen[0])} to {count(seen[-1])}"
@@ -130,8 +130,8 @@ class Outcome:
             for name, measure in MEASURES.items():
                 short = measure.heading.split(",")[0]
                 labels[f"{variant.name}:{name}"] = f"{variant.label} ({short})"
-        tokens = {result["tokens_seen"] for result in self.results}
-        data = {result["data"]["sha256"] for result in self.results}
+        tokens = {result.tokens_seen for result in self.results}
+        data = {result.data["sha256"] for result in self.results}
         equal = f"at equal tokens ({count(min(tokens))})" if len(tokens) == len(data) == 1 else ""
         words, digits = MEASURES[MAIN].words, MEASURES[MAIN].digits
         return said + [sentence(each, labels, words, digits, equal) for each in self.differences]

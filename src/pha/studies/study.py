@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ def _seed_record(seed: Seed) -> dict[str, Any]:
         "measures": seed.measures,
     }
     if seed.result is not None:
-        found |= {key: seed.result[key] for key in BRIEF}
-        found["parameters"] = seed.result["model"]["parameters"]
-        found["protocol"] = seed.result["evaluations"][0]["protocol"]
+        found |= {key: getattr(seed.result, key) for key in BRIEF}
+        found["parameters"] = asdict(seed.result.model.parameters)
+        found["protocol"] = seed.result.evaluations[0].protocol
     return found

@@ -29,7 +29,7 @@ def study_table(outcome: Outcome) -> TextTable:
         ]
         for row in outcome.rows
     ]
-    data = sorted({Path(result["data"]["source"]).name for result in outcome.results})
+    data = sorted({Path(result.data["source"]).name for result in outcome.results})
     about = f"{outcome.plan.scale.words}, {outcome.tokens} tokens seen, {', '.join(data)}"
     sections = [Section("ours", about, rows)]
     published = find_published(study.published)

@@ -6,7 +6,7 @@ import contextlib
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from pha.data.sampler import WindowSampler
 from pha.data.store import TokenStore
 from pha.evals.perplexity import Evaluation, evaluate
 from pha.modeling import PHAForCausalLM
+from pha.results import EvalRecord, LayerMixing, MixingRecord, Scores, TrainRecord
 from pha.runs import RunFolder
 from pha.train.batches import BatchFeed
 from pha.train.checkpoint import Progress, load_checkpoint, save_checkpoint, save_model
@@ -171,7 +172,7 @@ class Trainer:
             TrainingDisplay(self.console, self.run.name, plan.steps, progress.step) as display,
         ):
             if progress.step == 0:
-                metrics.write("mixing", 0, 0, layers=self.plain_model.model.mixing_weights())
+                metrics.write(self._mixing())
             while progress.step < plan.steps:
                 begin = time.perf_counter()
                 rate = self.schedule.rate(progress.step)
@@ -194,10 +195,9 @@ class Trainer:
                     seconds = progress.seconds - logged_at
                     speed = len(losses) * tokens_per_step / seconds
                     use = speed * flops_per_token / matmul
-                    metrics.write(
-                        "train",
-                        progress.step,
-                        progress.tokens,
+                    record = TrainRecord(
+                        step=progress.step,
+                        tokens=progress.tokens,
                         loss=mean,
                         learning_rate=rate,
                         grad_norm=float(norm),
@@ -206,6 +206,7 @@ class Trainer:
                         data_wait=(progress.data_seconds - data_logged_at) / seconds,
                         seconds=progress.seconds,
                     )
+                    metrics.write(record)
                     left = (plan.steps - progress.step) * tokens_per_step / speed
                     display.step(progress.step, mean, speed, use, left)
                     losses, logged_at = [], progress.seconds
@@ -330,18 +331,11 @@ class Trainer:
     def _evaluate(self, metrics: MetricsWriter, display: TrainingDisplay) -> None:
         progress = self.progress
         result = self.evaluate("validation", self.config.run.evaluate_tokens)
+        scores = {each.name: getattr(result, each.name) for each in fields(Scores)}
         metrics.write(
-            "eval",
-            progress.step,
-            progress.tokens,
-            **{k: v for k, v in result.to_dict().items() if k not in ("protocol", "tokens")},
+            EvalRecord(step=progress.step, tokens=progress.tokens, seconds=result.seconds, **scores)
         )
-        metrics.write(
-            "mixing",
-            progress.step,
-            progress.tokens,
-            layers=self.plain_model.model.mixing_weights(),
-        )
+        metrics.write(self._mixing())
         display.note(
             f"step {progress.step}: validation perplexity {result.perplexity:.2f}, "
             f"accuracy {result.accuracy:.1%}"
@@ -359,6 +353,10 @@ class Trainer:
         save_model(kept, self.plain_model, self.tokenizer)
         if rank == 0:
             copy_folder(kept, self.run.model)
+
+    def _mixing(self) -> MixingRecord:
+        layers = [LayerMixing(**layer) for layer in self.plain_model.model.mixing_weights()]
+        return MixingRecord(step=self.progress.step, tokens=self.progress.tokens, layers=layers)
 
     def _checkpoint(self, metrics: MetricsWriter) -> None:
         progress = self.progress
