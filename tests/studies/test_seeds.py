@@ -69,7 +69,7 @@ def test_a_difference_is_that_of_a_paired_t_test() -> None:
 def test_only_shared_seeds_count() -> None:
     found = paired_difference("a", "b", "test", {0: 1.0, 2: 5.0, 3: 9.0}, {2: 4.0, 3: 8.5, 7: 0.0})
     assert found is not None
-    assert found.seeds == (2, 3)
+    assert found.seeds == [2, 3]
     assert found.mean == pytest.approx(0.75)
     assert paired_difference("a", "b", "test", {0: 1.0}, {1: 1.0}) is None
 

@@ -68,11 +68,10 @@ def test_every_study_plans_at_every_scale(name: str, store: TokenStore, tmp_path
     for scale in scales().values():
         asked = {"data.store": str(store.path)} if scale.needs_data else {}
         plan = plan_study(chosen, scale, [0, 1], tmp_path, asked)
-        assert len(plan.runs) == 2 * len(chosen.variants)
-        assert len(plan.jobs()) == len(plan.runs)  # no two variants are the same
-        for run in plan.runs[:2]:
-            config = load_recipe(run.job.recipe, run.job.settings)
-            assert config.run.seed == run.seed
+        jobs = plan.jobs()
+        assert len(jobs) == 2 * len(chosen.variants)  # no two variants are the same
+        for seed, job in enumerate(jobs[:2]):
+            assert load_recipe(job.recipe, job.settings).run.seed == seed
 
 
 def test_twins_have_the_same_parameters_at_tiny_scale(store: TokenStore, tmp_path: Path) -> None:
@@ -84,8 +83,8 @@ def test_twins_have_the_same_parameters_at_tiny_scale(store: TokenStore, tmp_pat
         asked = {"data.store": str(store.path)}
         plan = plan_study(load_study(name), scales()["tiny"], [0], tmp_path, asked)
         sizes = []
-        for run in plan.runs:
-            model = load_recipe(run.job.recipe, run.job.settings).model
+        for job in plan.jobs():
+            model = load_recipe(job.recipe, job.settings).model
             sizes.append(sum(count_parameters(replace(model, vocab_size=8192)).values()))
         assert max(sizes) < 1.01 * min(sizes)
 
@@ -267,7 +266,9 @@ def test_mistakes_are_one_line(
         ["study", "branches", *data, "--cluster", "gpu", *SETTINGS, *out], capsys
     )
     (tmp_path / "mine.yaml").write_text("{title: Mine}")
-    assert "study mine lacks question" in fails(["study", f"{tmp_path}/mine.yaml", *out], capsys)
+    assert "study mine: question is missing" in fails(
+        ["study", f"{tmp_path}/mine.yaml", *out], capsys
+    )
     assert "cannot be read" in fails(["study", f"{tmp_path}/none.yaml", *out], capsys)
     assert not (tmp_path / "out" / "runs").exists()
 
@@ -283,7 +284,7 @@ def test_the_list_names_every_study(capsys: pytest.CaptureFixture[str]) -> None:
     ("change", "message"),
     [
         ({"columms": []}, "did you mean columns"),
-        ({"title": None}, "lacks title"),
+        ({"title": None}, "title is missing"),
         ({"plots": ["pie"]}, "no plot 'pie'"),
         ({"baseline": "ful"}, "did you mean full"),
         ({"variants": {"full": {"model": "phaa"}}, "baseline": "full"}, "no model at scale tiny"),
@@ -308,7 +309,7 @@ def test_folders_are_named_by_content(store: TokenStore, tmp_path: Path) -> None
     def folder(*words: str) -> Path:
         chosen, scale = load_study("mixing"), scales()["tiny"]
         asked = {"data.store": str(store.path)} | parse_overrides(words)
-        return plan_study(chosen, scale, [0], tmp_path, asked).runs[0].job.out
+        return plan_study(chosen, scale, [0], tmp_path, asked).jobs()[0].out
 
     assert folder() == folder("--run.log_every=3") == folder("--run.seed=5")
     assert folder() == folder("--model.dt_min=0.001")  # the default

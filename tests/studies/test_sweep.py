@@ -76,7 +76,7 @@ def test_a_sweep_is_a_study_of_all_combinations() -> None:
         for dropout in ("0", "0.1")
     ]
     assert study.variants[1].set == {"optimizer.learning_rate": 1e-3, "model.dropout": 0.1}
-    assert (study.axis, study.plots, scale.words) == ("learning_rate", ("settings",), scale.name)
+    assert (study.axis, study.plots, scale.words) == ("learning_rate", ["settings"], scale.name)
     assert "average" in study.columns
     seeds, _ = make_sweep("pha-tiny.stdlib", [], {})
     assert [variant.label for variant in seeds.variants] == ["pha-tiny.stdlib"]

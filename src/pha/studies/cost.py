@@ -63,7 +63,7 @@ def study_cost(plan: StudyPlan, console: Console) -> dict[str, Any]:
     for heading in ("parameters", "steps", "tokens", "FLOP", "about", "seeds left"):
         table.add_column(heading, justify="right")
     for variant in plan.study.variants:
-        own = [rows[run.job.out] for run in plan.of(variant)]
+        own = [rows[job.out] for job in plan.runs[variant.name]]
         seeds_left = sum(not row["finished"] for row in own)
         table.add_row(variant.label, *_cells(own[0]), f"{seeds_left} of {len(own)}")
     table.add_section()

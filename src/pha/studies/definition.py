@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib import resources
@@ -16,6 +16,7 @@ import yaml
 
 from pha.train.recipes import Settings
 from pha.utils.errors import PHAError
+from pha.utils.records import record_from
 
 KINDS = ("training", "mixing", "efficiency")
 PLOTS = ("dots", "differences", "parameters", "accuracy", "curves", "settings", "shares")
@@ -77,7 +78,7 @@ class Variant:
     model: str
     set: Settings = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
-    published: Sequence[str] = ()
+    published: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +89,8 @@ class Study:
         name: of the file.
         title: what is compared.
         question: what is asked, in a sentence.
-        variants: what is compared.
         paper: the tables and figures it answers to, in words; empty for a question of ours.
+        variants: what is compared.
         kind: `training`, `mixing` (reads the shares of the runs too) or `efficiency` (no training).
         protocol: in place of the scale's; empty for that.
         baseline: the variant that the others are compared with.
@@ -105,15 +106,17 @@ class Study:
     name: str
     title: str
     question: str
-    variants: Sequence[Variant]
     paper: str = ""
+    variants: list[Variant] = field(default_factory=list)
     kind: str = "training"
     protocol: str = ""
     baseline: str = ""
-    contrasts: Sequence[tuple[str, str]] = ()
-    columns: Sequence[str] = ("validation", "test", "accuracy", "word", "byte")
-    published: Sequence[str] = ()
-    plots: Sequence[str] = ("dots",)
+    contrasts: list[list[str]] = field(default_factory=list)
+    columns: list[str] = field(
+        default_factory=lambda: ["validation", "test", "accuracy", "word", "byte"]
+    )
+    published: list[str] = field(default_factory=list)
+    plots: list[str] = field(default_factory=lambda: ["dots"])
     axis: str = ""
     scales: dict[str, Settings] = field(default_factory=dict)
     benchmark: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -161,8 +164,8 @@ def load_study(name: str) -> Study:
         PHAError: no such study (the nearest names are suggested), or a file that holds none.
     """
     if name.endswith((".yaml", ".yml")):
-        return parse_study(Path(name).stem, _read(Path(name)))
-    return parse_study(name, _read(closest(name, _shipped(), "study")))
+        return parse_study(Path(name).stem, read_yaml(Path(name)))
+    return parse_study(name, read_yaml(closest(name, _shipped(), "study")))
 
 
 def load_scale(name: str) -> Scale:
@@ -177,13 +180,11 @@ def load_scale(name: str) -> Scale:
 @cache
 def scales() -> dict[str, Scale]:
     """Name -> scale, from scales.yaml."""
-    found = {}
-    for name, content in _read(resources.files("pha.studies") / "scales.yaml").items():
-        models = {
-            key: _make(Model, f"model {key}", given) for key, given in content["models"].items()
-        }
-        found[name] = _make(Scale, f"scale {name}", content | {"name": name, "models": models})
-    return found
+    content = read_yaml(resources.files("pha.studies") / "scales.yaml")
+    return {
+        name: make(Scale, f"scale {name}", {"name": name, **given})
+        for name, given in content.items()
+    }
 
 
 def parse_study(name: str, content: Mapping[str, Any]) -> Study:
@@ -195,21 +196,17 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
         PHAError: an unknown or missing key, or names that do not fit together.
     """
     where = f"study {name}"
-    values = dict(content)
-    axes = values.pop("over", {})
-    for key in ("variants", "over", "scales", "benchmark"):
-        _require(isinstance(content.get(key, {}), Mapping), f"{where}: {key} is not a mapping")
-    values["variants"] = [
-        variant
-        for key, given in values.get("variants", {}).items()
-        for variant in grid(
-            _make(Variant, f"{where}, variant {key}", {"name": key, "label": key} | (given or {})),
-            axes,
-        )
-    ]
-    study = _make(Study, where, {"name": name} | values)
+    over, variants = content.get("over", {}), content.get("variants", {})
+    for key, value in (("over", over), ("variants", variants)):
+        _require(isinstance(value, dict), f"{where}: {key} is not a mapping")
+    axes = {axis: {str(value): given for value, given in over[axis].items()} for axis in over}
+    values = {key: value for key, value in content.items() if key not in ("over", "variants")}
+    study = make(Study, where, {"name": name, **values})
+    _require(bool(variants), f"{where} has no variants")
+    for key, given in variants.items():
+        named = {"name": key, "label": key, **(given or {})}
+        study.variants.extend(grid(make(Variant, f"{where}, variant {key}", named), axes))
     _require(study.kind in KINDS, f"{where}: kind is {study.kind!r}; choose {', '.join(KINDS)}")
-    _require(bool(study.variants), f"{where} has no variants")
     if study.baseline:
         study.variant(study.baseline)
     for plot in study.plots:
@@ -242,19 +239,24 @@ def grid(variant: Variant, axes: Mapping[str, Mapping[str, Settings]]) -> Iterat
 Record = TypeVar("Record")
 
 
-def _make(record: type[Record], where: str, content: Any) -> Record:
-    """`record(**content)`; refuses keys that it does not have, and names those that are missing."""
-    _require(isinstance(content, Mapping), f"{where} is not a mapping")
-    items = {item.name: item for item in fields(record)}  # type: ignore[arg-type]
+def make(record: type[Record], where: str, content: dict[str, Any]) -> Record:
+    """A dataclass from a mapping.
+
+    Raises:
+        PHAError: a key that it does not have, or what `record_from` refuses.
+    """
+    names = {item.name: item for item in fields(record)}  # type: ignore[arg-type]
     for key in content:
-        closest(key, items, f"key in {where}")
-    for name, item in items.items():
-        required = item.default is item.default_factory  # both are MISSING
-        _require(not required or name in content, f"{where} lacks {name}")
-    return record(**content)
+        closest(key, names, f"key in {where}")
+    return record_from(record, content, where)
 
 
-def _read(file: Traversable) -> dict[str, Any]:
+def read_yaml(file: Traversable) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        PHAError: it cannot be read, or holds no mapping.
+    """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

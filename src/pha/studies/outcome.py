@@ -9,8 +9,9 @@ from pathlib import Path
 from pha.report.collect import Run, collect
 from pha.results import RunResult
 from pha.studies.definition import Variant
+from pha.studies.jobs import Job
 from pha.studies.measures import MEASURES, measure_all
-from pha.studies.planning import PlannedRun, StudyPlan
+from pha.studies.planning import StudyPlan
 from pha.studies.seeds import (
     Difference,
     Summary,
@@ -43,11 +44,11 @@ class Seed:
     diverged_at: int | None
 
     @classmethod
-    def of(cls, run: PlannedRun) -> Seed:
+    def of(cls, seed: int, job: Job) -> Seed:
         """Read a run that has ended."""
-        result = run.job.result()
+        result = job.result()
         measures = {} if result is None else measure_all(result)
-        return cls(run.seed, run.job.out, result, measures, run.job.diverged_at())
+        return cls(seed, job.out, result, measures, job.diverged_at())
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,10 @@ class Outcome:
 
 def make_outcome(plan: StudyPlan) -> Outcome:
     """Read the runs of a plan, all of which have ended."""
-    rows = [Row(each, [Seed.of(run) for run in plan.of(each)]) for each in plan.study.variants]
+    rows = [
+        Row(variant, list(map(Seed.of, plan.seeds, plan.runs[variant.name])))
+        for variant in plan.study.variants
+    ]
     between, inside = [], []
     for base in rows:
         if base.variant.name == plan.study.baseline:

@@ -9,21 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pha.data import TokenStore
-from pha.studies.definition import Scale, Study, Variant
+from pha.studies.definition import Scale, Study
 from pha.studies.jobs import Job
 from pha.train.config import TrainConfig
 from pha.train.recipes import Settings, load_recipe, merge
 from pha.train.session import FREE_KEYS
 from pha.utils.errors import PHAError
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """A variant with a seed, and the run that is trained for it."""
-
-    variant: Variant
-    seed: int
-    job: Job
 
 
 @dataclass(frozen=True)
@@ -34,21 +25,17 @@ class StudyPlan:
         study: what is asked.
         scale: how large.
         seeds: of every variant.
-        runs: one for each variant and seed; some may share a folder.
+        runs: variant -> its runs, in the order of the seeds; some may share a folder.
     """
 
     study: Study
     scale: Scale
-    seeds: tuple[int, ...]
-    runs: tuple[PlannedRun, ...]
+    seeds: Sequence[int]
+    runs: dict[str, list[Job]]
 
     def jobs(self) -> list[Job]:
         """Every run once."""
-        return list({run.job.out: run.job for run in self.runs}.values())
-
-    def of(self, variant: Variant) -> list[PlannedRun]:
-        """The runs of a variant, in the order of the seeds."""
-        return [run for run in self.runs if run.variant is variant]
+        return list({job.out: job for jobs in self.runs.values() for job in jobs}.values())
 
 
 def plan_study(
@@ -76,7 +63,7 @@ def plan_study(
         )
     protocol = study.protocol or scale.protocol
     stores: dict[str, str] = {}
-    runs = []
+    runs: dict[str, list[Job]] = {}
     for variant in study.variants:
         model = scale.models[variant.model]
         at_scale = study.scales.get(scale.name, {})
@@ -85,10 +72,10 @@ def plan_study(
         recipe = f"{model.preset}.{protocol}" if protocol else model.preset
         config = load_recipe(recipe, settings)
         home = folder / f"{config.model.preset or 'custom'}-{_digest(config, stores)}"
-        for seed in seeds:
-            job = Job(recipe, home / f"seed-{seed}", settings | {"run.seed": seed})
-            runs.append(PlannedRun(variant, seed, job))
-    return StudyPlan(study, scale, tuple(seeds), tuple(runs))
+        runs[variant.name] = [
+            Job(recipe, home / f"seed-{seed}", settings | {"run.seed": seed}) for seed in seeds
+        ]
+    return StudyPlan(study, scale, seeds, runs)
 
 
 def _digest(config: TrainConfig, stores: dict[str, str]) -> str:

@@ -68,18 +68,15 @@ def p_of_mean(values: Sequence[float]) -> float | None:
     return float(stats.ttest_1samp(values, 0.0).pvalue)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A minus B over the seeds that both have.
+@dataclass(frozen=True, kw_only=True)
+class Difference(Summary):
+    """A minus B, over the seeds that both have.
 
     Attributes:
         a: name of the first.
         b: name of the second.
         measure: what is compared.
         seeds: that both have finished.
-        mean: of the differences.
-        std: their sample deviation; None for one seed.
-        interval: half width of the 95% interval of the mean, by Student's t; None for one seed.
         p: of the paired two-sided t-test; None for one seed.
         p_adjusted: by Holm, over the comparisons of the study.
         verdict: what the interval says of A.
@@ -88,17 +85,10 @@ class Difference:
     a: str
     b: str
     measure: str
-    seeds: tuple[int, ...]
-    mean: float
-    std: float | None
-    interval: float | None
+    seeds: list[int]
     p: float | None
     p_adjusted: float | None
     verdict: Verdict
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain mapping for JSON."""
-        return asdict(self)
 
 
 def paired_difference(
@@ -113,7 +103,7 @@ def paired_difference(
         of_a: seed -> value.
         of_b: seed -> value.
     """
-    seeds = tuple(sorted(of_a.keys() & of_b.keys()))
+    seeds = sorted(of_a.keys() & of_b.keys())
     if not seeds:
         return None
     values = [of_a[seed] - of_b[seed] for seed in seeds]
@@ -125,7 +115,8 @@ def paired_difference(
         verdict = "equal"
     elif abs(over.mean) > over.interval:
         verdict = "lower" if over.mean < 0 else "higher"
-    return Difference(a, b, measure, seeds, over.mean, over.std, over.interval, p, p, verdict)
+    names: dict[str, Any] = {"a": a, "b": b, "measure": measure, "seeds": seeds}
+    return Difference(**over.to_dict(), **names, p=p, p_adjusted=p, verdict=verdict)
 
 
 def adjust(differences: Sequence[Difference]) -> list[Difference]:

@@ -113,10 +113,9 @@ def run_study(
     outcome = make_outcome(plan)
     tables, sentences, content = [study_table(outcome)], outcome.sentences(), record(outcome)
     if plan.study.kind == "mixing":
-        analysis = shares.analyse(outcome)
-        tables.append(analysis.table)
-        sentences += analysis.sentences
-        content["mixing"] = analysis.record
+        table, more, content["mixing"] = shares.analyse(outcome)
+        tables.append(table)
+        sentences += more
     files = Files(plan.study, plan.scale, folder, console)
     content = files.write(tables, sentences, content)
     files.tell(tables, sentences, draw(outcome, folder))
@@ -142,7 +141,7 @@ def record(outcome: Outcome) -> dict[str, Any]:
     plan = outcome.plan
     rows = []
     for row in outcome.rows:
-        variant, job = row.variant, plan.of(row.variant)[0].job
+        variant, job = row.variant, plan.runs[row.variant.name][0]
         summaries = {name: row.summary(name) for name in MEASURES}
         rows.append(
             {

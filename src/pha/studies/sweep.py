@@ -34,12 +34,12 @@ def make_sweep(recipe: str, over: Sequence[str], asked: Settings) -> tuple[Study
         title=f"{recipe} over {', '.join(axes) or 'seeds'}",
         question="Which setting has the lowest validation perplexity, and how far do seeds agree?",
         variants=variants,
-        columns=(
+        columns=[
             *("validation", "test"),
             *(("best", "average") if run.average_best > 1 else ()),
             *("word", "bits"),
-        ),
-        plots=("settings",) if axes else ("dots",),
+        ],
+        plots=["settings" if axes else "dots"],
         axis=names[0] if axes else "",
     )
     scale = Scale(
