@@ -231,6 +231,6 @@ def _floors(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 def _plots(request: Request, rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
     """Speed and memory against length, a picture each for every precision and batch."""
-    from pha.report.speed import save_speed_plots
+    from pha.report.charts import save_speed_plots
 
     return save_speed_plots(request.mode, rows, out)

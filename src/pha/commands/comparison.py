@@ -107,8 +107,8 @@ def _common_protocol(options: Namespace, a: LoadedModel, b: LoadedModel) -> Prot
 
 
 def _write(out: Path, result: PairedComparison, content: dict[str, Any]) -> None:
-    from pha.report.dots import save_picture
-    from pha.report.paired import describe, paired_figure
+    from pha.report.charts import describe, paired_figure
+    from pha.report.plots import save_picture
     from pha.utils.files import write_json
 
     try:

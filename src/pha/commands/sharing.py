@@ -46,7 +46,7 @@ def add_export(verb: AddVerb) -> None:
 
 def export(options: Namespace) -> None:
     """`pha export`."""
-    from pha.report.export import export_model
+    from pha.sharing import export_model
     from pha.utils.hardware import PRECISIONS
 
     exported = export_model(

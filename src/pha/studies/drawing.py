@@ -8,9 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pha.report import plots
-from pha.report.dots import save_picture
-from pha.report.study_plots import (
+from pha.report import figures
+from pha.report.charts import (
     Estimate,
     Point,
     Rate,
@@ -18,6 +17,7 @@ from pha.report.study_plots import (
     estimates,
     over_settings,
 )
+from pha.report.plots import save_picture
 from pha.studies.measures import MEASURES
 from pha.studies.outcome import MAIN, Outcome
 from pha.studies.published import find_published
@@ -97,22 +97,22 @@ def _parameters(outcome: Outcome, measure: str = MAIN) -> Figure | None:
 def _curves(outcome: Outcome) -> Figure | None:
     series = []
     for index, row in enumerate(outcome.rows):
-        runs = row.runs()
+        histories = row.histories()
         by_tokens: dict[float, list[float]] = {}
-        for run in runs:
-            for record in run.metrics.eval:
+        for metrics in histories:
+            for record in metrics.eval:
                 if record.split == "validation" and record.tokens and math.isfinite(record.loss):
                     by_tokens.setdefault(record.tokens, []).append(record.loss)
         mean = [
             (x, math.fsum(losses) / len(losses))
             for x, losses in sorted(by_tokens.items())
-            if len(losses) == len(runs)
+            if len(losses) == len(histories)
         ]
         if mean:
-            series.append(plots.Series(row.variant.label, mean, index))
+            series.append(figures.Series(row.variant.label, mean, index))
     if not series:
         return None
-    return plots.learning_curves(series, "tokens", "validation loss (nats per token)")
+    return figures.learning_curves(series, "tokens", "validation loss (nats per token)")
 
 
 def _settings(outcome: Outcome) -> Figure | None:
@@ -132,7 +132,7 @@ def _settings(outcome: Outcome) -> Figure | None:
 
 def _shares(outcome: Outcome) -> Figure | None:
     runs = last_weights(outcome)
-    return plots.mixing_heat_map(mean_layers(runs), 0) if runs else None
+    return figures.mixing_heat_map(mean_layers(runs), 0) if runs else None
 
 
 _PLOTS: dict[str, tuple[Callable[[Outcome], Figure | None], str]] = {

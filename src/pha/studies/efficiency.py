@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from pha.bench.runner import Request, run_benchmark
-from pha.report.formats import Section, TextTable
+from pha.report.tables import Section, TextTable
 from pha.studies.definition import Scale, Study, Variant
 from pha.studies.published import find_published
 from pha.studies.seeds import Summary, summarise
@@ -137,7 +137,7 @@ def _summarise(study: Study, scale: Scale, folder: Path) -> Measured:
 
 def draw(study: Study, scale: Scale, measured: Measured, folder: Path) -> list[Path]:
     """Throughput and memory against length, a picture for each mode and measure; the files."""
-    from pha.report.speed import save_speed_plots  # matplotlib, only where something is drawn
+    from pha.report.charts import save_speed_plots  # matplotlib, only where something is drawn
 
     labels = _labels(study, scale)
     rows = [{**row, "model": labels[row["model"]]} for row in measured.record["rows"]]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pha.report.collect import Run, collect
-from pha.results import RunResult
+from pha.results import Metrics, RunResult
+from pha.runs import RunFolder
 from pha.studies.definition import Variant
 from pha.studies.jobs import Job
 from pha.studies.measures import MEASURES, measure_all
@@ -74,9 +74,10 @@ class Row:
             summarise(values) if values and len(values) + self.diverged == len(self.seeds) else None
         )
 
-    def runs(self) -> list[Run]:
-        """The finished runs, with their histories."""
-        return [collect([seed.folder])[0] for seed in self.seeds if seed.result is not None]
+    def histories(self) -> list[Metrics]:
+        """Of the runs that did not diverge."""
+        folders = [RunFolder(seed.folder) for seed in self.seeds if seed.result is not None]
+        return [folder.read_metrics() for folder in folders]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pha.report.collect import Run
-from pha.report.formats import Section, TextTable
+from pha.report.tables import Section, TextTable
+from pha.results import MixingRecord
 from pha.studies.outcome import Outcome
 from pha.studies.published import find_published
 from pha.studies.seeds import LEVEL, Summary, p_of_mean, summarise
@@ -145,17 +145,17 @@ def mean_layers(models: Sequence[Layers]) -> Layers:
     ]
 
 
-def _runs(outcome: Outcome) -> list[Run]:
-    return [run for row in outcome.rows for run in row.runs() if run.metrics.mixing]
+def _histories(outcome: Outcome) -> list[list[MixingRecord]]:
+    return [each.mixing for row in outcome.rows for each in row.histories() if each.mixing]
 
 
-def _history(run: Run) -> list[Layers]:
-    return [[layer.weights for layer in record.layers] for record in run.metrics.mixing]
+def _weights(records: Sequence[MixingRecord]) -> list[Layers]:
+    return [[layer.weights for layer in record.layers] for record in records]
 
 
 def last_weights(outcome: Outcome) -> list[Layers]:
     """Weights by layer of every finished run, each the mean over its last checkpoints."""
-    return [mean_layers(_history(run)[-LAST:]) for run in _runs(outcome)]
+    return [mean_layers(_weights(records[-LAST:])) for records in _histories(outcome)]
 
 
 def analyse(outcome: Outcome) -> tuple[TextTable, list[str], dict[str, Any]]:
@@ -165,9 +165,8 @@ def analyse(outcome: Outcome) -> tuple[TextTable, list[str], dict[str, Any]]:
         A table of weights by layer, ours and the paper's; sentences on stability and the sandwich;
         and a record for JSON.
     """
-    runs, scale = _runs(outcome), outcome.plan.scale
-    histories = [_history(run) for run in runs]
-    effective = [[layer.effective for layer in run.metrics.mixing[-1].layers] for run in runs]
+    histories, scale = _histories(outcome), outcome.plan.scale
+    effective = [[layer.effective for layer in records[-1].layers] for records in histories]
     final = last_weights(outcome)
     rows = find_published(outcome.plan.study.published)
     paper = {row.label: {name: v / 100 for name, v in row.values.items()} for row in rows}
@@ -180,7 +179,7 @@ def analyse(outcome: Outcome) -> tuple[TextTable, list[str], dict[str, Any]]:
         found = [sandwich(models, name, sign) for name, sign in EXPECTED.items()] if models else []
         contrasts[who] = [each for each in found if each is not None]
     names = list(final[0][0]) if final else []
-    drift = {name: [settled(history, name) for history in histories] for name in names}
+    drift = {name: [settled(_weights(each), name) for each in histories] for name in names}
     sentences = [
         f"Over the last {min(LAST, len(histories[0]))} checkpoints no layer's {name} weight moved "
         f"by more than {max(moved):.2f} points (over {len(moved)} seeds)."

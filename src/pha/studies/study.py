@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pha.report.formats import TextTable
+from pha.report.tables import TextTable
 from pha.studies import efficiency, shares
 from pha.studies.definition import Scale, Study
 from pha.studies.drawing import draw
@@ -75,9 +75,7 @@ class Files:
         show = self.console.print
         show(self.study.question, highlight=False, markup=False)
         for table in tables:
-            for part in table.to_rich(self.console.width):
-                show(part)
-            show("\n".join(table.below), highlight=False, markup=False)
+            show(table)
         for sentence in sentences:
             show(f"- {sentence}", highlight=False, markup=False)
         show(f"files: {self.folder}, with {len(pictures)} pictures", highlight=False)

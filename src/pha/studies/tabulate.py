@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pha.report.formats import Section, TextTable
+from pha.report.tables import Section, TextTable
 from pha.studies.measures import MEASURES
 from pha.studies.outcome import Outcome
 from pha.studies.published import Published, find_published, footnotes
