@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pha.commands.common import AddVerb, console_for, print_json
 from pha.utils.errors import PHAError
@@ -12,17 +12,24 @@ from pha.utils.errors import PHAError
 if TYPE_CHECKING:
     from pha.studies.definition import Scale, Study
 
+_REUSE = (
+    "Runs lie in OUT/runs by the content of their settings, and studies share them; what is\n"
+    "finished is reused, and the same command continues. Settings of all runs can be given as\n"
+    "in `pha train`. "
+)
+
 
 def add_sweep(verb: AddVerb) -> None:
     """The parser of its verb."""
     sub = verb(
         "sweep",
         sweep,
-        "train a recipe over several values of its keys, and several seeds",
+        "a study of one recipe: several values of its keys, and several seeds",
         "  pha sweep pha-tiny.text --data STORE --over optimizer.learning_rate=1e-3,2e-3,4e-3 \\\n"
         "      --seeds 3 --out runs/rates\n"
-        "Several --over make a grid. Other keys of the recipe can be set as in `pha train`. What\n"
-        "is finished is reused; the same command continues. Writes sweep.json, .md, .svg, .png.",
+        "Several --over make a grid, in which the lowest validation perplexity is the best.\n"
+        + _REUSE
+        + "Writes OUT: study.json, table.md, .tex, .csv, and a plot.",
     )
     sub.add_argument("recipe", metavar="RECIPE")
     sub.add_argument(
@@ -32,38 +39,29 @@ def add_sweep(verb: AddVerb) -> None:
         default=[],
         help="a key of the recipe and its values; again for a grid",
     )
+    _add_run_options(sub, "1")
+    sub.add_argument("--out", type=Path, required=True, help="folder of all")
+
+
+def _add_run_options(sub: ArgumentParser, seeds: str) -> None:
+    """What `pha sweep` and `pha study` share."""
     sub.add_argument(
-        "--seeds", default="1", help="how many (3: seeds 0, 1, 2), or which (0,7,9); default 1"
+        "--seeds", help=f"how many (3: seeds 0, 1, 2), or which (0,7,9); default {seeds}"
     )
     sub.add_argument("--data", metavar="STORE", help="token store made by `pha prepare`")
-    sub.add_argument("--out", type=Path, required=True, help="folder of all runs")
-    sub.add_argument("--jobs", type=int, default=1, help="runs side by side (1)")
+    sub.add_argument("--jobs", type=int, default=1, help="runs side by side, a GPU each (1)")
+    sub.add_argument("--cluster", metavar="PARTITION", help="run on Slurm, through submitit")
     sub.add_argument("--dry-run", action="store_true", help="say what it takes, do nothing")
-    sub.add_argument("--json", action="store_true", help="print the summary as JSON")
+    sub.add_argument("--json", action="store_true", help="print as JSON")
 
 
 def sweep(options: Namespace, overrides: list[str]) -> None:
     """`pha sweep`."""
-    from pha.studies.sweep import make_points, parse_axis, run_sweep
+    from pha.studies.sweep import make_sweep
 
-    if options.data is not None:
-        overrides = [*overrides, "--data.store", options.data]
-    axes = [parse_axis(text) for text in options.over]
-    seeds = _seeds(options.seeds)
-    console = console_for(options)
-    if options.dry_run:
-        from pha.studies.cost import estimate
-
-        points = make_points(options.recipe, axes, seeds, options.out, overrides)
-        cost = estimate([job for point in points for job in point.jobs], console)
-        if options.json:
-            print_json(cost)
-        return
-    content = run_sweep(options.recipe, axes, seeds, options.out, overrides, console, options.jobs)
-    if options.json:
-        print_json(content)
-    else:
-        console.print(f"table, JSON and picture: {options.out}/sweep.*", highlight=False)
+    asked = _asked(options, overrides)
+    study, scale = make_sweep(options.recipe, options.over, asked)
+    _run(options, study, scale, options.out, asked)
 
 
 def add_study(verb: AddVerb) -> None:
@@ -76,19 +74,14 @@ def add_study(verb: AddVerb) -> None:
         "  pha study branches --data STORE --dry-run\n"
         "  pha study branches --data STORE\n"
         "  pha study wikitext103 --scale paper\n"
-        "Runs lie in OUT/runs by the content of their settings, and studies share them; what is\n"
-        "finished is reused, and the same command continues. Settings of all runs can be given as\n"
-        "in `pha train`. Writes OUT/NAME-SCALE: study.json, table.md, .tex, .csv, and the plots.",
+        "NAME may also be a .yaml file of your own.\n"
+        + _REUSE
+        + "Writes OUT/NAME-SCALE: study.json, table.md, .tex, .csv, and the plots.",
     )
-    sub.add_argument("name", metavar="NAME", help="a study, or list")
+    sub.add_argument("name", metavar="NAME", help="a study, a .yaml file, or list")
     sub.add_argument("--scale", default="tiny", help="tiny, small or paper (tiny)")
-    sub.add_argument("--data", metavar="STORE", help="token store made by `pha prepare`")
-    sub.add_argument("--seeds", help="how many (3: seeds 0, 1, 2), or which (0,7,9); the scale's")
+    _add_run_options(sub, "the scale's")
     sub.add_argument("--out", type=Path, default=Path("studies"), help="folder of all (studies)")
-    sub.add_argument("--jobs", type=int, default=1, help="runs side by side, a GPU each (1)")
-    sub.add_argument("--cluster", metavar="PARTITION", help="run on Slurm, through submitit")
-    sub.add_argument("--dry-run", action="store_true", help="say what it takes, do nothing")
-    sub.add_argument("--json", action="store_true", help="print as JSON")
 
 
 def study(options: Namespace, overrides: list[str]) -> None:
@@ -106,24 +99,33 @@ def study(options: Namespace, overrides: list[str]) -> None:
     folder = options.out / f"{chosen.name}-{scale.name}"
     if chosen.kind == "efficiency":
         _efficiency(options, chosen, scale, folder, overrides)
-        return
+    else:
+        _run(options, chosen, scale, folder, _asked(options, overrides))
+
+
+def _asked(options: Namespace, overrides: list[str]) -> dict[str, Any]:
+    from pha.train.recipes import parse_overrides
+
+    store = {} if options.data is None else {"data.store": options.data}
+    return parse_overrides(overrides) | store
+
+
+def _run(
+    options: Namespace, study: Study, scale: Scale, folder: Path, asked: dict[str, Any]
+) -> None:
     from pha.studies.planning import plan_study
 
     seeds = list(range(scale.seeds)) if options.seeds is None else _seeds(options.seeds)
-    if len(set(seeds)) < len(seeds):
-        raise PHAError(f"--seeds {options.seeds} names one twice")
-    runs, console = options.out / "runs", console_for(options)
-    plan = plan_study(chosen, scale, seeds, runs, options.data, overrides)
+    plan = plan_study(study, scale, seeds, options.out / "runs", asked)
+    console = console_for(options)
     if options.dry_run:
-        from pha.studies.study_cost import study_cost
+        from pha.studies.cost import study_cost
 
-        cost = study_cost(plan, console)
-        if options.json:
-            print_json(cost)
-        return
-    from pha.studies.study import run_study
+        content = study_cost(plan, console)
+    else:
+        from pha.studies.study import run_study
 
-    content = run_study(plan, folder, console, options.jobs, options.cluster)
+        content = run_study(plan, folder, console, options.jobs, options.cluster)
     if options.json:
         print_json(content)
 
@@ -178,4 +180,6 @@ def _seeds(text: str) -> list[int]:
         numbers = [-1]
     if min(numbers) < 0 or (numbers == [0] and "," not in text):
         raise PHAError(f"--seeds {text!r}: give how many, such as 3, or a list, such as 0,7,9")
+    if len(set(numbers)) < len(numbers):
+        raise PHAError(f"--seeds {text} names one twice")
     return list(range(numbers[0])) if len(numbers) == 1 else numbers
