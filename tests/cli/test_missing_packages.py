@@ -56,7 +56,7 @@ def run_python(tmp_path: Path, hidden: tuple[str, ...], *words: str) -> subproce
 
 
 def test_what_training_and_benchmarks_import_is_there(tmp_path: Path) -> None:
-    modules = "pha.bench.runner, pha.bench.worker, pha.bench.doctor, pha.train.session, pha.data"
+    modules = "pha.bench.runner, pha.bench.worker, pha.bench.doctor, pha.train.run, pha.data"
     program = f"import sys, {modules}; print(pha.__version__); print(*sys.modules)"
     done = run_python(tmp_path, (*OPTIONAL, "jsonargparse"), "-c", program)
     assert done.returncode == 0, done.stderr

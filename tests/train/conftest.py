@@ -14,7 +14,7 @@ from pha.data import TokenStore
 from pha.results import RunResult
 from pha.train.config import TrainConfig
 from pha.train.recipes import load_recipe
-from pha.train.session import run_training
+from pha.train.run import run_training
 
 SMALL = {
     "model.preset": "pha-tiny",

@@ -79,7 +79,8 @@ def demo(options: Namespace) -> None:
 def train(options: Namespace, overrides: list[str]) -> None:
     """`pha train`."""
     from pha.train.recipes import load_recipe
-    from pha.train.session import plan_training, run_training
+    from pha.train.run import run_training
+    from pha.train.session import plan_training
 
     if options.data is not None:
         overrides = [*overrides, "--data.store", options.data]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pha.data.store import TokenStore
 from pha.evals.generation import sample
@@ -21,11 +20,9 @@ from pha.results import (
 )
 from pha.train.averaging import average_models
 from pha.train.checkpoint import Progress
+from pha.train.session import Session
 from pha.utils.files import copy_folder
 from pha.utils.hardware import provenance
-
-if TYPE_CHECKING:
-    from pha.train.session import Session
 
 
 def finish(session: Session, progress: Progress) -> RunResult:

@@ -1,18 +1,15 @@
-"""From a configuration to a finished run: data, plan, model, training, final evaluation."""
+"""What is settled before a run costs anything: data, devices, configuration, plan."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
@@ -23,18 +20,14 @@ from pha.data.store import TokenStore
 from pha.data.tokenizer import tokenizer_sha256
 from pha.loading import load_model
 from pha.model import ArchitectureConfig
-from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops import in_use
 from pha.results import RunResult
 from pha.runs import RunFolder
-from pha.train.checkpoint import Progress
 from pha.train.config import TrainConfig
-from pha.train.finish import finish
 from pha.train.plan import Plan, make_plan, vars_of
-from pha.train.trainer import Trainer
 from pha.utils.errors import PHAError
-from pha.utils.files import cache_folder, write_text
-from pha.utils.hardware import choose_precision, device_name, keep_freed_memory
+from pha.utils.files import cache_folder
+from pha.utils.hardware import choose_precision, device_name
 from pha.utils.text import count, duration, memory
 
 # Keys that may change when a run is resumed: they touch neither the weights nor the order of data.
@@ -120,6 +113,16 @@ def _require_same(run: RunFolder, saved: dict[str, Any], now: dict[str, Any]) ->
                     f"{run.path} holds a run with {section}.{key} {before!r}, not {value!r}; "
                     "choose another --out, or ask for the same settings to continue it"
                 )
+
+
+def require_same_run(run: RunFolder, config: TrainConfig) -> None:
+    """Refuse a folder that holds a run with another, resolved configuration.
+
+    Raises:
+        PHAError: naming the first key that differs.
+    """
+    if (saved := _saved_config(run)) is not None:
+        _require_same(run, saved, config.to_dict())
 
 
 def finished_result(run: RunFolder, config: TrainConfig) -> RunResult | None:
@@ -245,44 +248,6 @@ def open_session(
     return Session(config, plans[0], run, store, accelerator, console)
 
 
-def run_training(
-    config: TrainConfig,
-    out: Path,
-    console: Console,
-    resume: Literal["auto", "never"] = "auto",
-) -> RunResult | None:
-    """Train, evaluate and write `out/result.json`.
-
-    A finished run with the same configuration is returned as it is.
-
-    Returns:
-        The result; None but in the main process.
-
-    Raises:
-        PHAError: bad data, a run folder in the way, numbers that went bad.
-        TrainingInterruptedError: stopped by a signal, resumable.
-    """
-    session = open_session(config, out, console, resume)
-    plan, run, console = session.plan, session.run, session.console
-    if run.result.is_file():
-        finished = run.read_result()
-        if finished.data["sha256"] != session.store.sha256:
-            raise PHAError(f"{out} is finished, on other data; choose another --out")
-        console.print(f"{out} is finished; its result.json is as it was", soft_wrap=True)
-        return finished if session.accelerator.is_main_process else None
-    _print_plan(session)
-    if plan.activation_bytes + plan.weights_bytes > plan.free_bytes:
-        raise PHAError(
-            f"this needs about {memory(plan.weights_bytes + plan.activation_bytes)} and "
-            f"{memory(plan.free_bytes)} is free; lower data.sequence_length or use a smaller preset"
-        )
-    with _alone(session):
-        progress = _train(session)
-        result = finish(session, progress) if session.accelerator.is_main_process else None
-        session.accelerator.wait_for_everyone()
-    return result
-
-
 def plan_training(
     config: TrainConfig, out: Path, console: Console, resume: Literal["auto", "never"] = "auto"
 ) -> dict[str, Any]:
@@ -295,71 +260,11 @@ def plan_training(
         PHAError: bad data, or a run folder in the way.
     """
     session = open_session(config, out, console, resume)
-    _print_plan(session)
+    print_plan(session)
     return {"plan": session.plan.to_dict(), "config": session.config.to_dict()}
 
 
-def _print_plan(session: Session) -> None:
+def print_plan(session: Session) -> None:
+    """Say what the run will take."""
     for line in describe_plan(session.config, session.plan, session.accelerator.device):
         session.console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
-def _alone(session: Session) -> Iterator[None]:
-    """Hold the run folder for all processes of this run.
-
-    Raises:
-        PHAError: another run holds it, or has left another configuration there meanwhile.
-    """
-    with contextlib.ExitStack() as held:
-        refused = [""]
-        if session.accelerator.is_main_process:
-            try:
-                held.enter_context(session.run.lock())
-                if (saved := _saved_config(session.run)) is not None:
-                    _require_same(session.run, saved, session.config.to_dict())
-            except PHAError as error:
-                refused = [str(error)]
-        broadcast_object_list(refused)
-        if refused[0]:
-            raise PHAError(refused[0])
-        yield
-
-
-def _train(session: Session) -> Progress:
-    plan, run, store, accelerator = session.plan, session.run, session.store, session.accelerator
-    config = replace(session.config, run=replace(session.config.run, micro_batch=plan.micro_batch))
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    accelerator.wait_for_everyone()  # all have looked at the folder before anything appears in it
-    if accelerator.is_main_process:
-        run.path.mkdir(parents=True, exist_ok=True)
-        write_text(run.config, yaml.safe_dump(config.to_dict(), sort_keys=False))
-    if config.run.trackers:
-        accelerator.init_trackers("pha", config={"recipe": config.recipe or "custom"})
-    model, tokenizer = make_model(config), store.tokenizer()
-    # So that generation from a saved model ends where a document does.
-    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    trainer = Trainer(config, plan, run, model, tokenizer, store, accelerator, session.console)
-    if trainer.resume():
-        if trainer.progress.data_sha256 != store.sha256:
-            raise PHAError(f"{store.path} is not the data that {run.path} was trained on")
-        session.console.print(f"continuing after step {trainer.progress.step}", highlight=False)
-    trainer.progress.data_sha256 = store.sha256
-    progress = trainer.train()
-    if config.run.trackers:
-        accelerator.end_training()
-    return progress
-
-
-def make_model(config: TrainConfig) -> PHAForCausalLM:
-    """A model with seeded initial weights, or those of `run.init_from`."""
-    torch.manual_seed(config.run.seed)
-    model_config = PHAConfig(**vars_of(config.model))
-    if config.run.init_from is None:
-        return PHAForCausalLM(model_config)
-    model = load_model(Path(config.run.init_from)).model
-    model.config.dropout = config.model.dropout
-    fresh = PHAForCausalLM(model_config)
-    fresh.load_state_dict(model.state_dict())
-    return fresh

@@ -1,0 +1,126 @@
+"""A run: locked, trained, finished."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+
+from pha.loading import load_model
+from pha.modeling import PHAConfig, PHAForCausalLM
+from pha.results import RunResult
+from pha.train.checkpoint import Progress
+from pha.train.config import TrainConfig
+from pha.train.finish import finish
+from pha.train.plan import vars_of
+from pha.train.session import Session, open_session, print_plan, require_same_run
+from pha.train.trainer import Trainer
+from pha.utils.errors import PHAError
+from pha.utils.files import write_text
+from pha.utils.hardware import keep_freed_memory
+from pha.utils.text import memory
+
+
+def run_training(
+    config: TrainConfig,
+    out: Path,
+    console: Console,
+    resume: Literal["auto", "never"] = "auto",
+) -> RunResult | None:
+    """Train, evaluate and write `out/result.json`.
+
+    A finished run with the same configuration is returned as it is.
+
+    Returns:
+        The result; None but in the main process.
+
+    Raises:
+        PHAError: bad data, a run folder in the way, numbers that went bad.
+        TrainingInterruptedError: stopped by a signal, resumable.
+    """
+    session = open_session(config, out, console, resume)
+    plan, run, console = session.plan, session.run, session.console
+    if run.result.is_file():
+        finished = run.read_result()
+        if finished.data["sha256"] != session.store.sha256:
+            raise PHAError(f"{out} is finished, on other data; choose another --out")
+        console.print(f"{out} is finished; its result.json is as it was", soft_wrap=True)
+        return finished if session.accelerator.is_main_process else None
+    print_plan(session)
+    if plan.activation_bytes + plan.weights_bytes > plan.free_bytes:
+        raise PHAError(
+            f"this needs about {memory(plan.weights_bytes + plan.activation_bytes)} and "
+            f"{memory(plan.free_bytes)} is free; lower data.sequence_length or use a smaller preset"
+        )
+    with _alone(session):
+        progress = _train(session)
+        result = finish(session, progress) if session.accelerator.is_main_process else None
+        session.accelerator.wait_for_everyone()
+    return result
+
+
+@contextlib.contextmanager
+def _alone(session: Session) -> Iterator[None]:
+    """Hold the run folder for all processes of this run.
+
+    Raises:
+        PHAError: another run holds it, or has left another configuration there meanwhile.
+    """
+    with contextlib.ExitStack() as held:
+        refused = [""]
+        if session.accelerator.is_main_process:
+            try:
+                held.enter_context(session.run.lock())
+                require_same_run(session.run, session.config)
+            except PHAError as error:
+                refused = [str(error)]
+        broadcast_object_list(refused)
+        if refused[0]:
+            raise PHAError(refused[0])
+        yield
+
+
+def _train(session: Session) -> Progress:
+    plan, run, store, accelerator = session.plan, session.run, session.store, session.accelerator
+    config = replace(session.config, run=replace(session.config.run, micro_batch=plan.micro_batch))
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    accelerator.wait_for_everyone()  # all have looked at the folder before anything appears in it
+    if accelerator.is_main_process:
+        run.path.mkdir(parents=True, exist_ok=True)
+        write_text(run.config, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    if config.run.trackers:
+        accelerator.init_trackers("pha", config={"recipe": config.recipe or "custom"})
+    model, tokenizer = make_model(config), store.tokenizer()
+    # So that generation from a saved model ends where a document does.
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    trainer = Trainer(config, plan, run, model, tokenizer, store, accelerator, session.console)
+    if trainer.resume():
+        if trainer.progress.data_sha256 != store.sha256:
+            raise PHAError(f"{store.path} is not the data that {run.path} was trained on")
+        session.console.print(f"continuing after step {trainer.progress.step}", highlight=False)
+    trainer.progress.data_sha256 = store.sha256
+    progress = trainer.train()
+    if config.run.trackers:
+        accelerator.end_training()
+    return progress
+
+
+def make_model(config: TrainConfig) -> PHAForCausalLM:
+    """A model with seeded initial weights, or those of `run.init_from`."""
+    torch.manual_seed(config.run.seed)
+    model_config = PHAConfig(**vars_of(config.model))
+    if config.run.init_from is None:
+        return PHAForCausalLM(model_config)
+    model = load_model(Path(config.run.init_from)).model
+    model.config.dropout = config.model.dropout
+    fresh = PHAForCausalLM(model_config)
+    fresh.load_state_dict(model.state_dict())
+    return fresh
