@@ -3,107 +3,119 @@
 from __future__ import annotations
 
 import textwrap
-from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pha.commands.common import AddVerb, console_for, print_json
-from pha.commands.evaluation import (
-    add_window_options,
-    describe_protocol,
-    protocol_of,
-    show_perplexity,
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from pha.commands.common import (
+    Folder,
+    Precision,
+    Store,
+    console_for,
+    figures_table,
+    print_json,
+    writing,
 )
+from pha.commands.evaluation import choose_protocol, describe_protocol, show_perplexity
 from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from pha.evals.paired import PairedComparison
     from pha.evals.protocols import Protocol
     from pha.loading import LoadedModel
 
 
-def add_compare(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb(
-        "compare",
-        compare,
-        "which of two models predicts a text better, with an interval, and where",
-        "Both models score the same windows of the same tokens. The difference in loss, A - B,\n"
-        "has an interval over blocks of consecutive text, and is broken down by context,\n"
-        "frequency and recall of the token. The interval covers the text, not training seeds.",
-    )
-    sub.add_argument("a", metavar="A", type=Path, help="run, checkpoint or saved model")
-    sub.add_argument("b", metavar="B", type=Path, help="the other")
-    add_window_options(sub)
-    sub.add_argument(
-        "--block",
-        type=int,
-        help="tokens per block of the interval (2048 or more, until blocks are independent)",
-    )
-    sub.add_argument("--out", metavar="DIR", type=Path, help="write comparison.json, .svg and .png")
-    sub.add_argument("--json", action="store_true", help="print as JSON")
+def compare(
+    a: Path,
+    b: Path,
+    *,
+    data: Store,
+    split: str = "test",
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    packed_documents: bool | None = None,
+    precision: Precision = "fp32",
+    block: int | None = None,
+    out: Folder | None = None,
+    json: bool = False,
+) -> None:
+    """Which of two models predicts a text better, with an interval, and where.
 
+    Both models score the same windows of the same tokens. The difference in loss, A - B,
+    has an interval over blocks of consecutive text, and is broken down by context,
+    frequency and recall of the token. The interval covers the text, not training seeds.
 
-def compare(options: Namespace) -> None:
-    """`pha compare`."""
-    from rich.progress import Progress
-
+    Args:
+        a: run, checkpoint or saved model
+        b: the other
+        data: token store made by `pha prepare`
+        split: train, validation or test
+        sequence_length: tokens per window (the runs' own, else 1024)
+        stride: advance per window (its length)
+        packed_documents: reset at document starts (as the runs were trained)
+        precision: of the products; auto: bf16 where they are clearly faster in it
+        block: tokens per block of the interval (2048 or more, until blocks are independent)
+        out: write comparison.json, .svg and .png
+        json: print as JSON
+    """
     from pha.data import TokenStore
     from pha.evals.paired import compare_models
     from pha.loading import load_model
     from pha.utils.hardware import choose_precision, default_device, provenance
 
     device = default_device()
-    a, b = (load_model(path, device) for path in (options.a, options.b))
-    store = TokenStore.open(options.data)
-    protocol = _common_protocol(options, a, b)
-    precision = choose_precision(options.precision, device)
-    console = console_for(options)
+    models = load_model(a, device), load_model(b, device)
+    store = TokenStore.open(data)
+    trained = _common_protocol(*models, sequence_length, packed_documents)
+    protocol = choose_protocol(sequence_length, stride, packed_documents, trained)
+    chosen = choose_precision(precision, device)
+    console = console_for(json)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         tasks = {name: progress.add_task(f"scoring {name}", total=None) for name in "AB"}
         result = compare_models(
-            a,
-            b,
+            *models,
             store,
-            options.split,
+            split,
             protocol,
-            precision=precision,
-            block=options.block,
+            precision=chosen,
+            block=block,
             progress=lambda name, done, total: progress.update(
                 tasks[name], completed=done, total=total
             ),
         )
-    content = result.to_dict() | {"provenance": provenance(device, precision)}
-    if options.out is not None:
-        _write(options.out, result, content)
-    if options.json:
+    content = result.to_dict() | {"provenance": provenance(device, chosen)}
+    if out is not None:
+        _write(out, result, content)
+    if json:
         print_json(content)
         return
-    _print(options, result, console)
-    if options.out is not None:
-        console.print(f"JSON and picture: {options.out}/comparison.*", highlight=False)
+    _print(result, split, console)
+    if out is not None:
+        console.print(f"JSON and picture: {out}/comparison.*", highlight=False)
 
 
-def _common_protocol(options: Namespace, a: LoadedModel, b: LoadedModel) -> Protocol:
-    """The windows of both: as given, else as both were trained."""
+def _common_protocol(
+    a: LoadedModel, b: LoadedModel, length: int | None, packed: bool | None
+) -> Protocol | None:
+    """The windows that both were trained in, where the options leave any of it open."""
     from pha.evals.protocols import trained_protocol
 
     mine, other = trained_protocol(a.run), trained_protocol(b.run)
     if mine and other:
-        if options.sequence_length is None and mine.sequence_length != other.sequence_length:
+        if length is None and mine.sequence_length != other.sequence_length:
             raise PHAError(
                 f"{a.path} was trained on sequences of {mine.sequence_length} tokens and {b.path} "
                 f"of {other.sequence_length}; choose one with --sequence-length"
             )
-        if options.packed_documents is None and mine.packed_documents != other.packed_documents:
+        if packed is None and mine.packed_documents != other.packed_documents:
             raise PHAError(
                 f"one of {a.path} and {b.path} was trained with packed documents and the other "
                 "without; choose with --packed-documents or --no-packed-documents"
             )
-    return protocol_of(options, mine or other)
+    return mine or other
 
 
 def _write(out: Path, result: PairedComparison, content: dict[str, Any]) -> None:
@@ -111,17 +123,15 @@ def _write(out: Path, result: PairedComparison, content: dict[str, Any]) -> None
     from pha.report.paired import describe, paired_figure
     from pha.utils.files import write_json
 
-    try:
+    with writing(out):
         write_json(out / "comparison.json", content)
         save_picture(paired_figure(result), out / "comparison", describe(result))
-    except OSError as error:
-        raise PHAError(f"{out} cannot be written ({error.strerror or error})") from error
 
 
-def _print(options: Namespace, result: PairedComparison, console: Console) -> None:
+def _print(result: PairedComparison, split: str, console: Console) -> None:
     for text in (f"A: {result.a}", f"B: {result.b}"):
         console.print(text, highlight=False, markup=False)
-    console.print(_totals_table(result, options.split))
+    console.print(_totals_table(result, split))
     console.print(f"[bold]{result.verdict()}[/]", highlight=False)
     a_better, b_better = result.blocks_better
     low, high = result.bootstrap
@@ -142,13 +152,9 @@ def _print(options: Namespace, result: PairedComparison, console: Console) -> No
 
 
 def _totals_table(result: PairedComparison, split: str) -> Table:
-    from rich.table import Table
-
     a, b = result.evaluations
-    table = Table(title=f"on the {split} split, {a.tokens:,} tokens", title_justify="left")
-    table.add_column("")
-    for heading in ("A", "B", "A against B"):
-        table.add_column(heading, justify="right")
+    title = f"on the {split} split, {a.tokens:,} tokens"
+    table = figures_table(title, "", "A", "B", "A against B")
     table.add_row(
         "loss (nats per token)", f"{a.loss:.4f}", f"{b.loss:.4f}", f"{a.loss - b.loss:+.4f}"
     )
@@ -167,18 +173,8 @@ def _totals_table(result: PairedComparison, split: str) -> Table:
 
 
 def _bins_table(result: PairedComparison) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title="where (nats per token; * where the interval leaves zero out)",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("", no_wrap=True)
-    for heading in ("share", "loss A", "loss B", "A - B", "± 95%", ""):
-        table.add_column(heading, justify="right", no_wrap=True)
+    title = "where (nats per token; * where the interval leaves zero out)"
+    table = figures_table(title, "", "share", "loss A", "loss B", "A - B", "± 95%", "")
     for name, bins in result.breakdowns.items():
         table.add_section()
         table.add_row(f"[bold]{name}[/]")

@@ -1,74 +1,115 @@
-"""Verbs that score a trained model: eval."""
+"""The verb that scores a trained model: eval."""
 
 from __future__ import annotations
 
-import argparse
-from argparse import Namespace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pha.commands.common import AddVerb, console_for, print_json
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from pha.commands.common import Model, Precision, Store, console_for, figures_table, print_json
 from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from pha.evals.perplexity import Evaluation
     from pha.evals.protocols import Protocol
 
 
-def add_evaluate(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb(
-        "eval",
-        evaluate,
-        "token, word and byte perplexity and accuracy over a whole split",
-        "  pha eval runs/mine --data STORE                             as the run was trained\n"
-        "  pha eval runs/mine --data STORE --protocol all              three protocols, one table\n"
-        "  pha eval runs/mine --data STORE --protocol 1024 --protocol 1024/256\n"
-        "With T the run's sequence length, protocols are `non-overlapping` (windows of T tokens,\n"
-        "stride T), `strided` (T, stride T/2), `long` (4T, stride 4T), `all` of these, and LENGTH\n"
-        "or LENGTH/STRIDE in tokens.",
-    )
-    sub.add_argument("model", metavar="RUN_OR_MODEL", type=Path)
-    add_window_options(sub)
-    sub.add_argument(
-        "--protocol",
-        metavar="NAME_OR_SPEC",
-        action="append",
-        default=[],
-        help="see above; again for more, side by side",
-    )
-    sub.add_argument("--json", action="store_true", help="print as JSON")
+def evaluate(
+    model: Model,
+    *,
+    data: Store,
+    split: str = "test",
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    packed_documents: bool | None = None,
+    precision: Precision = "fp32",
+    protocol: Sequence[Annotated[str, "NAME_OR_SPEC"]] = (),
+    json: bool = False,
+) -> None:
+    """Token, word and byte perplexity and accuracy over a whole split.
+
+      pha eval runs/mine --data STORE                             as the run was trained
+      pha eval runs/mine --data STORE --protocol all              three protocols, one table
+      pha eval runs/mine --data STORE --protocol 1024 --protocol 1024/256
+    With T the run's sequence length, protocols are `non-overlapping` (windows of T tokens,
+    stride T), `strided` (T, stride T/2), `long` (4T, stride 4T), `all` of these, and LENGTH
+    or LENGTH/STRIDE in tokens.
+
+    Args:
+        model: a run, a checkpoint or a saved model
+        data: token store made by `pha prepare`
+        split: train, validation or test
+        sequence_length: tokens per window (the run's own, else 1024)
+        stride: advance per window (its length)
+        packed_documents: reset at document starts (as the run was trained)
+        precision: of the products; auto: bf16 where they are clearly faster in it
+        protocol: see above; again for more, side by side
+        json: print as JSON
+    """
+    from pha.data import TokenStore, tokenizer_sha256
+    from pha.evals.perplexity import evaluate as run_evaluation
+    from pha.evals.protocols import parse_protocols, trained_protocol
+    from pha.loading import load_model
+    from pha.utils.hardware import choose_precision, default_device, provenance
+
+    if protocol and stride is not None:
+        raise PHAError("--stride goes with one protocol; write --protocol LENGTH/STRIDE")
+    device = default_device()
+    loaded = load_model(model, device)
+    store = TokenStore.open(data)
+    store.require_tokenizer(tokenizer_sha256(loaded.tokenizer))
+    base = choose_protocol(sequence_length, stride, packed_documents, trained_protocol(loaded.run))
+    protocols = [base]
+    if protocol:
+        protocols = parse_protocols(protocol, base.sequence_length, base.packed_documents)
+    chosen = choose_precision(precision, device)
+    console = console_for(json)
+    results = []
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for each in protocols:
+            task = progress.add_task(f"scoring {split} {each.name}".rstrip())
+
+            def show(done: int, total: int, task: TaskID = task) -> None:
+                progress.update(task, completed=done, total=total)
+
+            results.append(
+                run_evaluation(
+                    loaded.model,
+                    store,
+                    split,
+                    sequence_length=each.sequence_length,
+                    stride=each.stride,
+                    packed_documents=each.packed_documents,
+                    precision=chosen,
+                    progress=show,
+                    name=each.name,
+                )
+            )
+    if json:
+        content = [result.to_dict() for result in results]
+        whole = content[0] if len(content) == 1 else {"evaluations": content}
+        print_json({"model": str(model)} | whole | {"provenance": provenance(device, chosen)})
+        return
+    title = f"{model} on the {split} split of {data}"
+    if len(results) == 1:
+        _print_one(title, results[0], console)
+    else:
+        _print_all(title, results, console)
 
 
-def add_window_options(sub: argparse.ArgumentParser) -> None:
-    """The options that say which tokens are scored, and how."""
-    sub.add_argument("--data", metavar="STORE", type=Path, required=True)
-    sub.add_argument("--split", default="test", help="train, validation or test (test)")
-    sub.add_argument(
-        "--sequence-length", type=int, help="tokens per window (the run's own, else 1024)"
-    )
-    sub.add_argument("--stride", type=int, help="advance per window (its length)")
-    sub.add_argument(
-        "--packed-documents",
-        action=argparse.BooleanOptionalAction,
-        help="reset at document starts (as the run was trained)",
-    )
-    sub.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="fp32")
-
-
-def protocol_of(options: Namespace, trained: Protocol | None) -> Protocol:
-    """The protocol that the options name; what they leave open is as in training."""
+def choose_protocol(
+    length: int | None, stride: int | None, packed: bool | None, trained: Protocol | None
+) -> Protocol:
+    """The windows that options name; what they leave open is as in training."""
     from pha.evals.protocols import DEFAULT_LENGTH, Protocol
 
-    length, packed = options.sequence_length, options.packed_documents
     if length is None:
         length = trained.sequence_length if trained else DEFAULT_LENGTH
     if packed is None:
         packed = trained is not None and trained.packed_documents
-    stride = length if options.stride is None else options.stride
-    return Protocol(length, stride, packed)
+    return Protocol(length, length if stride is None else stride, packed)
 
 
 def describe_protocol(protocol: dict[str, Any]) -> str:
@@ -86,66 +127,8 @@ def show_perplexity(value: float) -> str:
     return perplexity(value) if value < 1e7 else f"{value:.3g}"
 
 
-def evaluate(options: Namespace) -> None:
-    """`pha eval`."""
-    from rich.progress import Progress, TaskID
-
-    from pha.data import TokenStore, tokenizer_sha256
-    from pha.evals.perplexity import evaluate as run_evaluation
-    from pha.evals.protocols import parse_protocols, trained_protocol
-    from pha.loading import load_model
-    from pha.utils.hardware import choose_precision, default_device, provenance
-
-    if options.protocol and options.stride is not None:
-        raise PHAError("--stride goes with one protocol; write --protocol LENGTH/STRIDE")
-    device = default_device()
-    loaded = load_model(options.model, device)
-    store = TokenStore.open(options.data)
-    store.require_tokenizer(tokenizer_sha256(loaded.tokenizer))
-    base = protocol_of(options, trained_protocol(loaded.run))
-    protocols = [base]
-    if options.protocol:
-        protocols = parse_protocols(options.protocol, base.sequence_length, base.packed_documents)
-    precision = choose_precision(options.precision, device)
-    console = console_for(options)
-    results = []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for protocol in protocols:
-            task = progress.add_task(f"scoring {options.split} {protocol.name}".rstrip())
-
-            def show(done: int, total: int, task: TaskID = task) -> None:
-                progress.update(task, completed=done, total=total)
-
-            results.append(
-                run_evaluation(
-                    loaded.model,
-                    store,
-                    options.split,
-                    sequence_length=protocol.sequence_length,
-                    stride=protocol.stride,
-                    packed_documents=protocol.packed_documents,
-                    precision=precision,
-                    progress=show,
-                    name=protocol.name,
-                )
-            )
-    if options.json:
-        content = [result.to_dict() for result in results]
-        whole = content[0] if len(content) == 1 else {"evaluations": content}
-        facts = {"provenance": provenance(device, precision)}
-        print_json({"model": str(options.model)} | whole | facts)
-    elif len(results) == 1:
-        _print_one(options, results[0], console)
-    else:
-        _print_all(options, results, console)
-
-
-def _print_one(options: Namespace, result: Evaluation, console: Console) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"{options.model} on the {options.split} split of {options.data}")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
+def _print_one(title: str, result: Evaluation, console: Console) -> None:
+    table = figures_table(title, "measure", "value")
     for name, value in (
         ("perplexity per token", f"{result.perplexity:.3f}"),
         ("perplexity per word", f"{result.word_perplexity:.3f}"),
@@ -160,19 +143,9 @@ def _print_one(options: Namespace, result: Evaluation, console: Console) -> None
     console.print(f"protocol: {describe_protocol(result.protocol)}", highlight=False)
 
 
-def _print_all(options: Namespace, results: list[Evaluation], console: Console) -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=f"{options.model} on the {options.split} split of {options.data}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-    )
-    table.add_column("protocol", no_wrap=True)
-    for heading in ("T/stride", "token", "word", "byte", "bits/B", "acc.", "tokens", "s"):
-        table.add_column(heading, justify="right", no_wrap=True)
+def _print_all(title: str, results: list[Evaluation], console: Console) -> None:
+    columns = ("T/stride", "token", "word", "byte", "bits/B", "acc.", "tokens", "s")
+    table = figures_table(title, "protocol", *columns, gap=0)
     for result in results:
         protocol = result.protocol
         table.add_row(

@@ -2,141 +2,116 @@
 
 from __future__ import annotations
 
-import json
+import json as jsonlib
 import sys
-from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pha.commands.common import AddVerb
+from pha.commands.common import Dtype, File, Model, require_file_name, writing
 from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:
     from pha.evals.generation import Continuation, Speed
 
-_DETAIL = """\
-One text is printed as it grows; several, when their batch is done. --json and --out give one JSON
-object a line. Tokens per second go to standard error: prompts and decoding apart, with the bytes of
-weights that decoding read per second.
 
-One seed gives one text for a prompt, whatever else is in the batch.
-"""
+def generate(
+    model: Model,
+    *,
+    prompt: Annotated[str | None, "TEXT"] = None,
+    prompts: File | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    stop: Sequence[Annotated[str, "STRING"]] = (),
+    num_samples: int = 1,
+    batch_size: int = 8,
+    piece: int = 0,
+    dtype: Dtype = "fp32",
+    out: File | None = None,
+    json: bool = False,
+) -> None:
+    """Continue a text, or a file of them.
 
+    Give --prompt or --prompts. One text is printed as it grows; several, when their batch is
+    done. --json and --out give one JSON object a line. Tokens per second go to standard error:
+    prompts and decoding apart, with the bytes of weights that decoding read per second. One seed
+    gives one text for a prompt, whatever else is in the batch.
 
-def add_generate(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb("generate", generate, "continue a text, or a file of them", _DETAIL)
-    sub.add_argument("model", metavar="RUN_OR_MODEL", type=Path)
-    prompts = sub.add_mutually_exclusive_group(required=True)
-    prompts.add_argument(
-        "--prompt", metavar="TEXT", help="text to continue; - reads it from standard input"
-    )
-    prompts.add_argument(
-        "--prompts",
-        metavar="FILE",
-        type=Path,
-        help="one prompt a line, or .jsonl with a field prompt or text in each",
-    )
-    sub.add_argument("--max-new-tokens", metavar="N", type=int, default=128, help="at most (128)")
-    sub.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (0.8)")
-    sub.add_argument(
-        "--top-p", type=float, default=0.95, help="sample from this much probability (0.95)"
-    )
-    sub.add_argument("--seed", type=int, default=0, help="of the random choices (0)")
-    sub.add_argument(
-        "--stop",
-        metavar="STRING",
-        action="append",
-        default=[],
-        help="end before this; may be repeated",
-    )
-    sub.add_argument(
-        "--num-samples", metavar="N", type=int, default=1, help="texts for each prompt (1)"
-    )
-    sub.add_argument("--batch-size", metavar="N", type=int, default=8, help="texts at a time (8)")
-    sub.add_argument(
-        "--piece",
-        metavar="N",
-        type=int,
-        default=0,
-        help="prompt tokens per forward pass; bounds the memory of long prompts (0: all)",
-    )
-    sub.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="type of the weights (fp32)"
-    )
-    sub.add_argument("--out", metavar="FILE", type=Path, help="write JSON lines to FILE")
-    sub.add_argument("--json", action="store_true", help="print JSON lines")
-
-
-def generate(options: Namespace) -> None:
-    """`pha generate`."""
-    prompts = _prompts(options)
-    if options.out is not None and options.out.is_dir():
-        raise PHAError(f"{options.out} is a folder: name the file to write")
+    Args:
+        model: a run, a checkpoint or a saved model
+        prompt: text to continue; - reads it from standard input
+        prompts: one prompt a line, or .jsonl with a field prompt or text in each
+        max_new_tokens: at most
+        temperature: 0: always the likeliest
+        top_p: sample from this much probability
+        seed: of the random choices
+        stop: end before this; may be repeated
+        num_samples: texts for each prompt
+        batch_size: texts at a time
+        piece: prompt tokens per forward pass; bounds the memory of long prompts; 0: all
+        dtype: type of the weights
+        out: write JSON lines to FILE
+        json: print JSON lines
+    """
+    texts = _prompts(prompt, prompts)
+    require_file_name(out)
     from pha.evals.generation import Sampling, Speed
     from pha.evals.generation import generate as continue_texts
     from pha.loading import load_model
     from pha.utils.files import write_text
     from pha.utils.hardware import PRECISIONS, default_device
 
-    sampling = Sampling(
-        options.max_new_tokens,
-        options.temperature,
-        options.top_p,
-        options.seed,
-        tuple(options.stop),
-    )
-    loaded = load_model(options.model, default_device(), dtype=PRECISIONS[options.dtype])
-    alone = len(prompts) * options.num_samples == 1
-    streamed = alone and not options.json and options.out is None
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop))
+    loaded = load_model(model, default_device(), dtype=PRECISIONS[dtype])
+    streamed = len(texts) * num_samples == 1 and not json and out is None
     speed = Speed()
-    texts = continue_texts(
+    continuations = continue_texts(
         loaded,
-        prompts,
+        texts,
         sampling,
-        num_samples=options.num_samples,
-        batch_size=options.batch_size,
-        piece=options.piece,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        piece=piece,
         write=_print if streamed else None,
         speed=speed,
     )
     if streamed:
-        _print(prompts[0])
+        _print(texts[0])
     lines = []
-    for continuation in texts:
-        line = json.dumps(asdict(continuation), ensure_ascii=False) + "\n"
+    for continuation in continuations:
+        line = jsonlib.dumps(asdict(continuation), ensure_ascii=False) + "\n"
         lines.append(line)
-        if options.json:
+        if json:
             _print(line)
         elif streamed:
             _print("\n")
-        elif options.out is None:
+        elif out is None:
             _print(_headed(continuation))
-    if options.out is not None:
-        try:
-            write_text(options.out, "".join(lines))
-        except OSError as error:
-            raise PHAError(
-                f"{options.out} cannot be written ({error.strerror or error})"
-            ) from error
+    if out is not None:
+        with writing(out):
+            write_text(out, "".join(lines))
     print(_speed_line(speed), file=sys.stderr)
 
 
-def _prompts(options: Namespace) -> list[str]:
+def _prompts(prompt: str | None, path: Path | None) -> list[str]:
     """The texts to continue.
 
     Raises:
         PHAError: a file that cannot be read, without prompts, or with a line that holds none.
     """
-    if options.prompts is None:
-        if options.prompt != "-":
-            return [options.prompt]
+    if (prompt is None) == (path is None):
+        raise PHAError("give a text with --prompt, or a file of them with --prompts")
+    if prompt is not None:
+        if prompt != "-":
+            return [prompt]
         try:
             return [sys.stdin.read().removesuffix("\n")]
         except UnicodeDecodeError as error:
             raise PHAError("standard input is not UTF-8 text") from error
-    path: Path = options.prompts
+    assert path is not None
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -153,8 +128,8 @@ def _prompts(options: Namespace) -> list[str]:
 
 def _prompt_field(path: Path, number: int, line: str) -> str:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = jsonlib.loads(line)
+    except jsonlib.JSONDecodeError as error:
         raise PHAError(f"{path}, line {number}, is not JSON ({error.msg})") from error
     if isinstance(record, dict):
         for name in ("prompt", "text"):

@@ -2,58 +2,36 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pha.commands.common import AddVerb, console_for, print_json
+from pha.commands.common import File, Model, console_for, figures_table, print_json
 from pha.utils.errors import PHAError
 
 
-def add_params(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb("params", params, "parameters of every preset by component")
-    sub.add_argument("presets", metavar="PRESET", nargs="*", help="only these")
-    sub.add_argument("--vocab-size", type=int, default=50257, help="V (50257, GPT-2)")
-    sub.add_argument("--json", action="store_true", help="print as JSON")
+def params(
+    presets: Sequence[Annotated[str, "PRESET"]] = (), *, vocab_size: int = 50257, json: bool = False
+) -> None:
+    """Parameters of every preset by component.
 
-
-def add_mixing(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb("mixing", mixing, "mixing weights and effective shares per layer")
-    sub.add_argument("run_path", metavar="RUN_OR_MODEL", type=Path)
-    sub.add_argument("--json", action="store_true", help="print as JSON")
-
-
-def add_report(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb("report", report, "one self-contained HTML page about runs")
-    sub.add_argument("runs", metavar="RUN", nargs="+", type=Path)
-    sub.add_argument("--out", type=Path, help="the page (report.html in the first run)")
-    sub.add_argument("--title", help="its heading")
-
-
-def add_doctor(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb("doctor", doctor, "versions, devices and a self-check of every backend")
-    sub.add_argument("--json", action="store_true", help="print as JSON")
-
-
-def params(options: Namespace) -> None:
-    """`pha params`."""
+    Args:
+        presets: only these
+        vocab_size: V, by default GPT-2's
+        json: print as JSON
+    """
     from pha.model.parameters import count_parameters
     from pha.model.presets import PAPER_PARAMETERS, PRESETS, preset_config
 
     rows: list[dict[str, Any]] = []
-    for name in options.presets or PRESETS:
-        components = count_parameters(preset_config(name, vocab_size=options.vocab_size))
+    for name in presets or PRESETS:
+        components = count_parameters(preset_config(name, vocab_size=vocab_size))
         total = sum(components.values())
         # The paper's counts are those of its own vocabulary.
-        paper = PAPER_PARAMETERS.get(name) if options.vocab_size == 50257 else None
+        paper = PAPER_PARAMETERS.get(name) if vocab_size == 50257 else None
         rows.append(
             {
                 "preset": name,
@@ -64,15 +42,11 @@ def params(options: Namespace) -> None:
                 "difference": None if paper is None else total / paper - 1,
             }
         )
-    if options.json:
-        print_json({"vocab_size": options.vocab_size, "presets": rows})
+    if json:
+        print_json({"vocab_size": vocab_size, "presets": rows})
         return
-    table = Table(
-        title=f"millions of parameters, V = {options.vocab_size}", box=box.SIMPLE_HEAD, padding=0
-    )
-    table.add_column("preset", no_wrap=True)
-    for column in ("total", "paper", "diff", "embed", "gss", "attn", "aux_ffn", "ffn"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ("total", "paper", "diff", "embed", "gss", "attn", "aux_ffn", "ffn")
+    table = figures_table(f"millions of parameters, V = {vocab_size}", "preset", *columns, gap=0)
     for row in rows:
         paper, difference = row["paper"], row["difference"]
         components = row["components"]
@@ -90,45 +64,59 @@ def params(options: Namespace) -> None:
     Console().print(table)
 
 
-def mixing(options: Namespace) -> None:
-    """`pha mixing`."""
+def mixing(model: Model, *, json: bool = False) -> None:
+    """Mixing weights and effective shares per layer.
+
+    Args:
+        model: a run, a checkpoint or a saved model; of a run, its history too
+        json: print as JSON
+    """
     from pha.loading import load_model
     from pha.runs import RunFolder
 
-    records: list[dict[str, Any]] = []
-    if options.run_path.is_dir():
-        records = list(RunFolder(options.run_path).read_metrics("mixing"))
-    final = load_model(options.run_path).model.model.mixing_weights()
+    records = list(RunFolder(model).read_metrics("mixing")) if model.is_dir() else []
+    final = load_model(model).model.model.mixing_weights()
     if not final:
-        raise PHAError(f"{options.run_path} has sequential blocks, which mix nothing")
-    if options.json:
+        raise PHAError(f"{model} has sequential blocks, which mix nothing")
+    if json:
         print_json({"final": final, "over_time": records})
         return
     from pha.report.tables import mixing_history_table, mixing_table
 
     console = Console()
-    console.print(mixing_table(final, f"{options.run_path}: weight (effective share)"))
+    console.print(mixing_table(final, f"{model}: weight (effective share)"))
     if len(records) > 1:
         console.print(mixing_history_table(records))
 
 
-def report(options: Namespace) -> None:
-    """`pha report`."""
+def report(
+    runs: Sequence[Annotated[Path, "RUN"]], *, out: File | None = None, title: str | None = None
+) -> None:
+    """One self-contained HTML page about runs.
+
+    Args:
+        runs: folders of finished runs
+        out: the page (report.html in the first run)
+        title: its heading
+    """
     from pha.report.page import write_report
 
-    out = options.out or options.runs[0] / "report.html"
-    print(write_report(options.runs, out, title=options.title))
+    print(write_report(runs, out or runs[0] / "report.html", title=title))
 
 
-def doctor(options: Namespace) -> None:
-    """`pha doctor`."""
+def doctor(*, json: bool = False) -> None:
+    """Versions, devices and a self-check of every backend.
+
+    Args:
+        json: print as JSON
+    """
     from pha.bench.doctor import examine
 
     findings = examine()
-    if options.json:
+    if json:
         print_json(findings)
     else:
-        console_for(options).print(_doctor_table(findings))
+        console_for(json).print(_doctor_table(findings))
     if not findings["healthy"]:
         raise PHAError("a backend fails or disagrees with its oracle; see the table")
 

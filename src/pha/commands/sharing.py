@@ -2,157 +2,145 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
 
-from pha.commands.common import AddVerb, console_for, print_json
+from pha.commands.common import (
+    Dtype,
+    File,
+    Folder,
+    Model,
+    console_for,
+    print_json,
+    require_file_name,
+    writing,
+)
 from pha.utils.errors import PHAError
 
-_EXPORT = """\
-The folder loads with transformers' AutoModelForCausalLM and AutoTokenizer after
-`import pha`, and can be uploaded to the Hugging Face Hub as it is. Its model card,
-README.md, gives the results of the run's result.json, each with its protocol, and how the run was
-made.
-"""
 
-_HARNESS = """\
-Needs `pip install 'pha[harness]'`. Tasks with local data (--lambada, --include-path) run without a
-network; the harness's own fetch theirs from the Hugging Face Hub. No code is fetched.
-"""
+def export(
+    model: Model,
+    out: Folder,
+    *,
+    dtype: Dtype = "fp32",
+    license: Annotated[str | None, "ID"] = None,
+    dataset: Sequence[Annotated[str, "ID"]] = (),
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """A folder with model, tokenizer and model card to share.
 
+    The folder loads with transformers' AutoModelForCausalLM and AutoTokenizer after `import pha`,
+    and can be uploaded to the Hugging Face Hub as it is. Its model card, README.md, gives the
+    results of the run's result.json, each with its protocol, and how the run was made.
 
-def add_export(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb("export", export, "a folder with model, tokenizer and model card to share", _EXPORT)
-    sub.add_argument("model", metavar="RUN_OR_MODEL", type=Path)
-    sub.add_argument("out", metavar="DIR", type=Path, help="the folder to write")
-    sub.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="type of the weights (fp32)"
-    )
-    sub.add_argument("--license", metavar="ID", help="for the card, such as apache-2.0")
-    sub.add_argument(
-        "--dataset",
-        metavar="ID",
-        action="append",
-        default=[],
-        help="for the card: a data set by its name on the Hub; may be repeated",
-    )
-    sub.add_argument("--force", action="store_true", help="replace an earlier export")
-    sub.add_argument("--json", action="store_true", help="print as JSON")
-
-
-def export(options: Namespace) -> None:
-    """`pha export`."""
+    Args:
+        model: a run, a checkpoint or a saved model
+        out: the folder to write
+        dtype: type of the weights
+        license: for the card, such as apache-2.0
+        dataset: for the card: a data set by its name on the Hub; may be repeated
+        force: replace an earlier export
+        json: print as JSON
+    """
     from pha.report.export import export_model
     from pha.utils.hardware import PRECISIONS
 
     exported = export_model(
-        options.model,
-        options.out,
-        dtype=PRECISIONS[options.dtype],
-        license_id=options.license,
-        datasets=options.dataset,
-        force=options.force,
+        model,
+        out,
+        dtype=PRECISIONS[dtype],
+        license_id=license,
+        datasets=dataset,
+        force=force,
     )
-    if options.json:
+    if json:
         print_json({"path": str(exported.path), "results": exported.results, "note": exported.note})
         return
-    console = console_for(options)
+    console = console_for(json)
     console.print(str(exported.path), highlight=False, markup=False, soft_wrap=True)
     if exported.note:
         console.print(f"without results: {exported.note}", highlight=False, soft_wrap=True)
 
 
-def add_convert(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb(
-        "convert",
-        convert,
-        "a model folder of an older version, as this one reads it",
-        "FOLDER is what an older version saved: a run's model/, a checkpoint, an export.",
-    )
-    sub.add_argument("folder", metavar="FOLDER", type=Path)
-    sub.add_argument("out", metavar="NEW_FOLDER", type=Path)
+def convert(folder: Path, new_folder: Path) -> None:
+    """A model folder of an older version, as this one reads it.
 
+    FOLDER is what an older version saved: a run's model/, a checkpoint, an export.
 
-def convert(options: Namespace) -> None:
-    """`pha convert`."""
+    Args:
+        folder: with config.json and model.safetensors
+        new_folder: the folder to write
+    """
     from pha.conversion import convert_model
 
-    convert_model(options.folder, options.out)
-    print(f"{options.out}: {options.folder} in today's names")
+    convert_model(folder, new_folder)
+    print(f"{new_folder}: {folder} in today's names")
 
 
-def add_harness(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb("harness", harness, "tasks of EleutherAI's lm-evaluation-harness", _HARNESS)
-    sub.add_argument("model", metavar="RUN_OR_MODEL", type=Path)
-    sub.add_argument("--tasks", metavar="A,B", default="", help="tasks or groups by name")
-    sub.add_argument(
-        "--lambada", metavar="FILE", type=Path, help="lambada_openai from this lambada_test.jsonl"
-    )
-    sub.add_argument(
-        "--include-path", metavar="DIR", type=Path, help="a folder with task definitions (YAML)"
-    )
-    sub.add_argument("--limit", metavar="N", type=int, help="only the first N documents of a task")
-    sub.add_argument("--num-fewshot", metavar="N", type=int, help="examples before each question")
-    sub.add_argument(
-        "--max-length", metavar="N", type=int, default=2048, help="tokens at most (2048)"
-    )
-    sub.add_argument(
-        "--batch-size", metavar="N", type=int, default=4, help="sequences at a time (4)"
-    )
-    sub.add_argument(
-        "--dtype", choices=("fp32", "bf16"), default="fp32", help="type of the weights (fp32)"
-    )
-    sub.add_argument("--out", metavar="FILE", type=Path, help="write JSON to FILE")
-    sub.add_argument("--json", action="store_true", help="print as JSON")
+def harness(
+    model: Model,
+    *,
+    tasks: Annotated[tuple[str, ...], "A,B"] = (),
+    lambada: File | None = None,
+    include_path: Folder | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    max_length: int = 2048,
+    batch_size: int = 4,
+    dtype: Dtype = "fp32",
+    out: File | None = None,
+    json: bool = False,
+) -> None:
+    """Tasks of EleutherAI's lm-evaluation-harness.
 
+    Needs `pip install 'pha[harness]'`. Tasks with local data (--lambada, --include-path) run
+    without a network; the harness's own fetch theirs from the Hugging Face Hub. No code is fetched.
 
-def harness(options: Namespace) -> None:
-    """`pha harness`."""
+    Args:
+        model: a run, a checkpoint or a saved model
+        tasks: tasks or groups by name
+        lambada: lambada_openai from this lambada_test.jsonl
+        include_path: a folder with task definitions (YAML)
+        limit: only the first N documents of a task
+        num_fewshot: examples before each question
+        max_length: tokens at most
+        batch_size: sequences at a time
+        dtype: type of the weights
+        out: write JSON to FILE
+        json: print as JSON
+    """
     from pha.evals.harness import require_harness, run_harness
     from pha.loading import load_model
     from pha.utils.files import write_json
     from pha.utils.hardware import PRECISIONS, default_device, provenance
 
     require_harness()
-    tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
-    if not tasks and options.lambada is None:
+    if not tasks and lambada is None:
         raise PHAError("no task to run; name some with --tasks, or a file with --lambada")
-    if options.out is not None and options.out.is_dir():
-        raise PHAError(f"{options.out} is a folder: name the file to write")
+    require_file_name(out)
     device = default_device()
-    loaded = load_model(options.model, device, dtype=PRECISIONS[options.dtype])
     result = run_harness(
-        loaded,
+        load_model(model, device, dtype=PRECISIONS[dtype]),
         tasks,
-        lambada=options.lambada,
-        include_path=options.include_path,
-        limit=options.limit,
-        num_fewshot=options.num_fewshot,
-        max_length=options.max_length,
-        batch_size=options.batch_size,
+        lambada=lambada,
+        include_path=include_path,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        max_length=max_length,
+        batch_size=batch_size,
     )
-    record = {
-        "model": str(options.model),
-        **result,
-        "provenance": provenance(device, options.dtype),
-    }
-    if options.out is not None:
-        try:
-            write_json(options.out, record)
-        except OSError as error:
-            raise PHAError(
-                f"{options.out} cannot be written ({error.strerror or error})"
-            ) from error
-    if options.json:
+    record = {"model": str(model), **result, "provenance": provenance(device, dtype)}
+    if out is not None:
+        with writing(out):
+            write_json(out, record)
+    if json:
         print_json(record)
     else:
-        console_for(options).print(_harness_table(result))
+        console_for(json).print(_harness_table(result))
 
 
 def _harness_table(result: dict[str, Any]) -> Table:

@@ -2,167 +2,168 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pha.commands.common import AddVerb, console_for, print_json
+from rich.console import Console
+from rich.table import Table
+
+from pha.commands.common import Folder, console_for, print_json
 from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:
     from pha.studies.definition import Scale, Study
 
 
-def add_sweep(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb(
-        "sweep",
-        sweep,
-        "train a recipe over several values of its keys, and several seeds",
-        "  pha sweep pha-tiny.text --data STORE --over optimizer.learning_rate=1e-3,2e-3,4e-3 \\\n"
-        "      --seeds 3 --out runs/rates\n"
-        "Several --over make a grid. Other keys of the recipe can be set as in `pha train`. What\n"
-        "is finished is reused; the same command continues. Writes sweep.json, .md, .svg, .png.",
-    )
-    sub.add_argument("recipe", metavar="RECIPE")
-    sub.add_argument(
-        "--over",
-        metavar="KEY=V1,V2,...",
-        action="append",
-        default=[],
-        help="a key of the recipe and its values; again for a grid",
-    )
-    sub.add_argument(
-        "--seeds", default="1", help="how many (3: seeds 0, 1, 2), or which (0,7,9); default 1"
-    )
-    sub.add_argument("--data", metavar="STORE", help="token store made by `pha prepare`")
-    sub.add_argument("--out", type=Path, required=True, help="folder of all runs")
-    sub.add_argument("--jobs", type=int, default=1, help="runs side by side (1)")
-    sub.add_argument("--dry-run", action="store_true", help="say what it takes, do nothing")
-    sub.add_argument("--json", action="store_true", help="print the summary as JSON")
+def sweep(
+    recipe: str,
+    *overrides: str,
+    over: Sequence[Annotated[str, "KEY=V1,V2,..."]] = (),
+    seeds: str = "1",
+    data: Annotated[str | None, "STORE"] = None,
+    out: Folder,
+    jobs: int = 1,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Train a recipe over several values of its keys, and several seeds.
 
+      pha sweep pha-tiny.text --data STORE --over optimizer.learning_rate=1e-3,2e-3,4e-3 \\
+          --seeds 3 --out runs/rates
+    Several --over make a grid. Other keys of the recipe can be set as in `pha train`. What
+    is finished is reused; the same command continues. Writes sweep.json, .md, .svg, .png.
 
-def sweep(options: Namespace, overrides: list[str]) -> None:
-    """`pha sweep`."""
+    Args:
+        recipe: PRESET.PROTOCOL, or a path that ends in .yaml
+        over: a key of the recipe and its values; again for a grid
+        seeds: how many (3: seeds 0, 1, 2), or which (0,7,9)
+        data: token store made by `pha prepare`
+        out: folder of all runs
+        jobs: runs side by side
+        dry_run: say what it takes, do nothing
+        json: print the summary as JSON
+    """
     from pha.studies.sweep import make_points, parse_axis, run_sweep
 
-    if options.data is not None:
-        overrides = [*overrides, "--data.store", options.data]
-    axes = [parse_axis(text) for text in options.over]
-    seeds = _seeds(options.seeds)
-    console = console_for(options)
-    if options.dry_run:
+    words = list(overrides)
+    if data is not None:
+        words += ["--data.store", data]
+    axes = [parse_axis(text) for text in over]
+    which = _seeds(seeds)
+    console = console_for(json)
+    if dry_run:
         from pha.studies.cost import estimate
 
-        points = make_points(options.recipe, axes, seeds, options.out, overrides)
+        points = make_points(recipe, axes, which, out, words)
         cost = estimate([job for point in points for job in point.jobs], console)
-        if options.json:
+        if json:
             print_json(cost)
         return
-    content = run_sweep(options.recipe, axes, seeds, options.out, overrides, console, options.jobs)
-    if options.json:
+    content = run_sweep(recipe, axes, which, out, words, console, jobs)
+    if json:
         print_json(content)
     else:
-        console.print(f"table, JSON and picture: {options.out}/sweep.*", highlight=False)
+        console.print(f"table, JSON and picture: {out}/sweep.*", highlight=False)
 
 
-def add_study(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb(
-        "study",
-        study,
-        "a table or figure of the paper: train what is missing, compare, tabulate, draw",
-        "  pha study list\n"
-        "  pha study branches --data STORE --dry-run\n"
-        "  pha study branches --data STORE\n"
-        "  pha study wikitext103 --scale paper\n"
-        "Runs lie in OUT/runs by the content of their settings, and studies share them; what is\n"
-        "finished is reused, and the same command continues. Settings of all runs can be given as\n"
-        "in `pha train`. Writes OUT/NAME-SCALE: study.json, table.md, .tex, .csv, and the plots.",
-    )
-    sub.add_argument("name", metavar="NAME", help="a study, or list")
-    sub.add_argument("--scale", default="tiny", help="tiny, small or paper (tiny)")
-    sub.add_argument("--data", metavar="STORE", help="token store made by `pha prepare`")
-    sub.add_argument("--seeds", help="how many (3: seeds 0, 1, 2), or which (0,7,9); the scale's")
-    sub.add_argument("--out", type=Path, default=Path("studies"), help="folder of all (studies)")
-    sub.add_argument("--jobs", type=int, default=1, help="runs side by side, a GPU each (1)")
-    sub.add_argument("--cluster", metavar="PARTITION", help="run on Slurm, through submitit")
-    sub.add_argument("--dry-run", action="store_true", help="say what it takes, do nothing")
-    sub.add_argument("--json", action="store_true", help="print as JSON")
+def study(
+    name: str,
+    *overrides: str,
+    scale: str = "tiny",
+    data: Annotated[str | None, "STORE"] = None,
+    seeds: str | None = None,
+    out: Folder = Path("studies"),
+    jobs: int = 1,
+    cluster: Annotated[str | None, "PARTITION"] = None,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """A table or figure of the paper: train what is missing, compare, draw.
 
+      pha study list
+      pha study branches --data STORE --dry-run
+      pha study branches --data STORE
+      pha study wikitext103 --scale paper
+    Runs lie in OUT/runs by the content of their settings, and studies share them; what is
+    finished is reused, and the same command continues. Settings of all runs can be given as
+    in `pha train`. Writes OUT/NAME-SCALE: study.json, table.md, .tex, .csv, and the plots.
 
-def study(options: Namespace, overrides: list[str]) -> None:
-    """`pha study`."""
-    if options.name == "list":
+    Args:
+        name: a study, or list
+        scale: tiny, small or paper
+        data: token store made by `pha prepare`
+        seeds: how many (3: seeds 0, 1, 2), or which (0,7,9); the scale's
+        out: folder of all
+        jobs: runs side by side, a GPU each
+        cluster: run on Slurm, through submitit
+        dry_run: say what it takes, do nothing
+        json: print as JSON
+    """
+    console = console_for(json)
+    if name == "list":
         if overrides:
             raise PHAError(
                 f"{overrides[0]!r} is not understood; `pha study list` takes no settings"
             )
-        _list_studies(options)
+        _list_studies(json, console)
         return
     from pha.studies.definition import load_scale, load_study
 
-    chosen, scale = load_study(options.name), load_scale(options.scale)
-    folder = options.out / f"{chosen.name}-{scale.name}"
+    chosen, size = load_study(name), load_scale(scale)
+    folder = out / f"{chosen.name}-{size.name}"
     if chosen.kind == "efficiency":
-        _efficiency(options, chosen, scale, folder, overrides)
+        if overrides or data or seeds or cluster or jobs != 1:
+            raise PHAError(
+                f"study {name} trains nothing; leave out --data, --seeds, --jobs, --cluster and "
+                "settings of runs"
+            )
+        _efficiency(chosen, size, folder, dry_run, json, console)
         return
     from pha.studies.planning import plan_study
 
-    seeds = list(range(scale.seeds)) if options.seeds is None else _seeds(options.seeds)
-    if len(set(seeds)) < len(seeds):
-        raise PHAError(f"--seeds {options.seeds} names one twice")
-    runs, console = options.out / "runs", console_for(options)
-    plan = plan_study(chosen, scale, seeds, runs, options.data, overrides)
-    if options.dry_run:
+    which = list(range(size.seeds)) if seeds is None else _seeds(seeds)
+    if len(set(which)) < len(which):
+        raise PHAError(f"--seeds {seeds} names one twice")
+    plan = plan_study(chosen, size, which, out / "runs", data, list(overrides))
+    if dry_run:
         from pha.studies.study_cost import study_cost
 
-        cost = study_cost(plan, console)
-        if options.json:
-            print_json(cost)
-        return
-    from pha.studies.study import run_study
+        content = study_cost(plan, console)
+    else:
+        from pha.studies.study import run_study
 
-    content = run_study(plan, folder, console, options.jobs, options.cluster)
-    if options.json:
+        content = run_study(plan, folder, console, jobs, cluster)
+    if json:
         print_json(content)
 
 
 def _efficiency(
-    options: Namespace, chosen: Study, scale: Scale, folder: Path, overrides: list[str]
+    chosen: Study, scale: Scale, folder: Path, dry_run: bool, json: bool, console: Console
 ) -> None:
-    if overrides or options.data or options.seeds or options.cluster or options.jobs != 1:
-        raise PHAError(
-            f"study {chosen.name} trains nothing; leave out --data, --seeds, --jobs, --cluster and "
-            "settings of runs"
-        )
-    console = console_for(options)
-    if options.dry_run:
-        from pha.studies.efficiency import describe
+    if not dry_run:
+        from pha.studies.study import run_efficiency
 
-        lines = describe(chosen, scale)
-        if options.json:
-            print_json(lines)
-        else:
-            console.print("\n".join(lines), highlight=False)
+        content = run_efficiency(chosen, scale, folder, console)
+        if json:
+            print_json(content)
         return
-    from pha.studies.study import run_efficiency
+    from pha.studies.efficiency import describe
 
-    content = run_efficiency(chosen, scale, folder, console)
-    if options.json:
-        print_json(content)
+    lines = describe(chosen, scale)
+    if json:
+        print_json(lines)
+    else:
+        console.print("\n".join(lines), highlight=False)
 
 
-def _list_studies(options: Namespace) -> None:
+def _list_studies(json: bool, console: Console) -> None:
     from pha.studies.definition import load_study, scales, study_names
 
     studies = [load_study(name) for name in study_names()]
-    if options.json:
+    if json:
         print_json([{"name": s.name, "title": s.title, "paper": s.paper} for s in studies])
         return
-    from rich.table import Table
-
-    console = console_for(options)
     table = Table("study", "question", "paper", "variants", title="studies", title_justify="left")
     for each in studies:
         table.add_row(each.name, each.question, each.paper, str(len(each.variants)))

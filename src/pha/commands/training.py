@@ -2,129 +2,121 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from pha.commands.common import AddVerb, console_for, print_json
+from pha.commands.common import Folder, console_for, print_json
+from pha.utils.errors import PHAError
 
 
-def add_demo(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb(
-        "demo",
-        demo,
-        "train pha-tiny and attention-only-tiny, compare them, write a report",
-        "Reads the source text of this Python's standard library. What is finished is reused;\n"
-        "after Ctrl-C the same command continues.",
-    )
-    sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="where (runs/demo)")
-    sub.add_argument("--steps", type=int, help="optimiser steps per model (the recipe's)")
+def demo(*, out: Folder = Path("runs/demo"), steps: int | None = None) -> None:
+    """Train pha-tiny and attention-only-tiny, compare them, write a report.
 
+    Reads the source text of this Python's standard library. What is finished is reused;
+    after Ctrl-C the same command continues.
 
-def add_train(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb(
-        "train",
-        train,
-        "train a model by a recipe",
-        "RECIPE is PRESET.PROTOCOL (`pha recipes` lists both) or a YAML file. Any key can be set:\n"
-        "  pha train pha-tiny.text --data stores/mine --run.epochs 3 --model.dropout 0.2\n"
-        "`pha recipes --keys` explains every key. The same command continues a stopped run.",
-    )
-    sub.add_argument("recipe", metavar="RECIPE")
-    sub.add_argument("--data", metavar="STORE", help="token store made by `pha prepare`")
-    sub.add_argument("--out", type=Path, help="run folder (runs/RECIPE)")
-    sub.add_argument(
-        "--resume",
-        choices=("auto", "never"),
-        default="auto",
-        help="auto: continue from the newest checkpoint; never: refuse a folder in use",
-    )
-    sub.add_argument("--init-from", metavar="MODEL", help="start from these weights")
-    sub.add_argument("--dry-run", action="store_true", help="say what it takes, do nothing")
-    sub.add_argument("--quiet", action="store_true", help="progress, but no table at the end")
-    sub.add_argument("--json", action="store_true", help="print the result as JSON")
-
-
-def add_average(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb(
-        "average",
-        average,
-        "average the weights of saved models",
-        "MODEL is a run, a checkpoint or a saved model; all must be of one shape. Runs average\n"
-        "their own best checkpoints where run.average_best says so.",
-    )
-    sub.add_argument("models", metavar="MODEL", nargs="+", type=Path)
-    sub.add_argument("--out", type=Path, required=True, help="folder of the averaged model")
-
-
-def add_recipes(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb("recipes", recipes, "list recipes, or explain their keys")
-    sub.add_argument("name", metavar="RECIPE", nargs="?", help="print this one, resolved")
-    sub.add_argument("--keys", action="store_true", help="every key with type and default")
-
-
-def demo(options: Namespace) -> None:
-    """`pha demo`."""
+    Args:
+        out: where
+        steps: optimiser steps per model (the recipe's)
+    """
     from pha.studies.demo import run_demo
 
-    run_demo(options.out, Console(), options.steps)
+    run_demo(out, Console(), steps)
 
 
-def train(options: Namespace, overrides: list[str]) -> None:
-    """`pha train`."""
+def train(
+    recipe: str,
+    *overrides: str,
+    data: Annotated[str | None, "STORE"] = None,
+    out: Folder | None = None,
+    resume: Literal["auto", "never"] = "auto",
+    init_from: Annotated[str | None, "MODEL"] = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+    json: bool = False,
+) -> None:
+    """Train a model by a recipe.
+
+    RECIPE is PRESET.PROTOCOL (`pha recipes` lists both) or a YAML file. Any key can be set:
+      pha train pha-tiny.text --data stores/mine --run.epochs 3 --model.dropout 0.2
+    `pha recipes --keys` explains every key. The same command continues a stopped run.
+
+    Args:
+        recipe: PRESET.PROTOCOL, or a path that ends in .yaml
+        data: token store made by `pha prepare`
+        out: run folder (runs/RECIPE)
+        resume: auto: continue from the newest checkpoint; never: refuse a folder in use
+        init_from: start from these weights
+        dry_run: say what it takes, do nothing
+        quiet: progress, but no table at the end
+        json: print the result as JSON
+    """
     from pha.train.recipes import load_recipe
     from pha.train.session import run_training
 
-    if options.data is not None:
-        overrides = [*overrides, "--data.store", options.data]
-    if options.init_from is not None:
-        overrides = [*overrides, "--run.init_from", options.init_from]
-    config = load_recipe(options.recipe, overrides)
-    out = options.out or Path("runs") / str(config.recipe)
-    console = console_for(options)
-    result = run_training(config, out, console, options.resume, options.dry_run)
+    words = list(overrides)
+    if data is not None:
+        words += ["--data.store", data]
+    if init_from is not None:
+        words += ["--run.init_from", init_from]
+    config = load_recipe(recipe, words)
+    out = out or Path("runs") / str(config.recipe)
+    console = console_for(json)
+    result = run_training(config, out, console, resume, dry_run)
     if not result:
         return  # not the main process
-    if options.json:
+    if json:
         print_json(result)
-    elif not (options.dry_run or options.quiet):
+    elif not (dry_run or quiet):
         from pha.report.tables import results_table
 
         console.print(results_table([result]))
-        console.print(f"run folder: {out}", highlight=False)
+        console.print(f"run folder: {out}", highlight=False, soft_wrap=True)
 
 
-def average(options: Namespace) -> None:
-    """`pha average`."""
+def average(models: Sequence[Annotated[Path, "MODEL"]], *, out: Folder) -> None:
+    """Average the weights of saved models.
+
+    MODEL is a run, a checkpoint or a saved model; all must be of one shape. Runs average
+    their own best checkpoints where run.average_best says so.
+
+    Args:
+        models: two or more of one shape
+        out: folder of the averaged model
+    """
     from pha.loading import model_folder
     from pha.train.averaging import average_models
-    from pha.utils.errors import PHAError
 
-    if options.out.exists() and any(options.out.iterdir()):
-        raise PHAError(f"{options.out} is not empty; choose another --out")
-    folders = [model_folder(path)[0] for path in options.models]
-    average_models(folders, options.out)
-    print(f"{options.out}: the average of {len(folders)} models")
+    if out.exists() and any(out.iterdir()):
+        raise PHAError(f"{out} is not empty; choose another --out")
+    folders = [model_folder(path)[0] for path in models]
+    average_models(folders, out)
+    print(f"{out}: the average of {len(folders)} models")
 
 
-def recipes(options: Namespace) -> None:
-    """`pha recipes`."""
+def recipes(recipe: str | None = None, *, keys: bool = False) -> None:
+    """List recipes, or explain their keys.
+
+    Args:
+        recipe: print this one, resolved
+        keys: every key with type and default
+    """
     import yaml
 
     from pha.model.presets import PRESETS
     from pha.train.recipes import describe, load_recipe, make_parser, protocols
 
-    if options.keys:
+    if keys:
         make_parser().print_help()
         return
-    if options.name is not None:
-        config = load_recipe(options.name, _any_data(options.name))
+    if recipe is not None:
+        # A recipe without data of its own needs some to be shown.
+        text = protocols().get(recipe.rpartition(".")[2], "source:")
+        config = load_recipe(recipe, [] if "source:" in text else ["--data.store", "STORE"])
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return
     console = Console()
@@ -135,11 +127,3 @@ def recipes(options: Namespace) -> None:
         table.add_row(name, describe(text))
     console.print(table)
     console.print("presets: " + "  ".join(PRESETS), highlight=False)
-
-
-def _any_data(name: str) -> list[str]:
-    """Arguments that let a recipe without data of its own be shown."""
-    from pha.train.recipes import protocols
-
-    text = protocols().get(name.rpartition(".")[2], "source:")
-    return [] if "source:" in text else ["--data.store", "STORE"]
