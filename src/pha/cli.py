@@ -28,7 +28,7 @@ Verb = Callable[..., None]
 
 VERBS = {
     "demo": "training:demo",
-    "prepare": "data:prepare",
+    "prepare": "training:prepare",
     "train": "training:train",
     "sweep": "studies:sweep",
     "study": "studies:study",
@@ -37,9 +37,9 @@ VERBS = {
     "recipes": "training:recipes",
     "params": "inspection:params",
     "eval": "evaluation:evaluate",
-    "compare": "comparison:compare",
-    "generate": "generation:generate",
-    "score": "scoring:score",
+    "compare": "evaluation:compare",
+    "generate": "texts:generate",
+    "score": "texts:score",
     "export": "sharing:export",
     "harness": "sharing:harness",
     "mixing": "inspection:mixing",
@@ -104,17 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run = read_verb(verb, words)
             _import(options.modules)
             run()
-    except PHAError as error:
-        sys.exit(_fail(program, str(error)))
-    except ModuleNotFoundError as error:
-        if (what := remedy(error)) is None:
+    except (PHAError, ModuleNotFoundError) as error:
+        what = remedy(error) if isinstance(error, ModuleNotFoundError) else str(error)
+        if what is None:
             raise
-        sys.exit(_fail(program, what))
-    except TrainingInterruptedError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+        print(f"{program}: error: {' '.join(what.split())}", file=sys.stderr)
+        sys.exit(2)
+    except (TrainingInterruptedError, KeyboardInterrupt) as error:
+        print(f"{program}: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
@@ -136,6 +133,16 @@ def _read_start(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Names
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser, parser.parse_args(arguments)
+
+
+def _import(modules: Sequence[str]) -> None:
+    if modules:
+        sys.path.insert(0, str(Path.cwd()))
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise PHAError(f"--import {name}: {error}") from error
 
 
 def _list_verbs() -> str:
@@ -188,10 +195,11 @@ def make_parser(program: str, verb: Verb) -> Parser:
                 settings.setdefault("metavar", name.upper())
             if several or not required:
                 settings["nargs"] = "?" if not several else "+" if required else "*"
-        text = f"{helps.get(name, '')}{_show_default(default)}".strip().replace("%", "%%")
+        text = helps.get(name) or settings.pop("help", "")
+        settings["help"] = f"{text}{_show_default(default)}".replace("%", "%%")
         # What is given is appended to the default, which therefore must be a list.
         default = list(default or ()) if several else default
-        parser.add_argument(words, default=default, help=text, **settings)
+        parser.add_argument(words, default=default, **settings)
     return parser
 
 
@@ -205,12 +213,13 @@ def read_docstring(verb: Verb) -> tuple[str, dict[str, str]]:
 def _describe(hint: Any) -> dict[str, Any]:
     """What argparse is told of a type.
 
-    `Annotated[T, "NAME"]` names the value in the help, `T | None` is T, a `Literal` is a choice, a
-    `bool` is a flag, a tuple is one word with commas, and a sequence is several words.
+    `Annotated[T, "NAME", "help"]` names the value and explains it, `T | None` is T, a `Literal` is
+    a choice, a `bool` is a flag, a tuple is one word with commas, and a sequence is several words.
     """
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _describe(inner[0]) | {"metavar": inner[1]}
+        said = zip(("metavar", "help"), hint.__metadata__, strict=False)
+        return _describe(inner[0]) | {name: text for name, text in said if text is not None}
     if NoneType in inner:
         both = {"action": argparse.BooleanOptionalAction} if inner[0] is bool else {}
         return _describe(inner[0]) | both
@@ -244,22 +253,3 @@ def _show_default(value: Any) -> str:
     if value is None or value is False or value in ("", ()):
         return ""
     return f" ({','.join(map(str, value)) if isinstance(value, tuple) else value})"
-
-
-def _import(modules: Sequence[str]) -> None:
-    if modules:
-        sys.path.insert(0, str(Path.cwd()))
-    for name in modules:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise PHAError(f"--import {name}: {error}") from error
-
-
-def _fail(program: str, message: str) -> int:
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
-
-
-if __name__ == "__main__":
-    main()

@@ -46,7 +46,7 @@ def test_protocols_side_by_side(pha, runs: tuple[Path, Path], store: TokenStore)
     named = json.loads(pha(*words, "--protocol", "strided", "--sequence-length", 16, "--json"))
     assert (named["protocol"]["sequence_length"], named["protocol"]["stride"]) == (16, 8)
     table = pha(*words, "--protocol", "all")
-    for word in ("non-overlapping", "32/16", "128/128", "bits/B", "acc."):
+    for word in ("non-overlapping", "32/16", "128/128", "bits per byte", "accuracy"):
         assert word in table
     assert max(map(len, table.splitlines())) <= 80
 

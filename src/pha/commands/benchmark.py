@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from rich.table import Table
 from rich.text import Text
 
-from pha.commands.common import Folder, console_for, figures_table, print_json, writing
+from pha.commands.common import Folder, Json, answer, console_for, figures_table, writing
 
 if TYPE_CHECKING:
     from pha.bench.runner import Request
@@ -45,7 +45,7 @@ def bench(
     backends: tuple[str, ...] | None = None,
     compile: bool = False,
     in_process: bool = False,
-    json: bool = False,
+    json: Json = False,
     out: Folder | None = None,
 ) -> None:
     """Speed and memory beside peers of the same size.
@@ -71,7 +71,6 @@ def bench(
         backends: of an op (all but the oracle, naive)
         compile: measure under torch.compile too
         in_process: measure everything in this process
-        json: print as JSON
         out: folder for bench-MODE.json and plots
     """
     from pha.bench.runner import Request, run_benchmark
@@ -110,14 +109,8 @@ def bench(
 
     with console.status("") as status:
         rows = run_benchmark(request, status.update, keep)
-    if json:
-        print_json(record)
-    else:
-        for table in _tables(request, rows):
-            console.print(table)
-        meaning = ["  ".join(LAST_COLUMN[mode])] if mode in LAST_COLUMN else []
-        lines = "\n".join([*_notes(rows), LEGEND, *meaning])
-        console.print(lines, highlight=False, markup=False, soft_wrap=True)
+    meaning = ["  ".join(LAST_COLUMN[mode])] if mode in LAST_COLUMN else []
+    answer(json, record, *_tables(request, rows), *_notes(rows), LEGEND, *meaning)
     if out is not None:
         console.print(str(out / f"bench-{mode}.json"), highlight=False)
         try:
@@ -179,35 +172,23 @@ def _ratio(value: float | None) -> str:
 
 
 def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The floors of each setting, how each model ran, and what failed."""
-    notes = {"": None}
+    """How each model ran, what failed, and the median floors of each precision and length."""
+    notes = [""]
+    floors: dict[str, list[dict[str, float]]] = {}
     for row in rows:
-        where = f"{row['precision']}, {row['batch']} x {row['length']}"
         name = f"{row['model']} {row['backend']}".strip() + " compiled" * row["compiled"]
         if row["error"] is not None:
-            notes[f"{name}, {where}: {row['error']}"] = None
+            where = f"{row['precision']}, {row['batch']} x {row['length']}"
+            notes.append(f"{name}, {where}: {row['error']}")
             continue
         if row["mode"] in get_args(OpMode):  # the shapes, which all its backends share
-            notes[f"{row['model']}, {row['precision']}: {row['setting']}"] = None
-            continue
-        size = f"{row['parameters'] / 1e6:.1f}M parameters"
-        notes[f"{name}, {row['precision']}: {size}, {row['setting']}"] = None
-    for setting, floors in _floors(rows).items():
-        notes[f"floors, {setting}: {floors}"] = None
-    return list(notes)
-
-
-def _floors(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """The median floors of each precision and length, over rows."""
-    groups: dict[str, list[dict[str, float]]] = {}
-    for row in rows:
-        if row["error"] is None:
-            groups.setdefault(f"{row['precision']}, T {row['length']}", []).append(row["floors"])
-    shown = {}
-    for setting, floors in groups.items():
-        middle = {name: median(floor[name] for floor in floors) for name in floors[0]}
-        shown[setting] = (
-            f"matmul {middle['matmul'] / 1e9:,.0f} GFLOP/s, SDPA {middle['sdpa'] / 1e9:,.0f} "
-            f"GFLOP/s, read {middle['read'] / 1e9:,.1f} GB/s, copy {middle['copy'] / 1e9:,.1f} GB/s"
-        )
-    return shown
+            notes.append(f"{row['model']}, {row['precision']}: {row['setting']}")
+        else:
+            size = f"{row['parameters'] / 1e6:.1f}M parameters"
+            notes.append(f"{name}, {row['precision']}: {size}, {row['setting']}")
+        floors.setdefault(f"{row['precision']}, T {row['length']}", []).append(row["floors"])
+    for setting, each in floors.items():
+        rates = (median(f[name] for f in each) / 1e9 for name in ("matmul", "sdpa", "read", "copy"))
+        shown = "matmul {:,.0f} GFLOP/s, SDPA {:,.0f} GFLOP/s, read {:,.1f} GB/s, copy {:,.1f} GB/s"
+        notes.append(f"floors, {setting}: {shown.format(*rates)}")
+    return list(dict.fromkeys(notes))

@@ -10,28 +10,42 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from pha.utils.errors import PHAError
 
+# What several verbs take: its type, its name in the help, and what the help says of it where the
+# docstring of a verb does not.
 Folder = Annotated[Path, "DIR"]
 File = Annotated[Path, "FILE"]
-Model = Annotated[Path, "RUN_OR_MODEL"]
-Store = Annotated[Path, "STORE"]
-Dtype = Literal["fp32", "bf16"]
-Precision = Literal["auto", "fp32", "bf16"]
+Model = Annotated[Path, "RUN_OR_MODEL", "a run, a checkpoint or a saved model"]
+Store = Annotated[Path, "STORE", "token store made by `pha prepare`"]
+Recipe = Annotated[str, "RECIPE", "PRESET.PROTOCOL, or a path that ends in .yaml"]
+Dtype = Annotated[Literal["fp32", "bf16"], None, "type of the weights"]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16"], None, "of the products; auto: bf16 where they are faster in it"
+]
+DryRun = Annotated[bool, None, "say what it takes, do nothing"]
+Json = Annotated[bool, None, "print as JSON"]
 
 
 def console_for(as_json: bool) -> Console:
-    """Progress and tables; on standard error where standard output is for JSON."""
+    """For progress: on standard error where standard output is for JSON."""
     return Console(stderr=as_json)
 
 
-def print_json(value: Any) -> None:
-    """Write `value` to standard output."""
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
-    print()
+def answer(as_json: bool, record: Any, *shown: RenderableType) -> None:
+    """Write what a verb found to standard output: `record` as JSON, or what is shown of it."""
+    if as_json:
+        json.dump(record, sys.stdout, indent=2, ensure_ascii=False)
+        print()
+        return
+    for each in shown:
+        if isinstance(each, str):
+            print(each)
+        else:
+            Console().print(each)
 
 
 def figures_table(title: str, first: str, *others: str, gap: int = 1) -> Table:

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich.console import Console
 from rich.table import Table
 
-from pha.commands.common import File, Model, console_for, figures_table, print_json
+from pha.commands.common import File, Json, Model, answer, figures_table
 from pha.utils.errors import PHAError
 
 
 def params(
-    presets: Sequence[Annotated[str, "PRESET"]] = (), *, vocab_size: int = 50257, json: bool = False
+    presets: Sequence[Annotated[str, "PRESET"]] = (), *, vocab_size: int = 50257, json: Json = False
 ) -> None:
     """Parameters of every preset by component.
 
     Args:
         presets: only these
         vocab_size: V, by default GPT-2's
-        json: print as JSON
     """
     from pha.model.parameters import count_parameters
     from pha.model.presets import PAPER_PARAMETERS, PRESETS, preset_config
 
+    columns = ("total", "paper", "diff", "embed", "gss", "attn", "aux_ffn", "ffn")
+    table = figures_table(f"millions of parameters, V = {vocab_size}", "preset", *columns, gap=0)
     rows: list[dict[str, Any]] = []
     for name in presets or PRESETS:
         components = count_parameters(preset_config(name, vocab_size=vocab_size))
         total = sum(components.values())
         # The paper's counts are those of its own vocabulary.
         paper = PAPER_PARAMETERS.get(name) if vocab_size == 50257 else None
+        difference = None if paper is None else total / paper - 1
         rows.append(
             {
                 "preset": name,
@@ -39,54 +41,41 @@ def params(
                 "non_embedding": total - components["embedding"],
                 "components": components,
                 "paper": paper,
-                "difference": None if paper is None else total / paper - 1,
+                "difference": difference,
             }
         )
-    if json:
-        print_json({"vocab_size": vocab_size, "presets": rows})
-        return
-    columns = ("total", "paper", "diff", "embed", "gss", "attn", "aux_ffn", "ffn")
-    table = figures_table(f"millions of parameters, V = {vocab_size}", "preset", *columns, gap=0)
-    for row in rows:
-        paper, difference = row["paper"], row["difference"]
-        components = row["components"]
-        state_spaces = components.get("gss", 0) + components.get("mehta_gss", 0)
-        others = [components.get(c, 0) for c in ("attention", "aux_ffn", "primary_ffn")]
-        parts = [components["embedding"], state_spaces, *others]
-        digits = 1 if row["total"] > 2e7 else 2
+        part = Counter(components)
+        parts = ("embedding", "state spaces", "attention", "aux_ffn", "primary_ffn")
+        part["state spaces"] = part["gss"] + part["mehta_gss"]
+        digits = 1 if total > 2e7 else 2
         table.add_row(
-            row["preset"],
-            f"{row['total'] / 1e6:.{digits}f}",
+            name,
+            f"{total / 1e6:.{digits}f}",
             "" if paper is None else f"{paper / 1e6:.1f}",
             "" if difference is None else f"{difference:+.2%}",
-            *(f"{part / 1e6:.{digits}f}" if part else "" for part in parts),
+            *(f"{part[p] / 1e6:.{digits}f}" if part[p] else "" for p in parts),
         )
-    Console().print(table)
+    answer(json, {"vocab_size": vocab_size, "presets": rows}, table)
 
 
-def mixing(model: Model, *, json: bool = False) -> None:
+def mixing(model: Model, *, json: Json = False) -> None:
     """Mixing weights and effective shares per layer.
 
     Args:
         model: a run, a checkpoint or a saved model; of a run, its history too
-        json: print as JSON
     """
     from pha.loading import load_model
+    from pha.report.tables import mixing_history_table, mixing_table
     from pha.runs import RunFolder
 
     records = list(RunFolder(model).read_metrics("mixing")) if model.is_dir() else []
     final = load_model(model).model.model.mixing_weights()
     if not final:
         raise PHAError(f"{model} has sequential blocks, which mix nothing")
-    if json:
-        print_json({"final": final, "over_time": records})
-        return
-    from pha.report.tables import mixing_history_table, mixing_table
-
-    console = Console()
-    console.print(mixing_table(final, f"{model}: weight (effective share)"))
+    tables = [mixing_table(final, f"{model}: weight (effective share)")]
     if len(records) > 1:
-        console.print(mixing_history_table(records))
+        tables.append(mixing_history_table(records))
+    answer(json, {"final": final, "over_time": records}, *tables)
 
 
 def report(
@@ -104,19 +93,12 @@ def report(
     print(write_report(runs, out or runs[0] / "report.html", title=title))
 
 
-def doctor(*, json: bool = False) -> None:
-    """Versions, devices and a self-check of every backend.
-
-    Args:
-        json: print as JSON
-    """
+def doctor(*, json: Json = False) -> None:
+    """Versions, devices and a self-check of every backend."""
     from pha.bench.doctor import examine
 
     findings = examine()
-    if json:
-        print_json(findings)
-    else:
-        console_for(json).print(_doctor_table(findings))
+    answer(json, findings, _doctor_table(findings))
     if not findings["healthy"]:
         raise PHAError("a backend fails or disagrees with its oracle; see the table")
 

@@ -12,9 +12,10 @@ from pha.commands.common import (
     Dtype,
     File,
     Folder,
+    Json,
     Model,
-    console_for,
-    print_json,
+    answer,
+    figures_table,
     require_file_name,
     writing,
 )
@@ -29,7 +30,7 @@ def export(
     license: Annotated[str | None, "ID"] = None,
     dataset: Sequence[Annotated[str, "ID"]] = (),
     force: bool = False,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """A folder with model, tokenizer and model card to share.
 
@@ -38,13 +39,10 @@ def export(
     results of the run's result.json, each with its protocol, and how the run was made.
 
     Args:
-        model: a run, a checkpoint or a saved model
         out: the folder to write
-        dtype: type of the weights
         license: for the card, such as apache-2.0
         dataset: for the card: a data set by its name on the Hub; may be repeated
         force: replace an earlier export
-        json: print as JSON
     """
     from pha.report.export import export_model
     from pha.utils.hardware import PRECISIONS
@@ -57,13 +55,9 @@ def export(
         datasets=dataset,
         force=force,
     )
-    if json:
-        print_json({"path": str(exported.path), "results": exported.results, "note": exported.note})
-        return
-    console = console_for(json)
-    console.print(str(exported.path), highlight=False, markup=False, soft_wrap=True)
-    if exported.note:
-        console.print(f"without results: {exported.note}", highlight=False, soft_wrap=True)
+    content = {"path": str(exported.path), "results": exported.results, "note": exported.note}
+    note = [f"without results: {exported.note}"] if exported.note else []
+    answer(json, content, str(exported.path), *note)
 
 
 def convert(folder: Path, new_folder: Path) -> None:
@@ -93,7 +87,7 @@ def harness(
     batch_size: int = 4,
     dtype: Dtype = "fp32",
     out: File | None = None,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Tasks of EleutherAI's lm-evaluation-harness.
 
@@ -101,7 +95,6 @@ def harness(
     without a network; the harness's own fetch theirs from the Hugging Face Hub. No code is fetched.
 
     Args:
-        model: a run, a checkpoint or a saved model
         tasks: tasks or groups by name
         lambada: lambada_openai from this lambada_test.jsonl
         include_path: a folder with task definitions (YAML)
@@ -109,9 +102,7 @@ def harness(
         num_fewshot: examples before each question
         max_length: tokens at most
         batch_size: sequences at a time
-        dtype: type of the weights
         out: write JSON to FILE
-        json: print as JSON
     """
     from pha.evals.harness import require_harness, run_harness
     from pha.loading import load_model
@@ -137,21 +128,13 @@ def harness(
     if out is not None:
         with writing(out):
             write_json(out, record)
-    if json:
-        print_json(record)
-    else:
-        console_for(json).print(_harness_table(result))
+    answer(json, record, _harness_table(result))
 
 
 def _harness_table(result: dict[str, Any]) -> Table:
     limit = "" if result["limit"] is None else f", the first {result['limit']} documents only"
-    table = Table(
-        title=f"lm_eval {result['lm_eval']}, at most {result['max_length']} tokens{limit}"
-    )
-    table.add_column("task", no_wrap=True)
-    table.add_column("documents", justify="right")
-    table.add_column("metric", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
+    title = f"lm_eval {result['lm_eval']}, at most {result['max_length']} tokens{limit}"
+    table = figures_table(title, "task", "documents", "metric", "value")
     for task, values in result["tasks"].items():
         documents = result["documents"].get(task)
         for key, value in values.items():
@@ -159,11 +142,8 @@ def _harness_table(result: dict[str, Any]) -> Table:
             if not isinstance(value, float | int) or metric.endswith("_stderr") or not variant:
                 continue
             error = values.get(f"{metric}_stderr,{variant}")
-            shown = _figure(value) + (f" ± {_figure(error)}" if isinstance(error, float) else "")
+            figures = [value, error] if isinstance(error, float) else [value]
+            shown = " ± ".join(f"{x:.4f}" if abs(x) < 1e4 else f"{x:.4g}" for x in figures)
             name = metric if variant == "none" else f"{metric} ({variant})"
             table.add_row(task, "" if documents is None else f"{documents:,}", name, shown)
     return table
-
-
-def _figure(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"

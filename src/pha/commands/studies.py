@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from rich.console import Console
 from rich.table import Table
 
-from pha.commands.common import Folder, console_for, print_json
+from pha.commands.common import DryRun, Folder, Json, Recipe, Store, answer, console_for
 from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    recipe: str,
+    recipe: Recipe,
     *overrides: str,
     over: Sequence[Annotated[str, "KEY=V1,V2,..."]] = (),
     seeds: str = "1",
-    data: Annotated[str | None, "STORE"] = None,
+    data: Store | None = None,
     out: Folder,
     jobs: int = 1,
-    dry_run: bool = False,
-    json: bool = False,
+    dry_run: DryRun = False,
+    json: Json = False,
 ) -> None:
     """Train a recipe over several values of its keys, and several seeds.
 
@@ -35,20 +35,17 @@ def sweep(
     is finished is reused; the same command continues. Writes sweep.json, .md, .svg, .png.
 
     Args:
-        recipe: PRESET.PROTOCOL, or a path that ends in .yaml
         over: a key of the recipe and its values; again for a grid
         seeds: how many (3: seeds 0, 1, 2), or which (0,7,9)
-        data: token store made by `pha prepare`
         out: folder of all runs
         jobs: runs side by side
-        dry_run: say what it takes, do nothing
         json: print the summary as JSON
     """
     from pha.studies.sweep import make_points, parse_axis, run_sweep
 
     words = list(overrides)
     if data is not None:
-        words += ["--data.store", data]
+        words += ["--data.store", str(data)]
     axes = [parse_axis(text) for text in over]
     which = _seeds(seeds)
     console = console_for(json)
@@ -58,11 +55,11 @@ def sweep(
         points = make_points(recipe, axes, which, out, words)
         cost = estimate([job for point in points for job in point.jobs], console)
         if json:
-            print_json(cost)
+            answer(True, cost)
         return
     content = run_sweep(recipe, axes, which, out, words, console, jobs)
     if json:
-        print_json(content)
+        answer(True, content)
     else:
         console.print(f"table, JSON and picture: {out}/sweep.*", highlight=False)
 
@@ -71,13 +68,13 @@ def study(
     name: str,
     *overrides: str,
     scale: str = "tiny",
-    data: Annotated[str | None, "STORE"] = None,
+    data: Store | None = None,
     seeds: str | None = None,
     out: Folder = Path("studies"),
     jobs: int = 1,
     cluster: Annotated[str | None, "PARTITION"] = None,
-    dry_run: bool = False,
-    json: bool = False,
+    dry_run: DryRun = False,
+    json: Json = False,
 ) -> None:
     """A table or figure of the paper: train what is missing, compare, draw.
 
@@ -92,13 +89,10 @@ def study(
     Args:
         name: a study, or list
         scale: tiny, small or paper
-        data: token store made by `pha prepare`
         seeds: how many (3: seeds 0, 1, 2), or which (0,7,9); the scale's
         out: folder of all
         jobs: runs side by side, a GPU each
         cluster: run on Slurm, through submitit
-        dry_run: say what it takes, do nothing
-        json: print as JSON
     """
     console = console_for(json)
     if name == "list":
@@ -135,7 +129,7 @@ def study(
 
         content = run_study(plan, folder, console, jobs, cluster)
     if json:
-        print_json(content)
+        answer(True, content)
 
 
 def _efficiency(
@@ -146,13 +140,13 @@ def _efficiency(
 
         content = run_efficiency(chosen, scale, folder, console)
         if json:
-            print_json(content)
+            answer(True, content)
         return
     from pha.studies.efficiency import describe
 
     lines = describe(chosen, scale)
     if json:
-        print_json(lines)
+        answer(True, lines)
     else:
         console.print("\n".join(lines), highlight=False)
 
@@ -162,7 +156,7 @@ def _list_studies(json: bool, console: Console) -> None:
 
     studies = [load_study(name) for name in study_names()]
     if json:
-        print_json([{"name": s.name, "title": s.title, "paper": s.paper} for s in studies])
+        answer(True, [{"name": s.name, "title": s.title, "paper": s.paper} for s in studies])
         return
     table = Table("study", "question", "paper", "variants", title="studies", title_justify="left")
     for each in studies:

@@ -1,15 +1,26 @@
-"""Verbs that train: demo, train, average, recipes."""
+"""Verbs from a text to a trained model: demo, prepare, train, average, recipes."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
-from pha.commands.common import Folder, console_for, print_json
+from pha.commands.common import (
+    DryRun,
+    Folder,
+    Json,
+    Recipe,
+    Store,
+    answer,
+    console_for,
+    figures_table,
+)
 from pha.utils.errors import PHAError
 
 
@@ -28,16 +39,90 @@ def demo(*, out: Folder = Path("runs/demo"), steps: int | None = None) -> None:
     run_demo(out, Console(), steps)
 
 
+def prepare(
+    source: str,
+    *,
+    tokenizer: str,
+    out: Folder,
+    separator: Literal["auto", "end-of-text", "none"] = "auto",
+    text_field: str = "text",
+    holdout: Fraction | None = None,
+    split_seed: int | None = None,
+    workers: int | None = None,
+    json: Json = False,
+) -> None:
+    """Turn text into a token store.
+
+    SOURCE is one of
+      stdlib                  this Python's standard library
+      FILE                    UTF-8 text, cut 90/5/5; or records: .jsonl (.gz, .xz, .zst), .parquet
+      FOLDER                  files named train, valid and test (wiki.train.raw, train-2.jsonl.xz)
+                              keep these splits; any others are split by document
+      'books/**/*.jsonl.xz'   a pattern, quoted: likewise
+      hf:OWNER/NAME[:CONFIG]  a data set of the Hugging Face Hub, read as a stream
+      hf:FOLDER:CONFIG        a local folder in the Hub's layout
+      wikitext-103, wikitext-2, openwebtext
+                              short for data sets of the Hub; a path of that name comes first
+
+    Args:
+        source: text, as above
+        tokenizer: gpt2, gpt2:FOLDER with encoder.json and vocab.bpe, bytes, bpe:SIZE trained on the
+            text (at most its first GB), or the folder of a saved tokenizer
+        out: folder of the store
+        separator: what ends a document; auto: end-of-text where documents are separate texts
+        text_field: field of a record that holds the text
+        holdout: share of documents in each of validation and test, where the source has no splits
+            (0.05 of files, 0.005 of Hub data sets)
+        split_seed: of the hash that splits documents (0)
+        workers: processes that encode (all usable cores)
+        json: print the store's facts as JSON
+    """
+    from pha.data import SourceOptions
+    from pha.data import prepare as prepare_store
+    from pha.data.display import PreparationDisplay
+
+    begin = time.monotonic()
+    with PreparationDisplay(console_for(json)) as display:
+        store = prepare_store(
+            source,
+            tokenizer,
+            out,
+            separator=separator,
+            options=SourceOptions(text_field, holdout, split_seed),
+            workers=workers,
+            progress=display,
+        )
+    seconds = time.monotonic() - begin
+    counts = {split: store.counts(split) for split in store.splits}
+    effort = {
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(sum(c.tokens for c in counts.values()) / seconds),
+        "bytes_per_second": round(sum(c.bytes for c in counts.values()) / seconds),
+    }
+    title = f"{store.path}: {store.vocab_size} token vocabulary"
+    table = figures_table(title, "split", "documents", "tokens", "words", "lines", "bytes")
+    for split, c in counts.items():
+        numbers = (c.documents, c.tokens, c.words, c.lines, c.bytes)
+        table.add_row(split, *(f"{n:,}" for n in numbers))
+    facts = store.describe()
+    rates = (
+        f"{effort['seconds']:,} s, {effort['tokens_per_second']:,} tokens/s, "
+        f"{effort['bytes_per_second'] / 1e6:.2f} MB/s"
+    )
+    rule = f"split: {facts['split']['rule']}, sha256 {facts['split']['sha256']}"
+    answer(json, facts | {"preparation": effort}, table, rates, rule)
+
+
 def train(
-    recipe: str,
+    recipe: Recipe,
     *overrides: str,
-    data: Annotated[str | None, "STORE"] = None,
+    data: Store | None = None,
     out: Folder | None = None,
     resume: Literal["auto", "never"] = "auto",
     init_from: Annotated[str | None, "MODEL"] = None,
-    dry_run: bool = False,
+    dry_run: DryRun = False,
     quiet: bool = False,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Train a model by a recipe.
 
@@ -46,12 +131,9 @@ def train(
     `pha recipes --keys` explains every key. The same command continues a stopped run.
 
     Args:
-        recipe: PRESET.PROTOCOL, or a path that ends in .yaml
-        data: token store made by `pha prepare`
         out: run folder (runs/RECIPE)
         resume: auto: continue from the newest checkpoint; never: refuse a folder in use
         init_from: start from these weights
-        dry_run: say what it takes, do nothing
         quiet: progress, but no table at the end
         json: print the result as JSON
     """
@@ -60,22 +142,20 @@ def train(
 
     words = list(overrides)
     if data is not None:
-        words += ["--data.store", data]
+        words += ["--data.store", str(data)]
     if init_from is not None:
         words += ["--run.init_from", init_from]
     config = load_recipe(recipe, words)
     out = out or Path("runs") / str(config.recipe)
-    console = console_for(json)
-    result = run_training(config, out, console, resume, dry_run)
+    result = run_training(config, out, console_for(json), resume, dry_run)
     if not result:
         return  # not the main process
-    if json:
-        print_json(result)
-    elif not (dry_run or quiet):
+    shown: list[RenderableType] = []
+    if not (dry_run or quiet):
         from pha.report.tables import results_table
 
-        console.print(results_table([result]))
-        console.print(f"run folder: {out}", highlight=False, soft_wrap=True)
+        shown = [results_table([result]), f"run folder: {out}"]
+    answer(json, result, *shown)
 
 
 def average(models: Sequence[Annotated[Path, "MODEL"]], *, out: Folder) -> None:
@@ -98,7 +178,7 @@ def average(models: Sequence[Annotated[Path, "MODEL"]], *, out: Folder) -> None:
     print(f"{out}: the average of {len(folders)} models")
 
 
-def recipes(recipe: str | None = None, *, keys: bool = False) -> None:
+def recipes(recipe: Recipe | None = None, *, keys: bool = False) -> None:
     """List recipes, or explain their keys.
 
     Args:

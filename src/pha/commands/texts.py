@@ -1,4 +1,4 @@
-"""The verb that lets a model write: generate."""
+"""Verbs that write and read texts: generate and score."""
 
 from __future__ import annotations
 
@@ -7,13 +7,25 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pha.commands.common import Dtype, File, Model, require_file_name, writing
+from pha.commands.common import (
+    Dtype,
+    File,
+    Folder,
+    Json,
+    Model,
+    Precision,
+    answer,
+    console_for,
+    figures_table,
+    require_file_name,
+    writing,
+)
 from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:
-    from pha.evals.generation import Continuation, Speed
+    from pha.evals.generation import Speed
 
 
 def generate(
@@ -31,7 +43,7 @@ def generate(
     piece: int = 0,
     dtype: Dtype = "fp32",
     out: File | None = None,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Continue a text, or a file of them.
 
@@ -41,7 +53,6 @@ def generate(
     gives one text for a prompt, whatever else is in the batch.
 
     Args:
-        model: a run, a checkpoint or a saved model
         prompt: text to continue; - reads it from standard input
         prompts: one prompt a line, or .jsonl with a field prompt or text in each
         max_new_tokens: at most
@@ -52,7 +63,6 @@ def generate(
         num_samples: texts for each prompt
         batch_size: texts at a time
         piece: prompt tokens per forward pass; bounds the memory of long prompts; 0: all
-        dtype: type of the weights
         out: write JSON lines to FILE
         json: print JSON lines
     """
@@ -81,15 +91,15 @@ def generate(
     if streamed:
         _print(texts[0])
     lines = []
-    for continuation in continuations:
-        line = jsonlib.dumps(asdict(continuation), ensure_ascii=False) + "\n"
-        lines.append(line)
+    for each in continuations:
+        lines.append(jsonlib.dumps(asdict(each), ensure_ascii=False) + "\n")
         if json:
-            _print(line)
+            _print(lines[-1])
         elif streamed:
             _print("\n")
         elif out is None:
-            _print(_headed(continuation))
+            head = f"=== prompt {each.index + 1}, sample {each.sample + 1} ==="
+            _print(f"{head}\n{each.prompt}{each.text}\n")
     if out is not None:
         with writing(out):
             write_text(out, "".join(lines))
@@ -143,11 +153,6 @@ def _print(text: str) -> None:
     sys.stdout.flush()
 
 
-def _headed(continuation: Continuation) -> str:
-    head = f"=== prompt {continuation.index + 1}, sample {continuation.sample + 1} ==="
-    return f"{head}\n{continuation.prompt}{continuation.text}\n"
-
-
 def _speed_line(speed: Speed) -> str:
     facts = speed.to_dict()
     line = (
@@ -161,3 +166,88 @@ def _speed_line(speed: Speed) -> str:
         f"{facts['decode_tokens_per_second']:,.1f} tokens/s, weights read at "
         f"{facts['decode_weight_bytes_per_second'] / 1e9:.2f} GB/s"
     )
+
+
+def score(
+    model: Model,
+    files: Sequence[File],
+    *,
+    out: Folder | None = None,
+    piece: int = 2048,
+    attention_window: int | None = None,
+    shown: int = 20_000,
+    precision: Precision = "fp32",
+    json: Json = False,
+) -> None:
+    """How well a model predicts documents of any length, word by word.
+
+    Reads each FILE in pieces with the model's state carried along: the numbers are those of
+    one pass over the whole document. With --attention-window memory does not grow with its
+    length. --out writes, for each file, a page that shows which words surprised the model.
+
+    Args:
+        files: UTF-8 texts
+        out: write NAME.html and NAME.json here
+        piece: tokens per forward pass
+        attention_window: keys that a query sees (as the model was trained)
+        shown: tokens shown as text in the page
+    """
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from pha.evals.score import read_text
+    from pha.evals.score import score as score_text
+    from pha.loading import load_model
+    from pha.report.surprise import Collector, write_page
+    from pha.utils.files import write_json
+    from pha.utils.hardware import choose_precision, default_device, provenance, return_freed_memory
+
+    for path in files:
+        if not path.is_file():
+            raise PHAError(f"there is no file {path}")
+    if out is not None and len({path.stem for path in files}) < len(files):
+        raise PHAError("two files have the same name; score them into different --out folders")
+    return_freed_memory()
+    device = default_device()
+    loaded = load_model(model, device)
+    if attention_window is not None:
+        loaded.model.config.attention_window = attention_window
+        loaded.model.config.check()
+    chosen = choose_precision(precision, device)
+    facts = {"provenance": provenance(device, chosen)}
+    results: list[dict[str, Any]] = []
+    shape = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*shape, console=console_for(json), transient=True) as progress:
+        task = progress.add_task("")
+        for path in files:
+            collected = Collector(shown)
+            seen = 0
+
+            def look(found: Any, collected: Collector = collected, name: str = path.name) -> None:
+                nonlocal seen
+                collected(found)
+                seen += len(found.ids)
+                progress.update(task, description=f"{name}: {seen:,} tokens")
+
+            text = read_text(path)
+            result = score_text(loaded, path.name, text, piece=piece, precision=chosen, each=look)
+            results.append(result.to_dict())
+            if out is not None:
+                page, name = out / f"{path.stem}.html", model.name or str(model)
+                write_page(page, name, result, collected, loaded.tokenizer)
+                nats = [None, *(round(float(x), 4) for x in collected.all_nats()[1:])]
+                write_json(page.with_suffix(".json"), result.to_dict() | {"nats": nats} | facts)
+    title = f"perplexity of {model}, state carried through each document"
+    columns = ("tokens", "per token", "per word", "per byte", "tok/s", "memory")
+    table = figures_table(title, "document", *columns)
+    for each in results:
+        table.add_row(
+            each["name"],
+            f"{each['tokens']:,}",
+            f"{each['perplexity']:,.2f}",
+            f"{each['word_perplexity']:,.1f}",
+            f"{each['byte_perplexity']:.4f}",
+            f"{each['tokens_per_second']:,.0f}",
+            f"{each['memory_end'] / 1e9:.2f} GB",
+        )
+    where = [] if out is None else [f"pages and JSON: {out}"]
+    answer(json, {"model": str(model), "documents": results} | facts, table, *where)
