@@ -41,11 +41,13 @@ def answer(as_json: bool, record: Any, *shown: RenderableType) -> None:
         json.dump(record, sys.stdout, indent=2, ensure_ascii=False)
         print()
         return
+    # A file or pipe has no width at which a table would have to be cut.
+    console = Console(width=None if sys.stdout.isatty() else 200)
     for each in shown:
         if isinstance(each, str):
             print(each)
         else:
-            Console().print(each)
+            console.print(each)
 
 
 def figures_table(title: str, first: str, *others: str, gap: int = 1) -> Table:

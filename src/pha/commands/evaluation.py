@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,7 +26,7 @@ from pha.commands.common import (
     writing,
 )
 from pha.utils.errors import PHAError
-from pha.utils.text import perplexity, shorten
+from pha.utils.text import perplexity, printable
 
 if TYPE_CHECKING:
     from pha.evals.paired import PairedComparison
@@ -47,21 +48,23 @@ def _gap(a: float, b: float) -> str:
     return f"{a - b:+.4f}"
 
 
+def _points(a: float, b: float) -> str:
+    return f"{100 * (a - b):+.2f} points"
+
+
 # What is measured, where it lies in an `Evaluation`, how it is shown, and how A is set against B.
-MEASURES: tuple[tuple[str, str, Callable[[Any], str], Callable[[float, float], str]], ...] = (
-    ("loss (nats per token)", "loss", "{:.4f}".format, _gap),
+Measure = tuple[str, str, Callable[[Any], str], Callable[[float, float], str] | None]
+LOSS: Measure = ("loss (nats per token)", "loss", "{:.4f}".format, _gap)
+SCORES: tuple[Measure, ...] = (
     ("perplexity per token", "perplexity", show_perplexity, _ratio),
     ("perplexity per word", "word_perplexity", show_perplexity, _ratio),
     ("perplexity per byte", "byte_perplexity", show_perplexity, _ratio),
     ("bits per byte", "bits_per_byte", "{:.4f}".format, _gap),
-    (
-        "next-token accuracy",
-        "accuracy",
-        "{:.2%}".format,
-        lambda a, b: f"{100 * (a - b):+.2f} points",
-    ),
-    ("tokens scored", "tokens", "{:,}".format, lambda a, b: ""),
-    ("seconds", "seconds", "{:.3g}".format, lambda a, b: ""),
+    ("next-token accuracy", "accuracy", "{:.2%}".format, _points),
+)
+WORK: tuple[Measure, ...] = (
+    ("tokens scored", "tokens", "{:,}".format, None),
+    ("seconds", "seconds", "{:.3g}".format, None),
 )
 
 
@@ -254,9 +257,9 @@ def _heading(protocol: dict[str, Any]) -> str:
 def _measures_table(title: str, results: Mapping[str, Evaluation], against: bool = False) -> Table:
     """A row for each measure and a column for each evaluation; also A against B where asked."""
     table = figures_table(title, "", *results, *(["A against B"] if against else []))
-    for name, attribute, show, contrast in MEASURES:
+    for name, attribute, show, contrast in (LOSS, *SCORES) if against else (*SCORES, *WORK):
         values = [getattr(result, attribute) for result in results.values()]
-        last = [contrast(*values)] if against else []
+        last = [contrast(*values)] if against and contrast else []
         table.add_row(name, *map(show, values), *last)
     return table
 
@@ -296,7 +299,14 @@ def _describe(result: PairedComparison, split: str) -> Iterator[RenderableType]:
         for passage in passages:
             last = passage.first_token + passage.tokens - 1
             yield f"  tokens {passage.first_token:,} to {last:,}: {passage.difference:+.3f}"
-            yield f"    ({passage.excerpt_difference:+.2f}) {shorten(passage.excerpt, 140)}"
+            yield textwrap.fill(
+                f"({passage.excerpt_difference:+.2f}) {printable(passage.excerpt)}",
+                80,
+                initial_indent=" " * 4,
+                subsequent_indent=" " * 4,
+                max_lines=2,
+                placeholder=" …",
+            )
     yield Text(f"protocol: {describe_protocol(a.protocol)}")
 
 
