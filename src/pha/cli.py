@@ -161,7 +161,7 @@ def find_verb(name: str) -> Verb:
     return found
 
 
-def read_verb(name: str, words: Sequence[str]) -> Callable[[], None]:
+def read_verb(name: str, words: Sequence[str]) -> functools.partial[None]:
     """The call of a verb that the words of the command line ask for; leaves on a mistake."""
     verb = find_verb(name)
     parameters = list(inspect.signature(verb).parameters.values())

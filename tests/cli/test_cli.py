@@ -22,7 +22,6 @@ from pha import __version__
 from pha.cli import VERBS, find_verb, main, make_parser, read_docstring
 from pha.data import TokenStore
 from pha.model import BRANCHES
-from pha.ops import OPS
 from pha.runs import RunFolder
 from pha.utils.errors import TrainingInterruptedError
 from tests.train.conftest import arguments
@@ -249,12 +248,26 @@ def test_report_writes_one_page(pha: Callable[..., str], run: Path) -> None:
     assert "<svg" in path.read_text()
 
 
-def test_doctor_finds_every_backend_right(pha: Callable[..., str]) -> None:
-    findings = json.loads(pha("doctor", "--json"))
-    assert findings["healthy"]
-    used = {check["op"] for check in findings["backends"] if check["used"]}
-    assert used == {*OPS, "decoder"}
-    assert len(used) >= 5
+def test_doctor_says_what_it_finds(
+    pha: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = {"op": "loss", "device": "cpu", "backend": "torch", "used": True}
+    found = {
+        "environment": {"torch": "2.11"},
+        "backends": [check | {"ok": True, "error": 1e-9, "reason": None}],
+        "healthy": True,
+    }
+    monkeypatch.setattr("pha.bench.doctor.examine", lambda: found)
+    assert "torch (used): ok, largest relative error 1.0e-09" in pha("doctor")
+    assert json.loads(pha("doctor", "--json")) == found
+    found["backends"].append(check | {"ok": False, "error": 0.5, "reason": None})
+    found["healthy"] = False
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor"])
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert "WRONG, largest relative error 5.0e-01" in said.out
+    assert said.err.count("\n") == 1
 
 
 def test_a_branch_of_ones_own_trains_from_the_command_line(

@@ -119,7 +119,9 @@ def study(
     which = list(range(size.seeds)) if seeds is None else _seeds(seeds)
     if len(set(which)) < len(which):
         raise PHAError(f"--seeds {seeds} names one twice")
-    plan = plan_study(chosen, size, which, out / "runs", data, list(overrides))
+    plan = plan_study(
+        chosen, size, which, out / "runs", str(data) if data else None, list(overrides)
+    )
     if dry_run:
         from pha.studies.study_cost import study_cost
 
