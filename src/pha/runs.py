@@ -7,83 +7,53 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from pha.results import KINDS, Metrics, RunResult
 from pha.utils.errors import PHAError
-from pha.utils.files import read_json, write_text
+from pha.utils.files import write_text
+from pha.utils.records import record_from
 
 
-@dataclass(frozen=True)
 class RunFolder:
     """Names inside `runs/NAME/`.
 
-    - `config.yaml`: the fully resolved configuration.
-    - `metrics.jsonl`: one JSON object per line, its `kind` one of `train`, `eval`, `mixing`.
-    - `checkpoints/step-N/`: weights, optimiser state and position, enough to resume exactly.
-    - `best/step-N/`: the weights of the best evaluations, where several are kept.
-    - `averaged/`: the mean of the best of them.
-    - `model/`: the chosen weights. All of these load with `from_pretrained`.
-    - `result.json`: metrics, protocol, tokens seen, provenance; present only when finished.
-    - `diverged.json`: the step and the place where a number was not finite, if the run ended so.
-    - `report.html`.
-    - `.lock`, `.owner`: keep a second process away while one trains.
+    Attributes:
+        path: of the folder.
+        config: `config.yaml`, the fully resolved configuration.
+        metrics: `metrics.jsonl`, a JSON object per line; its `kind` is one of `KINDS`.
+        checkpoints: `checkpoints/step-N/`: weights, optimiser state and position, enough to
+            resume exactly.
+        best: `best/step-N/`: the weights of the best evaluations, where several are kept.
+        averaged: the mean of the best of them.
+        model: the chosen weights. All of these load with `from_pretrained`.
+        result: `result.json`; present only when finished.
+        diverged: `diverged.json`: the step and the place where a number was not finite, if the
+            run ended so.
+        report: `report.html`.
+        owner: `.owner`: which process holds the lock, `.lock`.
     """
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.best = path / "best"
+        self.averaged = path / "averaged"
+        self.model = path / "model"
+        self.result = path / "result.json"
+        self.diverged = path / "diverged.json"
+        self.report = path / "report.html"
+        self.owner = path / ".owner"
 
     @property
     def name(self) -> str:
         """The folder's own name."""
         return self.path.resolve().name
-
-    @property
-    def config(self) -> Path:
-        """`config.yaml`."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """`metrics.jsonl`."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """`checkpoints/`."""
-        return self.path / "checkpoints"
-
-    @property
-    def best(self) -> Path:
-        """`best/`."""
-        return self.path / "best"
-
-    @property
-    def averaged(self) -> Path:
-        """`averaged/`."""
-        return self.path / "averaged"
-
-    @property
-    def model(self) -> Path:
-        """`model/`."""
-        return self.path / "model"
-
-    @property
-    def result(self) -> Path:
-        """`result.json`."""
-        return self.path / "result.json"
-
-    @property
-    def diverged(self) -> Path:
-        """`diverged.json`."""
-        return self.path / "diverged.json"
-
-    @property
-    def report(self) -> Path:
-        """`report.html`."""
-        return self.path / "report.html"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -118,11 +88,6 @@ class RunFolder:
             self.owner.unlink(missing_ok=True)
             lock.release()
 
-    @property
-    def owner(self) -> Path:
-        """`.owner`: which process holds the lock."""
-        return self.path / ".owner"
-
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint taken after `step` optimiser steps."""
         return self.checkpoints / f"step-{step}"
@@ -139,39 +104,50 @@ class RunFolder:
         """Steps whose weights are kept in `best/`, ascending."""
         return _steps(self.best)
 
-    def read_metrics(self, kind: str | None = None) -> Iterator[dict[str, Any]]:
-        """Yield the records of `metrics.jsonl` in order, all or those of one `kind`.
+    def read_result(self) -> RunResult:
+        """The run's result.
+
+        Raises:
+            PHAError: the run has not finished, or the file is damaged or of a newer version.
+        """
+        if not self.result.is_file():
+            raise PHAError(f"{self.path} has no result.json: the run has not finished (resume it)")
+        return RunResult.read(self.result)
+
+    def read_metrics(self) -> Metrics:
+        """The run's metrics so far; empty where there are none.
 
         A last line cut short by a kill is skipped; any other bad line is an error.
 
         Raises:
-            PHAError: a line that is not JSON.
+            PHAError: a line that is no record.
         """
+        found: dict[str, list[Any]] = {kind: [] for kind in KINDS}
+        for where, line in self._metric_lines():
+            if not isinstance(line, dict):
+                raise PHAError(f"{where}, is not a JSON object")
+            kind = line.get("kind")
+            if kind in KINDS:
+                found[kind].append(record_from(KINDS[kind], line, where))
+        return Metrics(**found)
+
+    def _metric_lines(self) -> Iterator[tuple[str, Any]]:
         if not self.metrics.is_file():
             return
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")
+        try:
+            lines = self.metrics.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PHAError(f"{self.metrics} cannot be read as text") from error
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            where = f"{self.metrics}, line {number}"
             try:
-                record = json.loads(line)
+                yield where, json.loads(line)
             except json.JSONDecodeError as error:
                 if number == len(lines):
                     return
-                raise PHAError(f"{self.metrics}, line {number}, is not JSON") from error
-            if kind is None or record.get("kind") == kind:
-                yield record
-
-    def read_result(self) -> dict[str, Any]:
-        """The content of `result.json`.
-
-        Raises:
-            PHAError: the run has not finished, or the file is damaged.
-        """
-        if not self.result.is_file():
-            raise PHAError(f"{self.path} has no result.json: the run has not finished (resume it)")
-        result: dict[str, Any] = read_json(self.result)
-        return result
+                raise PHAError(f"{where}, is not JSON") from error
 
 
 def _steps(folder: Path) -> list[int]:

@@ -287,7 +287,7 @@ def test_a_branch_of_ones_own_trains_from_the_command_line(
         pha(*words, *arguments(store, run__epochs="null", model__branches="[gss,identity]"))
     finally:
         BRANCHES.pop("identity", None)
-    weights = RunFolder(tmp_path / "own").read_result()["mixing"][0]["weights"]
+    weights = RunFolder(tmp_path / "own").read_result().mixing[0].weights
     assert set(weights) == {"gss", "identity"}
 
 

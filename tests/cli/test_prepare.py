@@ -42,7 +42,7 @@ def test_a_folder_of_split_archives(pha: Callable[..., str], tmp_path: Path) -> 
 
 def test_options_of_the_split(pha: Callable[..., str], tmp_path: Path) -> None:
     rows = write_records(tmp_path / "rows.parquet", TEXTS, field="body")
-    words = [rows, "--tokenizer", "bytes", "--json", "--text-field", "body", "--workers", "1"]
+    words = [rows, "--tokenizer", "bytes", "--json", "--text-field", "body"]
     first = json.loads(pha("prepare", *words, "--out", tmp_path / "a", "--holdout", "0.2"))
     assert first["split"]["fractions"] == {"train": "3/5", "test": "1/5", "validation": "1/5"}
     assert 50 < first["counts"]["test"]["documents"] < 110
@@ -88,7 +88,6 @@ def test_a_pattern_and_a_folder_of_the_hubs_layout(pha: Callable[..., str], tmp_
         (["rows.jsonl", "--holdout", "1/0"], "'1/0' is not a number"),
         (["rows.jsonl", "--holdout", "0.0001"], "larger --holdout"),
         (["rows.jsonl", "--split-seed", "-1"], "split seed is -1"),
-        (["rows.jsonl", "--workers", "0"], "0 workers"),
         (["bad.jsonl"], "line 2 of bad.jsonl is not JSON"),
         (["cut.jsonl.xz"], "cut.jsonl.xz is cut short"),
         (["text.txt.gz"], "decompress it"),
@@ -127,7 +126,7 @@ def test_what_is_said_on_the_way() -> None:
 
 def test_plain_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("pha.data.display.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
     stream = io.StringIO()
     with PreparationDisplay(Console(file=stream)) as display:
         for step in range(1, 50):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pha.data import SPLITS, Document, SourceOptions, open_source
-from pha.data.documents import Meter
+from pha.data.readers import Meter
 from pha.data.splits import TextSplit
 from tests.data.common import COMPRESS, RECORDS, write_records
 
@@ -136,7 +136,7 @@ def test_patterns(tmp_path: Path, refuses, monkeypatch: pytest.MonkeyPatch) -> N
     with refuses("picture.png", "not a kind of text"):
         read(tmp_path / "b" / "*")
     write_records(tmp_path / "b" / "train.jsonl", TEXTS)
-    with refuses("train.jsonl", "top.jsonl", "choose one sort"):
+    with refuses("train.jsonl", "top.jsonl", "keep one sort"):
         read(tmp_path / "b" / "*.jsonl")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,12 +176,6 @@ def test_a_path_comes_before_a_short_name(
     monkeypatch.chdir(split_folder.parent)
     split_folder.rename("wikitext-2")
     assert open_source("wikitext-2").description.startswith("folder wikitext-2")
-
-
-def test_missing_datasets(monkeypatch: pytest.MonkeyPatch, refuses) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with refuses("pip install 'pha[data]'"):
-        open_source("openwebtext")
 
 
 def test_a_cached_store_of_the_hub_is_used_offline(

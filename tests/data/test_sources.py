@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pha.data.documents import SPLITS, Meter
+from pha.data import SPLITS
+from pha.data.readers import Meter
 from pha.data.sources import open_source
 from pha.utils.errors import PHAError
 
@@ -244,7 +245,7 @@ def test_identity_changes_with_the_files(split_folder: Path) -> None:
 def test_importing_the_package_is_light() -> None:
     code = (
         "import sys, pha_command\n"
-        "import pha.data, pha.data.worker\n"
+        "import pha.data\n"
         "heavy = {'torch', 'transformers', 'tokenizers', 'datasets', 'pyarrow'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pha.data.splits import SplitHash, TextSplit, natural_order, path_split, split_word
+from pha.data.splits import TextSplit, natural_order, path_split, split_word
 
 
 def test_path_split_never_changes() -> None:
@@ -80,15 +80,6 @@ def test_only_missing_splits_are_held_out() -> None:
     assert shares.keys() == {"train", "validation"}
     assert shares["validation"] / 4_000 == pytest.approx(0.25, abs=0.03)
     assert rule.describe()["fractions"] == {"train": "3/4", "validation": "1/4"}
-
-
-def test_split_hash_is_of_lines() -> None:
-    split_hash = SplitHash()
-    first, second = (hashlib.sha256(text).hexdigest() for text in (b"one", b"two"))
-    split_hash.add(first, "train")
-    split_hash.add(second, "test")
-    lines = f"{first} train\n{second} test\n"
-    assert split_hash.hexdigest() == hashlib.sha256(lines.encode()).hexdigest()
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""Evaluation against a computation with all logits and PyTorch's own cross-entropy."""
+"""Evaluation against computations with all logits, PyTorch's cross-entropy and others' loops."""
 
 from __future__ import annotations
 
-import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,23 +11,19 @@ import torch
 import torch.nn.functional as F
 
 from pha.data import TokenStore
-from pha.evals.perplexity import evaluate
-from pha.modeling import PHAConfig, PHAForCausalLM
+from pha.evals.kinds import context_starts
+from pha.evals.perplexity import evaluate, token_losses
+from pha.evals.protocols import Protocol
+from pha.loading import LoadedModel
+from pha.modeling import PHAForCausalLM
 from pha.utils.errors import PHAError
+
+STARTS = np.array([0, 40, 41, 100, 777], dtype=np.int64)
 
 
 @pytest.fixture(scope="module")
-def model(store: TokenStore) -> PHAForCausalLM:
-    torch.manual_seed(0)
-    config = PHAConfig.from_preset(
-        "pha-tiny",
-        vocab_size=store.vocab_size,
-        hidden_size=32,
-        num_hidden_layers=2,
-        state_size=32,
-        head_dim=8,
-    )
-    return PHAForCausalLM(config)
+def model(writer: LoadedModel) -> PHAForCausalLM:
+    return writer.model
 
 
 def by_hand(
@@ -70,9 +66,14 @@ def test_equals_the_plain_computation(
 
 
 def test_batching_and_sharing_change_nothing(model: PHAForCausalLM, store: TokenStore) -> None:
-    whole = evaluate(model, store, "test", sequence_length=48)
-    single = evaluate(model, store, "test", sequence_length=48, batch_tokens=1)
+    protocol = Protocol(48, 48, name="mine")
+    whole, many = token_losses(model, store, "test", protocol, batch_tokens=1000)
+    single, one = token_losses(model, store, "test", protocol, batch_tokens=1)
+    np.testing.assert_allclose(many, one, atol=2e-5)
+    assert whole.loss == pytest.approx(many.astype(np.float64).mean(), rel=1e-12)
     assert single.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert whole.protocol["name"] == "mine"
+    assert "name" not in evaluate(model, store, sequence_length=48, max_tokens=96).protocol
     sums: list[torch.Tensor] = []
     for rank in range(3):
         evaluate(
@@ -89,23 +90,6 @@ def test_batching_and_sharing_change_nothing(model: PHAForCausalLM, store: Token
     assert hits / tokens == whole.accuracy
 
 
-def test_packed_documents_are_scored_as_if_alone(
-    model: PHAForCausalLM, store: TokenStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    starts = np.array([0, 40, 41, 100, 777], dtype=np.int64)
-    monkeypatch.setattr(TokenStore, "document_starts", lambda *_: starts)
-    result = evaluate(model, store, "test", sequence_length=64, packed_documents=True)
-    ids = torch.from_numpy(store.tokens("test").astype(np.int64))
-    total = 0.0
-    cuts = sorted({*range(0, len(ids) - 1, 64), *starts.tolist(), len(ids) - 1})
-    for begin, end in itertools.pairwise(cuts):
-        with torch.no_grad():
-            logits = model.eval()(ids[None, begin:end]).logits[0]
-        total += float(F.cross_entropy(logits, ids[begin + 1 : end + 1], reduction="sum"))
-    assert result.loss == pytest.approx(total / (len(ids) - 1), rel=1e-5)
-    assert result.loss != evaluate(model, store, "test", sequence_length=64).loss
-
-
 def test_part_of_a_split_says_so(model: PHAForCausalLM, store: TokenStore) -> None:
     result = evaluate(model, store, "test", sequence_length=32, max_tokens=100)
     assert result.tokens == 100
@@ -115,10 +99,104 @@ def test_part_of_a_split_says_so(model: PHAForCausalLM, store: TokenStore) -> No
 
 
 def test_mode_is_restored_and_mistakes_are_clear(model: PHAForCausalLM, store: TokenStore) -> None:
+    seen: list[tuple[int, int]] = []
+    settings: dict[str, Any] = {"sequence_length": 32, "max_tokens": 640, "batch_tokens": 320}
     model.train()
-    evaluate(model, store, "test", sequence_length=32, max_tokens=64)
-    assert model.training
+    try:
+        evaluate(model, store, **settings, progress=lambda *counts: seen.append(counts))
+        assert model.training
+    finally:
+        model.eval()
+    assert seen == [(10, 20), (20, 20)]
     with pytest.raises(PHAError, match="no dev split"):
         evaluate(model, store, "dev", sequence_length=32)
     with pytest.raises(PHAError, match="stride is 33"):
         evaluate(model, store, "test", sequence_length=32, stride=33)
+
+
+def sliding_loop(
+    model: PHAForCausalLM, tokens: np.ndarray, max_length: int, stride: int
+) -> tuple[float, int]:
+    """Sliding windows of a model of fixed length, as transformers' page on perplexity has them.
+
+    Windows of `max_length` tokens are both input and labels; labels of tokens that an earlier
+    window had are -100. Returns the total loss and the number of labels that count after the
+    model's own shift, which drops the first of each window.
+    """
+    ids = torch.from_numpy(tokens.astype(np.int64))[None]
+    size, previous = ids.shape[1], 0
+    total, scored = 0.0, 0
+    for begin in range(0, size, stride):
+        end = min(begin + max_length, size)
+        window = ids[:, begin:end]
+        labels = window.clone()
+        labels[:, : previous - begin] = -100
+        with torch.no_grad():
+            loss = model.eval()(window, labels=labels).loss
+        count = int((labels[:, 1:] != -100).sum())
+        total += float(loss) * count
+        scored += count
+        previous = end
+        if end == size:
+            break
+    return total, scored
+
+
+@pytest.mark.parametrize(
+    ("max_length", "stride"), [(65, 64), (65, 16), (33, 32), (40, 7), (301, 50)]
+)
+def test_equals_the_loop_for_models_of_fixed_length(
+    model: PHAForCausalLM, store: TokenStore, max_length: int, stride: int
+) -> None:
+    tokens = store.tokens("test")
+    total, scored = sliding_loop(model, tokens, max_length, stride)
+    # Their windows of L tokens predict L - 1 of them; ours of T inputs predict T.
+    ours = evaluate(model, store, sequence_length=max_length - 1, stride=stride)
+    assert scored == ours.tokens == len(tokens) - 1
+    assert ours.loss == pytest.approx(total / scored, rel=1e-5)
+    assert ours.perplexity == pytest.approx(math.exp(total / scored), rel=1e-5)
+
+
+def test_their_windows_that_do_not_overlap_leave_tokens_out(
+    model: PHAForCausalLM, store: TokenStore
+) -> None:
+    tokens = store.tokens("test")
+    length = 64
+    total, scored = sliding_loop(model, tokens, length, length)
+    assert scored == len(tokens) - math.ceil(len(tokens) / length)
+    # Alone, such a window is one of ours with a token less, and its first token goes unscored.
+    parts = [
+        model(torch.from_numpy(part.astype(np.int64))[None]).logits[0, :-1].log_softmax(-1)
+        for part in np.split(tokens, range(length, len(tokens), length))
+    ]
+    targets = [part[1:] for part in np.split(tokens, range(length, len(tokens), length))]
+    by_hand = sum(
+        -float(log[torch.arange(len(t)), torch.from_numpy(t.astype(np.int64))].double().sum())
+        for log, t in zip(parts, targets, strict=True)
+    )
+    assert total == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("length", "stride"), [(64, 64), (33, 7), (5000, 5000)])
+def test_each_loss_is_that_of_its_context_alone(
+    model: PHAForCausalLM,
+    store: TokenStore,
+    monkeypatch: pytest.MonkeyPatch,
+    length: int,
+    stride: int,
+    packed: bool,
+) -> None:
+    monkeypatch.setattr(TokenStore, "document_starts", lambda *_: STARTS)
+    protocol = Protocol(length, stride, packed)
+    _, nats = token_losses(model, store, "test", protocol)
+    first = context_starts(store, "test", protocol)
+    tokens = torch.from_numpy(store.tokens("test").astype(np.int64))
+    assert nats.shape == first.shape == (len(tokens) - 1,)
+    assert nats.dtype == np.float32
+    for target in (1, 2, 39, 40, 41, 42, 64, 65, 100, 101, 130, 776, 777, 778, len(tokens) - 1):
+        context = tokens[first[target - 1] : target]
+        assert 1 <= len(context) <= length
+        with torch.no_grad():
+            log = model.eval()(context[None]).logits[0, -1].log_softmax(-1)
+        assert nats[target - 1] == pytest.approx(-float(log[tokens[target]]), abs=2e-5)

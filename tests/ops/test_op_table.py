@@ -14,6 +14,7 @@ from pha.ops import (
     attention,
     dss,
     gated_scan,
+    in_use,
     linear_cross_entropy,
     rms_norm,
     swiglu,
@@ -137,3 +138,15 @@ def test_a_new_op_enters_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
         assert op("cpu")(3) == 6
     finally:
         del OPS["double"]
+
+
+def test_what_runs_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = in_use("cpu")
+    assert set(said) == set(OPS)
+    assert said["attention"] == "sdpa"
+    with OPS["attention"].force("flex"):
+        assert in_use("cpu")["attention"].startswith("flex (sdpa without documents")
+    with OPS["gated_scan"].force("naive"):
+        assert in_use("cpu")["gated_scan"] == "naive"
+    monkeypatch.setattr(OPS["swiglu"], "fault", lambda *_: "broken")
+    assert in_use("cpu")["swiglu"] == "torch cannot run: broken"

@@ -328,11 +328,11 @@ from pha.ops.gated_scan import triton_kernels
 
 ELEMENTS = ("gate", "value", "h", "dh", "dgate", "dvalue")
 walk = {"BLOCK": triton_scan.BLOCK, "UNROLL": triton_scan.UNROLL, "STAGES": triton_scan.STAGES}
-whole = {"GATED": True, "HAS_STARTS": True, "HAS_MASK": True}
+whole = {"HAS_STARTS": True, "HAS_MASK": True}
 cases = [
     ("forward", {**walk, **whole, "HAS_INITIAL": True, "SUMMARY": False}, 2),
     ("forward", {**walk, **whole, "HAS_INITIAL": False, "SUMMARY": True}, 2),
-    ("forward", {**walk, **dict.fromkeys(whole, False), "HAS_INITIAL": False, "SUMMARY": False}, 1),
+    ("forward", {**walk, **dict.fromkeys(whole, False), "HAS_INITIAL": False, "SUMMARY": False}, 2),
     ("backward", {**walk, **whole, "HAS_H0": True}, 4),
     ("backward_summary", {**walk, "HAS_STARTS": True}, 1),
     ("combine", {"BLOCK": 64, "UNROLL": 8, "HAS_INITIAL": True, "REVERSE": True}, 0),

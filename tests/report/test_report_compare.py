@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from pha.report.collect import collect
 from pha.report.compare import comparisons, main_split, warnings
 from pha.report.headline import headline
+from tests.report.conftest import train_records
 
 
 def set_data(**values: Any):
@@ -69,10 +71,11 @@ def test_a_single_run_and_a_run_that_only_began(make_run):
 
 
 def test_seeds_of_one_recipe_are_named_as_such(make_run):
-    def seed(value: int):
-        return lambda result: result.update(recipe="same", model={}, seed=value)
+    def change(result: dict[str, Any]) -> None:
+        result.update(recipe="same", seed=ord(result["name"]))
+        result["model"]["preset"] = "same"
 
-    runs = collect([make_run("a", change=seed(1)), make_run("b", floor=2.91, change=seed(2))])
+    runs = collect([make_run("a", change=change), make_run("b", floor=2.91, change=change)])
     assert "one recipe with different seeds" in headline(runs)
 
 
@@ -118,7 +121,7 @@ def test_other_data_warn_and_are_not_ranked_at_all(make_run):
     assert best["Speed tokens/s"] == []
 
 
-@pytest.mark.parametrize("change", [lambda result: None, lambda r: r.pop("data")])
+@pytest.mark.parametrize("change", [lambda result: None, lambda r: r.update(data={})])
 def test_equal_or_unknown_hashes_do_not_warn(make_run, change):
     unfinished = make_run("c", finished=False, steps=60)
     runs = collect([make_run("a"), make_run("b", floor=3.0, change=change), unfinished])
@@ -168,7 +171,7 @@ def test_figures_from_training_are_marked_and_not_ranked(make_run):
 
 def test_runs_without_final_evaluations_are_compared_with_a_remark(make_run):
     paths = [
-        make_run(name, floor=floor, change=lambda result: result.pop("evaluations"))
+        make_run(name, floor=floor, change=lambda result: result.update(evaluations=[]))
         for name, floor in (("a", 3.0), ("b", 2.9))
     ]
     text = headline(collect(paths))
@@ -178,7 +181,8 @@ def test_runs_without_final_evaluations_are_compared_with_a_remark(make_run):
 
 def test_divergence_is_a_warning(make_run):
     path = make_run("a", finished=False, steps=10)
+    [record] = train_records(3.0, 1.0, 1)
     with (path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"kind": "train", "step": 11, "loss": NaN}\n')
+        file.write(json.dumps(record | {"step": 11, "loss": float("nan")}) + "\n")
     (warning,) = warnings(collect([path]))
     assert "from step 11 on" in warning

@@ -19,6 +19,7 @@ from pha.report.facts import fact_groups
 from pha.report.page import write_report
 from pha.report.tables import results_table
 from pha.utils.errors import PHAError
+from tests.report.conftest import scores
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> & \x00\x1b[31m {{ 7 * 7 }}"
 
@@ -158,16 +159,14 @@ def test_an_unfinished_run_is_shown(make_run, tmp_path):
     assert "Loss against tokens seen. begun: from" in html
 
 
-@pytest.mark.parametrize(
-    "content", [{}, {"evaluations": [{}], "samples": [{}], "mixing": [{}], "model": {"x": 1}}]
-)
-def test_missing_keys_are_dashes(tmp_path, content):
-    run = tmp_path / "bare"
-    run.mkdir()
-    (run / "result.json").write_text(json.dumps(content), encoding="utf-8")
+def test_values_that_a_run_lacks_are_dashes(make_run, tmp_path):
+    def lose(result: dict[str, Any]) -> None:
+        result["evaluations"][0].update(dict.fromkeys(scores(1.0), float("nan")))
+
+    run = make_run("bare", metrics=False, change=lose)
     page = Page(written([run], tmp_path / "report.html"))
     (row,) = [row for row in page.rows if "bare" in row[0] and len(row) == 11]
-    assert row[1:] == ["–"] * 10
+    assert row[3:8] == ["–"] * 5
 
 
 def test_only_a_config_is_enough(tmp_path):
@@ -243,9 +242,9 @@ def test_the_weights_that_were_chosen_among_are_shown(make_run):
     assert facts["average, from steps"] == ["300, 200, 400"]
     assert facts["average, validation perplexity"] == ["30.125"]
     assert facts["best checkpoint, test perplexity"] == ["31.750"]
-    result = json.loads((path / "result.json").read_text())
+    [run] = collect([path])
     console = Console(file=io.StringIO(), width=120)
-    console.print(results_table([result]))
+    console.print(results_table([run.result]))
     printed = console.file.getvalue()
     assert "30.38 (chosen)" in printed
     assert "31.75 " in printed

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
-from pha.evals.compare import BinDifference, Interval
-from pha.evals.paired import PairedComparison
+from pha.evals.compare import BinDifference, Interval, PairedComparison
 from pha.evals.perplexity import Evaluation
 from pha.report.paired import describe, paired_figure
 from pha.report.plots import LIGHT, to_svg
 
 
 def evaluation(perplexity: float) -> Evaluation:
-    figures = [np.log(perplexity), perplexity, 100.0, 3.0, 1.6, 0.3]
-    return Evaluation("test", *figures, tokens=90_000, words=1.0, bytes=1.0, seconds=1, protocol={})
+    names = [each.name for each in fields(Evaluation)]
+    return Evaluation(**dict.fromkeys(names, 1.0) | {"perplexity": perplexity})
 
 
 def entry(label: str, mean: float, half_width: float | None) -> BinDifference:

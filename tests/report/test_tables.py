@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from pha.report.tables import mixing_history_table, mixing_table
+from pha.results import LayerMixing, MixingRecord
 
-LAYERS: list[dict[str, Any]] = [
-    {"weights": {"gss": 0.5, "aux_ffn": 0.5}, "effective": {"gss": 0.75, "aux_ffn": 0.25}},
-    {"weights": {"attention": 1.0}, "effective": {"attention": 1.0}},
-    {"weights": {"gss": 0.3, "aux_ffn": 0.7}, "effective": {"gss": 0.25, "aux_ffn": 0.75}},
+LAYERS = [
+    LayerMixing({"gss": 0.5, "aux_ffn": 0.5}, {"gss": 0.75, "aux_ffn": 0.25}),
+    LayerMixing({"attention": 1.0}, {"attention": 1.0}),
+    LayerMixing({"gss": 0.3, "aux_ffn": 0.7}, {"gss": 0.25, "aux_ffn": 0.75}),
 ]
 
 
@@ -37,7 +37,7 @@ def test_layers_with_different_branches_share_a_table() -> None:
 
 
 def test_history_of_layers_with_different_branches() -> None:
-    records = [{"step": 0, "layers": LAYERS[:2]}, {"step": 1000, "layers": LAYERS}]
+    records = [MixingRecord(step=i * 1000, tokens=0, layers=LAYERS[: 2 + i]) for i in (0, 1)]
     assert rows(mixing_history_table(records)) == [
         ["step", "gss", "aux_ffn", "attention"],
         ["0", "50.00%", "50.00%", "-"],

@@ -93,7 +93,7 @@ def test_a_study_trains_compares_writes_and_is_reused(
     parallel, sequential = content["variants"]
     runs = [Path(seed["run"]) for row in (parallel, sequential) for seed in row["seeds"]]
     assert len(set(runs)) == 4
-    tests = {run: RunFolder(run).read_result()["evaluations"][0]["perplexity"] for run in runs}
+    tests = {run: RunFolder(run).read_result().evaluations[0].perplexity for run in runs}
     assert parallel["measures"]["test"]["mean"] == pytest.approx(
         (tests[runs[0]] + tests[runs[1]]) / 2
     )
@@ -131,10 +131,10 @@ def test_a_study_trains_compares_writes_and_is_reused(
     assert {run: (run / "result.json").stat().st_mtime_ns for run in runs} == stamps
 
     mixing = read(tmp_path / "mixing-tiny" / "study.json")["mixing"]
-    final = [RunFolder(run).read_metrics("mixing") for run in runs[:2]]
-    last = [list(records)[-1]["layers"] for records in final]
-    outer = [[layers[i]["effective"]["gss"] for i in (0, 3)] for layers in last]
-    inner = [[layers[i]["effective"]["gss"] for i in (1, 2)] for layers in last]
+    final = [RunFolder(run).read_metrics().mixing for run in runs[:2]]
+    last = [records[-1].layers for records in final]
+    outer = [[layers[i].effective["gss"] for i in (0, 3)] for layers in last]
+    inner = [[layers[i].effective["gss"] for i in (1, 2)] for layers in last]
     found = mixing["sandwich"]["ours (tiny, effective shares)"][0]
     for points, a, b in zip(found["points"], outer, inner, strict=True):
         assert points == pytest.approx(50 * (sum(a) - sum(b)))

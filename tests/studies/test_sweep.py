@@ -80,12 +80,12 @@ def test_a_sweep_compares_reuses_and_records_what_diverged(
     slow, fast, diverged = content["points"]
     for point in (slow, fast):
         results = [RunFolder(Path(run["run"])).read_result() for run in point["runs"]]
-        assert [result["seed"] for result in results] == [0, 1]
-        perplexities = [result["evaluations"][0]["perplexity"] for result in results]
+        assert [result.seed for result in results] == [0, 1]
+        perplexities = [result.evaluations[0].perplexity for result in results]
         assert len(set(perplexities)) == 2
         assert point["measures"]["test"]["mean"] == pytest.approx(sum(perplexities) / 2)
         assert point["measures"]["test"]["n"] == 2
-        averages = [result["candidates"][1]["evaluation"]["perplexity"] for result in results]
+        averages = [result.candidates[1].evaluation.perplexity for result in results]
         assert point["measures"]["average"]["mean"] == pytest.approx(sum(averages) / 2)
     means = [point["measures"]["validation"]["mean"] for point in (slow, fast)]
     best = ("1e-3", "1e-2")[means.index(min(means))]

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from pha.data import TokenStore
+from pha.results import RunResult
 from pha.train.config import TrainConfig
 from pha.train.recipes import load_recipe
 from pha.train.session import run_training
@@ -58,8 +59,8 @@ def _no_epochs(changes: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def train_small(
     small_config: Callable[..., TrainConfig], tmp_path: Path
-) -> Callable[..., dict[str, Any]]:
-    def train(name: str = "run", resume: Any = "auto", **changes: Any) -> dict[str, Any]:
+) -> Callable[..., RunResult]:
+    def train(name: str = "run", resume: Any = "auto", **changes: Any) -> RunResult | None:
         console = Console(file=io.StringIO())
         return run_training(small_config(**changes), tmp_path / name, console, resume)
 

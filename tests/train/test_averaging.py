@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from pha.data import TokenStore
 from pha.evals.perplexity import evaluate
 from pha.loading import load_model
+from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train.averaging import average_models, average_weights
 from pha.train.checkpoint import Progress
 from pha.train.trainer import Trainer
 from pha.utils.errors import PHAError, TrainingInterruptedError
 
-Train = Callable[..., dict[str, Any]]
+Train = Callable[..., RunResult]
 AVERAGING = {
     "run__steps": 12,
     "run__evaluate_every": 2,
@@ -47,30 +48,30 @@ def test_the_average_is_the_mean_of_the_best_and_the_better_one_is_chosen(
 ) -> None:
     result = train_small(**AVERAGING)
     run = RunFolder(tmp_path / "run")
-    evaluations = sorted((r["perplexity"], r["step"]) for r in run.read_metrics("eval"))
+    evaluations = sorted((r.perplexity, r.step) for r in run.read_metrics().eval)
     assert run.best_steps() == sorted(step for _, step in evaluations[:4])
-    best, average = result["candidates"]
-    assert (best["name"], average["name"]) == ("best checkpoint", "average")
-    assert best["steps"] == [evaluations[0][1]]
-    assert average["steps"] == [step for _, step in evaluations[:3]]
+    best, average = result.candidates
+    assert (best.name, average.name) == ("best checkpoint", "average")
+    assert best.steps == [evaluations[0][1]]
+    assert average.steps == [step for _, step in evaluations[:3]]
 
-    parts = [weights(run.best_model(step)) for step in average["steps"]]
+    parts = [weights(run.best_model(step)) for step in average.steps]
     for name, value in weights(run.averaged).items():
         mean = torch.stack([part[name].double() for part in parts]).mean(0).float()
         torch.testing.assert_close(value, mean, rtol=0, atol=0)
 
     scores = {}
-    for candidate, folder in ((best, run.best_model(best["steps"][0])), (average, run.averaged)):
+    for candidate, folder in ((best, run.best_model(best.steps[0])), (average, run.averaged)):
         model = load_model(folder).model
         for split in ("validation", "test"):
             score = evaluate(model, store, split, sequence_length=32)
-            scores[candidate["name"], split] = score.perplexity
-        assert candidate["validation_perplexity"] == scores[candidate["name"], "validation"]
-        assert candidate["evaluation"]["perplexity"] == scores[candidate["name"], "test"]
+            scores[candidate.name, split] = score.perplexity
+        assert candidate.validation_perplexity == scores[candidate.name, "validation"]
+        assert candidate.evaluation.perplexity == scores[candidate.name, "test"]
     chosen = min(("best checkpoint", "average"), key=lambda name: scores[name, "validation"])
-    assert result["chosen"] == chosen
-    assert result["evaluations"][0]["perplexity"] == scores[chosen, "test"]
-    expected = run.averaged if chosen == "average" else run.best_model(best["steps"][0])
+    assert result.chosen == chosen
+    assert result.evaluations[0].perplexity == scores[chosen, "test"]
+    expected = run.averaged if chosen == "average" else run.best_model(best.steps[0])
     for name, value in weights(run.model).items():
         assert torch.equal(value, weights(expected)[name])
 
@@ -86,12 +87,12 @@ def test_the_average_is_passed_over_where_it_is_worse(
     monkeypatch.setattr("pha.train.finish.average_models", spoil)
     result = train_small(**AVERAGING)
     run = RunFolder(tmp_path / "run")
-    best, average = result["candidates"]
-    assert average["validation_perplexity"] > best["validation_perplexity"]
-    assert result["chosen"] == "best checkpoint"
-    assert result["chosen_step"] == best["steps"][0]
+    best, average = result.candidates
+    assert average.validation_perplexity > best.validation_perplexity
+    assert result.chosen == "best checkpoint"
+    assert result.chosen_step == best.steps[0]
     for name, value in weights(run.model).items():
-        assert torch.equal(value, weights(run.best_model(best["steps"][0]))[name])
+        assert torch.equal(value, weights(run.best_model(best.steps[0]))[name])
 
 
 def test_kept_weights_survive_an_interruption(

@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pha.data import TokenStore, prepare
+from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train import trainer as trainer_module
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from tests.train.conftest import arguments
 
-Train = Callable[..., dict[str, Any]]
+Train = Callable[..., RunResult]
 TIMES = {"seconds", "tokens_per_second", "utilisation", "data_wait"}
 
 
@@ -41,7 +42,8 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 
 def timeless(run: RunFolder) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in run.read_metrics()]
+    records = [record for kind in vars(run.read_metrics()).values() for record in kind]
+    return [{k: v for k, v in vars(record).items() if k not in TIMES} for record in records]
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
@@ -58,28 +60,28 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 def test_a_run_learns_and_writes_what_it_promises(train_small: Train, tmp_path: Path) -> None:
     result = train_small(run__steps=60, run__evaluate_every=20)
     run = RunFolder(tmp_path / "run")
-    losses = [r["loss"] for r in run.read_metrics("train")]
+    losses = [r.loss for r in run.read_metrics().train]
     assert len(losses) == 60
-    shares = [r["data_wait"] for r in run.read_metrics("train")]
-    ends = [r["seconds"] for r in run.read_metrics("train")]
+    shares = [r.data_wait for r in run.read_metrics().train]
+    ends = [r.seconds for r in run.read_metrics().train]
     waits = [s * (b - a) for s, a, b in zip(shares, [0.0, *ends], ends, strict=False)]
     assert 0 < min(shares) < max(shares) < 1
-    assert result["data_wait"] == pytest.approx(sum(waits) / result["seconds"])
+    assert result.data_wait == pytest.approx(sum(waits) / result.seconds)
     assert losses[-1] < 0.75 * losses[0]
-    assert [r["step"] for r in run.read_metrics("eval")] == [20, 40, 60]
-    assert [r["step"] for r in run.read_metrics("mixing")] == [0, 20, 40, 60]
+    assert [r.step for r in run.read_metrics().eval] == [20, 40, 60]
+    assert [r.step for r in run.read_metrics().mixing] == [0, 20, 40, 60]
     assert run.checkpoint_steps() == [40, 60]
     assert result == run.read_result()
-    assert result["tokens_seen"] == 60 * 4 * 32
-    assert [e["split"] for e in result["evaluations"]] == ["test"]
-    assert result["provenance"]["precision"] == "fp32"
-    assert len(result["samples"]) == 2
+    assert result.tokens_seen == 60 * 4 * 32
+    assert [e.split for e in result.evaluations] == ["test"]
+    assert result.provenance["precision"] == "fp32"
+    assert len(result.samples) == 2
     config = yaml.safe_load(run.config.read_text())
     assert config["run"]["micro_batch"] == 4
     assert config["model"]["vocab_size"] == 257
-    best = min(run.read_metrics("eval"), key=lambda r: r["perplexity"])
-    assert result["chosen_step"] == best["step"]
-    assert result["best_validation_perplexity"] == best["perplexity"]
+    best = min(run.read_metrics().eval, key=lambda r: r.perplexity)
+    assert result.chosen_step == best.step
+    assert result.best_validation_perplexity == best.perplexity
     model = AutoModelForCausalLM.from_pretrained(run.model)
     assert model.config.model_type == "pha"
     assert train_small(run__steps=60, run__evaluate_every=20) == result
@@ -184,8 +186,8 @@ def test_two_processes_take_the_same_steps_as_one(
     a, b = weights(one.checkpoint(8)), weights(two.checkpoint(8))
     for key, value in a.items():
         torch.testing.assert_close(b[key], value, rtol=1e-4, atol=2e-5)
-    for x, y in zip(one.read_metrics("eval"), two.read_metrics("eval"), strict=True):
-        assert x["loss"] == pytest.approx(y["loss"], rel=1e-5)
+    for x, y in zip(one.read_metrics().eval, two.read_metrics().eval, strict=True):
+        assert x.loss == pytest.approx(y.loss, rel=1e-5)
 
 
 def test_processes_that_do_not_find_each_other_are_refused(
@@ -222,12 +224,9 @@ def test_a_process_that_is_killed_leaves_no_lock(train_small: Train, tmp_path: P
     train_small()
 
 
-@pytest.mark.parametrize("late", [False, True])
 def test_not_a_number_stops_with_a_name_and_keeps_the_checkpoint(
-    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool
+    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if late:
-        monkeypatch.setattr(trainer_module.Trainer, "deferred", True)
     original = trainer_module.Trainer._step
 
     def poisoned(self: Any, number: int, rate: float) -> Any:
@@ -245,32 +244,10 @@ def test_not_a_number_stops_with_a_name_and_keeps_the_checkpoint(
     assert all(bool(value.isfinite().all()) for value in kept.values())
 
 
-@pytest.fixture
-def deferred(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train as on a GPU: the host hears of a bad step when the next one is due."""
-    monkeypatch.setattr(trainer_module.Trainer, "deferred", True)
-
-
-def test_hearing_of_steps_late_changes_nothing(
-    train_small: Train, tmp_path: Path, request: pytest.FixtureRequest
+@pytest.mark.parametrize("bad_step", [4, 7])
+def test_a_bad_step_updates_nothing(
+    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_step: int
 ) -> None:
-    train_small("asked")
-    request.getfixturevalue("deferred")
-    train_small("deferred")
-    asked, late = RunFolder(tmp_path / "asked"), RunFolder(tmp_path / "deferred")
-    assert_same_weights(asked.checkpoint(8), late.checkpoint(8))
-    assert timeless(asked) == timeless(late)
-
-
-@pytest.mark.parametrize("bad_step", [4, 6, 7])
-def test_a_bad_step_that_is_heard_of_late_updates_nothing(
-    train_small: Train,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    deferred: None,
-    bad_step: int,
-) -> None:
-    """Steps 4 and 6 are followed by another, and 7 by the end of the run."""
     original = trainer_module.Trainer._backward
     trainers, before = [], {}
 
@@ -339,8 +316,8 @@ def test_init_from_starts_from_its_weights(
 ) -> None:
     first = train_small("first", run__steps=40, run__evaluate_every=40)
     train_small("second", run__init_from=str(tmp_path / "first"), run__steps=1)
-    start_loss = next(RunFolder(tmp_path / "second").read_metrics("train"))["loss"]
-    assert start_loss < first["evaluations"][0]["loss"] + 0.3
+    start_loss = RunFolder(tmp_path / "second").read_metrics().train[0].loss
+    assert start_loss < first.evaluations[0].loss + 0.3
     other = prepare(str(text_folder), "bpe:280", tmp_path / "bpe")
     with pytest.raises(PHAError, match="tokenizer"):
         train_small("third", run__init_from=str(tmp_path / "first"), data__store=str(other.path))
@@ -348,7 +325,7 @@ def test_init_from_starts_from_its_weights(
 
 def test_muon_learns(train_small: Train, tmp_path: Path) -> None:
     train_small(run__steps=60, run__evaluate_every=60, optimizer__kind="muon")
-    losses = [r["loss"] for r in RunFolder(tmp_path / "run").read_metrics("train")]
+    losses = [r.loss for r in RunFolder(tmp_path / "run").read_metrics().train]
     assert losses[-1] < 0.75 * losses[0]
 
 
@@ -374,14 +351,14 @@ def test_too_little_data_and_indivisible_batches_are_refused(train_small: Train)
 
 def test_post_norm_and_sequential_and_plateau_train_too(train_small: Train) -> None:
     result = train_small("post", model__residual="post", model__deepnorm_init="true")
-    assert result["mixing"]
+    assert result.mixing
     result = train_small(
         "sequential",
         model__preset="sequential-tiny",
         model__hidden_size=32,
         schedule__kind="plateau",
     )
-    assert result["mixing"] == []
+    assert result.mixing == []
 
 
 def test_tensorboard_mirrors_the_metrics(train_small: Train, tmp_path: Path) -> None:
@@ -392,14 +369,14 @@ def test_tensorboard_mirrors_the_metrics(train_small: Train, tmp_path: Path) -> 
     events = EventAccumulator(str(next((tmp_path / "run").rglob("events.out*")).parent))
     events.Reload()
     shown = [e.value for e in events.Scalars("train/loss")]
-    written = [r["loss"] for r in RunFolder(tmp_path / "run").read_metrics("train")]
+    written = [r.loss for r in RunFolder(tmp_path / "run").read_metrics().train]
     assert shown == pytest.approx(written, rel=1e-6)
 
 
 def test_epochs_count_whole_passes(train_small: Train, store: TokenStore) -> None:
     windows = (len(store.tokens("train")) - 1) // 32
     result = train_small(run__epochs=0.1, run__steps="null", run__evaluate_every=1000)
-    assert result["steps"] == round(0.1 * (windows // 4))
+    assert result.steps == round(0.1 * (windows // 4))
 
 
 def test_gradient_checkpointing_changes_no_step(train_small: Train, tmp_path: Path) -> None:
@@ -413,8 +390,8 @@ def test_bf16_trains_close_to_fp32(train_small: Train) -> None:
     changes = {"run__steps": 30, "run__evaluate_every": 30, "model__dropout": 0.0}
     full = train_small("fp32", **changes)
     half = train_small("bf16", run__precision="bf16", **changes)
-    assert half["provenance"]["precision"] == "bf16"
-    losses = [r["evaluations"][0]["loss"] for r in (full, half)]
+    assert half.provenance["precision"] == "bf16"
+    losses = [r.evaluations[0].loss for r in (full, half)]
     assert losses[1] == pytest.approx(losses[0], abs=0.05)
 
 
@@ -472,5 +449,5 @@ def test_compiling_without_a_compiler_is_refused(
 @pytest.mark.slow
 def test_a_run_compiled_to_code_learns(train_small: Train, tmp_path: Path) -> None:
     train_small(run__steps=40, run__evaluate_every=40, run__compile="true")
-    losses = [r["loss"] for r in RunFolder(tmp_path / "run").read_metrics("train")]
+    losses = [r.loss for r in RunFolder(tmp_path / "run").read_metrics().train]
     assert losses[-1] < 0.8 * losses[0]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -44,17 +43,6 @@ def test_cache_folder_follows_the_environment(
     monkeypatch.delenv("PHA_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder() == tmp_path / "pha"
-
-
-def test_run_folder_skips_only_a_cut_last_line(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    lines = [json.dumps({"kind": kind, "step": i}) for i, kind in enumerate(("train", "eval"))]
-    run.metrics.write_text("\n".join(lines) + '\n{"kind": "tr')
-    assert [r["step"] for r in run.read_metrics()] == [0, 1]
-    assert [r["step"] for r in run.read_metrics("eval")] == [1]
-    run.metrics.write_text('{"kind": "tr\n' + lines[0] + "\n")
-    with pytest.raises(PHAError, match="line 1"):
-        list(run.read_metrics())
 
 
 def test_only_whole_checkpoints_count(tmp_path: Path) -> None:

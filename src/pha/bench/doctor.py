@@ -77,6 +77,7 @@ def examine() -> dict[str, Any]:
                         "error": error,
                         "ok": error is not None and error < TOLERANCE,
                         "reason": None if reason is None else f"cannot run: {reason}",
+                        "limits": op.limits.get(name),
                     }
                 )
     backends.append(_decoder())

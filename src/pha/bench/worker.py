@@ -23,6 +23,7 @@ from pha.bench.floors import measure_floors
 from pha.bench.kernels import without
 from pha.bench.op_work import OP_MODES, make_op_work
 from pha.bench.work import MODEL_MODES, Job, Work
+from pha.ops import in_use
 from pha.utils.errors import PHAError
 from pha.utils.hardware import default_device, device_name, keep_freed_memory, synchronise
 
@@ -67,6 +68,7 @@ def measure(job: Job) -> dict[str, Any]:
         "utilisation": work.need.matmul_flops / seconds / floors.matmul,
         "weight_bandwidth": work.weight_reads * work.weight_bytes / seconds,
         "setting": work.setting,
+        "ops": in_use(device.type),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
     }

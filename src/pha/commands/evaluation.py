@@ -29,7 +29,7 @@ from pha.utils.errors import PHAError
 from pha.utils.text import perplexity, printable
 
 if TYPE_CHECKING:
-    from pha.evals.paired import PairedComparison
+    from pha.evals.compare import PairedComparison
     from pha.evals.perplexity import Evaluation
     from pha.evals.protocols import Protocol
     from pha.loading import LoadedModel
@@ -172,7 +172,7 @@ def compare(
         out: write comparison.json, .svg and .png
     """
     from pha.data import TokenStore
-    from pha.evals.paired import compare_models
+    from pha.evals.compare import compare_models
     from pha.loading import load_model
     from pha.utils.hardware import choose_precision, default_device, provenance
 

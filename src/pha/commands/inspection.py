@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,16 +67,19 @@ def mixing(model: Model, *, json: Json = False) -> None:
     """
     from pha.loading import load_model
     from pha.report.tables import mixing_history_table, mixing_table
+    from pha.results import LayerMixing
     from pha.runs import RunFolder
 
-    records = list(RunFolder(model).read_metrics("mixing")) if model.is_dir() else []
+    records = RunFolder(model).read_metrics().mixing
     final = load_model(model).model.model.mixing_weights()
     if not final:
         raise PHAError(f"{model} has sequential blocks, which mix nothing")
-    tables = [mixing_table(final, f"{model}: weight (effective share)")]
+    layers = [LayerMixing(**layer) for layer in final]
+    tables = [mixing_table(layers, f"{model}: weight (effective share)")]
     if len(records) > 1:
         tables.append(mixing_history_table(records))
-    answer(json, {"final": final, "over_time": records}, *tables)
+    history = [asdict(record) for record in records]
+    answer(json, {"final": final, "over_time": history}, *tables)
 
 
 def report(

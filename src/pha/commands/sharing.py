@@ -4,22 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from rich.table import Table
-
-from pha.commands.common import (
-    Dtype,
-    File,
-    Folder,
-    Json,
-    Model,
-    answer,
-    figures_table,
-    require_file_name,
-    writing,
-)
-from pha.utils.errors import PHAError
+from pha.commands.common import Dtype, Folder, Json, Model, answer
 
 
 def export(
@@ -75,75 +62,15 @@ def convert(folder: Path, new_folder: Path) -> None:
     print(f"{new_folder}: {folder} in today's names")
 
 
-def harness(
-    model: Model,
-    *,
-    tasks: Annotated[tuple[str, ...], "A,B"] = (),
-    lambada: File | None = None,
-    include_path: Folder | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    max_length: int = 2048,
-    batch_size: int = 4,
-    dtype: Dtype = "fp32",
-    out: File | None = None,
-    json: Json = False,
-) -> None:
+def harness(model: Model, *arguments: str) -> None:
     """Tasks of EleutherAI's lm-evaluation-harness.
 
-    Needs `pip install 'pha[harness]'`. Tasks with local data (--lambada, --include-path) run
-    without a network; the harness's own fetch theirs from the Hugging Face Hub. No code is fetched.
-
-    Args:
-        tasks: tasks or groups by name
-        lambada: lambada_openai from this lambada_test.jsonl
-        include_path: a folder with task definitions (YAML)
-        limit: only the first N documents of a task
-        num_fewshot: examples before each question
-        max_length: tokens at most
-        batch_size: sequences at a time
-        out: write JSON to FILE
+    Needs `pip install 'pha[harness]'`. All further options are those of `lm_eval run`, such as
+    --tasks A,B, --include_path DIR, --limit N, --batch_size N and --output_path DIR. Sequences
+    have at most 2048 tokens; --model_args max_length=N sets another length. Tasks with local data
+    run without a network; the harness's own fetch theirs from the Hugging Face Hub. No code is
+    fetched.
     """
-    from pha.evals.harness import require_harness, run_harness
-    from pha.loading import load_model
-    from pha.utils.files import write_json
-    from pha.utils.hardware import PRECISIONS, default_device, provenance
+    from pha.evals.harness import run_harness
 
-    require_harness()
-    if not tasks and lambada is None:
-        raise PHAError("no task to run; name some with --tasks, or a file with --lambada")
-    require_file_name(out)
-    device = default_device()
-    result = run_harness(
-        load_model(model, device, dtype=PRECISIONS[dtype]),
-        tasks,
-        lambada=lambada,
-        include_path=include_path,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        max_length=max_length,
-        batch_size=batch_size,
-    )
-    record = {"model": str(model), **result, "provenance": provenance(device, dtype)}
-    if out is not None:
-        with writing(out):
-            write_json(out, record)
-    answer(json, record, _harness_table(result))
-
-
-def _harness_table(result: dict[str, Any]) -> Table:
-    limit = "" if result["limit"] is None else f", the first {result['limit']} documents only"
-    title = f"lm_eval {result['lm_eval']}, at most {result['max_length']} tokens{limit}"
-    table = figures_table(title, "task", "documents", "metric", "value")
-    for task, values in result["tasks"].items():
-        documents = result["documents"].get(task)
-        for key, value in values.items():
-            metric, _, variant = key.partition(",")
-            if not isinstance(value, float | int) or metric.endswith("_stderr") or not variant:
-                continue
-            error = values.get(f"{metric}_stderr,{variant}")
-            figures = [value, error] if isinstance(error, float) else [value]
-            shown = " ± ".join(f"{x:.4f}" if abs(x) < 1e4 else f"{x:.4g}" for x in figures)
-            name = metric if variant == "none" else f"{metric} ({variant})"
-            table.add_row(task, "" if documents is None else f"{documents:,}", name, shown)
-    return table
+    run_harness(model, arguments)

@@ -47,10 +47,10 @@ def generate(
 ) -> None:
     """Continue a text, or a file of them.
 
-    Give --prompt or --prompts. One text is printed as it grows; several, when their batch is
-    done. --json and --out give one JSON object a line. Tokens per second go to standard error:
-    prompts and decoding apart, with the bytes of weights that decoding read per second. One seed
-    gives one text for a prompt, whatever else is in the batch.
+    Give --prompt or --prompts. One text is printed as it grows, or with --stop when it is done;
+    several, when their batch is done. --json and --out give one JSON object a line. Tokens per
+    second go to standard error: prompts and decoding apart, with the bytes of weights that decoding
+    read per second. One seed gives one text for a prompt, whatever else is in the batch.
 
     Args:
         prompt: text to continue; - reads it from standard input
@@ -103,7 +103,8 @@ def generate(
     if out is not None:
         with writing(out):
             write_text(out, "".join(lines))
-    print(_speed_line(speed), file=sys.stderr)
+    weight_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    print(_speed_line(speed, weight_bytes), file=sys.stderr)
 
 
 def _prompts(prompt: str | None, path: Path | None) -> list[str]:
@@ -153,18 +154,22 @@ def _print(text: str) -> None:
     sys.stdout.flush()
 
 
-def _speed_line(speed: Speed) -> str:
-    facts = speed.to_dict()
+def _speed_line(speed: Speed, weight_bytes: int) -> str:
+    def rate(amount: float, seconds: float) -> float:
+        return amount / seconds if seconds else 0.0
+
     line = (
         f"prompts: {speed.prompt_tokens:,} tokens in {speed.prefill_seconds:.2f} s, "
-        f"{facts['prefill_tokens_per_second']:,.0f} tokens/s"
+        f"{rate(speed.prompt_tokens, speed.prefill_seconds):,.0f} tokens/s"
     )
     if not speed.decode_steps:
         return line
+    # A step reads all weights once, whatever the batch.
+    read = speed.decode_steps * weight_bytes / 1e9
     return (
         f"{line}; decoding: {speed.decode_tokens:,} tokens in {speed.decode_seconds:.2f} s, "
-        f"{facts['decode_tokens_per_second']:,.1f} tokens/s, weights read at "
-        f"{facts['decode_weight_bytes_per_second'] / 1e9:.2f} GB/s"
+        f"{rate(speed.decode_tokens, speed.decode_seconds):,.1f} tokens/s, weights read at "
+        f"{rate(read, speed.decode_seconds):.2f} GB/s"
     )
 
 

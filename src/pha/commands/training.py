@@ -48,7 +48,6 @@ def prepare(
     text_field: str = "text",
     holdout: Fraction | None = None,
     split_seed: int | None = None,
-    workers: int | None = None,
     json: Json = False,
 ) -> None:
     """Turn text into a token store.
@@ -74,7 +73,6 @@ def prepare(
         holdout: share of documents in each of validation and test, where the source has no splits
             (0.05 of files, 0.005 of Hub data sets)
         split_seed: of the hash that splits documents (0)
-        workers: processes that encode (all usable cores)
         json: print the store's facts as JSON
     """
     from pha.data import SourceOptions
@@ -89,7 +87,6 @@ def prepare(
             out,
             separator=separator,
             options=SourceOptions(text_field, holdout, split_seed),
-            workers=workers,
             progress=display,
         )
     seconds = time.monotonic() - begin
@@ -138,7 +135,7 @@ def train(
         json: print the result as JSON
     """
     from pha.train.recipes import load_recipe
-    from pha.train.session import run_training
+    from pha.train.session import plan_training, run_training
 
     words = list(overrides)
     if data is not None:
@@ -147,15 +144,19 @@ def train(
         words += ["--run.init_from", init_from]
     config = load_recipe(recipe, words)
     out = out or Path("runs") / str(config.recipe)
-    result = run_training(config, out, console_for(json), resume, dry_run)
-    if not result:
+    console = console_for(json)
+    if dry_run:
+        answer(json, plan_training(config, out, console, resume))
+        return
+    result = run_training(config, out, console, resume)
+    if result is None:
         return  # not the main process
     shown: list[RenderableType] = []
-    if not (dry_run or quiet):
+    if not quiet:
         from pha.report.tables import results_table
 
         shown = [results_table([result]), f"run folder: {out}"]
-    answer(json, result, *shown)
+    answer(json, result.to_dict(), *shown)
 
 
 def average(models: Sequence[Annotated[Path, "MODEL"]], *, out: Folder) -> None:

@@ -5,9 +5,8 @@
 torch, tokenizers, transformers and datasets are imported only by the functions that need them.
 """
 
-from pha.data.documents import SPLITS, Document, Source
+from pha.data.documents import Document, Source, SourceOptions
 from pha.data.encoding import TextEncoder
-from pha.data.options import SourceOptions
 from pha.data.preparation import PreparationState, Progress, cached_store, prepare
 from pha.data.sampler import (
     Batch,
@@ -16,9 +15,9 @@ from pha.data.sampler import (
     evaluation_windows,
 )
 from pha.data.sources import open_source
-from pha.data.store import TokenStore
+from pha.data.splits import SPLITS
+from pha.data.store import Counts, TokenStore
 from pha.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_sha256
-from pha.data.writer import Counts
 
 __all__ = [
     "END_OF_TEXT",

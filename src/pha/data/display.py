@@ -1,65 +1,26 @@
-"""What a person sees while a store is made: a live line in a terminal, plain lines elsewhere."""
+"""What a person sees while a store is made."""
 
 from __future__ import annotations
 
 import time
 from datetime import timedelta
-from types import TracebackType
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pha.data.preparation import PreparationState
+from pha.utils.progress import ProgressLine
 
-PLAIN_SECONDS = 15.0  # between lines where there is no terminal to redraw
 
+class PreparationDisplay(ProgressLine):
+    """Progress of one preparation; a context manager, called with each `PreparationState`."""
 
-class PreparationDisplay:
-    """Progress of one preparation; a context manager, called with each `PreparationState`.
-
-    Args:
-        console: where to write.
-    """
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._live = console.is_terminal
-        self._stage = ""
-        self._begin = self._last_line = time.monotonic()
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not self._live,
-        )
-
-    def __enter__(self) -> PreparationDisplay:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
+    _stage = ""
+    _begin = 0.0
 
     def __call__(self, state: PreparationState) -> None:
         """Show `state`."""
-        now = time.monotonic()
         if state.stage != self._stage:
-            self._stage, self._begin = state.stage, now
-            self._task = self._progress.add_task(state.stage, total=None, status="")
-        status = describe_state(state, now - self._begin)
-        total = None if state.fraction is None else 1.0
-        completed = state.fraction or 0.0
-        self._progress.update(self._task, total=total, completed=completed, status=status)
-        if not self._live and now - self._last_line > PLAIN_SECONDS:
-            self._last_line = now
-            self._console.print(f"{state.stage}: {status}", highlight=False, soft_wrap=True)
+            self._stage, self._begin = state.stage, time.monotonic()
+        status = describe_state(state, time.monotonic() - self._begin)
+        self.show(state.stage, status, state.fraction)
 
 
 def describe_state(state: PreparationState, seconds: float) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import hashlib
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
-from pha.data.splits import TextSplit
+from pha.data.readers import Meter
+from pha.data.splits import SPLITS, TextSplit
 from pha.utils.errors import PHAError
-
-SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -33,92 +35,128 @@ class Document:
         return "".join(self.parts)
 
 
-@dataclass
-class Meter:
-    """How far a pass over a source is.
+@dataclass(frozen=True)
+class SourceOptions:
+    """How to read a source and split it, where the source leaves that open.
 
     Attributes:
-        done: read so far, in bytes of files or in rows.
-        total: of the same, all there is to read; None where that is not known.
+        text_field: of records, the field with the text.
+        holdout: share of documents in each split that is held out by a hash of the text, or None
+            for the source's default (5% of files, 0.5% of Hub data sets).
+        split_seed: of that hash; None for 0.
+
+    Raises:
+        PHAError: a value out of range.
     """
 
-    done: int = 0
-    total: int | None = None
+    text_field: str = "text"
+    holdout: Fraction | None = None
+    split_seed: int | None = None
 
-    @property
-    def fraction(self) -> float | None:
-        """Between 0 and 1, or None where the total is not known."""
-        return min(1.0, self.done / self.total) if self.total else None
+    def __post_init__(self) -> None:
+        if self.holdout is not None and not 0 < self.holdout < Fraction(1, 2):
+            raise PHAError(
+                f"a holdout of {self.holdout} leaves nothing to a split: "
+                "give a fraction between 0 and 0.5, such as 0.05"
+            )
+        if self.split_seed is not None and self.split_seed < 0:
+            raise PHAError(f"the split seed is {self.split_seed}: give 0 or more")
 
 
 @dataclass(frozen=True)
-class SourceFacts:
-    """What is known of a source before it is read.
+class Source:
+    """A corpus in splits. Opening one lists files; texts are read when documents are asked for.
 
     Attributes:
         description: what the corpus is, in one line.
         identity: a hash that changes when what the source reads, or its splits, do.
-        splits: those it has, in the order of `SPLITS`.
         joins_documents: whether a split is one running text, so that nothing is put between its
             documents.
+        given: the splits that are there.
+        held_out: what holds others out of the train split, if anything does.
         split_rule: how documents were given to splits, ready for JSON; `rule` says it in words.
+        read: yields the documents of a given split, in the same order every time.
+        size: what a meter counts while a given split is read, None if that is not known.
     """
 
     description: str
     identity: str
-    splits: tuple[str, ...]
     joins_documents: bool
-    split_rule: dict[str, Any] = field(default_factory=dict)
+    given: Collection[str]
+    held_out: TextSplit | None
+    split_rule: dict[str, Any]
+    read: Callable[[str, Meter], Iterator[Document]]
+    size: Callable[[str], int | None]
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits, in the order of `SPLITS`: those given and those held out."""
+        return tuple(split for split in SPLITS if split in {*self.given, *self._held})
 
-class Source(ABC):
-    """A corpus in splits. Opening one lists files; texts are read when documents are asked for."""
+    @property
+    def _held(self) -> tuple[str, ...]:
+        return self.held_out.held if self.held_out else ()
 
-    def __init__(self, facts: SourceFacts) -> None:
-        self.description = facts.description
-        self.identity = facts.identity
-        self.splits = facts.splits
-        self.joins_documents = facts.joins_documents
-        self.split_rule = facts.split_rule
-
-    @abstractmethod
     def documents(self, split: str | None = None, meter: Meter | None = None) -> Iterator[Document]:
         """Yield the documents of a split, or of all in one pass, in the same order every time.
 
         The parts of a document have to be read before the next document is asked for.
 
         Raises:
-            PHAError: a text that cannot be read, or is not UTF-8.
+            PHAError: no such split; a text that cannot be read, or is not UTF-8.
         """
+        if split is not None and split not in self.splits:
+            has = ", ".join(self.splits)
+            raise PHAError(f"{self.description} has no {split} split: it has {has}")
+        origin = "train" if split in self._held else split
+        wanted = [name for name in SPLITS if name in self.given and origin in (None, name)]
+        meter = meter or Meter()
+        sizes = [self.size(name) for name in wanted]
+        meter.done, meter.total = 0, sum(size or 0 for size in sizes) if all(sizes) else None
+        for name in wanted:
+            for document in self.read(name, meter):
+                if name == "train" and self.held_out:
+                    text = document.text
+                    document = Document(document.name, self.held_out.split_of(text), (text,))
+                if split in (None, document.split):
+                    yield document
 
 
-def hold_out(documents: Iterable[Document], rule: TextSplit | None) -> Iterator[Document]:
-    """Give each training document to the split that `rule` puts its text into."""
-    for document in documents:
-        if rule is None or document.split != "train":
-            yield document
-        else:
-            text = document.text
-            yield Document(document.name, rule.split_of(text), (text,))
+def split_rule(
+    options: SourceOptions,
+    description: str,
+    given: Collection[str],
+    otherwise: dict[str, Any],
+    holdout: Fraction | None = None,
+) -> tuple[TextSplit | None, dict[str, Any]]:
+    """What holds documents out of a source's train split, and its rule ready for JSON.
 
-
-def splits_to_read(
-    source: Source, given: Iterable[str], rule: TextSplit | None, split: str | None
-) -> list[str]:
-    """Which of the `given` splits documents of `split` (None: of any) can come from, in order.
+    Args:
+        options: holdout and seed, if they are given.
+        description: of the source.
+        given: splits that are there.
+        otherwise: the rule that stands if none is held out of train.
+        holdout: how much is held out where validation is not given; None: nothing ever.
 
     Raises:
-        PHAError: the source has no such split.
+        PHAError: options for a hash of the text where that is not the rule.
     """
-    if split is not None and split not in source.splits:
-        has = ", ".join(source.splits)
-        raise PHAError(f"{source.description} has no {split} split: it has {has}")
-    wanted = {split, "train" if rule is not None else split}
-    present = set(given)
-    return [name for name in SPLITS if name in present and (split is None or name in wanted)]
+    if holdout is not None and "validation" not in given:
+        held = tuple(split for split in ("test", "validation") if split not in given)
+        rule = TextSplit(options.split_seed or 0, options.holdout or holdout, held)
+        return rule, rule.describe()
+    if options.holdout is not None or options.split_seed is not None:
+        raise PHAError(
+            f"{description} is split by another rule ({otherwise['rule']}): leave out --holdout "
+            "and --split-seed"
+        )
+    return None, otherwise
 
 
-def given_and_held_out(given: Iterable[str], rule: TextSplit | None) -> tuple[str, ...]:
-    """The splits of a source, in order: those it has as files or rows, and those held out."""
-    present = {*given, *(rule.held if rule else ())}
-    return tuple(split for split in SPLITS if split in present)
+def identity_of(words: Iterable[str], files: Iterable[Path] = ()) -> str:
+    """A hash of what a source is known by, and of every file's path, size and date."""
+    digest = hashlib.sha256(os.fsencode("\0".join(words)))
+    for path in files:
+        stat = path.stat()
+        digest.update(os.fsencode(f"\0{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}"))
+    return digest.hexdigest()

@@ -25,31 +25,29 @@ _PIECE_CHARACTERS = 1 << 16
 _PIECES_AT_ONCE = 16  # an encoding takes some 100 bytes of memory per character until it is read
 
 
-def cut_text(text: str, size: int = _PIECE_CHARACTERS) -> Iterator[str]:
-    """Yield `text` in pieces of `size` characters or a little more, which join to `text`.
+def cut(parts: Iterable[str], size: int = _PIECE_CHARACTERS) -> Iterator[str]:
+    """Yield a text that comes in parts in pieces of `size` characters or a little more.
 
     A cut lies between a character that is not white space and a blank or line feed. There the
     tokens of a byte-level BPE with GPT-2's pre-tokeniser, and the words of `str.split`, are the
-    same for the pieces as for the whole. A text without such places stays whole.
-    """
-    return cut_parts((text,), size)
-
-
-def cut_parts(parts: Iterable[str], size: int = _PIECE_CHARACTERS) -> Iterator[str]:
-    """As `cut_text`, for a text that comes in parts: memory holds one part and one piece.
-
-    Where parts begin and end makes no difference to the pieces.
+    same for the pieces as for the whole. A text without such places stays whole. Where parts
+    begin and end makes no difference; memory holds one part and one piece.
     """
     rest = ""
     for part in parts:
         text, start = rest + part, 0
         begin = max(size, len(rest))
-        while (cut := _CUT.search(text, begin)) is not None:
-            yield text[start : cut.start()]
-            start = cut.start()
+        while (found := _CUT.search(text, begin)) is not None:
+            yield text[start : found.start()]
+            start = found.start()
             begin = start + size
         rest = text[start:]
     yield rest
+
+
+def count_words(text: str) -> int:
+    """`len(text.split())`, in pieces: the words of a whole corpus take many times its memory."""
+    return sum(len(piece.split()) for piece in cut((text,)))
 
 
 def byte_vocabulary() -> dict[str, int]:
@@ -66,47 +64,41 @@ class TextEncoder:
     works on its own copy, because transformers resets these settings at every call.
 
     Args:
-        tokenizer: one of transformers', or the JSON of its backend, which needs no transformers.
-
-    Attributes:
-        state: the tokenizer's backend as JSON.
+        tokenizer: gives the ids.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast | str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         from tokenizers import Tokenizer
 
-        if not isinstance(tokenizer, str):
-            tokenizer = tokenizer.backend_tokenizer.to_str()
-        self.state: str = tokenizer
-        self._backend = Tokenizer.from_str(self.state)
+        state = tokenizer.backend_tokenizer.to_str()
+        self._backend = Tokenizer.from_str(state)
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
-        parts = json.loads(self.state)
+        parts = json.loads(state)
         self._cuts = _can_cut(parts)
         self._is_bytes = self._cuts and _is_bytes(parts["model"])
 
-    def pieces(self, text: str) -> Iterator[str]:
-        """Yield `text` in pieces whose ids, joined, are the ids of `text`.
-
-        The text is cut as `cut_text` does where that is sound for the tokenizer, and else whole.
-        """
-        return self.pieces_of((text,))
-
     def pieces_of(self, parts: Iterable[str]) -> Iterator[str]:
-        """As `pieces`, for a text that comes in parts."""
-        return cut_parts(parts) if self._cuts else iter(("".join(parts),))
+        """Yield a text in pieces whose ids, joined, are the ids of the text.
+
+        It is cut as `cut` does where that is sound for the tokenizer, and else whole.
+        """
+        return cut(parts) if self._cuts else iter(("".join(parts),))
 
     def encode(self, text: str) -> np.ndarray:
         """The ids (int64, one dimension) of one text of any length."""
-        pieces = self.pieces(text)
+        pieces = self.pieces_of((text,))
         ids: list[np.ndarray] = []
         while group := list(islice(pieces, _PIECES_AT_ONCE)):
             ids += self.encode_batch(group)
         return np.concatenate(ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids (int64, one dimension) of each text, all encoded side by side as they are."""
+        """The ids (int64, one dimension) of each text, all encoded side by side as they are.
+
+        The tokenizer's threads work on them, as many as there are cores (or RAYON_NUM_THREADS).
+        """
         if self._is_bytes:  # a hundred times faster than looking every byte up
             return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -114,7 +106,7 @@ class TextEncoder:
 
 
 def _can_cut(state: dict[str, Any]) -> bool:
-    """Whether `cut_text` is sound: GPT-2's pre-tokeniser and nothing else that looks at text."""
+    """Whether `cut` is sound: GPT-2's pre-tokeniser and nothing else that looks at text."""
     before = state["pre_tokenizer"] or {}
     is_gpt2 = (
         before.get("type") == "ByteLevel" and before["use_regex"] and not before["add_prefix_space"]

@@ -1,32 +1,31 @@
-"""Making a token store: one pass over a corpus, encoded in parallel, whole or not at all."""
+"""Making a token store: one pass over a corpus, whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from pha.data.documents import Meter, Source
-from pha.data.encoding import TextEncoder, cut_parts
+import numpy as np
+
+from pha.data.documents import Document, Source, SourceOptions
+from pha.data.encoding import TextEncoder, count_words, cut
 from pha.data.hub import HubUnreachableError
-from pha.data.options import SourceOptions
-from pha.data.pieces import batches, document_pieces
-from pha.data.pool import encode_batches, usable_cores
+from pha.data.readers import Meter
 from pha.data.sources import open_source
-from pha.data.splits import SplitHash
-from pha.data.store import DTYPES, FORMAT, RECORD, TOKENIZER, TokenStore, is_store
+from pha.data.store import DTYPES, FORMAT, RECORD, TOKENIZER, SplitWriter, TokenStore, is_store
 from pha.data.tokenizer import (
     load_tokenizer,
     tokenizer_identity,
     tokenizer_sha256,
     vocabulary_size,
 )
-from pha.data.writer import StoreWriter
 from pha.utils.errors import PHAError
 from pha.utils.files import atomic_folder, remove_leftovers, write_json
 
@@ -38,6 +37,8 @@ Separator = Literal["auto", "end-of-text", "none"]
 TRAINING_BYTES = 1_000_000_000
 """A tokenizer is trained on so much of the training text, or a little more, at most."""
 
+_BATCH_BYTES = 1 << 20  # of text that the tokenizer's threads encode side by side
+
 
 @dataclass(frozen=True)
 class PreparationState:
@@ -46,9 +47,9 @@ class PreparationState:
     Attributes:
         stage: `tokenizer` (reading text to train one) or `encoding`.
         fraction: of the stage, between 0 and 1; None where the amount of text is not known.
-        documents: done in this stage, and likewise
-        bytes: of text and
-        tokens: none for the tokenizer.
+        documents: begun in this stage,
+        bytes: of text done, and
+        tokens: likewise, none for the tokenizer.
     """
 
     stage: str
@@ -61,16 +62,6 @@ class PreparationState:
 Progress = Callable[[PreparationState], None]
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What a store is to be made of."""
-
-    source_spec: str
-    tokenizer_spec: str
-    separator: Separator = "auto"
-    workers: int | None = None
-
-
 def prepare(
     source_spec: str,
     tokenizer_spec: str,
@@ -78,13 +69,12 @@ def prepare(
     *,
     separator: Separator = "auto",
     options: SourceOptions | None = None,
-    workers: int | None = None,
     progress: Progress | None = None,
 ) -> TokenStore:
     """Encode a corpus into a token store.
 
-    Text is streamed: memory holds a few megabytes for each worker and the document (or row group)
-    being read, not the corpus.
+    Text is streamed: memory holds a few megabytes of it and the document (or row group) being
+    read, not the corpus. The tokenizer's threads encode while the next text is read.
 
     Args:
         source_spec: see `open_source`.
@@ -95,26 +85,18 @@ def prepare(
             them, `auto` picks `none` where a split is one running text (a single file, text files
             named for their split, WikiText) and `end-of-text` elsewhere.
         options: text field and split of the source, where it leaves them open.
-        workers: processes that encode; None for the number of usable cores. The store is the same
-            for any number, and small corpora are encoded without.
         progress: told how far the work is.
 
     Raises:
         PHAError: see `open_source` and `load_tokenizer`; `out` exists and is no store or cannot
-            be written; a split without text; a worker that died.
+            be written; a split without text.
     """
-    request = _Request(source_spec, tokenizer_spec, separator, workers)
-    return _prepare(open_source(source_spec, options), request, Path(out), progress)
+    source = open_source(source_spec, options)
+    return _make_store(source, source_spec, tokenizer_spec, Path(out), separator, progress)
 
 
 def cached_store(
-    source_spec: str,
-    tokenizer_spec: str,
-    root: Path,
-    progress: Progress | None = None,
-    *,
-    options: SourceOptions | None = None,
-    workers: int | None = None,
+    source_spec: str, tokenizer_spec: str, root: Path, progress: Progress | None = None
 ) -> TokenStore:
     """Open the store of a corpus and tokenizer below `root`, after preparing it if need be.
 
@@ -129,10 +111,10 @@ def cached_store(
     names = f"{Path(source_spec).name} {Path(tokenizer_spec).name}"
     slug = "-".join(re.findall(r"[a-z0-9]+", names.lower()))[:48]
     try:
-        source = open_source(source_spec, options)
+        source = open_source(source_spec)
     except HubUnreachableError:
         earlier = _latest_store(Path(root), slug, source_spec, tokenizer_spec)
-        if earlier is None or options is not None:
+        if earlier is None:
             raise
         return earlier
     key = json.dumps([FORMAT, source.identity, tokenizer_identity(tokenizer_spec)])
@@ -142,8 +124,7 @@ def cached_store(
             return TokenStore.open(path)
         except PHAError:
             pass  # prepared anew below
-    request = _Request(source_spec, tokenizer_spec, workers=workers)
-    return _prepare(source, request, path, progress)
+    return _make_store(source, source_spec, tokenizer_spec, path, "auto", progress)
 
 
 def _latest_store(root: Path, slug: str, source: str, tokenizer: str) -> TokenStore | None:
@@ -160,34 +141,49 @@ def _latest_store(root: Path, slug: str, source: str, tokenizer: str) -> TokenSt
     return None
 
 
-def _prepare(source: Source, request: _Request, out: Path, progress: Progress | None) -> TokenStore:
-    _require_replaceable(out)
-    if request.workers is not None and request.workers < 1:
-        raise PHAError(f"there cannot be {request.workers} workers: give 1 or more")
-    separator = _separator(request.separator, source)
+def _make_store(
+    source: Source,
+    source_spec: str,
+    tokenizer_spec: str,
+    out: Path,
+    separator: Separator,
+    progress: Progress | None,
+) -> TokenStore:
+    is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not (is_free or is_store(out)):
+        raise PHAError(f"{out} exists and is not a token store: remove it or name another folder")
+    if separator not in get_args(Separator):
+        raise PHAError(f"no separator {separator!r}: give one of {', '.join(get_args(Separator))}")
+    if separator == "auto":
+        separator = "none" if source.joins_documents else "end-of-text"
     report = progress or (lambda state: None)
     texts = _TrainingTexts(source, report)
-    tokenizer = load_tokenizer(request.tokenizer_spec, texts)
-    if separator == "end-of-text" and tokenizer.eos_token_id is None:
+    tokenizer = load_tokenizer(tokenizer_spec, texts)
+    end_of_text = tokenizer.eos_token_id if separator == "end-of-text" else None
+    if separator == "end-of-text" and end_of_text is None:
         raise PHAError(
-            f"the tokenizer {request.tokenizer_spec} has no end-of-text token: use separator none"
+            f"the tokenizer {tokenizer_spec} has no end-of-text token: use separator none"
         )
     vocab_size = vocabulary_size(tokenizer)
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     try:
         remove_leftovers(out)
-        with atomic_folder(out) as folder:
-            end_of_text = tokenizer.eos_token_id if separator == "end-of-text" else None
-            with StoreWriter(folder, source.splits, DTYPES[dtype], end_of_text) as writer:
-                split_sha256 = _encode(source, tokenizer, writer, request.workers, report, dtype)
-                entries = writer.finish()
+        with atomic_folder(out) as folder, ExitStack() as files:
+            writers = {
+                split: SplitWriter(folder, split, DTYPES[dtype], end_of_text)
+                for split in source.splits
+            }
+            for writer in writers.values():
+                files.enter_context(writer.file)
+            split_sha256 = _encode(source, tokenizer, writers, report)
+            entries = {split: writer.finish() for split, writer in writers.items()}
             _require_text(source, entries)
             tokenizer.save_pretrained(str(folder / TOKENIZER))
             record = {
                 "format": FORMAT,
-                "source": request.source_spec,
+                "source": source_spec,
                 "description": source.description,
-                "tokenizer": request.tokenizer_spec,
+                "tokenizer": tokenizer_spec,
                 "tokenizer_sha256": tokenizer_sha256(tokenizer),
                 "tokenizer_training_bytes": texts.bytes or None,
                 "vocab_size": vocab_size,
@@ -204,30 +200,95 @@ def _prepare(source: Source, request: _Request, out: Path, progress: Progress | 
     return TokenStore.open(out, verify=False)
 
 
+class Piece(NamedTuple):
+    """A stretch of a document that may be encoded apart, with its counts.
+
+    Attributes:
+        text: not empty.
+        split: of the document.
+        is_first: whether the document begins with it.
+        words, lines, bytes: as in `Counts`.
+    """
+
+    text: str
+    split: str
+    is_first: bool
+    words: int
+    lines: int
+    bytes: int
+
+
 def _encode(
     source: Source,
     tokenizer: PreTrainedTokenizerFast,
-    writer: StoreWriter,
-    workers: int | None,
+    writers: dict[str, SplitWriter],
     report: Progress,
-    dtype: str,
 ) -> str:
     """Write all documents in one pass and return the hash of their split."""
     encoder = TextEncoder(tokenizer)
-    split_hash = SplitHash()
+    split_hash = hashlib.sha256()
     meter = Meter()
-    pieces = document_pieces(source.documents(meter=meter), encoder, split_hash)
     documents = size = tokens = 0
     report(PreparationState("encoding", None, documents, size, tokens))
-    results = encode_batches(batches(pieces), encoder, DTYPES[dtype], workers or usable_cores())
-    with closing(results):
-        for batch, encoded in results:
-            writer.add(batch, encoded)
-            documents += sum(piece.is_last for piece in batch)
-            size += sum(len(piece.data) for piece in batch)
-            tokens += len(encoded.ids)
+    pieces = _pieces(source.documents(meter=meter), encoder, split_hash.update)
+    with closing(_encode_ahead(_batches(pieces), encoder)) as encoded:
+        for batch, ids in encoded:
+            for piece, piece_ids in zip(batch, ids, strict=True):
+                writer = writers[piece.split]
+                if piece.is_first:
+                    writer.begin_document()
+                    documents += 1
+                writer.add(piece_ids, piece.words, piece.lines, piece.bytes)
+                size += piece.bytes
+                tokens += len(piece_ids)
             report(PreparationState("encoding", meter.fraction, documents, size, tokens))
     return split_hash.hexdigest()
+
+
+def _pieces(
+    documents: Iterable[Document], encoder: TextEncoder, hash_line: Callable[[bytes], None]
+) -> Iterator[Piece]:
+    """Yield documents in pieces and hash a line of the split for each document that has text."""
+    for document in documents:
+        digest = hashlib.sha256()
+        is_first = True
+        for text in filter(None, encoder.pieces_of(document.parts)):
+            data = text.encode()
+            digest.update(data)
+            counts = count_words(text), text.count("\n"), len(data)
+            yield Piece(text, document.split, is_first, *counts)
+            is_first = False
+        if not is_first:
+            hash_line(f"{digest.hexdigest()} {document.split}\n".encode())
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Yield the pieces in lists of `_BATCH_BYTES` of text or a little more."""
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += piece.bytes
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_ahead(
+    batches: Iterable[list[Piece]], encoder: TextEncoder
+) -> Generator[tuple[list[Piece], list[np.ndarray]], None, None]:
+    """Yield each batch with the ids of its pieces; the next one is read while one is encoded."""
+    with ThreadPoolExecutor(1) as thread:
+        earlier: tuple[list[Piece], Future[list[np.ndarray]]] | None = None
+        for batch in batches:
+            future = thread.submit(encoder.encode_batch, [piece.text for piece in batch])
+            if earlier is not None:
+                yield earlier[0], earlier[1].result()
+            earlier = batch, future
+        if earlier is not None:
+            yield earlier[0], earlier[1].result()
 
 
 class _TrainingTexts:
@@ -242,7 +303,7 @@ class _TrainingTexts:
         meter = Meter()
         self._report(PreparationState("tokenizer", None, 0, 0, 0))
         for number, document in enumerate(self._source.documents("train", meter), start=1):
-            for piece in cut_parts(document.parts):
+            for piece in cut(document.parts):
                 yield piece
                 self.bytes += len(piece.encode())
                 capped = self.bytes / TRAINING_BYTES
@@ -252,27 +313,13 @@ class _TrainingTexts:
                     return
 
 
-def _separator(asked: Separator, source: Source) -> Literal["end-of-text", "none"]:
-    if asked not in get_args(Separator):
-        raise PHAError(f"no separator {asked!r}: give one of {', '.join(get_args(Separator))}")
-    if asked == "auto":
-        return "none" if source.joins_documents else "end-of-text"
-    return asked
-
-
 def _require_text(source: Source, entries: dict[str, dict[str, Any]]) -> None:
     for split, entry in entries.items():
         if entry["documents"] > 0:
             continue
-        if "seed" in source.split_rule and split != "train":
+        if source.held_out is not None and split != "train":
             raise PHAError(
                 f"no document of {source.description} falls into the {split} split: give more "
                 "documents, a larger --holdout, or files named for their splits"
             )
         raise PHAError(f"the {split} split of {source.description} has no text: add some")
-
-
-def _require_replaceable(out: Path) -> None:
-    is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    if not (is_free or is_store(out)):
-        raise PHAError(f"{out} exists and is not a token store: remove it or name another folder")

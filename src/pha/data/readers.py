@@ -1,40 +1,67 @@
-"""Text out of one file: plain or compressed, or records of JSON lines or Parquet."""
+"""Text out of one file or data set: plain or compressed text, JSON lines, rows of `datasets`.
+
+Plain text and JSON lines are read here, because `datasets` changes line ends, takes texts that
+look like dates for dates, and accepts a .zst file that is cut short.
+"""
 
 from __future__ import annotations
 
 import codecs
+import glob
+import gzip
+import io
 import json
-from collections.abc import Callable, Iterator
+import lzma
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from pha.data.compression import COMPRESSIONS, open_stream
 from pha.utils.errors import PHAError
 
 # No .py or .md here: train.py and test_plan.md are usually code and notes, not splits.
 RUNNING_TEXT = frozenset({".txt", ".text", ".raw", ".tokens"})
 DOCUMENT_TEXT = frozenset({".txt", ".text", ".md", ".rst", ".py"})
-JSON_LINES = ".jsonl"
-PARQUET = ".parquet"
+COMPRESSIONS = frozenset({".gz", ".xz", ".zst"})
 KINDS = ".jsonl or .txt (also as .gz, .xz or .zst), .parquet"
 
 _BLOCK = 1 << 20  # bytes read at once
+_BUFFER = 1 << 16  # the same of a file with lines
 _ROWS = 64  # rows turned into Python strings at once
 
-Advance = Callable[[int], None]
-"""Told how many bytes of the file on disk have been read so far."""
+
+@dataclass
+class Meter:
+    """How far a pass over a source is.
+
+    Attributes:
+        done: read so far, in bytes of files or in rows.
+        total: of the same, all there is to read; None where that is not known.
+    """
+
+    done: int = 0
+    total: int | None = None
+
+    @property
+    def fraction(self) -> float | None:
+        """Between 0 and 1, or None where nothing is read yet or the total is not known."""
+        return min(1.0, self.done / self.total) if self.total and self.done else None
 
 
 class FileKind(NamedTuple):
-    """What the end of a file's name says: its suffix without the compression's, and that one."""
+    """What a file's name says: its name without endings, its suffix, that of its compression."""
 
+    stem: str
     suffix: str
     compression: str
 
     @property
     def is_records(self) -> bool:
         """Whether the file holds many documents."""
-        return self.suffix == JSON_LINES or (self.suffix == PARQUET and not self.compression)
+        return self.suffix == ".jsonl" or (self.suffix == ".parquet" and not self.compression)
 
     @property
     def is_packed_text(self) -> bool:
@@ -49,26 +76,17 @@ class FileKind(NamedTuple):
 
 def kind_of(path: Path) -> FileKind:
     """The kind of a file by its name."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        return FileKind(suffixes[0] if len(suffixes) == 2 else "", suffixes[-1])
-    return FileKind(suffixes[-1] if suffixes else "", "")
+    compression = path.suffix if path.suffix.lower() in COMPRESSIONS else ""
+    inner = Path(path.name.removesuffix(compression))
+    return FileKind(inner.stem, inner.suffix.lower(), compression.lower())
 
 
-def stem_of(path: Path) -> str:
-    """A file's name without the endings that say its kind."""
-    kind = kind_of(path)
-    return path.name[: len(path.name) - len(kind.suffix) - len(kind.compression)]
-
-
-def read_text(
-    path: Path, advance: Advance, start: int = 0, end: int | None = None
-) -> Iterator[str]:
+def read_text(path: Path, meter: Meter, start: int = 0, end: int | None = None) -> Iterator[str]:
     """Yield the text of a file in blocks, line ends and byte order marks untouched.
 
     Args:
         path: a file, compressed or not.
-        advance: told the bytes read after each block.
+        meter: counts the bytes read from disk.
         start: first byte, where characters begin, and
         end: the byte after the last, both of an uncompressed file.
 
@@ -76,89 +94,137 @@ def read_text(
         PHAError: it cannot be read, is damaged or is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with open_stream(path) as stream:
+    left = sys.maxsize if end is None else end - start
+    with _open_bytes(path, meter) as file:
         if start:
-            stream.file.seek(start)
-        left = end - start if end is not None else None
-        while True:
-            block = stream.file.read(_BLOCK if left is None else min(_BLOCK, left))
-            left = None if left is None else left - len(block)
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                raise PHAError(
-                    f"{path} is not UTF-8 text: convert it to UTF-8 or leave it out"
-                ) from error
-            if text:
-                yield text
-            if not block:
-                return
-            advance(stream.position - start)
+            file.seek(start)
+        try:
+            while left and (block := file.read(min(_BLOCK, left))):
+                left -= len(block)
+                yield decoder.decode(block)
+            yield decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            raise PHAError(
+                f"{path} is not UTF-8 text: convert it to UTF-8 or leave it out"
+            ) from error
 
 
-def read_records(path: Path, field: str, advance: Advance) -> Iterator[tuple[int, str]]:
+def read_records(path: Path, field: str, meter: Meter) -> Iterator[tuple[int, str]]:
     """Yield number (from 1) and text of each record; memory holds one of them, or one row group.
 
     Args:
         path: .jsonl, compressed or not, or .parquet.
         field: that holds the text.
-        advance: told the bytes read after each record or group.
+        meter: counts the bytes read from disk; of .parquet, the file at its end.
 
     Raises:
         PHAError: it cannot be read or is damaged; a record without the field, or with something
             else than text in it.
     """
-    reader = _read_parquet if kind_of(path).suffix == PARQUET else _read_json_lines
-    return reader(path, field, advance)
+    if kind_of(path).suffix == ".jsonl":
+        yield from _read_json_lines(path, field, meter)
+        return
+    # A path, but `datasets` takes it for a pattern.
+    data_files = glob.escape(str(path.absolute()))
+    rows = open_rows("parquet", None, str(path), data_files=data_files)["train"]
+    yield from enumerate(read_rows(rows, field, str(path), Meter()), start=1)
+    meter.done += path.stat().st_size
 
 
-def _read_json_lines(path: Path, field: str, advance: Advance) -> Iterator[tuple[int, str]]:
-    with open_stream(path) as stream:
-        for number, line in enumerate(stream.file, start=1):
+def _read_json_lines(path: Path, field: str, meter: Meter) -> Iterator[tuple[int, str]]:
+    with _open_bytes(path, meter) as file:
+        for number, line in enumerate(file, start=1):
             where = f"line {number} of {path}"
-            if record := _decode_line(line, number, where):
-                yield number, _text_of(_parse(record, where), field, where)
-            advance(stream.position)
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if not text:
+                    continue
+                record = json.loads(text)
+            except UnicodeDecodeError as error:
+                raise PHAError(f"{where} is not UTF-8: convert the file to UTF-8") from error
+            except (ValueError, RecursionError) as error:
+                raise PHAError(f"{where} is not JSON ({error}): correct or remove it") from error
+            if not isinstance(record, dict):
+                raise PHAError(f"{where} is not a JSON object: write {{..., ...}} on each line")
+            _require_field(where, field, record)
+            yield number, _as_text(record[field], field, where)
 
 
-def _decode_line(line: bytes, number: int, where: str) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise PHAError(f"{where} is not UTF-8: convert the file to UTF-8") from error
+def open_rows(place: str, config: str | None, where: str, **options: Any) -> Any:
+    """Open a data set with `datasets`, as a stream of rows for each split.
 
-
-def _parse(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise PHAError(f"{where} is not JSON ({error}): correct or remove it") from error
-    if not isinstance(record, dict):
-        raise PHAError(f"{where} is not a JSON object: write {{..., ...}} on each line")
-    return record
-
-
-def _text_of(record: dict[str, Any], field: str, where: str) -> str:
-    if field not in record:
-        raise no_field(where, field, record)
-    return as_text(record[field], field, where)
-
-
-def no_field(where: str, field: str, present: Any) -> PHAError:
-    """The error for a text field that is not there, naming those that are."""
-    names = ", ".join(map(str, present)) or "none"
-    return PHAError(
-        f"{where} has no field {field!r}: it has {names}; name the one with the text "
-        "with --text-field"
-    )
-
-
-def as_text(value: Any, field: str, where: str) -> str:
-    """`value` if it is text that UTF-8 can write.
+    Args:
+        place: what `load_dataset` calls its path.
+        config: of the data set, if it has several.
+        where: what it is, for errors.
+        options: of `load_dataset`.
 
     Raises:
-        PHAError: it is something else.
+        PHAError: `datasets` is not installed, or there is no such data set or configuration.
     """
+    try:
+        import datasets
+    except ImportError as error:
+        raise PHAError(f"reading {where} needs datasets: pip install 'pha[data]'") from error
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is told once, by us
+    try:
+        return datasets.load_dataset(place, config, streaming=True, **options)
+    except Exception as error:  # of many kinds, from missing files to unknown configurations
+        raise PHAError(
+            f"{where} cannot be opened: {first_line(error)}; check its name or get it again"
+        ) from error
+
+
+def read_rows(rows: Any, field: str, where: str, meter: Meter) -> Iterator[str]:
+    """Yield the text of each row of one split that `open_rows` gave.
+
+    Args:
+        rows: the split.
+        field: that holds the text.
+        where: what is read, for errors.
+        meter: counts rows.
+
+    Raises:
+        PHAError: as `read_records`, and whatever a network does.
+    """
+    number = 0
+    try:
+        if rows.column_names is not None:
+            _require_field(where, field, rows.column_names)
+            rows = rows.select_columns(field)
+        for batch in rows.iter(batch_size=_ROWS):
+            _require_field(where, field, batch)
+            for value in batch[field]:
+                number += 1
+                yield _as_text(value, field, f"row {number} of {where}")
+            meter.done += len(batch[field])
+    except PHAError:
+        raise
+    except Exception as error:  # whatever the many formats and file systems raise
+        raise PHAError(
+            f"reading {where} failed after {number} rows ({first_line(error)}): "
+            "get damaged files again, or check the network and start again"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, cut to one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__
+
+
+def _require_field(where: str, field: str, present: Any) -> None:
+    if field not in present:
+        names = ", ".join(map(str, present)) or "none"
+        raise PHAError(
+            f"{where} has no field {field!r}: it has {names}; name the one with the text "
+            "with --text-field"
+        )
+
+
+def _as_text(value: Any, field: str, where: str) -> str:
+    """`value` if it is text that UTF-8 can write."""
     if not isinstance(value, str):
         kind = "nothing (null)" if value is None else type(value).__name__
         raise PHAError(
@@ -175,24 +241,45 @@ def as_text(value: Any, field: str, where: str) -> str:
     return value
 
 
-def _read_parquet(path: Path, field: str, advance: Advance) -> Iterator[tuple[int, str]]:
+class _MeteredFile(io.FileIO):
+    """A file on disk that tells a meter how much of it has been read."""
+
+    def __init__(self, path: Path, meter: Meter) -> None:
+        super().__init__(path)
+        self._meter = meter
+
+    def readinto(self, buffer: Any) -> int:
+        size = super().readinto(buffer) or 0
+        self._meter.done += size
+        return size
+
+
+@contextmanager
+def _open_bytes(path: Path, meter: Meter) -> Iterator[IO[bytes]]:
+    """Open a file, decompressing it where its name ends in .gz, .xz or .zst."""
     try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise PHAError("reading .parquet needs pyarrow: pip install 'pha[data]'") from error
-    size = path.stat().st_size
-    number = 0
-    try:
-        with pq.ParquetFile(path, pre_buffer=False) as file:
-            if field not in file.schema_arrow.names:
-                raise no_field(str(path), field, file.schema_arrow.names)
-            rows = file.iter_batches(_ROWS, columns=[field], use_threads=False)
-            for batch in rows:
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    yield number, as_text(value, field, f"row {number} of {path}")
-                advance(size * number // file.metadata.num_rows)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise PHAError(f"{path} is damaged or no Parquet file ({reason}): get it again") from error
+        with io.BufferedReader(_MeteredFile(path, meter), _BUFFER) as raw:
+            yield _decompressed(raw, kind_of(path).compression)
+    except EOFError as error:
+        raise PHAError(f"{path} is cut short: get the file again") from error
+    except (lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+        raise PHAError(f"{path} is damaged ({error}): get the file again") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PHAError(f"{path} cannot be read ({reason}): get the file again") from error
+
+
+def _decompressed(raw: Any, compression: str) -> Any:
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if compression == ".xz":
+        return lzma.LZMAFile(raw)
+    if compression == ".zst":
+        # Arrow's stream says when a frame is cut short; that of `zstandard` does not.
+        try:
+            import pyarrow as pa
+        except ImportError as error:
+            raise PHAError("reading .zst needs pyarrow: pip install 'pha[data]'") from error
+        stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
+        return io.BufferedReader(stream, _BUFFER)
+    return raw

@@ -10,17 +10,10 @@ import platform
 import sysconfig
 from pathlib import Path
 
-from pha.data.documents import Source
-from pha.data.files import (
-    open_file,
-    open_folder,
-    open_pattern,
-    split_by_path,
-    text_files,
-)
+from pha.data.documents import Source, SourceOptions
+from pha.data.files import open_file, open_folder, open_pattern, split_by_path, text_files
 from pha.data.hub import open_hub
-from pha.data.options import SourceOptions
-from pha.data.readers import read_text
+from pha.data.readers import Meter, read_text
 from pha.utils.errors import PHAError
 
 SHORT_NAMES = {
@@ -82,20 +75,17 @@ def _standard_library(options: SourceOptions) -> Source:
     """The running Python's own source text, without tests and third-party packages."""
     root = Path(sysconfig.get_path("stdlib"))
     version = f"{platform.python_implementation()} {platform.python_version()}"
-    found = text_files(root, _is_python, _is_library_part) if root.is_dir() else []
-    files = [path for path in found if _is_utf8(path)]
+    files = []
+    if root.is_dir():
+        found = text_files(root, lambda path: path.suffix == ".py", _is_library_part)
+        files = [path for path in found if _is_utf8(path)]
     if not files:
         raise PHAError(
             f"the standard library of {version} has no .py files in {root} (it may be zipped): "
             "give a text file or folder instead of stdlib"
         )
-    source = split_by_path(root, files, f"standard library of {version}, {len(files)} files")
-    options.require_unused(source.description, source.split_rule["rule"])
-    return source
-
-
-def _is_python(path: Path) -> bool:
-    return path.suffix == ".py"
+    description = f"standard library of {version}, {len(files)} files"
+    return split_by_path(root, files, description, options)
 
 
 def _is_library_part(name: str) -> bool:
@@ -105,7 +95,7 @@ def _is_library_part(name: str) -> bool:
 
 def _is_utf8(path: Path) -> bool:
     try:
-        for _ in read_text(path, lambda done: None):
+        for _ in read_text(path, Meter()):
             pass
     except PHAError:
         return False

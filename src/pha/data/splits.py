@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from pha.utils.errors import PHAError
+SPLITS = ("train", "validation", "test")
 
 SPLIT_WORDS = {
     "train": "train",
@@ -63,21 +62,6 @@ class TextSplit:
         }
 
 
-class SplitHash:
-    """One SHA-256 of a whole split: of a line `SHA-256 of the text, blank, split` per document."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-
-    def add(self, text_sha256: str, split: str) -> None:
-        """Add the next document of the corpus, by the hex SHA-256 of its text in UTF-8."""
-        self._digest.update(f"{text_sha256} {split}\n".encode())
-
-    def hexdigest(self) -> str:
-        """The hash of all documents added."""
-        return self._digest.hexdigest()
-
-
 def path_split(name: str) -> str:
     """The split of a document by the SHA-256 of its path: about 90% train, 5%, 5%.
 
@@ -97,26 +81,6 @@ def split_word(stem: str) -> str | None:
     matches = [_NUMBERED.fullmatch(part) for part in re.split(r"[._]", stem.lower())]
     words = [match.group(1) for match in matches if match]
     return words[0] if len(words) == 1 else None
-
-
-def canonical_splits(names: Iterable[str], where: str) -> dict[str, str]:
-    """From our name of a split to the name that a data set has for it; others are left out.
-
-    Raises:
-        PHAError: two names for one split.
-    """
-    found: dict[str, str] = {}
-    for name in names:
-        split = SPLIT_WORDS.get(name)
-        if split is None:
-            continue
-        if split in found:
-            raise PHAError(
-                f"{where} has two splits for {split} ({found[split]} and {name}): use local files "
-                "with one of them"
-            )
-        found[split] = name
-    return found
 
 
 def natural_order(name: str) -> list[str | int]:

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, fields
+from array import array
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pha.data.documents import SPLITS
+from pha.data.splits import SPLITS
 from pha.data.tokenizer import load_tokenizer, saved_tokenizer_sha256
-from pha.data.writer import Counts, bin_name, starts_name
 from pha.utils.errors import PHAError
 from pha.utils.files import read_json, sha256_file
 
@@ -33,6 +33,25 @@ TOKENIZER = "tokenizer"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 _CHECK_TOKENS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sizes of a split; all but `tokens` are of its text, without separators.
+
+    Attributes:
+        tokens: ids, separators included.
+        documents: documents that have text.
+        words: `len(text.split())`.
+        lines: line feeds.
+        bytes: UTF-8 bytes.
+    """
+
+    tokens: int = 0
+    documents: int = 0
+    words: int = 0
+    lines: int = 0
+    bytes: int = 0
 
 
 class TokenStore:
@@ -103,12 +122,12 @@ class TokenStore:
     def tokens(self, split: str) -> np.ndarray:
         """The ids of a split: (tokens,) uint16 or uint32, memory-mapped and read-only."""
         self._require(split)
-        return np.memmap(self.path / bin_name(split), dtype=self._dtype, mode="r")
+        return np.memmap(self.path / f"{split}.bin", dtype=self._dtype, mode="r")
 
     def document_starts(self, split: str) -> np.ndarray:
         """Position of the first token of each document: (documents,) int64, ascending from 0."""
         self._require(split)
-        path = self.path / starts_name(split)
+        path = self.path / f"{split}.documents.npy"
         try:
             starts: np.ndarray = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
@@ -162,12 +181,12 @@ class TokenStore:
             or hashlib.sha256(starts.tobytes()).hexdigest() != entry.get("document_starts_sha256")
         ):
             raise PHAError(
-                f"{self.path / starts_name(split)} is not what was written for this store: "
+                f"{self.path / split}.documents.npy is not what was written for this store: "
                 "prepare the store again"
             )
 
     def _check_ids(self, split: str, verify: bool) -> None:
-        path = self.path / bin_name(split)
+        path = self.path / f"{split}.bin"
         if not path.is_file():
             raise PHAError(f"{path} is missing: prepare the store again")
         expected = self._counts[split].tokens * self._dtype.itemsize
@@ -191,6 +210,64 @@ class TokenStore:
                 f"{path} has id {largest}, but {RECORD} says there are {self.vocab_size}: "
                 "prepare the store again"
             )
+
+
+class SplitWriter:
+    """Writes the files of one split; memory holds 8 bytes for each document, its start.
+
+    Args:
+        folder: an existing folder.
+        split: its name.
+        dtype: of the ids on disk.
+        separator: id written after every document, or None.
+
+    Attributes:
+        file: the open file of ids, for the caller to close.
+    """
+
+    def __init__(
+        self, folder: Path, split: str, dtype: np.dtype[Any], separator: int | None
+    ) -> None:
+        self.file = (folder / f"{split}.bin").open("wb")
+        self._starts_file = folder / f"{split}.documents.npy"
+        self._dtype = dtype
+        self._ending = np.array([] if separator is None else [separator])
+        self._digest = hashlib.sha256()
+        self._starts = array("q")
+        self._tokens = self._words = self._lines = self._bytes = 0
+
+    def begin_document(self) -> None:
+        """Let what is added from here on be a new document."""
+        if self._starts:
+            self._write(self._ending)
+        self._starts.append(self._tokens)
+
+    def add(self, ids: np.ndarray, words: int, lines: int, size: int) -> None:
+        """Write the ids of the document's next piece, a text of so many words, lines and bytes."""
+        self._write(ids)
+        self._words += words
+        self._lines += lines
+        self._bytes += size
+
+    def finish(self) -> dict[str, Any]:
+        """Write what remains and return the split's entry in store.json: counts and hashes."""
+        if self._starts:
+            self._write(self._ending)
+        self.file.close()
+        starts = np.array(self._starts, dtype="<i8")
+        np.save(self._starts_file, starts, allow_pickle=False)
+        counts = Counts(self._tokens, len(starts), self._words, self._lines, self._bytes)
+        return {
+            **asdict(counts),
+            "sha256": self._digest.hexdigest(),
+            "document_starts_sha256": hashlib.sha256(starts.tobytes()).hexdigest(),
+        }
+
+    def _write(self, ids: np.ndarray) -> None:
+        data = ids.astype(self._dtype).tobytes()
+        self.file.write(data)
+        self._digest.update(data)
+        self._tokens += len(ids)
 
 
 def is_store(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pha.data.encoding import TextEncoder, byte_vocabulary, cut_text
+from pha.data.encoding import TextEncoder, byte_vocabulary
 from pha.utils.errors import PHAError
 from pha.utils.files import read_json, sha256_file
 
@@ -145,7 +145,7 @@ def _train_bpe(size: int, corpus: Iterable[str] | None) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    learner.train_from_iterator((piece for text in corpus for piece in cut_text(text)), trainer)
+    learner.train_from_iterator(corpus, trainer)
     merges = [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]]
     vocabulary = byte_vocabulary()
     for left, right in merges:

@@ -1,4 +1,4 @@
-"""Statistics of paired losses: mean differences with intervals, over blocks of running text.
+"""Two models on the same tokens: which is better, by how much, and where.
 
 Tokens near each other are easy or hard together, so their differences are correlated, and an
 interval that took them for independent would be too narrow. The unit here is a block of
@@ -14,22 +14,28 @@ t interval of the mean of block means; for a kind of token, n_j counts those of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from pha.data.store import TokenStore
+from pha.data.tokenizer import tokenizer_sha256
+from pha.evals.kinds import Bins, divisions
+from pha.evals.perplexity import Evaluation, token_losses
+from pha.evals.protocols import Protocol
+from pha.loading import LoadedModel
 from pha.utils.errors import PHAError
 
 BLOCK_TOKENS = 2048
 MIN_BLOCKS = 20
-RECENT_TOKENS = 64
-POSITION_BINS = 8
-RANK_BOUNDS = (10, 100, 1000, 10_000)
+PASSAGES = 5
+EXCERPT_TOKENS = 64
 
 _RESAMPLES = 9999
-_BOOTSTRAP_VALUES = 1 << 22  # drawn at a time, 8 bytes each
+_RESAMPLED_VALUES = 1 << 22  # drawn at a time, 8 bytes each
 
 
 @dataclass(frozen=True)
@@ -63,25 +69,6 @@ class Interval:
         """-1 or 1 where the interval leaves zero on one side, else 0."""
         return int(self.low > 0) - int(self.high < 0)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain mapping for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Bins:
-    """A division of tokens into kinds.
-
-    Attributes:
-        name: what divides them.
-        labels: of the bins, in order.
-        index: (N,) which bin each token is in.
-    """
-
-    name: str
-    labels: Sequence[str]
-    index: np.ndarray
-
 
 @dataclass(frozen=True)
 class BinDifference:
@@ -101,49 +88,207 @@ class BinDifference:
     loss_b: float
     difference: Interval
 
+
+@dataclass(frozen=True)
+class Passage:
+    """A block where the models differ much, with its most telling stretch.
+
+    Attributes:
+        better: `A` or `B`.
+        first_token: of the block, its place in the split.
+        tokens: of the block.
+        difference: mean of A - B over the block, nats per token.
+        excerpt: text of the stretch in it with the largest difference.
+        excerpt_difference: mean of A - B over that stretch.
+    """
+
+    better: str
+    first_token: int
+    tokens: int
+    difference: float
+    excerpt: str
+    excerpt_difference: float
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """Losses of A and B on the same tokens. Differences are A - B: below zero, A is better.
+
+    Attributes:
+        a: name of A.
+        b: name of B.
+        evaluations: what `pha eval` would say of A and of B.
+        difference: mean difference in loss with its interval.
+        bootstrap: the interval by drawing blocks with replacement, a check of the other.
+        block_tokens: tokens per block.
+        block_differences: (blocks,) mean difference of each, in the order of the text.
+        breakdowns: by what divides the tokens, the difference in each bin.
+        passages: the blocks that differ most, each way.
+    """
+
+    a: str
+    b: str
+    evaluations: tuple[Evaluation, Evaluation]
+    difference: Interval
+    bootstrap: tuple[float, float]
+    block_tokens: int
+    block_differences: np.ndarray
+    breakdowns: dict[str, list[BinDifference]]
+    passages: list[Passage]
+
+    @property
+    def perplexity_ratio(self) -> tuple[float, float, float]:
+        """Perplexity of A over that of B, and the ends of its interval."""
+        d = self.difference
+        return math.exp(d.mean), math.exp(d.low), math.exp(d.high)
+
+    @property
+    def blocks_better(self) -> tuple[float, float]:
+        """Fractions of blocks in which A, and in which B, has the lower loss."""
+        signs = self.block_differences
+        return float((signs < 0).mean()), float((signs > 0).mean())
+
+    def caution(self) -> str | None:
+        """Why the interval may be too narrow, if so."""
+        if not are_alike(self.block_differences):
+            return None
+        correlation = neighbour_correlation(self.block_differences)
+        return (
+            f"neighbouring blocks of {self.block_tokens:,} tokens are alike (correlation "
+            f"{correlation:.2f}), so the interval is too narrow: take larger blocks or more text"
+        )
+
+    def verdict(self) -> str:
+        """The result in a sentence."""
+        one, two = (evaluation.perplexity for evaluation in self.evaluations)
+        if not self.block_differences.any():
+            return f"A and B do not differ: every block has the same loss (perplexity {one:,.2f})"
+        gap, width = self.difference.mean, self.difference.half_width
+        shown = f"{_digits(gap, width)} nats per token (95%)"
+        if self.difference.sign:
+            winner, first, second = ("A", one, two) if gap < 0 else ("B", two, one)
+            return (
+                f"{winner} is better by {shown.removeprefix('-')}; "
+                f"perplexity {first:,.2f} against {second:,.2f}"
+            )
+        return (
+            f"the data do not decide: the loss of A less that of B is {shown}; "
+            f"perplexity {one:,.2f} against {two:,.2f}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain mapping for JSON."""
-        return asdict(self)
+        ratio, low, high = self.perplexity_ratio
+        a_better, b_better = self.blocks_better
+        return {
+            "a": self.a,
+            "b": self.b,
+            "verdict": self.verdict(),
+            "covers": "the choice of text, not the seeds of training",
+            "caution": self.caution(),
+            "difference": asdict(self.difference),
+            "bootstrap": {"low": self.bootstrap[0], "high": self.bootstrap[1]},
+            "perplexity_ratio": {"ratio": ratio, "low": low, "high": high},
+            "evaluations": [evaluation.to_dict() for evaluation in self.evaluations],
+            "blocks": {
+                "tokens": self.block_tokens,
+                "neighbour_correlation": neighbour_correlation(self.block_differences),
+                "a_better": a_better,
+                "b_better": b_better,
+                "differences": self.block_differences.tolist(),
+            },
+            "breakdowns": [
+                {"by": name, "bins": [asdict(entry) for entry in bins]}
+                for name, bins in self.breakdowns.items()
+            ],
+            "passages": [asdict(passage) for passage in self.passages],
+        }
 
 
-def default_block(stride: int) -> int:
-    """The fewest whole windows, of `stride` scored tokens each, that have `BLOCK_TOKENS`."""
-    return -(-BLOCK_TOKENS // stride) * stride
+def compare_models(
+    a: LoadedModel,
+    b: LoadedModel,
+    store: TokenStore,
+    split: str,
+    protocol: Protocol,
+    *,
+    precision: str = "fp32",
+    block: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> PairedComparison:
+    """Score the same windows with both models, and compare token by token.
 
-
-def choose_block(difference: np.ndarray, stride: int, requested: int | None = None) -> int:
-    """Tokens per block: as requested, else enough for blocks to be independent.
-
-    The search begins with `default_block`, and doubles it while neighbouring blocks are alike and
-    `MIN_BLOCKS` remain.
+    Memory: 8 bytes a token for the losses, and some 60 while tokens are put into bins.
 
     Args:
-        difference: (N,) differences in loss, in the order of the text.
+        a: first model.
+        b: second model, with the same tokenizer.
+        store: tokens made by that tokenizer.
+        split: which split.
+        protocol: the windows, the same for both.
+        precision: fp32, or bf16 for autocast.
+        block: tokens per block of the intervals; as many as `grown_block` finds when absent.
+        progress: called with (A or B, windows done, windows in all).
+
+    Raises:
+        PHAError: different tokenizers, too little text, or losses that are not finite.
+    """
+    hashes = [tokenizer_sha256(model.tokenizer) for model in (a, b)]
+    if hashes[0] != hashes[1]:
+        raise PHAError(
+            f"{a.path} and {b.path} have different tokenizers, so their tokens differ: compare "
+            "perplexities per word or byte (`pha eval`)"
+        )
+    store.require_tokenizer(hashes[0])
+    count = store.counts(split).tokens - 1
+    size = first_block(count, protocol.stride, block)
+    evaluations, losses = [], []
+    for name, loaded in (("A", a), ("B", b)):
+        evaluation, nats = token_losses(
+            loaded.model,
+            store,
+            split,
+            protocol,
+            precision=precision,
+            progress=None if progress is None else partial(progress, name),
+        )
+        if not np.isfinite(nats).all():
+            raise PHAError(f"{loaded.path} has losses that are not finite; its weights are unfit")
+        evaluations.append(evaluation)
+        losses.append(nats)
+    difference = losses[0].astype(np.float64) - losses[1]
+    if block is None:
+        size = grown_block(difference, size)
+    blocks = block_numbers(count, size)
+    sums, counts = block_sums(difference, blocks)
+    return PairedComparison(
+        str(a.path),
+        str(b.path),
+        (evaluations[0], evaluations[1]),
+        mean_interval(sums, counts),
+        bootstrap_interval(sums, counts),
+        size,
+        sums / counts,
+        {
+            bins.name: break_down(losses[0], losses[1], blocks, bins)
+            for bins in divisions(store, split, protocol)
+        },
+        _passages(store.tokens(split), difference, blocks, a.tokenizer),
+    )
+
+
+def first_block(tokens: int, stride: int, requested: int | None = None) -> int:
+    """Tokens per block: as requested, else as many whole windows as have `BLOCK_TOKENS`.
+
+    Args:
+        tokens: in all.
         stride: tokens that a window scores.
         requested: a size of one's own.
 
     Raises:
         PHAError: a size below 1, or one that gives fewer than `MIN_BLOCKS` blocks.
     """
-    tokens = len(difference)
-    size = default_block(stride) if requested is None else requested
-    require_blocks(tokens, size)
-    if requested is not None:
-        return size
-    while tokens // (2 * size) >= MIN_BLOCKS:
-        sums, counts = block_sums(difference, block_numbers(tokens, size))
-        if not are_alike(sums / counts):
-            break
-        size *= 2
-    return size
-
-
-def require_blocks(tokens: int, size: int) -> None:
-    """Check that so many tokens make `MIN_BLOCKS` blocks of a size.
-
-    Raises:
-        PHAError: they do not, or the size is below 1.
-    """
+    size = -(-BLOCK_TOKENS // stride) * stride if requested is None else requested
     if size < 1:
         raise PHAError(f"a block has {size} tokens; give at least 1")
     if (count := tokens // size) < MIN_BLOCKS:
@@ -152,6 +297,34 @@ def require_blocks(tokens: int, size: int) -> None:
             f"{tokens:,} tokens make {count} blocks of {size:,}, and an interval needs "
             f"{MIN_BLOCKS}: take more text{advice}"
         )
+    return size
+
+
+def grown_block(difference: np.ndarray, size: int) -> int:
+    """`size`, doubled while neighbouring blocks are alike and `MIN_BLOCKS` would remain.
+
+    Args:
+        difference: (N,) differences in loss, in the order of the text.
+        size: tokens per block to begin with.
+    """
+    while len(difference) // (2 * size) >= MIN_BLOCKS:
+        sums, counts = block_sums(difference, block_numbers(len(difference), size))
+        if not are_alike(sums / counts):
+            break
+        size *= 2
+    return size
+
+
+def block_numbers(tokens: int, size: int) -> np.ndarray:
+    """(tokens,) int64: the block of each; a rest below half a block belongs to the last one."""
+    count = max(1, (tokens + size // 2) // size)
+    return np.minimum(np.arange(tokens) // size, count - 1)
+
+
+def block_sums(values: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sum (float64) and number of the values of each block that has any."""
+    sums, counts = np.bincount(blocks, weights=values), np.bincount(blocks)
+    return sums[counts > 0], counts[counts > 0]
 
 
 def neighbour_correlation(means: np.ndarray) -> float:
@@ -166,19 +339,6 @@ def are_alike(means: np.ndarray) -> bool:
     return neighbour_correlation(means) > 2 / math.sqrt(len(means))
 
 
-def block_numbers(tokens: int, size: int) -> np.ndarray:
-    """(tokens,) int64: the block of each; a rest below half a block belongs to the last one."""
-    count = max(1, (tokens + size // 2) // size)
-    return np.minimum(np.arange(tokens) // size, count - 1)
-
-
-def block_sums(values: np.ndarray, blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum (float64) and number of the values of each block that has any."""
-    sums = np.bincount(blocks, weights=values)
-    counts = np.bincount(blocks)
-    return sums[counts > 0], counts[counts > 0]
-
-
 def mean_interval(sums: np.ndarray, counts: np.ndarray) -> Interval:
     """Mean and interval from the sums and counts of blocks; see the top of this module."""
     from scipy import stats
@@ -187,30 +347,25 @@ def mean_interval(sums: np.ndarray, counts: np.ndarray) -> Interval:
     mean = math.fsum(sums) / tokens
     if blocks < MIN_BLOCKS:
         return Interval(mean, None, blocks, tokens)
-    deviations = sums - mean * counts
-    error = math.sqrt(blocks / (blocks - 1) * math.fsum(deviations**2)) / tokens
-    return Interval(mean, float(stats.t.ppf(0.975, blocks - 1)) * error, blocks, tokens)
+    error = stats.sem((sums - mean * counts) * (blocks / tokens))
+    return Interval(mean, float(stats.t.ppf(0.975, blocks - 1) * error), blocks, tokens)
 
 
-def bootstrap_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, float]:
+def bootstrap_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     """The 95% percentile interval of the mean over blocks drawn with replacement."""
     from scipy import stats
 
-    def mean(s: np.ndarray, n: np.ndarray, axis: int) -> np.ndarray:
-        result: np.ndarray = s.sum(axis=axis) / n.sum(axis=axis)
-        return result
-
-    interval = stats.bootstrap(
+    low, high = stats.bootstrap(
         (sums, counts),
-        mean,
+        lambda s, n, axis: s.sum(axis=axis) / n.sum(axis=axis),
         paired=True,
         vectorized=True,
         n_resamples=_RESAMPLES,
-        batch=max(1, _BOOTSTRAP_VALUES // len(sums)),
+        batch=max(1, _RESAMPLED_VALUES // len(sums)),
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     ).confidence_interval
-    return float(interval.low), float(interval.high)
+    return float(low), float(high)
 
 
 def break_down(a: np.ndarray, b: np.ndarray, blocks: np.ndarray, bins: Bins) -> list[BinDifference]:
@@ -222,87 +377,50 @@ def break_down(a: np.ndarray, b: np.ndarray, blocks: np.ndarray, bins: Bins) -> 
         blocks: (N,) from `block_numbers`.
         bins: a division of the tokens.
     """
-    difference = a.astype(np.float64) - b
     found = []
     for number, label in enumerate(bins.labels):
-        here = bins.index == number
-        if not here.any():
-            continue
-        found.append(
-            BinDifference(
-                label,
-                float(here.mean()),
-                float(a[here].mean(dtype=np.float64)),
-                float(b[here].mean(dtype=np.float64)),
-                mean_interval(*block_sums(difference[here], blocks[here])),
+        here = bins.members == number
+        if here.any():
+            one, two = a[here].astype(np.float64), b[here].astype(np.float64)
+            interval = mean_interval(*block_sums(one - two, blocks[here]))
+            found.append(
+                BinDifference(
+                    label, float(here.mean()), float(one.mean()), float(two.mean()), interval
+                )
             )
-        )
     return found
 
 
-def context_bins(lengths: np.ndarray, longest: int) -> Bins:
-    """Eight equal bins (fewer below eight tokens) of 1 to `longest` tokens of context.
-
-    Args:
-        lengths: (N,) tokens that each prediction sees.
-        longest: the sequence length.
-    """
-    count = min(POSITION_BINS, longest)
-    edges = np.arange(1, count + 1) * longest // count  # last length of each bin
-    firsts = [1, *(int(edge) + 1 for edge in edges[:-1])]
-    labels = [_range(first, int(last)) for first, last in zip(firsts, edges, strict=True)]
-    return Bins("context (tokens)", labels, np.searchsorted(edges, lengths))
-
-
-def frequency_bins(targets: np.ndarray, counts: np.ndarray, split: str) -> Bins:
-    """Bins by the rank of a token among all, the commonest first; ties in the order of ids.
-
-    Args:
-        targets: (N,) token ids.
-        counts: (V,) how often each id occurs.
-        split: where they were counted, for the name.
-    """
-    ranks = np.empty(len(counts), dtype=np.int64)
-    ranks[np.argsort(-counts, kind="stable")] = np.arange(1, len(counts) + 1)
-    known = int((counts > 0).sum())
-    bounds = [*(bound for bound in RANK_BOUNDS if bound < known), known]
-    firsts = [1, *(bound + 1 for bound in bounds[:-1])]
-    labels = [_range(first, last) for first, last in zip(firsts, bounds, strict=True)]
-    # Ids that do not occur have the ranks after all others.
-    index = np.searchsorted(bounds, ranks[targets])
-    return Bins(f"token rank ({split} split)", [*labels, "not in it"], index)
-
-
-def recall_bins(tokens: np.ndarray, contexts: np.ndarray) -> Bins:
-    """Bins by where a token last occurred in the context it is predicted from.
-
-    Args:
-        tokens: (N,) token ids.
-        contexts: (N - 1,) the first token that the prediction of token i + 1 sees.
-    """
-    targets = np.arange(1, len(tokens))
-    previous = previous_occurrences(tokens)[1:]
-    distance = targets - previous
-    index = np.where(previous < contexts, 0, np.where(distance <= RECENT_TOKENS, 1, 2))
-    labels = ("new", f"seen ≤ {RECENT_TOKENS} back", f"seen > {RECENT_TOKENS} back")
-    return Bins("token in its context", labels, index)
-
-
-def previous_occurrences(tokens: np.ndarray) -> np.ndarray:
-    """(N,) int64: where each token occurred last before, or -1."""
-    order = np.argsort(tokens, kind="stable")
-    same = tokens[order[1:]] == tokens[order[:-1]]
-    previous = np.full(len(tokens), -1, dtype=np.int64)
-    previous[order[1:][same]] = order[:-1][same]
-    return previous
+def _passages(
+    tokens: np.ndarray, difference: np.ndarray, blocks: np.ndarray, tokenizer: Any
+) -> list[Passage]:
+    """The blocks with the largest differences, those where A is better first."""
+    found = []
+    sums, counts = block_sums(difference, blocks)
+    edges, means = np.append(0, np.cumsum(counts)), sums / counts
+    for better, sign in (("A", -1.0), ("B", 1.0)):
+        for number in np.argsort(-sign * means, kind="stable")[:PASSAGES]:
+            if sign * means[number] <= 0:
+                break
+            first, last = int(edges[number]), int(edges[number + 1])
+            start = first + steepest(sign * difference[first:last], EXCERPT_TOKENS)
+            end = min(start + EXCERPT_TOKENS, last)
+            # Entry i of the differences is of token i + 1.
+            text = tokenizer.decode(tokens[start + 1 : end + 1].tolist()).strip("\ufffd")
+            mean, telling = float(means[number]), float(difference[start:end].mean())
+            found.append(Passage(better, first + 1, last - first, mean, text, telling))
+    return found
 
 
 def steepest(values: np.ndarray, width: int) -> int:
     """Start of the stretch of `width` values (or all, if fewer) with the largest sum."""
-    cumulative = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    width = min(width, len(values))
-    return int(np.argmax(cumulative[width:] - cumulative[:-width]))
+    stretches = np.lib.stride_tricks.sliding_window_view(values, min(width, len(values)))
+    return int(stretches.sum(axis=1).argmax())
 
 
-def _range(first: int, last: int) -> str:
-    return f"{first:,}" if first == last else f"{first:,}\u2013{last:,}"
+def _digits(gap: float, width: float | None) -> str:
+    """`0.0312 ± 0.0061`: two significant figures of the width, and the gap to the same place."""
+    if not width:
+        return f"{gap:.3g}"
+    decimals = min(8, max(0, 1 - math.floor(math.log10(width))))
+    return f"{gap:.{decimals}f} ± {width:.{decimals}f}"

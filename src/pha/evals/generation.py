@@ -1,8 +1,9 @@
-"""Text sampled from a model: cached, in left-padded batches, streamed as whole characters."""
+"""Text sampled from a model: transformers' `generate` in left-padded batches, one seed one text."""
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -17,16 +19,17 @@ from transformers import (
     PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TextStreamer,
+    TopPLogitsWarper,
 )
 
-from pha.evals.streaming import TextStream
 from pha.loading import LoadedModel
 from pha.utils.errors import PHAError
 from pha.utils.hardware import synchronise
 
-# A nucleus is nearly always among so many tokens, and finding them is ten times faster than sorting
-# a vocabulary.
-_CANDIDATES = 1024
+_DECODING = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,6 @@ class Speed:
     """Time of the prompts (prefill) and of every token after a text's first (decoding), apart.
 
     Attributes:
-        weight_bytes: bytes of all parameters, each once. A decoding step reads them all, whatever
-            the batch: the embedding as the output head.
         prompt_tokens: tokens of all prompts, without padding.
         prefill_seconds: until the first new tokens.
         decode_tokens: new tokens after the first of each text.
@@ -100,133 +101,90 @@ class Speed:
         decode_seconds: time of these.
     """
 
-    weight_bytes: int = 0
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_steps: int = 0
     decode_seconds: float = 0.0
 
-    def to_dict(self) -> dict[str, float]:
-        """The counts and times, with rates: tokens/s and bytes/s of weights read in decoding."""
 
-        def rate(amount: float, seconds: float) -> float:
-            return amount / seconds if seconds else 0.0
-
-        read = self.decode_steps * self.weight_bytes
-        return {
-            **vars(self),
-            "prefill_tokens_per_second": rate(self.prompt_tokens, self.prefill_seconds),
-            "decode_tokens_per_second": rate(self.decode_tokens, self.decode_seconds),
-            "decode_weight_bytes_per_second": rate(read, self.decode_seconds),
-        }
-
-
-@dataclass
-class _Row:
-    """One text in the making."""
+@dataclass(frozen=True)
+class _Request:
+    """A text to be made: sample number `sample` of prompt number `index`."""
 
     prompt: str
     ids: list[int]
     index: int
     sample: int
-    stream: TextStream
-    new_tokens: int = 0
-    finish: str = ""
 
-    def result(self) -> Continuation:
-        return Continuation(
-            self.prompt,
-            self.stream.text,
-            self.index,
-            self.sample,
-            len(self.ids),
-            self.new_tokens,
-            self.finish,
-        )
+
+class GumbelNoise(LogitsProcessor):
+    """Adds Gumbel noise to logits: the largest sum is then a draw from their softmax.
+
+    The noise of a row depends on its key alone, and not on the other rows. It is drawn on the CPU,
+    whatever the device.
+
+    Args:
+        keys: for each row, non-negative integers.
+    """
+
+    def __init__(self, keys: Sequence[Sequence[int]]) -> None:
+        self.sources = [np.random.default_rng(key) for key in keys]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(B, V) logits, and the next noise of each row."""
+        drawn = np.stack([source.standard_exponential(scores.shape[1]) for source in self.sources])
+        # Minus the logarithm of an exponential variable is a Gumbel variable. None is zero.
+        return scores - torch.from_numpy(drawn).to(scores).clamp_min(1e-30).log()
+
+
+def draws(keys: Sequence[Sequence[int]], sampling: Sampling) -> LogitsProcessorList:
+    """What turns logits into others whose largest is the choice; see `GumbelNoise` for the keys."""
+    if sampling.temperature == 0:
+        return LogitsProcessorList()
+    return LogitsProcessorList(
+        [
+            TemperatureLogitsWarper(float(sampling.temperature)),
+            TopPLogitsWarper(float(sampling.top_p)),
+            GumbelNoise(keys),
+        ]
+    )
+
+
+class _Stop(StopStringCriteria):
+    """Ends a row at a stop string in its new text; transformers' own also looks at the prompt."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str], start: int) -> None:
+        super().__init__(tokenizer, list(stop))
+        self.start = start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        ended: Tensor = super().__call__(input_ids[:, self.start :], scores)
+        return ended
 
 
 @dataclass
-class _Progress(StoppingCriteria):
-    """Sees every new token: passes text on, ends finished rows, takes the time."""
+class _Clock(StoppingCriteria):
+    """Stops nothing; notes when each step was done."""
 
-    rows: list[_Row]
-    max_new_tokens: int
-    eos_token_id: int | None
-    write: Callable[[str], None]
     times: list[float] = field(default_factory=list)
-    tokens: int = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        new = input_ids[:, -1].tolist()
+        synchronise(input_ids.device)
         self.times.append(time.perf_counter())
-        for row, token in zip(self.rows, new, strict=True):
-            if not row.finish:
-                self._take(row, token)
-        return torch.tensor([bool(row.finish) for row in self.rows], device=input_ids.device)
-
-    def _take(self, row: _Row, token: int) -> None:
-        row.new_tokens += 1
-        self.tokens += 1
-        self.write(row.stream.push(token))
-        if row.stream.stopped:
-            row.finish = "stop"
-        elif token == self.eos_token_id:
-            row.finish = "end-of-text"
-        elif row.new_tokens == self.max_new_tokens:
-            row.finish = "length"
-        if row.finish:
-            self.write(row.stream.close())
-            row.finish = "stop" if row.stream.stopped else row.finish
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-class _Draw(LogitsProcessor):
-    """Leaves each row a single token, drawn with the row's own random numbers."""
+class Writer(TextStreamer):
+    """Passes the text of one row on, word by word."""
 
-    def __init__(self, rows: Sequence[_Row], sampling: Sampling) -> None:
-        self.temperature, self.top_p = sampling.temperature, sampling.top_p
-        self.uniforms = torch.stack(
-            [_uniforms(sampling.seed, row.sample, row.ids, sampling.max_new_tokens) for row in rows]
-        )
-        self.step = 0
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, **_DECODING)
+        self.write = write
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chosen = draw(scores, self.uniforms[:, self.step], self.temperature, self.top_p)
-        self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
-
-
-def _uniforms(seed: int, sample: int, ids: Sequence[int], count: int) -> Tensor:
-    """(count,) float64 in [0, 1): a function of seed, sample and prompt, and of nothing else."""
-    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, sample, *ids])))
-    return torch.from_numpy(generator.random(count))
-
-
-def draw(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Nucleus sampling by inversion: the token where cumulative probability passes `uniform`.
-
-    Tokens are taken in order of falling probability, as many as it takes to reach `top_p`.
-
-    Args:
-        logits: (B, V).
-        uniform: (B,) float64 in [0, 1).
-        temperature: above 0.
-        top_p: in (0, 1].
-
-    Returns:
-        (B,) token ids, on the device of the logits.
-    """
-    probability = (logits.float() / temperature).softmax(-1)
-    for size in (min(_CANDIDATES, logits.shape[-1]), logits.shape[-1]):
-        top, ids = probability.topk(size)
-        # On the CPU in float64: summing in parallel on a GPU would not be deterministic.
-        cumulative = top.cpu().double().cumsum(-1)
-        if bool((cumulative[:, -1] >= top_p).all()):
-            break
-    kept = (cumulative < top_p).sum(-1, keepdim=True).clamp_max(size - 1)  # the last one kept
-    mass = cumulative.gather(-1, kept)
-    place = torch.searchsorted(cumulative, uniform[:, None] * mass, right=True)
-    return ids.gather(-1, torch.minimum(place, kept).to(ids.device))[:, 0]
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write text that no further token changes."""
+        self.write(text)
 
 
 def generate(
@@ -253,7 +211,8 @@ def generate(
         num_samples: texts for each prompt.
         batch_size: texts at a time; shorter prompts are padded on the left.
         piece: tokens of a prompt per forward pass, which bounds the memory of long ones; 0 for all.
-        write: called with new text as it comes, whichever row of the batch it belongs to.
+        write: called with new text as it comes, for one text in all: word by word, or at its end
+            where there are stop strings.
         speed: what this took is added to it.
 
     Returns:
@@ -269,19 +228,19 @@ def generate(
         raise PHAError(f"a piece of the prompt is {piece} tokens; at least 1, or 0 for all at once")
     if num_samples > 1 and sampling.temperature == 0:
         raise PHAError("temperature 0 gives one text however often; ask for one sample")
-    rows = [
-        _Row(prompt, ids, index, number, TextStream(loaded.tokenizer, sampling.stop))
+    requests = [
+        _Request(prompt, ids, index, number)
         for index, prompt in enumerate(prompts)
         for ids in [_prompt_ids(loaded.tokenizer, prompt)]
         for number in range(num_samples)
     ]
-    batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
     speed = Speed() if speed is None else speed
-    write = write or (lambda text: None)
     return (
-        row.result()
-        for batch in batches
-        for row in _run_batch(loaded, batch, sampling, piece, speed, write)
+        continuation
+        for first in range(0, len(requests), batch_size)
+        for continuation in _continue(
+            loaded, requests[first : first + batch_size], sampling, piece, speed, write
+        )
     )
 
 
@@ -304,13 +263,8 @@ def sample(
     """
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     [continuation] = generate(loaded, [prompt], sampling)
-    return {
-        "prompt": prompt,
-        "text": continuation.text,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-    }
+    settings = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    return {"prompt": prompt, "text": continuation.text, **settings}
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
@@ -321,42 +275,82 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
 
 
 @torch.inference_mode()
-def _run_batch(
+def _continue(
     loaded: LoadedModel,
-    rows: list[_Row],
+    batch: Sequence[_Request],
     sampling: Sampling,
     piece: int,
     speed: Speed,
-    write: Callable[[str], None],
-) -> list[_Row]:
-    """Generate the texts of one batch, and return its rows."""
-    model, eos = loaded.model, loaded.tokenizer.eos_token_id
-    pad = 0 if eos is None else eos
-    width = max(len(row.ids) for row in rows)
-    ids = torch.tensor([[pad] * (width - len(row.ids)) + row.ids for row in rows])
-    lengths = torch.tensor([len(row.ids) for row in rows])
-    mask = (torch.arange(width) >= width - lengths[:, None]).long()
-    progress = _Progress(rows, sampling.max_new_tokens, eos, write)
-    draws = [_Draw(rows, sampling)] if sampling.temperature > 0 else []
+    write: Callable[[str], None] | None,
+) -> list[Continuation]:
+    """The texts of one batch."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    end = tokenizer.eos_token_id
+    pad = 0 if end is None else end
+    prompts = [torch.tensor(request.ids) for request in batch]
+    ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
+    mask = pad_sequence([torch.ones_like(p) for p in prompts], True, 0, "left")
+    keys = [[sampling.seed, request.sample, *request.ids] for request in batch]
+    clock = _Clock()
+    criteria = StoppingCriteriaList([clock])
+    if sampling.stop:
+        criteria.append(_Stop(tokenizer, sampling.stop, ids.shape[1]))
     synchronise(model.device)
     begin = time.perf_counter()
-    model.generate(
+    tokens = model.generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
-        # `progress` ends texts and `draws` leaves the search one choice, so it is always greedy.
         generation_config=GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
-            do_sample=False,
+            do_sample=False,  # the largest is the choice
+            eos_token_id=end,
             pad_token_id=pad,
             prefill_chunk_size=piece or None,
         ),
-        logits_processor=LogitsProcessorList(draws),
-        stopping_criteria=StoppingCriteriaList([progress]),
+        logits_processor=draws(keys, sampling),
+        stopping_criteria=criteria,
+        streamer=Writer(tokenizer, write) if write and not sampling.stop else None,
     )
-    speed.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    speed.prompt_tokens += int(lengths.sum())
-    speed.prefill_seconds += progress.times[0] - begin
-    speed.decode_tokens += progress.tokens - len(rows)
-    speed.decode_steps += len(progress.times) - 1
-    speed.decode_seconds += progress.times[-1] - progress.times[0]
-    return rows
+    texts = [
+        Continuation(r.prompt, text, r.index, r.sample, len(r.ids), count, finish)
+        for r, row in zip(batch, tokens[:, ids.shape[1] :].tolist(), strict=True)
+        for text, count, finish in [ended(tokenizer, row, sampling.stop)]
+    ]
+    if write and sampling.stop:
+        write(texts[0].text)
+    speed.prompt_tokens += int(mask.sum())
+    speed.prefill_seconds += clock.times[0] - begin
+    speed.decode_tokens += sum(made.new_tokens - 1 for made in texts)
+    speed.decode_steps += len(clock.times) - 1
+    speed.decode_seconds += clock.times[-1] - clock.times[0]
+    return texts
+
+
+def ended(
+    tokenizer: PreTrainedTokenizerFast, row: list[int], stop: Sequence[str]
+) -> tuple[str, int, str]:
+    """Where a text ends: the text, its tokens, and why, as `Continuation` has them.
+
+    Args:
+        tokenizer: that reads them.
+        row: new tokens, and any padding after the end.
+        stop: the text ends before the one of these that is complete first.
+    """
+
+    def text(count: int) -> str:
+        decoded: str = tokenizer.decode(row[:count], **_DECODING)
+        return decoded
+
+    def stopped(count: int) -> bool:
+        return any(string in text(count) for string in stop)
+
+    finish, count = "length", len(row)
+    if tokenizer.eos_token_id in row:
+        finish, count = "end-of-text", row.index(tokenizer.eos_token_id) + 1
+    if not stopped(count):
+        return text(count), count, finish
+    count = bisect_left(range(count), True, key=stopped)
+    whole = text(count)
+    places = [(whole.find(string), string) for string in stop if string in whole]
+    _, first = min((place + len(string), place) for place, string in places)
+    return whole[:first], count, "stop"

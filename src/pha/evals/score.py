@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from pha.data.encoding import TextEncoder
+from pha.evals.perplexity import figures
 from pha.loading import LoadedModel
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, peak_memory
@@ -206,12 +207,7 @@ def score(
         tokens=tokens,
         words=words,
         bytes=size,
-        loss=total / tokens,
-        perplexity=_exp(total / tokens),
-        word_perplexity=_exp(total / words) if words else math.inf,
-        byte_perplexity=_exp(total / size),
-        bits_per_byte=total / size / math.log(2),
-        accuracy=hits / tokens,
+        **figures(total, hits, tokens, words, size),
         seconds=seconds,
         tokens_per_second=seen / seconds,
         memory_early=early or peak_memory(device),
@@ -224,7 +220,3 @@ def score(
             "precision": precision,
         },
     )
-
-
-def _exp(x: float) -> float:
-    return math.exp(x) if x < 700 else math.inf

@@ -112,10 +112,11 @@ class ArchitectureConfig:
         """
         hints = get_type_hints(ArchitectureConfig)
         for item in fields(ArchitectureConfig):
-            value = getattr(self, item.name)
-            _require(
-                _is_a(value, hints[item.name]), f"{item.name} is {value!r}; it must be {item.type}"
-            )
+            value, hint = getattr(self, item.name), hints[item.name]
+            wanted = f"it must be {item.type}"
+            if get_origin(hint) is Literal:
+                wanted = f"choose {' or '.join(get_args(hint))}"
+            _require(_is_a(value, hint), f"{item.name} is {value!r}; {wanted}")
         for name in (
             "vocab_size",
             "hidden_size",
@@ -153,15 +154,6 @@ class ArchitectureConfig:
             len(set(self.branches)) == len(self.branches),
             f"branches names one twice: {', '.join(self.branches)}",
         )
-        for name, allowed in (
-            ("block", ("parallel", "sequential")),
-            ("residual", ("pre", "post")),
-            ("input_scaling", ("unit-variance", "zero-order-hold")),
-            ("attention_logits", ("scaled-cosine", "dot-product")),
-            ("mixing_weights", ("learned", "fixed")),
-        ):
-            value = getattr(self, name)
-            _require(value in allowed, f"{name} is {value!r}; choose {' or '.join(allowed)}")
         _require(
             self.residual == "post" or not self.deepnorm_init,
             "deepnorm_init needs residual post; with pre, leave it off",
@@ -198,7 +190,9 @@ def _is_a(value: Any, hint: Any) -> bool:
         )
     if origin in (Union, UnionType):
         return any(_is_a(value, x) for x in arguments)
-    if hint is Any or origin is Literal:  # choices have a message of their own
+    if origin is Literal:
+        return value in arguments
+    if hint is Any:
         return True
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)

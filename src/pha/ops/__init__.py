@@ -5,7 +5,7 @@ n state size, H query heads, G key-value heads, K head size, V vocabulary, N = B
 """
 
 from pha.ops.attention import attention
-from pha.ops.backends import OPS, Op
+from pha.ops.backends import OPS, Op, in_use
 from pha.ops.dss import dss
 from pha.ops.gated_scan import gated_scan
 from pha.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
@@ -19,6 +19,7 @@ __all__ = [
     "attention",
     "dss",
     "gated_scan",
+    "in_use",
     "linear_cross_entropy",
     "rms_norm",
     "rotate",

@@ -25,6 +25,8 @@ class Op:
         backends: name -> function, all with the same signature. `"naive"` is the oracle.
         preferred: device type -> backend name; `"default"` is the fallback for other devices.
         plain: the best form in torch's own operations, which every kernel is measured against.
+        limits: backend name -> for which shapes and types it leaves the work to what, in a few
+            words.
         check: a self-check that compares a backend with the oracle and returns the largest
             relative error of values and gradients.
         only_on: backend name -> the one device type it is made for; others run on all.
@@ -39,6 +41,7 @@ class Op:
     only_on: dict[str, str] = field(default_factory=dict)
     fault: Callable[[str, str], str | None] = _no_fault
     plain: str = "torch"
+    limits: dict[str, str] = field(default_factory=dict)
     forced: str | None = field(default=None)
 
     def __post_init__(self) -> None:
@@ -51,6 +54,13 @@ class Op:
     def runs_on(self, backend: str, device_type: str) -> bool:
         """Whether `backend` is made for tensors of `device_type`."""
         return self.only_on.get(backend, device_type) == device_type
+
+    def describe(self, device_type: str) -> str:
+        """What runs on tensors of `device_type`, with its limits or what is wrong with it."""
+        chosen = self.choice(device_type)
+        if (reason := self.fault(chosen, device_type)) is not None:
+            return f"{chosen} cannot run: {reason}"
+        return f"{chosen} ({self.limits[chosen]})" if chosen in self.limits else chosen
 
     def __call__(self, device_type: str) -> Callable[..., Any]:
         """The function of the chosen backend."""
@@ -75,3 +85,8 @@ class Op:
     def self_check(self, backend: str, device_type: str) -> float:
         """Largest relative error of `backend` against the oracle on a small random problem."""
         return self.check(self.backends[backend], self.backends["naive"], device_type)
+
+
+def in_use(device_type: str) -> dict[str, str]:
+    """Op -> what runs on tensors of `device_type`: for the log of a run and rows of benchmarks."""
+    return {op.name: op.describe(device_type) for op in OPS.values()}

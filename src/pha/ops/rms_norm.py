@@ -42,13 +42,13 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    def forward(x: Tensor, gain: Tensor, eps: float) -> Tensor:
         normed, _ = _normed(x, eps)
-        return normed.mul_(gain.to(normed.dtype)).to(dtype)
+        return normed * gain.to(normed.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, gain, ctx.eps, _ = inputs
+        x, gain, ctx.eps = inputs
         ctx.save_for_backward(x, gain)
 
     @staticmethod
@@ -61,20 +61,21 @@ class _RMSNorm(torch.autograd.Function):
         dgain = products.flatten(0, -2).sum(0)
         mean = products.mul_(wide_gain).mean(-1, keepdim=True)
         dx = torch.mul(dy, wide_gain, out=products).addcmul_(normed, mean, value=-1).mul_(inverse)
-        return dx.to(x.dtype), dgain.to(gain.dtype), None, None
+        return dx.to(x.dtype), dgain.to(gain.dtype), None
 
 
 def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x / rms(x), new, and 1 / rms(x)."""
     wide = x.to(accumulation_type(x))
-    inverse = (torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_() / x.shape[-1]) + eps
-    inverse.rsqrt_()
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
+    inverse = (mean_square + eps).rsqrt()
     return wide * inverse, inverse
 
 
 def rms_norm_torch(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Torch's operations, with the backward pass in closed form."""
-    return _RMSNorm.apply(x, gain, eps, dtype)
+    normed: Tensor = _RMSNorm.apply(x, gain, eps)
+    return normed.to(dtype)
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:

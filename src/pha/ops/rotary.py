@@ -62,7 +62,7 @@ class _UnitRotary(torch.autograd.Function):
     def forward(x: Tensor, scales: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         wide = x.to(accumulation_type(x))
         _, inverse = _lengths(wide)
-        return rotate(wide, cos, sin).mul_(inverse * scales.view(-1, 1, 1)).to(x.dtype)
+        return rotate(wide, cos, sin) * (inverse * scales.view(-1, 1, 1))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -93,7 +93,8 @@ def unit_rotary_torch(x: Tensor, scales: Tensor | None, cos: Tensor, sin: Tensor
     """PyTorch's operations, of which only the inputs are kept."""
     if scales is None:
         scales = x.new_ones(x.shape[1], dtype=accumulation_type(x))
-    return _UnitRotary.apply(x, scales, cos, sin)
+    turned: Tensor = _UnitRotary.apply(x, scales, cos, sin)
+    return turned.to(x.dtype)
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:

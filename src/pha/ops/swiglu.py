@@ -36,7 +36,10 @@ def swiglu_naive(gate: Tensor, up: Tensor) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(gate: Tensor, up: Tensor) -> Tensor:
-        return F.silu(gate).mul_(up)
+        # In torch 2.11 a compiled graph loses the backward pass of a function that ends in what
+        # returns its own argument: an operation in place, or a cast to the same type. So casts
+        # stand outside, here and in other ops.
+        return F.silu(gate) * up
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -6,6 +6,7 @@ The YAML header follows the model cards of the Hugging Face Hub, with the result
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,8 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pha.modeling import PHAConfig
-from pha.report.collect import Evaluation, Run, section
+from pha.report.collect import Run, section
+from pha.results import Evaluation
 from pha.utils.text import count, duration, fixed, percent, perplexity, plain, shorten
 
 LIBRARY = "pha"
@@ -143,8 +145,8 @@ def _architecture(config: PHAConfig) -> str:
 def _table(run: Run, evaluation: Evaluation) -> Table:
     metrics = []
     for kind, words in _METRICS.items():
-        value = getattr(evaluation.scores, kind)
-        if value is not None:
+        value = getattr(evaluation, kind)
+        if math.isfinite(value):
             show = {"accuracy": lambda x: percent(x, 2), "bits_per_byte": lambda x: fixed(x, 4)}
             metrics.append(Metric(kind, words, value, show.get(kind, perplexity)(value)))
     return Table(evaluation.split, _data_name(run), _protocol(evaluation.protocol), metrics)
@@ -185,6 +187,7 @@ def _groups(run: Run | None, weights: str) -> list[Group]:
     model = [("weights", weights)]
     if run is None:
         return [Group("Model", model)]
+    preset = run.result.model.preset if run.result else None
     provenance, data = run.provenance, run.data
     training = section(run.config, "run")
     optimiser = section(run.config, "optimizer")
@@ -193,14 +196,14 @@ def _groups(run: Run | None, weights: str) -> list[Group]:
         commit = f"{commit}, with changes that were not committed"
     versions = [f"{name} {provenance[name]}" for name in _SOFTWARE if provenance.get(name)]
     return [
-        Group("Model", [("preset", plain(run.model.get("preset"))), *model]),
+        Group("Model", [("preset", plain(preset)), *model]),
         Group(
             "Training",
             [
                 ("recipe", _last_name(plain(run.recipe))),
                 ("tokens seen", fixed(run.tokens_seen, 0)),
                 ("optimiser steps", fixed(run.steps, 0)),
-                ("step of these weights", fixed(run.chosen_step, 0)),
+                ("step of these weights", fixed(run.result.chosen_step if run.result else None, 0)),
                 ("sequences per step", plain(training.get("global_batch"))),
                 ("tokens per sequence", plain(section(run.config, "data").get("sequence_length"))),
                 ("learning rate", plain(optimiser.get("learning_rate"))),

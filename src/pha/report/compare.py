@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pha.report.collect import Evaluation, Run, Scores
+from pha.report.collect import Run
+from pha.results import Evaluation, Scores
 from pha.utils.text import DASH, count, duration, fixed, memory, perplexity
 
 Basis = Literal["tokenizer", "data", "protocol", "hardware", "work"]
@@ -22,19 +24,24 @@ class Column:
 
     heading: str
     unit: str
-    value: Callable[[Row], float | None]
+    of: Callable[[Row], float | None]
     show: Callable[[float | None], str]
     best: Callable[[Iterable[float]], float] | None = None
     basis: Basis = "data"
 
+    def value(self, row: Row) -> float | None:
+        """What a row has here, if that is a finite number."""
+        value = self.of(row)
+        return value if value is not None and math.isfinite(value) else None
+
 
 @dataclass(frozen=True)
 class Row:
-    """Scores on one split of run `index`, and a remark where they are not final."""
+    """Scores on one split of run `index`, if any, and a remark where they are not final."""
 
     index: int
     run: Run
-    scores: Scores
+    scores: Scores | None
     remark: str = ""
 
 
@@ -55,24 +62,26 @@ class Comparison:
     rows: list[tuple[Row, list[Cell]]]
 
 
+def _score(name: str) -> Callable[[Row], float | None]:
+    return lambda row: getattr(row.scores, name, None)
+
+
 QUALITY = (
     Column(
         "Perplexity",
         "per token",
-        lambda r: r.scores.perplexity,
+        _score("perplexity"),
         perplexity,
         min,
         "tokenizer",
     ),
-    Column("Perplexity", "per word", lambda r: r.scores.word_perplexity, perplexity, min, "data"),
-    Column("Perplexity", "per byte", lambda r: r.scores.byte_perplexity, perplexity, min, "data"),
-    Column(
-        "Bits", "per byte", lambda r: r.scores.bits_per_byte, lambda v: fixed(v, 3), min, "data"
-    ),
+    Column("Perplexity", "per word", _score("word_perplexity"), perplexity, min, "data"),
+    Column("Perplexity", "per byte", _score("byte_perplexity"), perplexity, min, "data"),
+    Column("Bits", "per byte", _score("bits_per_byte"), lambda v: fixed(v, 3), min, "data"),
     Column(
         "Accuracy",
         "next token, %",
-        lambda r: r.scores.accuracy,
+        _score("accuracy"),
         lambda v: fixed(None if v is None else 100 * v, 2),
         max,
         "tokenizer",
@@ -91,7 +100,14 @@ COST = (
         max,
         "hardware",
     ),
-    Column("Memory", "peak", lambda r: r.run.peak_memory_bytes, memory, min, "hardware"),
+    Column(
+        "Memory",
+        "peak",
+        lambda r: r.run.result.peak_memory_bytes if r.run.result else None,
+        memory,
+        min,
+        "hardware",
+    ),
     Column("Time", "training", lambda r: r.run.seconds, duration, min, "work"),
 )
 
@@ -105,7 +121,7 @@ def comparisons(runs: Sequence[Run]) -> list[Comparison]:
         columns = [*SIZE, *QUALITY, *COST] if split == main else list(QUALITY)
         rows = [row_of(index, run, split) for index, run in enumerate(runs)]
         if split != main:
-            rows = [row for row in rows if row.scores != Scores()]
+            rows = [row for row in rows if row.scores is not None]
         winners = [_best(column, rows) for column in columns]
         cells = [
             [
@@ -131,11 +147,11 @@ def row_of(index: int, run: Run, split: str) -> Row:
     """A run's final scores on a split, else those it had during training."""
     final = run.evaluation(split)
     if final is not None:
-        return Row(index, run, final.scores)
+        return Row(index, run, final)
     point = run.latest_eval(split)
     if point is not None:
-        return Row(index, run, point.scores, f"during training, step {point.step:,}")
-    return Row(index, run, Scores(), "not evaluated on this split")
+        return Row(index, run, point, f"during training, step {point.step:,}")
+    return Row(index, run, None, "not evaluated on this split")
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -180,7 +196,7 @@ def differ(runs: Sequence[Run], what: Basis) -> bool:
         )
     if what == "data":
         evaluations = _main_evaluations(runs)
-        sizes = {(e.words, e.bytes) for e in evaluations if e.bytes is not None}
+        sizes = {(e.words, e.bytes) for e in evaluations}
         if differ(runs, "tokenizer") and sizes:
             # The hash covers token ids, which another tokenizer changes; the size of the text
             # tells whether it is the same.
@@ -203,7 +219,7 @@ def join(names: Sequence[str]) -> str:
 
 def _splits(runs: Sequence[Run]) -> list[str]:
     final = [e.split for run in runs for e in run.evaluations]
-    return list(dict.fromkeys([*final, *(p.split for run in runs for p in run.evals)]))
+    return list(dict.fromkeys([*final, *(p.split for run in runs for p in run.metrics.eval)]))
 
 
 def _main_evaluations(runs: Sequence[Run]) -> list[Evaluation]:
@@ -225,7 +241,7 @@ def _protocol_differences(runs: Sequence[Run]) -> list[str]:
 
 def _best(column: Column, rows: Sequence[Row]) -> list[Row]:
     """Rows that hold a column's best value; none where ranking would mislead."""
-    rows = [row for row in rows if row.run.finished and column.value(row) is not None]
+    rows = [row for row in rows if row.run.result and column.value(row) is not None]
     if column.best is None or len(rows) < 2:
         return []
     runs = [row.run for row in rows]

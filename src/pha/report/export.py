@@ -91,7 +91,7 @@ def _results_of(source: Path) -> tuple[Run | None, str | None]:
     if run is None:
         return None, "This model was exported from a folder outside a training run, so no results."
     record = collect([run.path])[0]
-    if not record.finished:
+    if record.result is None:
         return record, "The training run had not finished, so there are no results."
     if folder.resolve() != run.model.resolve():
         return record, "The results of the training run are of other weights than these."

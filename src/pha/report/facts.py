@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from pha.report.collect import Evaluation, Run, number, section
+from pha.report.collect import Run
+from pha.results import Evaluation
 from pha.utils.text import DASH, duration, fixed, flatten, memory, percent, plain, printable
 
 # What a run gave, where and when: no two runs agree in these, and nothing follows from that.
@@ -72,35 +73,40 @@ def _group(title: str, runs: Sequence[Mapping[str, str]], outcomes: bool = False
 
 
 def _run_facts(run: Run) -> dict[str, str]:
+    result = run.result
     return {
         "folder": printable(str(run.path)),
-        "state": "finished" if run.finished else "unfinished",
+        "state": "finished" if run.result is not None else "unfinished",
         "recipe": plain(run.recipe),
         "seed": plain(run.seed),
         "optimiser steps": fixed(run.steps, 0),
-        "step of the chosen weights": fixed(run.chosen_step, 0),
+        "step of the chosen weights": fixed(run.result.chosen_step if run.result else None, 0),
         "tokens seen": fixed(run.tokens_seen, 0),
         "training time": duration(run.seconds),
         "tokens per second": fixed(run.tokens_per_second, 0),
-        "share of the measured matmul rate": percent(run.utilisation),
-        "peak memory": memory(run.peak_memory_bytes),
+        "share of the measured matmul rate": percent(
+            run.result.utilisation if run.result else None
+        ),
+        "peak memory": memory(result.peak_memory_bytes if result else None),
     }
 
 
 def _model_facts(run: Run) -> dict[str, str]:
-    facts = {"preset": plain(run.model.get("preset"))} if run.model else {}
-    for key, value in flatten(section(run.model, "parameters")):
-        facts[f"parameters, {_words(key.removeprefix('components.'))}"] = fixed(number(value), 0)
+    if run.result is None:
+        return {}
+    facts = {"preset": plain(run.result.model.preset)}
+    for key, value in flatten(asdict(run.result.model.parameters)):
+        facts[f"parameters, {_words(key.removeprefix('components.'))}"] = fixed(value, 0)
     return facts
 
 
 def _weights_facts(run: Run) -> dict[str, str]:
     """What the weights were chosen from, where there was a choice."""
-    if len(run.candidates) < 2:
+    if run.result is None or len(run.result.candidates) < 2:
         return {}
-    facts = {"chosen": plain(run.chosen)}
-    for candidate in run.candidates:
-        scores = candidate.evaluation.scores
+    facts = {"chosen": plain(run.result.chosen)}
+    for candidate in run.result.candidates:
+        scores = candidate.evaluation
         facts[f"{candidate.name}, from steps"] = ", ".join(map(str, candidate.steps))
         facts[f"{candidate.name}, validation perplexity"] = fixed(
             candidate.validation_perplexity, 3
@@ -125,8 +131,8 @@ def _evaluation_facts(evaluation: Evaluation | None) -> dict[str, str]:
     if evaluation is None:
         return {}
     return {
-        "loss, nats per token": fixed(evaluation.scores.loss, 4),
-        "perplexity per token": fixed(evaluation.scores.perplexity, 3),
+        "loss, nats per token": fixed(evaluation.loss, 4),
+        "perplexity per token": fixed(evaluation.perplexity, 3),
         "tokens": fixed(evaluation.tokens, 0),
         "words": fixed(evaluation.words, 0),
         "bytes": fixed(evaluation.bytes, 0),
@@ -138,8 +144,8 @@ def _evaluation_facts(evaluation: Evaluation | None) -> dict[str, str]:
 def _nested_facts(mapping: Mapping[str, Any]) -> dict[str, str]:
     facts = {}
     for key, value in flatten(mapping):
-        count = number(value) if key.rpartition(".")[2] in _COUNTS else None
-        facts[_words(key)] = plain(value) if count is None else fixed(count, 0)
+        counts = key.rpartition(".")[2] in _COUNTS and isinstance(value, int | float)
+        facts[_words(key)] = fixed(value, 0) if counts else plain(value)
     return facts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING
 from markupsafe import Markup
 
 from pha.report import plots
-from pha.report.collect import LayerMixing, Run, TrainPoint
+from pha.report.collect import Run
+from pha.results import LayerMixing, TrainRecord
 from pha.utils.text import percent
 
 if TYPE_CHECKING:
@@ -46,9 +48,9 @@ def learning_curves(runs: Sequence[Run]) -> list[Plot]:
     by_seconds: list[plots.Series] = []
     for index, run in enumerate(runs):
         losses = [
-            (point, point.scores.loss)
-            for point in run.evals
-            if point.split == "validation" and point.scores.loss is not None
+            (record, record.loss)
+            for record in run.metrics.eval
+            if record.split == "validation" and math.isfinite(record.loss)
         ]
         # Without validation the training loss is all there is to look at.
         faint = bool(losses)
@@ -56,7 +58,7 @@ def learning_curves(runs: Sequence[Run]) -> list[Plot]:
         by_seconds.append(_training(run, index, lambda p: p.seconds, lambda p: p.loss, faint))
         if losses:
             tokens = [(p.tokens, y) for p, y in losses]
-            seconds = [(_seconds_at(run.train, p.step), y) for p, y in losses]
+            seconds = [(_seconds_at(run.metrics.train, p.step), y) for p, y in losses]
             by_tokens.append(plots.Series(run.label, _known(tokens), index))
             by_seconds.append(plots.Series(run.label, _known(seconds), index))
     found = []
@@ -72,7 +74,7 @@ def learning_curves(runs: Sequence[Run]) -> list[Plot]:
 def training_histories(runs: Sequence[Run]) -> list[Plot]:
     """Learning rate and gradient norm against tokens, where recorded."""
     found = []
-    quantities: tuple[tuple[str, Callable[[TrainPoint], float | None]], ...] = (
+    quantities: tuple[tuple[str, Callable[[TrainRecord], float]], ...] = (
         ("learning rate", lambda point: point.learning_rate),
         ("gradient norm", lambda point: point.grad_norm),
     )
@@ -106,8 +108,7 @@ def mixing(run: Run, color: int) -> Mixing:
     for name, shares in _QUANTITIES:
         points = [
             (point.tokens, [shares(layer) for layer in point.layers])
-            for point in run.mixing_history
-            if point.tokens is not None
+            for point in run.metrics.mixing
         ]
         if len(points) < 2 or not any(layer for _, layers in points for layer in layers):
             continue
@@ -132,17 +133,17 @@ def _plot(figure: Figure, caption: str, series: Sequence[plots.Series]) -> Plot:
 def _training(
     run: Run,
     color: int,
-    x: Callable[[TrainPoint], float | None],
-    y: Callable[[TrainPoint], float | None],
+    x: Callable[[TrainRecord], float],
+    y: Callable[[TrainRecord], float],
     faint: bool,
 ) -> plots.Series:
-    points = [(x(point), value) for point in run.train if (value := y(point)) is not None]
+    points = [(x(point), value) for point in run.metrics.train if math.isfinite(value := y(point))]
     return plots.Series(run.label, _known(points), color, faint)
 
 
-def _seconds_at(train: Sequence[TrainPoint], step: int) -> float | None:
+def _seconds_at(train: Sequence[TrainRecord], step: int) -> float | None:
     """Training seconds after `step` steps, from the training records around it."""
-    known = [(0.0, 0.0), *((p.step, p.seconds) for p in train if p.seconds is not None)]
+    known = [(0.0, 0.0), *((p.step, p.seconds) for p in train)]
     after = bisect_left(known, float(step), key=lambda pair: pair[0])
     if len(known) == 1:
         return None

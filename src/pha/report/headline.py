@@ -12,8 +12,8 @@ from pha.utils.text import count, duration, fixed, percent, perplexity
 
 def headline(runs: Sequence[Run]) -> str:
     """What these runs show, and what they do not."""
-    finished = [run for run in runs if run.finished]
-    unfinished = [run.label for run in runs if not run.finished]
+    finished = [run for run in runs if run.result is not None]
+    unfinished = [run.label for run in runs if run.result is None]
     if not finished:
         return " ".join(_progress(run) for run in runs)
     split = main_split(finished)
@@ -100,8 +100,8 @@ def _progress(run: Run) -> str:
     if run.tokens_seen is not None:
         sentence += f": {count(run.tokens_seen)} tokens seen so far"
     point = run.latest_eval("validation")
-    if point is not None and point.scores.perplexity is not None:
-        sentence += f", validation perplexity {perplexity(point.scores.perplexity)} per token"
+    if point is not None:
+        sentence += f", validation perplexity {perplexity(point.perplexity)} per token"
         sentence += f" at step {point.step:,}"
     return f"{sentence}."
 
@@ -143,7 +143,7 @@ def _seeds(runs: Sequence[Run]) -> str:
     seeds: dict[tuple[Any, ...], set[str]] = {}
     for run in runs:
         # A recipe run with other settings is another model: size and preset tell them apart.
-        what = (run.recipe or run.label, run.model.get("preset"), run.parameters)
+        what = (run.recipe or run.label, run.result and run.result.model.preset, run.parameters)
         seeds.setdefault(what, set()).add(str(run.seed))
     fewest = min(len(group) for group in seeds.values())
     if len(runs) == 1:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from pha import __version__
 from pha.report import figures, plots
-from pha.report.collect import Run, Sample, collect
+from pha.report.collect import Run, collect
 from pha.report.compare import comparisons, warnings
 from pha.report.facts import fact_groups
 from pha.report.headline import headline
+from pha.results import Sample
 from pha.utils.errors import PHAError
 from pha.utils.files import write_text
 from pha.utils.text import plain, printable
@@ -61,10 +64,11 @@ def _render(runs: Sequence[Run], title: str | None) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_visible,
     )
     environment.filters["plain"] = plain
     return environment.get_template("report.html.j2").render(
-        title=printable(title or _title(runs)),
+        title=title or _title(runs),
         headline=headline(runs),
         warnings=warnings(runs),
         runs=runs,
@@ -82,6 +86,13 @@ def _render(runs: Sequence[Run], title: str | None) -> str:
     )
 
 
+def _visible(value: Any) -> Any:
+    """Whatever the page shows, with control characters made visible."""
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return printable(value)
+    return value
+
+
 def _title(runs: Sequence[Run]) -> str:
     if len(runs) > 2:
         return f"Comparison of {len(runs)} runs"
@@ -92,6 +103,6 @@ def _prompts(runs: Sequence[Run]) -> list[Prompt]:
     """Samples by prompt, so that continuations of the same prompt stand side by side."""
     prompts: dict[str, list[tuple[int, Sample]]] = {}
     for index, run in enumerate(runs):
-        for sample in run.samples:
+        for sample in run.result.samples if run.result else ():
             prompts.setdefault(sample.prompt, []).append((index, sample))
     return [Prompt(text, samples) for text, samples in prompts.items()]

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pha.evals.compare import BinDifference
-from pha.evals.paired import PairedComparison
+from pha.evals.compare import BinDifference, PairedComparison
 from pha.report import plots
 from pha.utils import text
 

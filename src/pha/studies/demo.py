@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,13 +10,14 @@ from rich.panel import Panel
 
 from pha.report.page import write_report
 from pha.report.tables import mixing_table, results_table
+from pha.results import RunResult
 from pha.studies.jobs import Job, run_jobs
 
 TWINS = ("pha-tiny", "attention-only-tiny")
 PROTOCOL = "stdlib"
 
 
-def run_demo(out: Path, console: Console, steps: int | None = None) -> list[dict[str, Any]]:
+def run_demo(out: Path, console: Console, steps: int | None = None) -> list[RunResult]:
     """Train both twins, each in a process of its own, and show what came of it.
 
     A process each makes peak memory a figure of one model. Whatever is finished is reused.
@@ -41,13 +41,13 @@ def run_demo(out: Path, console: Console, steps: int | None = None) -> list[dict
     console.rule("[bold]results")
     console.print(results_table(results))
     for result in results:
-        if any(len(layer["weights"]) > 1 for layer in result["mixing"]):
-            title = f"mixing of {result['name']}: weight (effective share)"
-            console.print(mixing_table(result["mixing"], title))
+        if any(len(layer.weights) > 1 for layer in result.mixing):
+            title = f"mixing of {result.name}: weight (effective share)"
+            console.print(mixing_table(result.mixing, title))
     for result in results:
-        sample = result["samples"][0]
-        text = f"[dim]{escape(sample['prompt'])}[/dim]{escape(sample['text'])}"
-        console.print(Panel(text, title=f"{result['name']} continues", title_align="left"))
+        sample = result.samples[0]
+        text = f"[dim]{escape(sample.prompt)}[/dim]{escape(sample.text)}"
+        console.print(Panel(text, title=f"{result.name} continues", title_align="left"))
     title = "PHA and its attention-only twin"
     report = write_report([out / preset for preset in TWINS], out / "report.html", title=title)
     console.print(f"report: {report}", highlight=False)

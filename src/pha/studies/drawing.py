@@ -108,10 +108,9 @@ def _curves(outcome: Outcome) -> Figure | None:
         by_tokens: dict[float, list[float]] = {}
         runs = row.runs()
         for run in runs:
-            for point in run.evals:
-                loss = point.scores.loss
-                if point.split == "validation" and point.tokens and loss is not None:
-                    by_tokens.setdefault(point.tokens, []).append(loss)
+            for record in run.metrics.eval:
+                if record.split == "validation" and record.tokens and math.isfinite(record.loss):
+                    by_tokens.setdefault(record.tokens, []).append(record.loss)
         mean = [
             (x, math.fsum(losses) / len(losses))
             for x, losses in sorted(by_tokens.items())

@@ -54,7 +54,7 @@ class Job:
         return finished_result(self.run, config) is not None or self.run.diverged.is_file()
 
     def outcome(self) -> dict[str, Any]:
-        """`{"status": "finished", "result": ...}` or `{"status": "diverged", "step": ...}`.
+        """`{"status": "finished", "result": RunResult}` or `{"status": "diverged", "step": ...}`.
 
         Raises:
             PHAError: neither is there yet.

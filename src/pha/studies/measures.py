@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+from pha.results import Evaluation, RunResult
 from pha.studies.statistics import Summary, summarise
 from pha.utils.text import count
-
-Result = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -19,14 +17,14 @@ class Measure:
     Attributes:
         heading: of its column, with the unit.
         words: in a sentence.
-        value: from result.json; None where the run does not have it.
+        value: None where the run does not have it.
         digits: after the point.
         lower_is_better: None where neither is better.
     """
 
     heading: str
     words: str
-    value: Callable[[Result], float | None]
+    value: Callable[[RunResult], float | None]
     digits: int
     lower_is_better: bool | None = True
 
@@ -37,31 +35,29 @@ class Measure:
         return count(summary.mean) if self.lower_is_better is None else summary.show(self.digits)
 
 
-def _test(key: str, factor: float = 1.0) -> Callable[[Result], float | None]:
-    return lambda result: factor * result["evaluations"][0][key]
+def _test(value: Callable[[Evaluation], float]) -> Callable[[RunResult], float | None]:
+    return lambda result: value(result.evaluations[0])
 
 
-def _candidate(name: str, key: str = "perplexity") -> Callable[[Result], float | None]:
-    def value(result: Result) -> float | None:
-        for candidate in result["candidates"]:
-            if candidate["name"] == name:
-                return float(candidate["evaluation"][key])
-        return None
+def _candidate(name: str) -> Callable[[RunResult], float | None]:
+    def value(result: RunResult) -> float | None:
+        candidate = result.candidate(name)
+        return None if candidate is None else candidate.evaluation.perplexity
 
     return value
 
 
-def _validation(result: Result) -> float | None:
-    by_name = {candidate["name"]: candidate for candidate in result["candidates"]}
-    return float(by_name[result["chosen"]]["validation_perplexity"])
+def _validation(result: RunResult) -> float | None:
+    chosen = result.candidate(result.chosen or "")
+    return None if chosen is None else chosen.validation_perplexity
 
 
 MEASURES: dict[str, Measure] = {
-    "parameters": Measure(
-        "parameters", "size", lambda r: r["model"]["parameters"]["total"], 0, None
-    ),
+    "parameters": Measure("parameters", "size", lambda r: r.model.parameters.total, 0, None),
     "validation": Measure("validation, per token", "validation perplexity", _validation, 2),
-    "test": Measure("test, per token", "test perplexity per token", _test("perplexity"), 2),
+    "test": Measure(
+        "test, per token", "test perplexity per token", _test(lambda e: e.perplexity), 2
+    ),
     "best": Measure(
         "best checkpoint, per token",
         "test perplexity of the best checkpoint",
@@ -71,19 +67,19 @@ MEASURES: dict[str, Measure] = {
     "average": Measure(
         "average, per token", "test perplexity of the average", _candidate("average"), 2
     ),
-    "word": Measure("per word", "test perplexity per word", _test("word_perplexity"), 1),
-    "byte": Measure("per byte", "test perplexity per byte", _test("byte_perplexity"), 4),
-    "accuracy": Measure("accuracy, %", "accuracy", _test("accuracy", 100.0), 2, False),
+    "word": Measure("per word", "test perplexity per word", _test(lambda e: e.word_perplexity), 1),
+    "byte": Measure("per byte", "test perplexity per byte", _test(lambda e: e.byte_perplexity), 4),
+    "accuracy": Measure("accuracy, %", "accuracy", _test(lambda e: 100 * e.accuracy), 2, False),
     "speed": Measure(
-        "training tokens/s", "training speed", lambda r: r["tokens_per_second"], 0, False
+        "training tokens/s", "training speed", lambda r: r.tokens_per_second, 0, False
     ),
-    "memory": Measure("memory, GB", "peak memory", lambda r: r["peak_memory_bytes"] / 1e9, 2),
+    "memory": Measure("memory, GB", "peak memory", lambda r: r.peak_memory_bytes / 1e9, 2),
 }
 """Name in a study -> measure. Perplexities are on the test split, of the weights that the
 validation split chose, unless they say otherwise."""
 
 
-def measure_all(result: Result) -> dict[str, float]:
+def measure_all(result: RunResult) -> dict[str, float]:
     """Every measure that a run has, by name."""
     found = {name: measure.value(result) for name, measure in MEASURES.items()}
     return {name: float(value) for name, value in found.items() if value is not None}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pha.report.collect import Run, collect
+from pha.results import RunResult
 from pha.studies.definition import Variant
 from pha.studies.measures import MEASURES, measure_all, summarise_all
 from pha.studies.paired import Difference, adjust, paired_difference, sentence
@@ -68,19 +69,19 @@ class Outcome:
         rows: one for each variant.
         differences: of variants from the baseline, and of measures inside runs.
         sentences: what the data support.
-        results: contents of result.json of all finished runs.
+        results: of all finished runs.
     """
 
     plan: StudyPlan
     rows: tuple[Row, ...]
     differences: tuple[Difference, ...]
     sentences: tuple[str, ...]
-    results: tuple[dict[str, Any], ...]
+    results: tuple[RunResult, ...]
 
     @property
     def tokens(self) -> str:
         """Tokens seen by a run, in words; a range where they differ."""
-        seen = sorted({result["tokens_seen"] for result in self.results})
+        seen = sorted({result.tokens_seen for result in self.results})
         if not seen:
             return "no"
         return count(seen[0]) if len(seen) == 1 else f"{count(seen[0])} to {count(seen[-1])}"
@@ -94,7 +95,7 @@ def make_outcome(plan: StudyPlan, outcomes: dict[Path, dict[str, Any]]) -> Outco
         outcomes: run folder -> what `Job.outcome` says of it.
     """
     rows = []
-    results: dict[Path, dict[str, Any]] = {}
+    results: dict[Path, RunResult] = {}
     for variant in plan.study.variants:
         seeds = []
         for run in plan.of(variant):
@@ -118,13 +119,13 @@ def make_outcome(plan: StudyPlan, outcomes: dict[Path, dict[str, Any]]) -> Outco
     return Outcome(plan, tuple(rows), tuple(differences), tuple(sentences), tuple(results.values()))
 
 
-def _brief(result: dict[str, Any]) -> dict[str, Any]:
+def _brief(result: RunResult) -> dict[str, Any]:
     keys = ("steps", "tokens_seen", "seconds", "tokens_per_second", "chosen", "peak_memory_bytes")
-    return {key: result[key] for key in keys} | {
-        "parameters": result["model"]["parameters"],
-        "protocol": result["evaluations"][0]["protocol"],
-        "data": result["data"],
-        "provenance": result["provenance"],
+    return {key: getattr(result, key) for key in keys} | {
+        "parameters": asdict(result.model.parameters),
+        "protocol": result.evaluations[0].protocol,
+        "data": result.data,
+        "provenance": result.provenance,
     }
 
 
@@ -157,14 +158,14 @@ def _divergences(rows: Sequence[Row]) -> list[str]:
 
 
 def _sentences(
-    plan: StudyPlan, differences: Sequence[Difference], results: Sequence[dict[str, Any]]
+    plan: StudyPlan, differences: Sequence[Difference], results: Sequence[RunResult]
 ) -> list[str]:
     labels = {variant.name: variant.label for variant in plan.study.variants}
     for variant in plan.study.variants:
         for name, measure in MEASURES.items():
             labels[f"{variant.name}:{name}"] = f"{variant.label} ({measure.heading.split(',')[0]})"
-    tokens = {result["tokens_seen"] for result in results}
-    data = {result["data"]["sha256"] for result in results}
+    tokens = {result.tokens_seen for result in results}
+    data = {result.data["sha256"] for result in results}
     equal = f"at equal tokens ({count(min(tokens))})" if len(tokens) == len(data) == 1 else ""
     words, digits = MEASURES[MAIN].words, MEASURES[MAIN].digits
     return [sentence(each, labels, words, digits, equal) for each in differences]

@@ -33,12 +33,12 @@ class Shares:
 
 
 def _runs(outcome: Outcome) -> list[Run]:
-    return [run for row in outcome.rows for run in row.runs() if run.mixing_history]
+    return [run for row in outcome.rows for run in row.runs() if run.metrics.mixing]
 
 
 def _histories(runs: Sequence[Run]) -> list[list[Layers]]:
     return [
-        [[dict(layer.weights) for layer in point.layers] for point in run.mixing_history]
+        [[layer.weights for layer in record.layers] for record in run.metrics.mixing]
         for run in runs
     ]
 
@@ -52,7 +52,7 @@ def analyse(outcome: Outcome) -> Shares:
     """Read the shares of every finished run of a study, over its last checkpoints."""
     runs = _runs(outcome)
     histories = _histories(runs)
-    effective = [[dict(layer.effective) for layer in run.mixing_history[-1].layers] for run in runs]
+    effective = [[layer.effective for layer in run.metrics.mixing[-1].layers] for run in runs]
     final = last_weights(outcome)
     theirs = find_published(outcome.plan.study.published)
     paper: Layers = [{k: v / 100 for k, v in row.values.items()} for row in theirs]

@@ -40,7 +40,7 @@ def study_cost(plan: StudyPlan, console: Console) -> dict[str, Any]:
         one = plans[job.out.parent]
         finished = job.finished()
         if one is not None and finished and job.run.result.is_file():
-            ratios.append(job.run.read_result()["seconds"] / one.seconds)
+            ratios.append(job.run.read_result().seconds / one.seconds)
         sizes = {} if one is None else one.to_dict()
         rows.append({"run": str(job.out), "recipe": job.recipe, "finished": finished, **sizes})
     ratio = statistics.median(ratios) if ratios else 1.0

@@ -191,7 +191,7 @@ def _row(point: Point, outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "run": str(job.out),
             "status": outcome["status"],
             "step": outcome.get("step"),
-            "result": outcome.get("result"),
+            "result": outcome["result"].to_dict() if "result" in outcome else None,
         }
         for job, outcome in zip(point.jobs, outcomes, strict=True)
     ]

@@ -27,7 +27,7 @@ def study_table(outcome: Outcome) -> TextTable:
         + ([str(row.diverged)] if lost else [])
         for row in outcome.rows
     ]
-    data = sorted({Path(result["data"]["source"]).name for result in outcome.results})
+    data = sorted({Path(result.data["source"]).name for result in outcome.results})
     about = f"scale {scale.name}, {outcome.tokens} tokens seen, {', '.join(data)}"
     sections = [Section("ours", about, rows)]
     published = find_published(study.published)

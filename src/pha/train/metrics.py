@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO
 
 from accelerate import Accelerator
+
+from pha.results import KINDS, Record
 
 
 class MetricsWriter:
@@ -40,16 +43,18 @@ class MetricsWriter:
         if self.file is not None:
             self.file.close()
 
-    def write(self, kind: str, step: int, tokens: int, **values: Any) -> None:
+    def write(self, record: Record) -> None:
         """Append one record."""
         if self.file is None:
             return
-        record = {"kind": kind, "step": step, "tokens": tokens, **values}
-        self.file.write(json.dumps(record) + "\n")
+        values = asdict(record)
+        [kind] = [kind for kind, of in KINDS.items() if isinstance(record, of)]
+        self.file.write(json.dumps({"kind": kind, **values}) + "\n")
         self.file.flush()
+        del values["step"], values["tokens"]
         scalars = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
         if scalars:
-            self.accelerator.log(scalars, step=step)
+            self.accelerator.log(scalars, step=record.step)
 
     def flush(self) -> int:
         """Bring everything to disk and return the file's length."""

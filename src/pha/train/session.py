@@ -24,6 +24,8 @@ from pha.data.tokenizer import tokenizer_sha256
 from pha.loading import load_model
 from pha.model import ArchitectureConfig
 from pha.modeling import PHAConfig, PHAForCausalLM
+from pha.ops import in_use
+from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train.checkpoint import Progress
 from pha.train.config import TrainConfig
@@ -128,7 +130,7 @@ def _require_same(run: RunFolder, saved: dict[str, Any], now: dict[str, Any]) ->
                 )
 
 
-def finished_result(run: RunFolder, config: TrainConfig) -> dict[str, Any] | None:
+def finished_result(run: RunFolder, config: TrainConfig) -> RunResult | None:
     """The result of a run that has ended under this configuration; None if it has not ended.
 
     Unlike `run_training` this neither opens the data nor settles what the configuration leaves
@@ -167,6 +169,7 @@ def describe_plan(config: TrainConfig, plan: Plan, device: torch.device) -> list
         f"memory     {memory(plan.weights_bytes)} for weights, gradients and moments, "
         f"{memory(plan.activation_bytes)} for a micro-batch; {memory(plan.free_bytes)} free",
         f"work       {count(plan.flops)}FLOP (6 x parameters x tokens)",
+        "ops        " + ", ".join(f"{op} {what}" for op, what in in_use(device.type).items()),
         f"time       about {duration(plan.seconds)} if 40% of that rate is reached",
     ]
 
@@ -255,14 +258,13 @@ def run_training(
     out: Path,
     console: Console,
     resume: Literal["auto", "never"] = "auto",
-    dry_run: bool = False,
-) -> dict[str, Any]:
-    """Train, evaluate and write `out/result.json`; or with `dry_run` only say what it would take.
+) -> RunResult | None:
+    """Train, evaluate and write `out/result.json`.
 
     A finished run with the same configuration is returned as it is.
 
     Returns:
-        The content of result.json (empty but in the main process), or the plan as a mapping.
+        The result; None but in the main process.
 
     Raises:
         PHAError: bad data, a run folder in the way, numbers that went bad.
@@ -270,16 +272,13 @@ def run_training(
     """
     session = open_session(config, out, console, resume)
     plan, run, console = session.plan, session.run, session.console
-    if run.result.is_file() and not dry_run:
+    if run.result.is_file():
         finished = run.read_result()
-        if finished["data"]["sha256"] != session.store.sha256:
+        if finished.data["sha256"] != session.store.sha256:
             raise PHAError(f"{out} is finished, on other data; choose another --out")
         console.print(f"{out} is finished; its result.json is as it was", soft_wrap=True)
-        return finished if session.accelerator.is_main_process else {}
-    for line in describe_plan(session.config, plan, session.accelerator.device):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if dry_run:
-        return {"plan": plan.to_dict(), "config": session.config.to_dict()}
+        return finished if session.accelerator.is_main_process else None
+    _print_plan(session)
     if plan.activation_bytes + plan.weights_bytes > plan.free_bytes:
         raise PHAError(
             f"this needs about {memory(plan.weights_bytes + plan.activation_bytes)} and "
@@ -287,11 +286,30 @@ def run_training(
         )
     with _alone(session):
         progress = _train(session)
-        result: dict[str, Any] = {}
-        if session.accelerator.is_main_process:
-            result = finish(session, progress)
+        result = finish(session, progress) if session.accelerator.is_main_process else None
         session.accelerator.wait_for_everyone()
     return result
+
+
+def plan_training(
+    config: TrainConfig, out: Path, console: Console, resume: Literal["auto", "never"] = "auto"
+) -> dict[str, Any]:
+    """Only say what a run would take.
+
+    Returns:
+        The plan and the configuration as a mapping.
+
+    Raises:
+        PHAError: bad data, or a run folder in the way.
+    """
+    session = open_session(config, out, console, resume)
+    _print_plan(session)
+    return {"plan": session.plan.to_dict(), "config": session.config.to_dict()}
+
+
+def _print_plan(session: Session) -> None:
+    for line in describe_plan(session.config, session.plan, session.accelerator.device):
+        session.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextlib.contextmanager

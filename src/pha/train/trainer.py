@@ -6,7 +6,7 @@ import contextlib
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from pha.data.sampler import WindowSampler
 from pha.data.store import TokenStore
 from pha.evals.perplexity import Evaluation, evaluate
 from pha.modeling import PHAForCausalLM
+from pha.results import EvalRecord, LayerMixing, MixingRecord, Scores, TrainRecord
 from pha.runs import RunFolder
 from pha.train.batches import BatchFeed
 from pha.train.checkpoint import Progress, load_checkpoint, save_checkpoint, save_model
@@ -32,25 +33,6 @@ from pha.train.signals import on_stop_signals
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.files import copy_folder, write_json
 from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
-
-
-@dataclass
-class _Outcome:
-    """Whether the numbers of a step were finite, on its way to the host.
-
-    Attributes:
-        step: which, counted from 0.
-        loss: of the global batch, on the device.
-        finite: bool, in host memory once `ready` has come.
-        inputs: its last micro-batch.
-        ready: None on a CPU, where nothing is late.
-    """
-
-    step: int
-    loss: Tensor
-    finite: Tensor
-    inputs: dict[str, Any]
-    ready: torch.cuda.Event | None
 
 
 class Trainer:
@@ -107,7 +89,6 @@ class Trainer:
         self.schedule = Schedule(config.schedule, config.optimizer.learning_rate, plan.steps)
         self.progress = Progress()
         self.stop_requested = False
-        self.pending: _Outcome | None = None
         if config.run.deterministic:
             torch.use_deterministic_algorithms(True)
 
@@ -115,16 +96,6 @@ class Trainer:
     def plain_model(self) -> PHAForCausalLM:
         """The model without what Accelerate may have wrapped around it."""
         return self.accelerator.unwrap_model(self.model)
-
-    @property
-    def deferred(self) -> bool:
-        """Whether the host hears of a bad step only when the next one is due.
-
-        Asking a GPU each time would have it wait for the host. AdamW can leave out a bad update
-        without being asked.
-        """
-        on_gpu = self.accelerator.device.type == "cuda"
-        return on_gpu and isinstance(self.optimizer.optimizer, torch.optim.AdamW)
 
     @property
     def _main(self) -> bool:
@@ -171,7 +142,7 @@ class Trainer:
             TrainingDisplay(self.console, self.run.name, plan.steps, progress.step) as display,
         ):
             if progress.step == 0:
-                metrics.write("mixing", 0, 0, layers=self.plain_model.model.mixing_weights())
+                metrics.write(self._mixing())
             while progress.step < plan.steps:
                 begin = time.perf_counter()
                 rate = self.schedule.rate(progress.step)
@@ -185,7 +156,6 @@ class Trainer:
                 stop = self._agree_to_stop(log)
                 checkpoint = progress.step % checkpoint_every == 0 or last or stop
                 if log or evaluation or checkpoint:
-                    self._settle()
                     synchronise(self.accelerator.device)
                 progress.seconds += time.perf_counter() - begin
                 progress.data_seconds = self.feed.waited
@@ -194,10 +164,9 @@ class Trainer:
                     seconds = progress.seconds - logged_at
                     speed = len(losses) * tokens_per_step / seconds
                     use = speed * flops_per_token / matmul
-                    metrics.write(
-                        "train",
-                        progress.step,
-                        progress.tokens,
+                    record = TrainRecord(
+                        step=progress.step,
+                        tokens=progress.tokens,
                         loss=mean,
                         learning_rate=rate,
                         grad_norm=float(norm),
@@ -206,6 +175,7 @@ class Trainer:
                         data_wait=(progress.data_seconds - data_logged_at) / seconds,
                         seconds=progress.seconds,
                     )
+                    metrics.write(record)
                     left = (plan.steps - progress.step) * tokens_per_step / speed
                     display.step(progress.step, mean, speed, use, left)
                     losses, logged_at = [], progress.seconds
@@ -223,7 +193,11 @@ class Trainer:
         return progress
 
     def _step(self, step: int, rate: float) -> tuple[Tensor, Tensor]:
-        """One optimiser step: the mean loss over the global batch and the gradient's norm."""
+        """One optimiser step: the mean loss over the global batch and the gradient's norm.
+
+        Raises:
+            PHAError: one of them is not finite; nothing is updated.
+        """
         accelerator, run = self.accelerator, self.config.run
         total = torch.zeros((), device=accelerator.device)
         last = len(self.feed.pieces) - 1
@@ -238,7 +212,9 @@ class Trainer:
         loss = accelerator.reduce(total, "mean")
         clip = self.config.optimizer.gradient_clip or math.inf
         norm = accelerator.clip_grad_norm_(self.model.parameters(), clip)
-        self._watch(step, loss, norm, inputs)
+        # On a GPU this waits for the step; it is the only wait in it.
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
+            self._diverged(step, float(loss), inputs)
         set_rate(self.optimizer.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -253,43 +229,6 @@ class Trainer:
             loss: Tensor = self.model(**inputs, num_items_in_batch=items_here).loss
         self.accelerator.backward(loss)
         return loss.detach()
-
-    def _watch(self, step: int, loss: Tensor, norm: Tensor, inputs: dict[str, Any]) -> None:
-        """Let no update happen that is not finite; end the run, now or when the next step is due.
-
-        Raises:
-            PHAError: this step was bad, or the one before, if that was still to be heard of.
-        """
-        finite = torch.isfinite(loss) & torch.isfinite(norm)
-        if not self.deferred:
-            if not bool(finite):
-                self._diverged(step, float(loss), inputs)
-            return
-        self._settle()
-        self.optimizer.optimizer.found_inf = (~finite).float()
-        on_host, ready = finite.to("cpu", non_blocking=True), None
-        if finite.device.type == "cuda":
-            ready = torch.cuda.Event()
-            ready.record()
-        self.pending = _Outcome(step, loss, on_host, inputs, ready)
-
-    def _settle(self) -> None:
-        """Hear how the last step went that has not been heard of.
-
-        Raises:
-            PHAError: its numbers were not finite.
-        """
-        pending, self.pending = self.pending, None
-        if pending is None:
-            return
-        if pending.ready is not None:
-            pending.ready.synchronize()
-        if bool(pending.finite):
-            return
-        # Its gradients are gone. The weights are still those it met, for it left them alone.
-        self.optimizer.zero_grad(set_to_none=True)
-        self._backward(pending.inputs)
-        self._diverged(pending.step, float(pending.loss), pending.inputs)
 
     def autocast(self) -> torch.autocast:
         """The precision of the run's matrix products; the weights stay float32."""
@@ -330,18 +269,11 @@ class Trainer:
     def _evaluate(self, metrics: MetricsWriter, display: TrainingDisplay) -> None:
         progress = self.progress
         result = self.evaluate("validation", self.config.run.evaluate_tokens)
+        scores = {each.name: getattr(result, each.name) for each in fields(Scores)}
         metrics.write(
-            "eval",
-            progress.step,
-            progress.tokens,
-            **{k: v for k, v in result.to_dict().items() if k not in ("protocol", "tokens")},
+            EvalRecord(step=progress.step, tokens=progress.tokens, seconds=result.seconds, **scores)
         )
-        metrics.write(
-            "mixing",
-            progress.step,
-            progress.tokens,
-            layers=self.plain_model.model.mixing_weights(),
-        )
+        metrics.write(self._mixing())
         display.note(
             f"step {progress.step}: validation perplexity {result.perplexity:.2f}, "
             f"accuracy {result.accuracy:.1%}"
@@ -359,6 +291,10 @@ class Trainer:
         save_model(kept, self.plain_model, self.tokenizer)
         if rank == 0:
             copy_folder(kept, self.run.model)
+
+    def _mixing(self) -> MixingRecord:
+        layers = [LayerMixing(**layer) for layer in self.plain_model.model.mixing_weights()]
+        return MixingRecord(step=self.progress.step, tokens=self.progress.tokens, layers=layers)
 
     def _checkpoint(self, metrics: MetricsWriter) -> None:
         progress = self.progress
@@ -389,7 +325,7 @@ class Trainer:
         """
         if self.accelerator.num_processes == 1:
             return self.stop_requested
-        if self.deferred and not log:
+        if self.accelerator.device.type == "cuda" and not log:
             return False
         asked = torch.tensor(float(self.stop_requested), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, "sum") > 0)

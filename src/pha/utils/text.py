@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 DASH = "–"
-"""Stands for a value that the run does not have."""
+"""Stands for a value that the run does not have, or that is no finite number."""
 
 # Tab and newline lay out text; every other control character is invisible or breaks XML, so it
 # is drawn as its Unicode control picture. Lone surrogates cannot be encoded at all.
@@ -30,7 +31,7 @@ def shorten(text: str, limit: int) -> str:
 
 def perplexity(value: float | None) -> str:
     """Four significant figures while they are decimals: 2.314, 18.23, 164.9, 50,257."""
-    if value is None:
+    if not _known(value):
         return DASH
     decimals = 3 if value < 10 else 2 if value < 100 else 1 if value < 1000 else 0
     return f"{value:,.{decimals}f}"
@@ -38,17 +39,17 @@ def perplexity(value: float | None) -> str:
 
 def fixed(value: float | None, decimals: int) -> str:
     """A number with thousands separators and a fixed count of decimals."""
-    return DASH if value is None else f"{value:,.{decimals}f}"
+    return f"{value:,.{decimals}f}" if _known(value) else DASH
 
 
 def percent(fraction: float | None, decimals: int = 1) -> str:
     """A fraction as a percentage: 0.074 is 7.4%."""
-    return DASH if fraction is None else f"{100 * fraction:.{decimals}f}%"
+    return f"{100 * fraction:.{decimals}f}%" if _known(fraction) else DASH
 
 
 def count(value: float | None) -> str:
     """Three significant figures with k, M, G or T: 812, 97.0k, 4.10M."""
-    if value is None:
+    if not _known(value):
         return DASH
     for factor, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         # 999.6k rounds to 1.00M, so the step up comes at half a unit of the third figure.
@@ -59,14 +60,14 @@ def count(value: float | None) -> str:
 
 def memory(value: float | None) -> str:
     """Bytes as GB or MB: 1.23 GB, 640 MB."""
-    if value is None:
+    if not _known(value):
         return DASH
     return f"{value / 1e9:.2f} GB" if value >= 0.9995e9 else f"{value / 1e6:.0f} MB"
 
 
 def duration(seconds: float | None) -> str:
     """Seconds as 8.2 s, 3 min 15 s, 2 h 04 min or 1 d 03 h."""
-    if seconds is None:
+    if not _known(seconds):
         return DASH
     if seconds < 59.95:
         return f"{seconds:.1f} s"
@@ -99,6 +100,10 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from flatten(value, f"{name}.")
         else:
             yield name, value
+
+
+def _known(value: float | None) -> TypeGuard[float]:
+    return value is not None and math.isfinite(value)
 
 
 def _three_figures(value: float) -> str:

@@ -149,5 +149,6 @@ _OP = Op(
     _check,
     only_on={"flex": "cuda"},
     plain="sdpa",
+    limits={"flex": "sdpa without documents and windows, below 128 tokens and with a cache"},
     fault=_fault,
 )

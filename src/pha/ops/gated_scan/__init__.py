@@ -96,4 +96,5 @@ _OP = Op(
     _check,
     only_on=dict.fromkeys(("triton", "triton-sequential", "triton-chunked"), "cuda"),
     fault=triton_runtime.fault,
+    limits=dict.fromkeys(("torch", "triton"), "naive for one step"),
 )

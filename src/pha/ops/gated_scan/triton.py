@@ -1,14 +1,13 @@
-"""The scans on a GPU: what Triton's kernels are given, and in which form they run.
+"""The gated scan on a GPU: what Triton's kernels are given, and in which form they run.
 
-`scan` and `gated_scan` make opaque operators of torch of these functions. There is nothing around a
-scan to fuse with it, and an operator goes into a graph of torch.compile whole, may check itself at
-its first use, and may leave the work to torch. Grids follow from shapes alone and nothing waits for
-the device, so that CUDA graphs can record them.
+`operator.py` makes opaque operators of torch of these functions. There is nothing around a scan to
+fuse with it, and an operator goes into a graph of torch.compile whole, may check itself at its
+first use, and may leave the work to torch. Grids follow from shapes alone and nothing waits for the
+device, so that CUDA graphs can record them.
 
 Bytes moved, in units of B * T * n elements: the sequential form reads gate and value and writes h
-(3); its backward reads dh, h, gate and value and writes dgate and dvalue (6). The plain scan moves
-2 and 3. The chunked form reads gate and value, or dh, once more (5 and 7; 3 and 4), from the L2
-cache where they fit in it.
+(3); its backward reads dh, h, gate and value and writes dgate and dvalue (6). The chunked form
+reads gate and value, or dh, once more (5 and 7), from the L2 cache where they fit in it.
 """
 
 from __future__ import annotations
@@ -118,33 +117,28 @@ class _Launch:
 
 
 def scan_forward(
-    gate: Tensor | None,
+    gate: Tensor,
     value: Tensor,
     a: Tensor,
-    b: Tensor | None,
+    b: Tensor,
     h0: Tensor | None,
     starts: Tensor | None,
     mask: Tensor | None,
     form: str,
 ) -> tuple[Tensor, Tensor]:
-    """h and the last state, as `gated_scan` says; as `scan` for u = `value` without gate and b."""
+    """h and the last state, as `gated_scan` says."""
     from pha.ops.gated_scan import triton_kernels
 
     h, h_last = forward_outputs(gate, value, a, b, h0, starts, mask, form)
     if not value.numel():
         return h, h_last.zero_() if h0 is None else h_last.copy_(h0)
     launch, dtype = _Launch(value, form), h_last.dtype
-    value = _rows(value)
-    gate = value if gate is None else _rows(gate)
-    a, scale = (x.to(dtype).contiguous() for x in (a, a if b is None else b))
+    gate, value = _rows(gate), _rows(value)
+    a, b = (x.to(dtype).contiguous() for x in (a, b))
     initial = None if h0 is None else h0.to(dtype).contiguous()
-    inputs = gate, *gate.stride()[:2], value, *value.stride()[:2], a, scale
+    inputs = gate, *gate.stride()[:2], value, *value.stride()[:2], a, b
     flags = _flags(starts, h), _flags(mask, h)
-    present = {
-        "GATED": b is not None,
-        "HAS_STARTS": starts is not None,
-        "HAS_MASK": mask is not None,
-    }
+    present = {"HAS_STARTS": starts is not None, "HAS_MASK": mask is not None}
     with _on(value):
         if launch.chunks > 1:
             last, product = launch.partial(value), launch.partial(value)
@@ -177,10 +171,10 @@ def scan_forward(
 
 
 def forward_outputs(
-    gate: Tensor | None,
+    gate: Tensor,
     value: Tensor,
     a: Tensor,
-    b: Tensor | None,
+    b: Tensor,
     h0: Tensor | None,
     starts: Tensor | None,
     mask: Tensor | None,
@@ -195,10 +189,10 @@ def scan_backward(
     dh: Tensor,
     dh_last: Tensor,
     h: Tensor,
-    gate: Tensor | None,
+    gate: Tensor,
     value: Tensor,
     a: Tensor,
-    b: Tensor | None,
+    b: Tensor,
     h0: Tensor | None,
     starts: Tensor | None,
     mask: Tensor | None,
@@ -206,7 +200,7 @@ def scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dgate, dvalue, da, db and dh0, from what `scan_forward` took and returned.
 
-    Without a gate dgate and db are empty; without h0 dh0 is that of zeros.
+    Without h0 dh0 is that of zeros.
     """
     from pha.ops.gated_scan import triton_kernels
 
@@ -216,13 +210,12 @@ def scan_backward(
     if not h.numel():
         return dgate, dvalue, da.zero_(), db.zero_(), dh0.copy_(dh_last)
     launch, dtype = _Launch(h, form), dh_last.dtype
-    dh, value = _rows(dh), _rows(value)
-    gates = value if gate is None else _rows(gate)
-    decay, scale = (x.to(dtype).contiguous() for x in (a, a if b is None else b))
+    dh, gate, value = _rows(dh), _rows(gate), _rows(value)
+    decay, scale = (x.to(dtype).contiguous() for x in (a, b))
     incoming = dh_last.contiguous()
     initial = incoming if h0 is None else h0.to(dtype).contiguous()
     parts_a = launch.partial(h)
-    parts_b = parts_a if b is None else torch.empty_like(parts_a)
+    parts_b = torch.empty_like(parts_a)
     leaving = torch.empty_like(incoming)
     flags = _flags(starts, h), _flags(mask, h)
     with _on(h):
@@ -245,8 +238,8 @@ def scan_backward(
             *dh.stride()[:2],
             incoming,
             h,
-            gates,
-            *gates.stride()[:2],
+            gate,
+            *gate.stride()[:2],
             value,
             *value.stride()[:2],
             decay,
@@ -258,31 +251,28 @@ def scan_backward(
             parts_a,
             parts_b,
             leaving,
-            GATED=b is not None,
             HAS_H0=h0 is not None,
             HAS_STARTS=starts is not None,
             HAS_MASK=mask is not None,
         )
-    if b is not None:
-        db = parts_b.sum((0, 1)).to(b.dtype)
-    return dgate, dvalue, parts_a.sum((0, 1)).to(a.dtype), db, leaving.to(dh0.dtype)
+    da, db = (parts.sum((0, 1)).to(x.dtype) for parts, x in ((parts_a, a), (parts_b, b)))
+    return dgate, dvalue, da, db, leaving.to(dh0.dtype)
 
 
 def backward_outputs(
     dh: Tensor,
     dh_last: Tensor,
     h: Tensor,
-    gate: Tensor | None,
+    gate: Tensor,
     value: Tensor,
     a: Tensor,
-    b: Tensor | None,
+    b: Tensor,
     h0: Tensor | None,
     starts: Tensor | None,
     mask: Tensor | None,
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What `scan_backward` returns, not filled."""
-    dgate = h.new_empty(0) if gate is None else gate.new_empty(gate.shape)
-    db = a.new_empty(0) if b is None else b.new_empty(b.shape)
     dh0 = dh_last.new_empty(dh_last.shape, dtype=dh_last.dtype if h0 is None else h0.dtype)
-    return dgate, value.new_empty(value.shape), a.new_empty(a.shape), db, dh0
+    dgate, dvalue, da, db = (x.new_empty(x.shape) for x in (gate, value, a, b))
+    return dgate, dvalue, da, db, dh0

@@ -1,4 +1,4 @@
-"""The scans of `scan` and `gated_scan` in Triton: each program walks BLOCK states in time.
+"""The gated scan in Triton: each program walks BLOCK states in time.
 
 With one chunk the whole time axis is walked at once. With several chunks of `length` steps, those
 of a sequence run side by side, in three passes. The recurrence is linear: a chunk turns the state h
@@ -9,7 +9,7 @@ in, the third walks each chunk from there. The backward direction is the same ag
 Programs take the index of the block of states fastest, then that of the chunk, then that of the
 sequence. Loads of UNROLL steps are issued before their first use, and the compiler stages those of
 the next steps. Offsets along B and T are 64-bit. Sums are in the type of the states, without
-atomics. Where GATED is false `value` is the input itself, and gate and b are not read.
+atomics.
 """
 
 from __future__ import annotations
@@ -41,10 +41,8 @@ def _flag(x, t, inside, PRESENT: tl.constexpr, ABSENT: tl.constexpr):
 
 
 @triton.jit
-def _input(gate, value, scale, allowed, GATED: tl.constexpr, HAS_MASK: tl.constexpr):
-    u = value.to(scale.dtype)
-    if GATED:
-        u = scale * tl.sigmoid(gate.to(scale.dtype)) * u
+def _input(gate, value, scale, allowed, HAS_MASK: tl.constexpr):
+    u = scale * tl.sigmoid(gate.to(scale.dtype)) * value.to(scale.dtype)
     if HAS_MASK:
         u = tl.where(allowed, u, 0.0)
     return u
@@ -73,7 +71,6 @@ def forward(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
-    GATED: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -93,9 +90,7 @@ def forward(
     h += sequence * T * n
     summary = (sequence * chunks + chunk) * n + states
     decay = tl.load(a + states, mask=exists, other=0.0)
-    scale = decay
-    if GATED:
-        scale = tl.load(b + states, mask=exists, other=0.0)
+    scale = tl.load(b + states, mask=exists, other=0.0)
     state = tl.zeros_like(decay)
     if HAS_INITIAL:
         state = tl.load(initial + summary, mask=exists, other=0.0)
@@ -104,16 +99,13 @@ def forward(
         gates, values, resets, allowed = (), (), (), ()
         for i in tl.static_range(UNROLL):
             inside = t0 + i < end
-            if GATED:
-                gates += (_row(gate, t0 + i, gate_T, states, exists & inside),)
-            else:
-                gates += (0.0,)
+            gates += (_row(gate, t0 + i, gate_T, states, exists & inside),)
             values += (_row(value, t0 + i, value_T, states, exists & inside),)
             resets += (_flag(starts, t0 + i, inside, HAS_STARTS, False),)
             allowed += (_flag(mask, t0 + i, inside, HAS_MASK, True),)
         for i in tl.static_range(UNROLL):
             inside = t0 + i < end
-            u = _input(gates[i], values[i], scale, allowed[i], GATED, HAS_MASK)
+            u = _input(gates[i], values[i], scale, allowed[i], HAS_MASK)
             before = state
             if HAS_STARTS:
                 before = tl.where(resets[i], 0.0, state)
@@ -249,7 +241,6 @@ def backward(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
-    GATED: tl.constexpr,
     HAS_H0: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -272,9 +263,7 @@ def backward(
     part = (sequence * chunks + chunk) * n + states
     decay = tl.load(a + states, mask=exists, other=0.0)
     carry = tl.load(incoming + part, mask=exists, other=0.0)
-    scale = decay
-    if GATED:
-        scale = tl.load(b + states, mask=exists, other=0.0)
+    scale = tl.load(b + states, mask=exists, other=0.0)
     sum_a = tl.zeros_like(decay)
     sum_b = tl.zeros_like(decay)
     start = tl.zeros_like(decay)
@@ -288,9 +277,8 @@ def backward(
             inside = t >= first
             gradients += (_row(dh, t, dh_T, states, exists & inside),)
             befores += (_row(h, t - 1, n, states, exists & inside & (t > 0)),)
-            if GATED:
-                gates += (_row(gate, t, gate_T, states, exists & inside),)
-                values += (_row(value, t, value_T, states, exists & inside),)
+            gates += (_row(gate, t, gate_T, states, exists & inside),)
+            values += (_row(value, t, value_T, states, exists & inside),)
             resets += (_flag(starts, t, inside, HAS_STARTS, False),)
             allowed += (_flag(mask, t, inside, HAS_MASK, True),)
         for i in tl.static_range(UNROLL):
@@ -309,16 +297,13 @@ def backward(
             if HAS_MASK:
                 g = tl.where(allowed[i], g, 0.0)
             place = tl.cast(t, tl.int64) * n + states
-            if GATED:
-                s = tl.sigmoid(gates[i].to(decay.dtype))
-                v = values[i].to(decay.dtype)
-                gs = g * s
-                sum_b += tl.where(inside, gs * v, 0.0)
-                slope = gs * scale * v * (1.0 - s)
-                tl.store(dgate + place, slope.to(dgate.dtype.element_ty), mask=exists & inside)
-                g = gs * scale
-            tl.store(dvalue + place, g.to(dvalue.dtype.element_ty), mask=exists & inside)
+            s = tl.sigmoid(gates[i].to(decay.dtype))
+            v = values[i].to(decay.dtype)
+            gs = g * s
+            sum_b += tl.where(inside, gs * v, 0.0)
+            slope = gs * scale * v * (1.0 - s)
+            tl.store(dgate + place, slope.to(dgate.dtype.element_ty), mask=exists & inside)
+            tl.store(dvalue + place, (gs * scale).to(dvalue.dtype.element_ty), mask=exists & inside)
     tl.store(da + part, sum_a, mask=exists)
-    if GATED:
-        tl.store(db + part, sum_b, mask=exists)
+    tl.store(db + part, sum_b, mask=exists)
     tl.store(dh0 + sequence * n + states, carry, mask=exists & (chunk == 0))

@@ -1,4 +1,4 @@
-"""Whether Triton's scans can be used on a device: found out once in each process, by trying."""
+"""Whether Triton's scan can be used on a device: found out once in each process, by trying."""
 
 from __future__ import annotations
 

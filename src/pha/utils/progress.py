@@ -1,0 +1,51 @@
+"""What a person sees while something goes on: a live line in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+PLAIN_SECONDS = 15.0  # between lines where there is no terminal to redraw
+
+
+class ProgressLine(Progress):
+    """One line for each stage of the work; a context manager.
+
+    Args:
+        console: where to write.
+    """
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._last_line = time.monotonic()
+
+    def show(self, stage: str, status: str, fraction: float | None, is_last: bool = False) -> None:
+        """Show how far the work is.
+
+        Args:
+            stage: what is done; another name begins another line.
+            status: how far it is, in words.
+            fraction: the same between 0 and 1, or None where it is not known.
+            is_last: whether a plain line is due in any case.
+        """
+        if not self.tasks or self.tasks[-1].description != stage:
+            self.add_task(stage, total=None, status="")
+        total = None if fraction is None else 1.0
+        self.update(self.tasks[-1].id, total=total, completed=fraction or 0.0, status=status)
+        now = time.monotonic()
+        if self.disable and (is_last or now - self._last_line > PLAIN_SECONDS):
+            self._last_line = now
+            self.line(f"{stage}: {status}")
+
+    def line(self, text: str) -> None:
+        """Print a line of its own above."""
+        self.console.print(text, highlight=False, soft_wrap=True)

@@ -1,0 +1,68 @@
+"""A graph of torch.compile gives what the operations give, with all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from pha.ops import (
+    OPS,
+    attention,
+    dss,
+    gated_scan,
+    linear_cross_entropy,
+    rms_norm,
+    swiglu,
+    unit_rotary,
+)
+
+Problem = tuple[Callable[..., Tensor], list[Tensor]]
+
+
+def problem(name: str, dtype: torch.dtype) -> Problem:
+    """An op as a function of what is differentiated, and that."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    B, T, n = 2, 9, 6
+    x, y = normal(B, T, n).to(dtype), normal(B, T, n).to(dtype)
+    a, b, cos = normal(n).sigmoid(), normal(n), normal(1, T, n // 2)
+    heads = [normal(B, h, T, n).to(dtype) for h in (4, 2, 2)]
+    modes = [normal(3) - 1, normal(3), normal(n, 3), normal(n, 3), normal(n)]
+    targets = torch.arange(T) % 5
+    problems: dict[str, Problem] = {
+        "gated_scan": (lambda *inputs: gated_scan(*inputs)[0], [x, y, a, b, normal(B, n)]),
+        "rms_norm": (lambda x, gain: rms_norm(x, gain, 1e-5, dtype), [x, b]),
+        "swiglu": (swiglu, [x, y]),
+        "unit_rotary": (lambda x, s: unit_rotary(x, s, cos.cos(), cos.sin()), [heads[0], b[:4]]),
+        "attention": (lambda *qkv: attention(*qkv, None, None), heads),
+        "linear_cross_entropy": (
+            lambda x, w: linear_cross_entropy(x[0], w, targets),
+            [x, normal(5, n).to(dtype)],
+        ),
+        "dss": (lambda *inputs: dss(*inputs)[0], [x, *modes]),
+    }
+    return problems[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_a_compiled_graph_changes_nothing(name: str, dtype: torch.dtype) -> None:
+    function, inputs = problem(name, dtype)
+
+    def outcome(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        result = function(*leaves)
+        return [result, *torch.autograd.grad(result.float().sin().sum(), leaves)]
+
+    torch.compiler.reset()
+    compiled = outcome(torch.compile(function, backend="aot_eager", fullgraph=True))
+    for actual, expected in zip(compiled, outcome(function), strict=True):
+        torch.testing.assert_close(
+            actual, expected, rtol=1e-5 if dtype.itemsize == 4 else 2**-7, atol=1e-5
+        )
