@@ -159,14 +159,6 @@ def test_an_interruption_and_a_closed_pipe_have_their_codes(
     assert capsys.readouterr().err == "pha doctor: interrupted\npha doctor: stopped\n"
 
 
-def test_prepare_and_its_json(pha: Callable[..., str], text_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "store"
-    printed = pha("prepare", text_folder, "--tokenizer", "bytes", "--out", out)
-    assert "validation" in printed
-    facts = json.loads(pha("prepare", text_folder, "--tokenizer", "bytes", "--out", out, "--json"))
-    assert facts["sha256"] == TokenStore.open(out).sha256
-
-
 def test_params_json_agrees_with_the_paper(pha: Callable[..., str]) -> None:
     rows = {r["preset"]: r for r in json.loads(pha("params", "--json"))["presets"]}
     for name in ("pha-90m", "pha-125m", "pha-180m", "sequential-186m"):
@@ -306,7 +298,6 @@ def test_a_branch_of_ones_own_trains_from_the_command_line(
         (["generate", ".", "--prompt", "x"], "neither a run folder nor a saved model"),
         (["mixing", "no-such-run"], "does not exist"),
         (["report", "no-such-run"], "no-such-run"),
-        (["prepare", "no-such-file", "--tokenizer", "bytes", "--out", "x"], "no-such-file"),
         (["prepare", "stdlib", "--tokenizer", "bytes"], "--out"),
         (["params", "pha-124m"], "pha-125m"),
         (["doctor", "--loud"], "--loud"),
