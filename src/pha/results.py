@@ -122,25 +122,15 @@ class RunResult:
     """`result.json`: what a finished run came to.
 
     Attributes:
-        name: of the run's folder.
         recipe: PRESET.PROTOCOL or the recipe's file.
-        seed: of weights and data order.
-        steps: optimiser steps.
-        tokens_seen: in training.
-        seconds: of training, evaluations apart.
-        tokens_per_second: in training.
+        seconds: of training, evaluations apart, as is `tokens_per_second`.
         data_wait: fraction of the time that waited for data; older runs do not say.
-        utilisation: of the measured rate of matrix products.
-        matmul_flops: that rate, FLOP/s.
-        peak_memory_bytes: most memory held.
-        chosen: name of the candidate whose weights are in `model/`.
+        utilisation: of `matmul_flops`, the measured rate of matrix products in FLOP/s.
+        chosen: name of the candidate whose weights are in `model/`; older runs do not say.
         chosen_step: its step, if it is of one.
-        candidates: what was chosen among; older runs do not say.
-        model: preset and size.
-        evaluations: of the chosen weights, the test split's first.
+        evaluations: of the chosen weights.
         best_validation_perplexity: on what is evaluated during training.
         mixing: of every layer.
-        samples: texts.
         data: what the token store says of itself, hashes included.
         provenance: versions, hardware, commit, date and command.
     """

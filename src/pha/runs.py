@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from pha.results import KINDS, Metrics, RunResult
@@ -103,6 +104,26 @@ class RunFolder:
     def best_steps(self) -> list[int]:
         """Steps whose weights are kept in `best/`, ascending."""
         return _steps(self.best)
+
+    def read_config(self) -> dict[str, Any]:
+        """The content of `config.yaml`; empty where there is none.
+
+        Raises:
+            PHAError: the file is damaged.
+        """
+        if not self.config.is_file():
+            return {}
+        try:
+            config = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError) as error:
+            raise PHAError(f"{self.config} cannot be read as text") from error
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f", line {mark.line + 1}," if mark else ""
+            raise PHAError(f"{self.config}{where} is not YAML") from error
+        if not isinstance(config, dict):
+            raise PHAError(f"{self.config} holds no names and values")
+        return config
 
     def read_result(self) -> RunResult:
         """The run's result.

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -14,8 +20,8 @@ from pha.cli import main
 from pha.data import TokenStore
 from pha.runs import RunFolder
 from pha.studies.definition import load_study, parse_study, scales, study_names
-from pha.studies.planning import merge, parse_overrides, plan_study
-from pha.train.recipes import load_recipe
+from pha.studies.planning import plan_study
+from pha.train.recipes import load_recipe, parse_overrides
 from pha.utils.errors import PHAError
 
 MINIATURE = {
@@ -60,13 +66,12 @@ def test_every_study_plans_at_every_scale(name: str, store: TokenStore, tmp_path
         assert set(chosen.benchmark) == set(scales())
         return
     for scale in scales().values():
-        path = str(store.path) if scale.needs_data else None
-        plan = plan_study(chosen, scale, [0, 1], tmp_path, path)
-        assert len(plan.runs) == 2 * len(chosen.variants)
-        assert len(plan.jobs()) == len(plan.runs)  # no two variants are the same
-        for run in plan.runs[:2]:
-            config = load_recipe(run.job.recipe, list(run.job.overrides))
-            assert config.run.seed == run.seed
+        asked = {"data.store": str(store.path)} if scale.needs_data else {}
+        plan = plan_study(chosen, scale, [0, 1], tmp_path, asked)
+        jobs = plan.jobs()
+        assert len(jobs) == 2 * len(chosen.variants)  # no two variants are the same
+        for seed, job in enumerate(jobs[:2]):
+            assert load_recipe(job.recipe, job.settings).run.seed == seed
 
 
 def test_twins_have_the_same_parameters_at_tiny_scale(store: TokenStore, tmp_path: Path) -> None:
@@ -75,10 +80,11 @@ def test_twins_have_the_same_parameters_at_tiny_scale(store: TokenStore, tmp_pat
     from pha.model.parameters import count_parameters
 
     for name in ("branches", "composition", "gss"):
-        plan = plan_study(load_study(name), scales()["tiny"], [0], tmp_path, str(store.path))
+        asked = {"data.store": str(store.path)}
+        plan = plan_study(load_study(name), scales()["tiny"], [0], tmp_path, asked)
         sizes = []
-        for run in plan.runs:
-            model = load_recipe(run.job.recipe, list(run.job.overrides)).model
+        for job in plan.jobs():
+            model = load_recipe(job.recipe, job.settings).model
             sizes.append(sum(count_parameters(replace(model, vocab_size=8192)).values()))
         assert max(sizes) < 1.01 * min(sizes)
 
@@ -143,36 +149,57 @@ def test_a_study_trains_compares_writes_and_is_reused(
     assert "46.9" in table
 
 
+def _wait_for(condition: Callable[[], Any], process: subprocess.Popen[Any]) -> Any:
+    while not (found := condition()):
+        assert process.poll() is None, "it ended by itself"
+        time.sleep(0.02)
+    return found
+
+
 @pytest.mark.slow
-def test_runs_that_diverge_are_outcomes(
+def test_a_study_killed_in_the_middle_continues(store: TokenStore, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "{title: Mine, question: Why, variants: {a: {model: pha}}, plots: []}", encoding="utf-8"
+    )
+    words = study(str(path), tmp_path, store, "--seeds", "2", "--jobs", "2")
+    longer = ["--run.steps=60", "--run.evaluations=20"]
+    command = [sys.executable, "-m", "pha", *words, *longer]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        runs = tmp_path / "runs"
+        _wait_for(lambda: len(list(runs.glob("*/seed-*/checkpoints/step-*"))) > 1, process)
+        children = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=300)[0].decode()
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert said.strip().endswith("stopped; the same command continues")
+    assert len(children) == 2
+    assert not any(child.is_running() for child in children)
+    assert not list(runs.glob("*/seed-*/result.json"))
+
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    logs = [log.read_text() for log in runs.glob("*/seed-*.log")]
+    assert "continuing after step" in "".join([again.stdout, *logs])
+    content = read(tmp_path / "mine-tiny" / "study.json")
+    assert [seed["steps"] for seed in content["variants"][0]["seeds"]] == [60, 60]
+
+
+@pytest.mark.slow
+def test_a_cluster_takes_the_runs(
     store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pha.studies import definition
+    """submitit's own executor for one machine in place of the one for Slurm."""
+    pytest.importorskip("submitit")
+    from pha.studies import jobs
 
-    content = {
-        "title": "Rates",
-        "question": "Which?",
-        "baseline": "one/1e-3",
-        "variants": {"one": {"label": "PHA", "model": "pha"}},
-        "over": {
-            "rate": {
-                "1e-3": {"optimizer.learning_rate": 1e-3},
-                "1e30": {"optimizer.learning_rate": 1e30},
-            }
-        },
-        "axis": "rate",
-        "plots": ["settings", "dots", "differences", "curves", "parameters"],
-    }
-    made = parse_study("rates", content)
-    monkeypatch.setattr(definition, "load_study", lambda name: made)
-    main(study("rates", tmp_path, store, "--seeds", "1"))
-    fine, lost = read(tmp_path / "rates-tiny" / "study.json")["variants"]
-    assert (fine["diverged"], lost["diverged"]) == (0, 1)
-    assert lost["measures"] == {}
-    assert lost["seeds"][0]["diverged_at"] >= 1
-    table = (tmp_path / "rates-tiny" / "table.md").read_text()
-    assert "PHA, rate 1e30 diverged in 1 of 1 runs." in table
-    assert (tmp_path / "rates-tiny" / "settings.png").is_file()
+    monkeypatch.setattr(jobs, "CLUSTER", "local")
+    main(study("mixing", tmp_path, store, "--seeds", "1", "--cluster", "gpu"))
+    assert read(tmp_path / "mixing-tiny" / "study.json")["variants"][0]["diverged"] == 0
+    assert list((tmp_path / "mixing-tiny" / "slurm").iterdir())
 
 
 def test_a_plan_costs_nothing_and_names_its_price(
@@ -235,9 +262,14 @@ def test_mistakes_are_one_line(
     )
     assert "trains nothing" in fails(["study", "efficiency", *data, *out], capsys)
     assert "takes no settings" in fails(["study", "list", "--run.steps=3"], capsys)
-    assert "submitit" in fails(
+    assert "--cluster" in fails(
         ["study", "branches", *data, "--cluster", "gpu", *SETTINGS, *out], capsys
     )
+    (tmp_path / "mine.yaml").write_text("{title: Mine}")
+    assert "study mine: question is missing" in fails(
+        ["study", f"{tmp_path}/mine.yaml", *out], capsys
+    )
+    assert "cannot be read" in fails(["study", f"{tmp_path}/none.yaml", *out], capsys)
     assert not (tmp_path / "out" / "runs").exists()
 
 
@@ -252,7 +284,7 @@ def test_the_list_names_every_study(capsys: pytest.CaptureFixture[str]) -> None:
     ("change", "message"),
     [
         ({"columms": []}, "did you mean columns"),
-        ({"title": None}, "lacks title"),
+        ({"title": None}, "title is missing"),
         ({"plots": ["pie"]}, "no plot 'pie'"),
         ({"baseline": "ful"}, "did you mean full"),
         ({"variants": {"full": {"model": "phaa"}}, "baseline": "full"}, "no model at scale tiny"),
@@ -273,19 +305,11 @@ def test_a_study_file_is_checked(change: dict[str, Any], message: str) -> None:
         parse_study("x", changed)
 
 
-def test_settings_are_read_and_exclude_each_other() -> None:
-    asked = parse_overrides(["--run.steps", "4", "--model.branches=[gss, aux_ffn]"])
-    assert asked == {"run.steps": "4", "model.branches": "[gss, aux_ffn]"}
-    assert merge({"run.epochs": 1, "run.seed": 1}, asked) == asked | {"run.seed": 1}
-    for wrong in (["run.steps=4"], ["--run.steps"], ["--steps=4"]):
-        with pytest.raises(PHAError, match="--section"):
-            parse_overrides(wrong)
-
-
 def test_folders_are_named_by_content(store: TokenStore, tmp_path: Path) -> None:
     def folder(*words: str) -> Path:
         chosen, scale = load_study("mixing"), scales()["tiny"]
-        return plan_study(chosen, scale, [0], tmp_path, str(store.path), words).runs[0].job.out
+        asked = {"data.store": str(store.path)} | parse_overrides(words)
+        return plan_study(chosen, scale, [0], tmp_path, asked).jobs()[0].out
 
     assert folder() == folder("--run.log_every=3") == folder("--run.seed=5")
     assert folder() == folder("--model.dt_min=0.001")  # the default

@@ -1,4 +1,4 @@
-"""Grids of runs: what they train, skip, survive and say."""
+"""Sweeps: a study on the command line, what it trains, skips, survives and says."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pha.cli import main
 from pha.data import TokenStore
 from pha.runs import RunFolder
 from pha.studies.jobs import Job, run_jobs
-from pha.studies.sweep import make_points, parse_axis, run_sweep, table_cells
+from pha.studies.sweep import make_sweep, parse_axis
+from pha.train.recipes import load_recipe, parse_overrides
 from pha.utils.errors import PHAError
 from tests.train.conftest import arguments
 
 
-def overrides(store: TokenStore, **changes: Any) -> list[str]:
-    words = arguments(store, run__sample_tokens=0, **changes)
-    return [f"{key}={value}" for key, value in zip(words[::2], words[1::2], strict=True)]
+def settings(store: TokenStore, **changes: Any) -> dict[str, Any]:
+    return parse_overrides(arguments(store, run__sample_tokens=0, **changes))
 
 
 def quiet() -> Console:
@@ -31,102 +31,111 @@ def quiet() -> Console:
 @pytest.mark.parametrize(
     ("text", "values"),
     [
-        ("optimizer.learning_rate=1e-3,3e-3", ("1e-3", "3e-3")),
-        ("run.seed=4", ("4",)),
-        ("model.preset=pha-tiny, attention-only-tiny", ("pha-tiny", "attention-only-tiny")),
-        ("model.branches=[gss, aux_ffn],[gss]", ("[gss, aux_ffn]", "[gss]")),
-        ("run.deterministic=true,false", ("true", "false")),
+        ("optimizer.learning_rate=1e-3,3e-3", {"1e-3": 0.001, "3e-3": 0.003}),
+        (
+            "model.preset=pha-tiny, attention-only-tiny",
+            {"pha-tiny": "pha-tiny", "attention-only-tiny": "attention-only-tiny"},
+        ),
+        (
+            "model.branches=[gss, aux_ffn],[gss]",
+            {"[gss, aux_ffn]": ["gss", "aux_ffn"], "[gss]": ["gss"]},
+        ),
+        ("run.deterministic=true,false", {"true": True, "false": False}),
     ],
 )
-def test_axes_are_read(text: str, values: tuple[str, ...]) -> None:
-    axis = parse_axis(text)
-    assert axis.key == text.split("=")[0]
-    assert axis.values == values
+def test_axes_are_read(text: str, values: dict[str, Any]) -> None:
+    key = text.split("=")[0]
+    assert parse_axis(text) == (key, {word: {key: value} for word, value in values.items()})
 
 
-@pytest.mark.parametrize("text", ["learning_rate=1", "run.seed", "run.seed=", "run.seed=[1", "=1"])
-def test_what_is_no_axis_is_refused(text: str) -> None:
-    with pytest.raises(PHAError, match="is not SECTION"):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        *(
+            (text, "is not SECTION")
+            for text in ("learning_rate=1", "run.steps", "run.steps=", "=1")
+        ),
+        ("run.steps=[1", "is not SECTION"),
+        ("run.steps=many", "run.steps"),
+        ("run.stepz=1", "run.stepz"),
+        ("run.steps=4,4", "given twice"),
+        ("run.seed=4,5", "--seeds"),
+    ],
+)
+def test_what_is_no_axis_is_refused(text: str, said: str) -> None:
+    with pytest.raises(PHAError, match=said):
         parse_axis(text)
 
 
-def test_points_are_all_combinations_with_a_run_for_each_seed() -> None:
-    axes = [parse_axis("a.x=1,2"), parse_axis("b.y=p/q,r")]
-    points = make_points("recipe", axes, [0, 3], Path("out"), ["--c.z=5"])
-    assert [tuple(point.settings.values()) for point in points] == [
-        ("1", "p/q"),
-        ("1", "r"),
-        ("2", "p/q"),
-        ("2", "r"),
+def test_a_sweep_is_a_study_of_all_combinations() -> None:
+    over = ["optimizer.learning_rate=1e-3,2e-3", "model.dropout=0,0.1"]
+    study, scale = make_sweep("pha-tiny.stdlib", over, {"run.keep_best": 2, "run.average_best": 2})
+    assert [variant.label for variant in study.variants] == [
+        f"learning_rate {rate}, dropout {dropout}"
+        for rate in ("1e-3", "2e-3")
+        for dropout in ("0", "0.1")
     ]
-    first = points[0].jobs[1]
-    assert first.overrides == ("--c.z=5", "--a.x=1", "--b.y=p/q", "--run.seed=3")
-    assert first.out == Path("out") / "x=1-y=p_q" / "seed-3"
+    assert study.variants[1].set == {"optimizer.learning_rate": 1e-3, "model.dropout": 0.1}
+    assert (study.axis, study.plots, scale.words) == ("learning_rate", ["settings"], scale.name)
+    assert "average" in study.columns
+    seeds, _ = make_sweep("pha-tiny.stdlib", [], {})
+    assert [variant.label for variant in seeds.variants] == ["pha-tiny.stdlib"]
+    assert "average" not in seeds.columns
 
 
 def test_a_sweep_compares_reuses_and_records_what_diverged(
-    store: TokenStore, tmp_path: Path
+    store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    axes = [parse_axis("optimizer.learning_rate=1e-3,1e-2,1e30")]
-    settings = (
-        "pha-tiny.text",
-        axes,
-        [0, 1],
-        tmp_path / "out",
-        overrides(store, run__keep_best=2, run__average_best=2),
-    )
-    content = run_sweep(*settings, quiet(), parallel=2)
-    assert content == json.loads((tmp_path / "out" / "sweep.json").read_text())
-    slow, fast, diverged = content["points"]
-    for point in (slow, fast):
-        results = [RunFolder(Path(run["run"])).read_result() for run in point["runs"]]
-        assert [result.seed for result in results] == [0, 1]
-        perplexities = [result.evaluations[0].perplexity for result in results]
-        assert len(set(perplexities)) == 2
-        assert point["measures"]["test"]["mean"] == pytest.approx(sum(perplexities) / 2)
-        assert point["measures"]["test"]["n"] == 2
-        averages = [result.candidates[1].evaluation.perplexity for result in results]
-        assert point["measures"]["average"]["mean"] == pytest.approx(sum(averages) / 2)
-    means = [point["measures"]["validation"]["mean"] for point in (slow, fast)]
-    best = ("1e-3", "1e-2")[means.index(min(means))]
-    assert content["best"] == {"optimizer.learning_rate": best}
-    assert diverged["diverged"] == 2
-    assert diverged["measures"] == {}
-    assert all(run["status"] == "diverged" and run["step"] >= 1 for run in diverged["runs"])
-    headings, cells = table_cells(content)
-    assert headings[0] == "learning_rate"
-    assert cells[2][-1] == "2"
-    for suffix in ("md", "svg", "png"):
-        assert (tmp_path / "out" / f"sweep.{suffix}").stat().st_size > 100
+    words = ["sweep", "pha-tiny.text", "--over", "optimizer.learning_rate=1e-3,1e-2,1e30"]
+    words += ["--out", str(tmp_path), *arguments(store, run__sample_tokens=0)]
+    main([*words, "--jobs", "2"])
+    assert "lowest validation perplexity" in " ".join(capsys.readouterr().out.split())
+    content = json.loads((tmp_path / "study.json").read_text())
+    *fine, lost = content["variants"]
+    for row in fine:
+        (seed,) = row["seeds"]
+        result = RunFolder(Path(seed["run"])).read_result()
+        assert row["measures"]["test"]["mean"] == result.evaluations[0].perplexity
+        assert row["measures"]["bits"]["mean"] == result.evaluations[0].bits_per_byte
+    means = {row["name"]: row["measures"]["validation"]["mean"] for row in fine}
+    assert content["best"] == min(means, key=lambda name: means[name])
+    assert [row["diverged"] for row in content["variants"]] == [0, 0, 1]
+    assert lost["measures"] == {}
+    assert lost["settings"]["optimizer.learning_rate"] == 1e30
+    assert lost["seeds"][0]["diverged_at"] >= 1
+    table = (tmp_path / "table.md").read_text()
+    assert "learning_rate 1e30 diverged in 1 of 1 runs." in table
+    assert "| learning_rate 1e30 | 1 |" in table
+    for suffix in ("svg", "png"):
+        assert (tmp_path / f"settings.{suffix}").stat().st_size > 1000
 
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("result.json")}
-    again = run_sweep(*settings, quiet())
-    assert again["points"] == content["points"]
+    main([*words, "--json"])
+    assert json.loads(capsys.readouterr().out)["variants"] == content["variants"]
+    assert len(stamps) == 2
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-
-    other = make_points(
-        "pha-tiny.text", axes, [0], tmp_path / "out", overrides(store, run__steps=9)
-    )
-    with pytest.raises(PHAError, match="choose another"):
-        run_jobs(other[0].jobs, quiet())
 
 
 def test_a_bad_value_is_found_before_anything_is_trained(store: TokenStore, tmp_path: Path) -> None:
-    good = Job("pha-tiny.text", tmp_path / "good", tuple(overrides(store)))
-    bad = Job("pha-tiny.text", tmp_path / "bad", (*overrides(store), "--run.seed=-1"))
+    good = Job("pha-tiny.text", tmp_path / "good", settings(store))
+    bad = Job("pha-tiny.text", tmp_path / "bad", settings(store) | {"run.seed": -1})
     with pytest.raises(PHAError, match=r"run\.seed is -1"):
         run_jobs([good, bad], quiet())
     assert not (tmp_path / "good").exists()
-    with pytest.raises(PHAError, match="given twice"):
-        run_sweep("pha-tiny.text", [parse_axis("run.steps=4,4")], [0], tmp_path, [], quiet())
 
 
-def test_a_training_that_fails_is_named(
-    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_words_of_a_run_are_its_settings(store: TokenStore, tmp_path: Path) -> None:
+    asked = settings(store, model__branches="[gss, aux_ffn]", run__epochs="null")
+    words = Job("pha-tiny.text", tmp_path, asked).words()
+    again = parse_overrides(words[words.index("--quiet") + 1 :])
+    assert again == asked
+    assert load_recipe("pha-tiny.text", again) == load_recipe("pha-tiny.text", asked)
+
+
+def test_a_training_that_fails_is_named(store: TokenStore, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "checkpoints").touch()  # in the way of the run
-    job = Job("pha-tiny.text", tmp_path / "out", tuple(overrides(store)))
+    job = Job("pha-tiny.text", tmp_path / "out", settings(store))
     with pytest.raises(PHAError, match=r"failed with exit code 1; see .*out\.log"):
         run_jobs([job], quiet(), parallel=2)
 
@@ -134,14 +143,14 @@ def test_a_training_that_fails_is_named(
 def test_the_command_plans_and_refuses(
     store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["sweep", "pha-tiny.text", "--out", str(tmp_path / "o"), "--seeds", "2", "--dry-run"]
-    main([*words, "--json", "--over", "schedule.floor=0.0,0.1", *overrides(store)])
+    words = ["sweep", "pha-tiny.text", "--out", str(tmp_path / "o"), *arguments(store)]
+    main([*words, "--over", "schedule.floor=0.0,0.1", "--seeds", "2", "--dry-run", "--json"])
     plan = json.loads(capsys.readouterr().out)
     assert len(plan["runs"]) == 4
     assert plan["total"]["tokens"] == 4 * 8 * 4 * 32
     assert not (tmp_path / "o").exists()
-    for bad in ("0", "x", "-3", "1,-1"):
+    for bad in ("0", "x", "-3", "1,-1", "1,1"):
         with pytest.raises(SystemExit) as stop:
-            main([*words[:-2], bad])
+            main([*words, "--seeds", bad])
         assert stop.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1

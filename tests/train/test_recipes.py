@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pha.model.presets import PRESETS
-from pha.train.recipes import describe, load_recipe, protocols
+from pha.train.recipes import as_words, describe, load_recipe, merge, parse_overrides, protocols
 from pha.utils.errors import PHAError
 
 
@@ -46,6 +46,16 @@ def test_naming_steps_or_a_store_drops_the_recipe_s_epochs_or_source() -> None:
     assert (config.data.store, config.data.source) == ("x", None)
     config = load_recipe("pha-tiny.stdlib", ["--run.epochs", "2"])
     assert (config.run.steps, config.run.epochs) == (None, 2)
+
+
+def test_settings_do_what_their_words_do() -> None:
+    asked = parse_overrides(["--run.steps", "4", "--model.branches=[gss, aux_ffn]"])
+    assert asked == {"run.steps": 4, "model.branches": ["gss", "aux_ffn"]}
+    assert load_recipe("pha-tiny.stdlib", asked) == load_recipe("pha-tiny.stdlib", as_words(asked))
+    assert merge({"run.epochs": 1, "run.seed": 1}, asked) == asked | {"run.seed": 1}
+    for wrong in (["run.steps=4"], ["--run.steps"], ["--steps=4"]):
+        with pytest.raises(PHAError, match="steps"):
+            parse_overrides(wrong)
 
 
 def test_a_path_works_and_a_resolved_config_is_a_recipe(tmp_path: Path) -> None:

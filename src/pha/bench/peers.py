@@ -42,128 +42,67 @@ class Peer:
     shape: dict[str, Any]
 
 
+def _sizes(width: int, layers: int, heads: int, key_heads: int, ffn: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "intermediate_size": ffn,
+    }
+
+
+def _falcon_state(width: int, heads: int, head_dim: int, state: int) -> dict[str, Any]:
+    return {
+        "mamba_d_ssm": width,
+        "mamba_n_heads": heads,
+        "mamba_d_head": head_dim,
+        "mamba_d_state": state,
+    }
+
+
+def _mamba(width: int, layers: int, heads: int, head_dim: int, state: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_heads": heads,
+        "head_dim": head_dim,
+        "state_size": state,
+        "n_groups": 1,
+    }
+
+
 _TIED = {"tie_word_embeddings": True}
 # The others have none by default; it would keep attention off the fast path in training.
 _NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+_GPT2_TINY = {"n_embd": 64, "n_layer": 2, "n_head": 4}
+
+_GRIFFIN = "two gated recurrences to one attention of window 2,048"
 
 PEERS: dict[str, Peer] = {
     "gpt2": Peer("gpt2", "attention and FFN, learned positions", 130e6, _NO_DROPOUT),
     "llama": Peer(
-        "llama",
-        "grouped-query attention and SwiGLU",
-        183e6,
-        _TIED
-        | {
-            "hidden_size": 768,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 4,
-            "intermediate_size": 1920,
-        },
+        "llama", "grouped-query attention and SwiGLU", 183e6, _TIED | _sizes(768, 24, 12, 4, 1920)
     ),
     "falcon-h1": Peer(
         "falcon_h1",
         "Mamba-2 beside attention in every layer",
         174e6,
-        _TIED
-        | {
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 4,
-            "intermediate_size": 2560,
-            "mamba_d_ssm": 1536,
-            "mamba_n_heads": 24,
-            "mamba_d_head": 64,
-            "mamba_d_state": 128,
-        },
+        _TIED | _sizes(768, 12, 12, 4, 2560) | _falcon_state(1536, 24, 64, 128),
     ),
-    "mamba2": Peer(
-        "mamba2",
-        "state space only",
-        129e6,
-        _TIED
-        | {
-            "hidden_size": 768,
-            "num_hidden_layers": 24,
-            "num_heads": 24,
-            "head_dim": 64,
-            "state_size": 128,
-            "n_groups": 1,
-        },
-    ),
-    "recurrent-gemma": Peer(
-        "recurrent_gemma",
-        "two gated recurrences to one attention of window 2,048",
-        123e6,
-        {
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 1,
-            "intermediate_size": 4608,
-        },
-    ),
+    "mamba2": Peer("mamba2", "state space only", 129e6, _TIED | _mamba(768, 24, 24, 64, 128)),
+    "recurrent-gemma": Peer("recurrent_gemma", _GRIFFIN, 123e6, _sizes(768, 12, 6, 1, 4608)),
     # Miniatures, for trying a command out before the real models are paid for.
-    "gpt2-tiny": Peer(
-        "gpt2", "miniature", None, _NO_DROPOUT | {"n_embd": 64, "n_layer": 2, "n_head": 4}
-    ),
-    "llama-tiny": Peer(
-        "llama",
-        "miniature",
-        None,
-        _TIED
-        | {
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 160,
-        },
-    ),
+    "gpt2-tiny": Peer("gpt2", "miniature", None, _NO_DROPOUT | _GPT2_TINY),
+    "llama-tiny": Peer("llama", "miniature", None, _TIED | _sizes(64, 2, 4, 2, 160)),
     "falcon-h1-tiny": Peer(
         "falcon_h1",
         "miniature",
         None,
-        _TIED
-        | {
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "intermediate_size": 160,
-            "mamba_d_ssm": 128,
-            "mamba_n_heads": 4,
-            "mamba_d_head": 32,
-            "mamba_d_state": 16,
-        },
+        _TIED | _sizes(64, 2, 4, 2, 160) | _falcon_state(128, 4, 32, 16),
     ),
-    "mamba2-tiny": Peer(
-        "mamba2",
-        "miniature",
-        None,
-        _TIED
-        | {
-            "hidden_size": 64,
-            "num_hidden_layers": 2,
-            "num_heads": 4,
-            "head_dim": 32,
-            "state_size": 16,
-            "n_groups": 1,
-        },
-    ),
-    "recurrent-gemma-tiny": Peer(
-        "recurrent_gemma",
-        "miniature",
-        None,
-        {
-            "hidden_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 1,
-            "intermediate_size": 320,
-        },
-    ),
+    "mamba2-tiny": Peer("mamba2", "miniature", None, _TIED | _mamba(64, 2, 4, 32, 16)),
+    "recurrent-gemma-tiny": Peer("recurrent_gemma", "miniature", None, _sizes(64, 3, 4, 1, 320)),
 }
 """By the name that follows `hf:`."""
 

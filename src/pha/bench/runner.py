@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pha.bench import worker
@@ -22,7 +21,9 @@ from pha.bench.work import MODEL_MODES, Job
 from pha.modeling import PHAConfig
 from pha.ops import OPS
 from pha.utils.errors import PHAError
+from pha.utils.files import read_json
 from pha.utils.hardware import PRECISIONS, default_device
+from pha.utils.processes import Command, run_processes
 
 KERNELS = "kernels"
 OUT_OF_TIME = {"error": "not run: the time limit was reached", "out_of_time": True}
@@ -233,57 +234,32 @@ def run_worker(job: Job, end: float | None = None) -> dict[str, Any]:
     left = None if end is None else end - time.monotonic()
     if left is not None and left <= 0:
         return OUT_OF_TIME
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "pha.bench.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
+    codes: list[int] = []
+    with tempfile.TemporaryDirectory() as folder:
+        answer, log = Path(folder) / "answer.json", Path(folder) / "log"
+        words = [sys.executable, "-m", "pha.bench.worker", json.dumps(asdict(job)), str(answer)]
         try:
-            return _answer(process, job, left) or _failure(process, log)
-        finally:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with suppress(BrokenPipeError):  # what is left to write is of no use
-                    pipe.close()  # type: ignore[union-attr]
+            run_processes(
+                [Command(words, log)],
+                seconds=left,
+                stop=signal.SIGKILL,
+                ended=lambda _, code: codes.append(code),
+            )
+        except TimeoutError:
+            return {"error": "stopped: the time limit was reached", "out_of_time": True}
+        if answer.is_file():
+            result: dict[str, Any] = read_json(answer)
+            return result
+        return {"error": _failure(codes[0], log.read_text(encoding="utf-8", errors="replace"))}
 
 
-def _answer(
-    process: subprocess.Popen[str], job: Job, seconds: float | None
-) -> dict[str, Any] | None:
-    """The result that a worker prints; None where it ends without one."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write(json.dumps(asdict(job)) + "\n")
-        process.stdin.flush()
-    except BrokenPipeError:
-        return None
-    # Only waiting for the process has a time limit; its one line fits into the pipe meanwhile.
-    # The worker ends by itself after its answer, although its input stays open.
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return {"error": "stopped: the time limit was reached", "out_of_time": True}
-    lines = process.stdout.read().splitlines()
-    if not lines:
-        return None
-    result: dict[str, Any] = json.loads(lines[-1])
-    return result
-
-
-def _failure(process: subprocess.Popen[str], log: Any) -> dict[str, Any]:
-    code = process.wait()
+def _failure(code: int, said: str) -> str:
     if code == -signal.SIGKILL:
-        return {"error": "killed, most likely out of memory"}
+        return "killed, most likely out of memory"
     if code < 0:
-        return {"error": f"ended by {signal.Signals(-code).name}"}
-    log.seek(0)
-    last = ([line.strip() for line in log if line.strip()] or ["it said nothing"])[-1]
-    return {"error": f"ended with exit code {code}: {last[:200]}"}
+        return f"ended by {signal.Signals(-code).name}"
+    last = ([line.strip() for line in said.splitlines() if line.strip()] or ["it said nothing"])[-1]
+    return f"ended with exit code {code}: {last[:200]}"
 
 
 def make_row(job: Job, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -328,15 +304,8 @@ def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
         kind = (row["compiled"], row["backend"].partition(", ")[2])
         reference = first.setdefault(kind, row)
         measured = row["error"] is None and reference["error"] is None
-        for ratio, value in (("speed_ratio", _speed), ("memory_ratio", _memory)):
-            row[ratio] = value(row) / value(reference) if measured else None
-
-
-def _speed(row: dict[str, Any]) -> float:
-    speed: float = row["tokens_per_second"]["median"]
-    return speed
-
-
-def _memory(row: dict[str, Any]) -> float:
-    memory: float = row["peak_memory"]
-    return memory
+        row["speed_ratio"] = row["memory_ratio"] = None
+        if measured:
+            speeds = [each["tokens_per_second"]["median"] for each in (row, reference)]
+            row["speed_ratio"] = speeds[0] / speeds[1]
+            row["memory_ratio"] = row["peak_memory"] / reference["peak_memory"]

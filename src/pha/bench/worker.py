@@ -1,6 +1,7 @@
-"""One measurement in a process of its own: a job as a JSON line comes in, a result goes out.
+"""One measurement in a process of its own: `python -m pha.bench.worker JOB ANSWER`.
 
-`python -m pha.bench.worker` ends when its standard input is closed, so none outlives its parent.
+JOB is JSON, ANSWER the file for the result or `{"error": ...}`. The process ends when its standard
+input is closed, so that none outlives its parent.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from pha.bench.op_work import OP_MODES, make_op_work
 from pha.bench.work import MODEL_MODES, Job, Work
 from pha.ops import in_use
 from pha.utils.errors import PHAError
+from pha.utils.files import write_json
 from pha.utils.hardware import default_device, device_name, keep_freed_memory, synchronise
 
 
@@ -110,15 +112,12 @@ def attempt(job: Job) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read the job, answer with one line: the result, or `{"error": ...}`."""
-    # Libraries may print; the answer must be all that arrives.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    """Measure the job of the first argument into the file of the second."""
+    job, answer = sys.argv[1:]
     with suppress(OSError):  # where memory runs out, this process is the one to go
         Path("/proc/self/oom_score_adj").write_text("1000")
-    job = Job(**json.loads(sys.stdin.readline()))
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    print(json.dumps(attempt(job)), file=answers, flush=True)
+    write_json(Path(answer), attempt(Job(**json.loads(job))))
 
 
 def _leave_with_parent() -> None:

@@ -114,7 +114,7 @@ def bench(
     if out is not None:
         console.print(str(out / f"bench-{mode}.json"), highlight=False)
         try:
-            from pha.report.speed import save_speed_plots
+            from pha.report.charts import save_speed_plots
 
             plots = save_speed_plots(mode, rows, out)
         except ImportError as error:

@@ -265,8 +265,8 @@ def _measures_table(title: str, results: Mapping[str, Evaluation], against: bool
 
 
 def _write(out: Path, result: PairedComparison, content: dict[str, Any]) -> None:
-    from pha.report.dots import save_picture
-    from pha.report.paired import describe, paired_figure
+    from pha.report.charts import describe, paired_figure
+    from pha.report.plots import save_picture
     from pha.utils.files import write_json
 
     with writing(out):

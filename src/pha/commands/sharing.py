@@ -31,7 +31,7 @@ def export(
         dataset: for the card: a data set by its name on the Hub; may be repeated
         force: replace an earlier export
     """
-    from pha.report.export import export_model
+    from pha.sharing import export_model
     from pha.utils.hardware import PRECISIONS
 
     exported = export_model(

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pha.results import EvalRecord, Evaluation, LayerMixing, Metrics, RunResult
+from pha.results import EvalRecord, LayerMixing, Metrics, RunResult
 from pha.runs import RunFolder
 from pha.utils.errors import PHAError
 from pha.utils.text import shorten
@@ -27,7 +25,6 @@ class Run:
         result: None while the run is unfinished.
         metrics: its history; all lists are empty where it has none.
         config: empty where there is none.
-        config_text: the file as it stands.
     """
 
     path: Path
@@ -35,24 +32,11 @@ class Run:
     result: RunResult | None
     metrics: Metrics
     config: Mapping[str, Any]
-    config_text: str
 
-    @property
-    def recipe(self) -> str | None:
-        """PRESET.PROTOCOL, or a file."""
-        return self.result.recipe if self.result else self.config.get("recipe")
-
-    @property
-    def seed(self) -> int | None:
-        """Of weights and data order."""
-        return self.result.seed if self.result else section(self.config, "run").get("seed")
-
-    @property
-    def steps(self) -> int | None:
-        """Optimiser steps taken."""
-        if self.result:
-            return self.result.steps
-        return self.metrics.train[-1].step if self.metrics.train else None
+    @classmethod
+    def of(cls, result: RunResult) -> Run:
+        """A finished run of which nothing but the result is at hand."""
+        return cls(Path(result.name), result.name, result, Metrics([], [], []), {})
 
     @property
     def tokens_seen(self) -> int | None:
@@ -77,42 +61,17 @@ class Run:
         return statistics.median(speeds) if speeds else None
 
     @property
-    def parameters(self) -> int | None:
-        """Total parameter count, of a finished run."""
-        return self.result.model.parameters.total if self.result else None
-
-    @property
-    def data(self) -> Mapping[str, Any]:
-        """What a finished run says of its data."""
-        return self.result.data if self.result else {}
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """Where a finished run was made, and with what."""
-        return self.result.provenance if self.result else {}
-
-    @property
-    def evaluations(self) -> Sequence[Evaluation]:
-        """Of the chosen weights of a finished run."""
-        return self.result.evaluations if self.result else ()
-
-    @property
     def mixing(self) -> Sequence[LayerMixing]:
         """Of the chosen weights, else the last one recorded."""
         if self.result:
             return self.result.mixing
         return self.metrics.mixing[-1].layers if self.metrics.mixing else ()
 
-    def evaluation(self, split: str) -> Evaluation | None:
-        """The first evaluation of the chosen weights on `split`."""
-        return next((each for each in self.evaluations if each.split == split), None)
-
     def latest_eval(self, split: str) -> EvalRecord | None:
         """The evaluation made at the chosen step of training, else the last one made."""
         records = [record for record in self.metrics.eval if record.split == split]
         step = self.result.chosen_step if self.result else None
-        chosen = [record for record in records if record.step == step]
-        best = chosen or records
+        best = [record for record in records if record.step == step] or records
         return best[-1] if best else None
 
     def diverged_at(self) -> int | None:
@@ -137,15 +96,9 @@ def collect(paths: Sequence[Path]) -> list[Run]:
     folders = [_run_folder(path) for path in paths]
     results = [folder.read_result() if folder.result.is_file() else None for folder in folders]
     return [
-        Run(folder.path, label, result, folder.read_metrics(), *_read_config(folder.config))
+        Run(folder.path, label, result, folder.read_metrics(), folder.read_config())
         for folder, result, label in zip(folders, results, _labels(folders, results), strict=True)
     ]
-
-
-def section(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """The nested mapping at `key`, or an empty one."""
-    value = mapping.get(key)
-    return value if isinstance(value, Mapping) else {}
 
 
 def _run_folder(path: Path) -> RunFolder:
@@ -169,20 +122,3 @@ def _labels(folders: Sequence[RunFolder], results: Sequence[RunResult | None]) -
         if len(set(clean)) == len(clean):
             return clean
     return [f"{shorten(label, 80)} ({index})" for index, label in enumerate(parents, start=1)]
-
-
-def _read_config(path: Path) -> tuple[Mapping[str, Any], str]:
-    if not path.is_file():
-        return {}, ""
-    try:
-        text = path.read_text(encoding="utf-8")
-        config = yaml.safe_load(text) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise PHAError(f"{path} cannot be read as text") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}," if mark else ""
-        raise PHAError(f"{path}{where} is not YAML") from error
-    if not isinstance(config, Mapping):
-        raise PHAError(f"{path} holds no names and values")
-    return config, text

@@ -5,32 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from pha.report.collect import Run
-from pha.results import Evaluation, Scores
-from pha.utils.text import DASH, count, duration, fixed, memory, perplexity
+from pha.results import Evaluation, RunResult, Scores
+from pha.utils.text import count, duration, fixed, memory, percent, perplexity, plain
 
 Basis = Literal["tokenizer", "data", "protocol", "hardware", "work"]
 """What runs may have in common; `work` is hardware and tokens seen."""
 
 
 @dataclass(frozen=True)
-class Column:
-    """A column of the comparison: heading, unit, value of a row, printing, which end is best.
+class Measure:
+    """A figure that runs are compared by.
 
-    `basis` is what runs must have in common before their values may be ranked.
+    Attributes:
+        name: with the unit.
+        of: its value for a row; None where there is none.
+        show: how it is printed.
+        best: `min`, `max`, or None where neither is better.
+        basis: what runs must have in common before their values may be ranked.
     """
 
-    heading: str
-    unit: str
+    name: str
     of: Callable[[Row], float | None]
     show: Callable[[float | None], str]
     best: Callable[[Iterable[float]], float] | None = None
     basis: Basis = "data"
 
     def value(self, row: Row) -> float | None:
-        """What a row has here, if that is a finite number."""
+        """What a row has, if that is a finite number."""
         value = self.of(row)
         return value if value is not None and math.isfinite(value) else None
 
@@ -47,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """A printed value, and whether it is the best of its column."""
+    """A printed value, and whether it is the best of its measure."""
 
     text: str
     best: bool
@@ -55,10 +60,10 @@ class Cell:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The comparison table of one split."""
+    """The comparison on one split: for every row a cell for each measure."""
 
     split: str
-    columns: list[Column]
+    measures: list[Measure]
     rows: list[tuple[Row, list[Cell]]]
 
 
@@ -66,96 +71,72 @@ def _score(name: str) -> Callable[[Row], float | None]:
     return lambda row: getattr(row.scores, name, None)
 
 
+def _final(value: Callable[[RunResult], float]) -> Callable[[Row], float | None]:
+    return lambda row: None if row.run.result is None else value(row.run.result)
+
+
+_whole, _four = partial(fixed, decimals=0), partial(fixed, decimals=4)
+_percent, _percents = partial(percent, decimals=0), partial(percent, decimals=2)
+
 QUALITY = (
-    Column(
-        "Perplexity",
-        "per token",
-        _score("perplexity"),
-        perplexity,
-        min,
-        "tokenizer",
-    ),
-    Column("Perplexity", "per word", _score("word_perplexity"), perplexity, min, "data"),
-    Column("Perplexity", "per byte", _score("byte_perplexity"), perplexity, min, "data"),
-    Column("Bits", "per byte", _score("bits_per_byte"), lambda v: fixed(v, 3), min, "data"),
-    Column(
-        "Accuracy",
-        "next token, %",
-        _score("accuracy"),
-        lambda v: fixed(None if v is None else 100 * v, 2),
-        max,
-        "tokenizer",
-    ),
+    Measure("perplexity per token", _score("perplexity"), perplexity, min, "tokenizer"),
+    Measure("perplexity per word", _score("word_perplexity"), perplexity, min),
+    Measure("perplexity per byte", _score("byte_perplexity"), _four, min),
+    Measure("bits per byte", _score("bits_per_byte"), _four, min),
+    Measure("accuracy", _score("accuracy"), _percents, max, "tokenizer"),
 )
 SIZE = (
-    Column("Parameters", "total", lambda r: r.run.parameters, count),
-    Column("Tokens", "seen", lambda r: r.run.tokens_seen, count),
+    Measure("parameters", _final(lambda r: r.model.parameters.total), _whole),
+    Measure("tokens seen", lambda row: row.run.tokens_seen, _whole),
 )
 COST = (
-    Column(
-        "Speed",
-        "tokens/s",
-        lambda r: r.run.tokens_per_second,
-        lambda v: fixed(v, 0),
-        max,
-        "hardware",
-    ),
-    Column(
-        "Memory",
-        "peak",
-        lambda r: r.run.result.peak_memory_bytes if r.run.result else None,
-        memory,
-        min,
-        "hardware",
-    ),
-    Column("Time", "training", lambda r: r.run.seconds, duration, min, "work"),
+    Measure("training tokens/s", lambda row: row.run.tokens_per_second, _whole, max, "hardware"),
+    Measure("of measured matmul rate", _final(lambda r: r.utilisation), _percent, max, "hardware"),
+    Measure("peak memory", _final(lambda r: r.peak_memory_bytes), memory, min, "hardware"),
+    Measure("training time", lambda row: row.run.seconds, duration, min, "work"),
 )
 
 
 def comparisons(runs: Sequence[Run]) -> list[Comparison]:
-    """One table per split that any run was evaluated on, the main split's first and widest."""
+    """One for each split that any run was evaluated on, the main split's first and widest."""
     main = main_split(runs)
-    splits = [main, *(split for split in _splits(runs) if split != main)]
     tables = []
-    for split in splits:
-        columns = [*SIZE, *QUALITY, *COST] if split == main else list(QUALITY)
+    for split in dict.fromkeys([main, *_splits(runs)]):
+        measures = [*SIZE, *QUALITY, *COST] if split == main else list(QUALITY)
         rows = [row_of(index, run, split) for index, run in enumerate(runs)]
         if split != main:
             rows = [row for row in rows if row.scores is not None]
-        winners = [_best(column, rows) for column in columns]
+        best = [_best(measure, rows) for measure in measures]
         cells = [
             [
-                Cell(column.show(column.value(row)), any(row is winner for winner in winning))
-                for column, winning in zip(columns, winners, strict=True)
+                Cell(measure.show(measure.value(row)), row.index in winners)
+                for measure, winners in zip(measures, best, strict=True)
             ]
             for row in rows
         ]
-        tables.append(Comparison(split, columns, list(zip(rows, cells, strict=True))))
+        tables.append(Comparison(split, measures, list(zip(rows, cells, strict=True))))
     return tables
 
 
 def main_split(runs: Sequence[Run]) -> str:
     """The split to compare on: that of most final evaluations, `test` where that is even."""
-    counts = {
-        split: sum(run.evaluation(split) is not None for run in runs) for split in _splits(runs)
-    }
+    final = [each.split for result in results_of(runs) for each in result.evaluations]
     order = {"test": 0, "validation": 1}
-    return min(counts, key=lambda s: (-counts[s], order.get(s, 2)), default="test")
+    return min(_splits(runs), key=lambda s: (-final.count(s), order.get(s, 2)), default="test")
 
 
 def row_of(index: int, run: Run, split: str) -> Row:
     """A run's final scores on a split, else those it had during training."""
-    final = run.evaluation(split)
-    if final is not None:
+    if run.result and (final := run.result.evaluation(split)):
         return Row(index, run, final)
-    point = run.latest_eval(split)
-    if point is not None:
-        return Row(index, run, point, f"during training, step {point.step:,}")
+    record = run.latest_eval(split)
+    if record is not None:
+        return Row(index, run, record, f"during training, step {record.step:,}")
     return Row(index, run, None, "not evaluated on this split")
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
-    """What a reader must know before comparing, one sentence or two for each."""
+    """What makes a comparison wrong, one sentence or two for each."""
     found = []
     if differ(runs, "tokenizer"):
         found.append(
@@ -165,66 +146,90 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         )
     if differ(runs, "data"):
         found.append(
-            "Token perplexities are not comparable: these runs were evaluated on different data "
+            "Perplexities are not comparable: these runs were evaluated on different data "
             f"({_listing(runs, 'sha256')}). The same holds for every other figure of quality."
         )
-    if not differ(runs, "data") and differ(runs, "protocol"):
+    elif names := _protocol_differences(runs):
         found.append(
-            f"The evaluation protocol differs between runs ({join(_protocol_differences(runs))}; "
-            "see the protocol below), and perplexity depends on it: a model that sees more context "
-            "per token has the lower one for that reason alone."
+            f"The evaluation protocol differs between runs ({', '.join(names)}; see the protocol "
+            "below), and perplexity depends on it: a model that sees more context per token has "
+            "the lower one for that reason alone."
         )
     found += [
-        f"{run.label} diverged: from step {run.diverged_at():,} on there are training losses "
-        "that are not finite numbers."
+        f"{run.label} diverged: from step {step:,} on there are training losses that are not "
+        "finite numbers."
         for run in runs
-        if run.diverged_at() is not None
+        if (step := run.diverged_at()) is not None
     ]
     return found
 
 
+def limits(runs: Sequence[Run]) -> str:
+    """What these runs do not show, for want of tokens, seeds or an end."""
+    results = results_of(runs)
+    found = []
+    seen = sorted({result.tokens_seen for result in results})
+    if len(seen) > 1:
+        found.append(
+            f"The runs saw {count(seen[0])} to {count(seen[-1])} training tokens, so this is not a "
+            "comparison at equal data."
+        )
+    seeds: dict[str, set[int]] = {}
+    for result in results:
+        # A recipe run with other settings is another model: size and preset tell them apart.
+        seeds.setdefault(f"{result.recipe or result.name} {result.model}", set()).add(result.seed)
+    fewest = min(map(len, seeds.values()), default=0)
+    if fewest == 1:
+        found.append("One seed does not decide which model is better.")
+    elif len(seeds) == 1:
+        found.append("All are one recipe: what differs is the spread between seeds.")
+    elif seeds:
+        found.append(f"There are at least {fewest} seeds of each: mind their spread.")
+    if unfinished := [run.label for run in runs if not run.result]:
+        found.append(f"Unfinished, and not ranked: {', '.join(unfinished)}.")
+    return " ".join(found)
+
+
+def results_of(runs: Sequence[Run]) -> list[RunResult]:
+    """Of the finished ones."""
+    return [run.result for run in runs if run.result]
+
+
 def differ(runs: Sequence[Run], what: Basis) -> bool:
-    """Whether runs are known to differ in what a comparison needs to be the same.
+    """Whether finished runs are known to differ in what a comparison needs to be the same.
 
     A run that does not record it does not count as different.
     """
+    results = results_of(runs)
     if what == "tokenizer":
         # Names decide only where a hash is missing.
-        return _distinct(r.data.get("tokenizer_sha256") for r in runs) > 1 or (
-            any(r.data.get("tokenizer_sha256") is None for r in runs)
-            and _distinct(r.data.get("tokenizer") for r in runs) > 1
-        )
+        hashes = [result.data.get("tokenizer_sha256") for result in results]
+        names = [result.data.get("tokenizer") for result in results]
+        return _distinct(hashes) > 1 or (None in hashes and _distinct(names) > 1)
     if what == "data":
-        evaluations = _main_evaluations(runs)
-        sizes = {(e.words, e.bytes) for e in evaluations}
+        sizes = {(each.words, each.bytes) for each in _main_evaluations(runs)}
         if differ(runs, "tokenizer") and sizes:
             # The hash covers token ids, which another tokenizer changes; the size of the text
             # tells whether it is the same.
             return len(sizes) > 1
-        return _distinct(r.data.get("sha256") for r in runs) > 1
+        return _distinct(result.data.get("sha256") for result in results) > 1
     if what == "protocol":
         return bool(_protocol_differences(runs))
-    if what == "hardware":
-        return any(
-            _distinct(r.provenance.get(key) for r in runs) > 1
-            for key in ("device", "cpu", "threads", "precision")
-        )
-    return differ(runs, "hardware") or _distinct(r.tokens_seen for r in runs) > 1
-
-
-def join(names: Sequence[str]) -> str:
-    """a, b and c."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    hardware = any(
+        _distinct(result.provenance.get(key) for result in results) > 1
+        for key in ("device", "cpu", "threads", "precision")
+    )
+    return hardware or (what == "work" and _distinct(r.tokens_seen for r in results) > 1)
 
 
 def _splits(runs: Sequence[Run]) -> list[str]:
-    final = [e.split for run in runs for e in run.evaluations]
-    return list(dict.fromkeys([*final, *(p.split for run in runs for p in run.metrics.eval)]))
+    final = [each.split for result in results_of(runs) for each in result.evaluations]
+    return list(dict.fromkeys([*final, *(r.split for run in runs for r in run.metrics.eval)]))
 
 
 def _main_evaluations(runs: Sequence[Run]) -> list[Evaluation]:
     split = main_split(runs)
-    return [e for e in (run.evaluation(split) for run in runs) if e is not None]
+    return [each for result in results_of(runs) if (each := result.evaluation(split))]
 
 
 def _protocol_differences(runs: Sequence[Run]) -> list[str]:
@@ -239,36 +244,30 @@ def _protocol_differences(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _best(column: Column, rows: Sequence[Row]) -> list[Row]:
-    """Rows that hold a column's best value; none where ranking would mislead."""
-    rows = [row for row in rows if row.run.result and column.value(row) is not None]
-    if column.best is None or len(rows) < 2:
-        return []
-    runs = [row.run for row in rows]
-    if column.basis in ("tokenizer", "data") and (
+def _best(measure: Measure, rows: Sequence[Row]) -> set[int]:
+    """Indices of the rows that hold a measure's best value; none where ranking would mislead."""
+    rows = [row for row in rows if row.run.result and measure.value(row) is not None]
+    runs, values = [row.run for row in rows], [measure.value(row) for row in rows]
+    if measure.best is None or len(set(values)) < 2 or differ(runs, measure.basis):
+        return set()
+    if measure.basis in ("tokenizer", "data") and (
         any(row.remark for row in rows) or differ(runs, "data") or differ(runs, "protocol")
     ):
-        return []
-    if differ(runs, column.basis):
-        return []
-    best = column.best(value for row in rows if (value := column.value(row)) is not None)
-    winners = [row for row in rows if column.value(row) == best]
-    return winners if len(winners) < len(rows) else []
+        return set()
+    best = measure.best(value for value in values if value is not None)
+    return {row.index for row, value in zip(rows, values, strict=True) if value == best}
 
 
 def _listing(runs: Sequence[Run], key: str) -> str:
     """`A: value; B: value`, hashes cut to what tells them apart at a glance."""
     values = []
     for run in runs:
-        value = run.data.get(key)
+        data = run.result.data if run.result else {}
+        value = plain(data.get(key))[: None if key == "tokenizer" else 12]
         if key == "tokenizer":
-            digest = run.data.get("tokenizer_sha256")
-            value = " ".join(str(v) for v in (value, digest and str(digest)[:12]) if v) or None
-        elif value is not None:
-            value = str(value)[:12]
-        if value is not None:
-            values.append(f"{run.label}: {value}")
-    return "; ".join(values) or DASH
+            value = f"{value} {plain(data.get('tokenizer_sha256'))[:12]}"
+        values.append(f"{run.label}: {value}")
+    return "; ".join(values)
 
 
 def _distinct(values: Iterable[Any]) -> int:

@@ -1,159 +1,197 @@
-"""Which data go into which figure of the page, with captions and words for those who see none."""
+"""The figures of training runs: learning curves, and how layers mix their branches."""
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from markupsafe import Markup
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
 
 from pha.report import plots
-from pha.report.collect import Run
-from pha.results import LayerMixing, TrainRecord
-from pha.utils.text import percent
+from pha.results import LayerMixing, MixingRecord
+from pha.utils import text
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+CURVE_POINTS = 500
+FAINT_POINTS = 100
 
-@dataclass(frozen=True)
-class Plot:
-    """An inline figure and its caption."""
-
-    svg: Markup
-    caption: str
+Axis = Literal["tokens", "seconds"]
+Kind = Literal["weights", "effective"]
 
 
 @dataclass(frozen=True)
-class Mixing:
-    """The mixing figures of a run, or a note why there are none."""
+class Series:
+    """A line: finite points (x, y) in the order of x, and the index of its colour and marker.
 
-    run: Run
-    plots: list[Plot]
-    note: str
+    A faint line is context (training loss, single layers) and has no legend entry.
+    """
 
-
-_QUANTITIES: tuple[tuple[str, Callable[[LayerMixing], Mapping[str, float]]], ...] = (
-    ("Softplus weights", lambda layer: layer.weights),
-    ("Effective shares", lambda layer: layer.effective),
-)
+    label: str
+    points: Sequence[tuple[float, float]]
+    color: int
+    faint: bool = False
 
 
-def learning_curves(runs: Sequence[Run]) -> list[Plot]:
-    """Loss against tokens, and against training time."""
-    by_tokens: list[plots.Series] = []
-    by_seconds: list[plots.Series] = []
-    for index, run in enumerate(runs):
-        losses = [
-            (record, record.loss)
-            for record in run.metrics.eval
-            if record.split == "validation" and math.isfinite(record.loss)
-        ]
-        # Without validation the training loss is all there is to look at.
-        faint = bool(losses)
-        by_tokens.append(_training(run, index, lambda p: p.tokens, lambda p: p.loss, faint))
-        by_seconds.append(_training(run, index, lambda p: p.seconds, lambda p: p.loss, faint))
-        if losses:
-            tokens = [(p.tokens, y) for p, y in losses]
-            seconds = [(_seconds_at(run.metrics.train, p.step), y) for p, y in losses]
-            by_tokens.append(plots.Series(run.label, _known(tokens), index))
-            by_seconds.append(plots.Series(run.label, _known(seconds), index))
-    found = []
-    if any(line.points for line in by_tokens):
-        figure = plots.learning_curves(by_tokens, "tokens", "loss (nats per token)")
-        found.append(_plot(figure, "Loss against tokens seen.", by_tokens))
-    if any(line.points for line in by_seconds):
-        figure = plots.learning_curves(by_seconds, "seconds", "loss (nats per token)")
-        found.append(_plot(figure, "Loss against training time.", by_seconds))
-    return found
+@plots.styled()
+def learning_curves(series: Sequence[Series], axis: Axis, y_label: str) -> Figure:
+    """Loss against tokens or training seconds.
+
+    The largest fifth of the prominent values runs out of the frame: the first steps of training
+    would otherwise flatten all that the curves differ by.
+    """
+    figure, axes = _lines(series, axis, y_label, height=3.1)
+    main = _sorted_values([s for s in series if not s.faint] or series)
+    if main:
+        context = _sorted_values([s for s in series if s.faint]) or main
+        # Noise dips below any curve; what is under the lowest 2% is noise.
+        low = min(main[0], context[round(0.02 * (len(context) - 1))])
+        top = main[round(0.8 * (len(main) - 1))]
+        margin = 0.05 * (top - low) or 0.05 * abs(top) or 1.0
+        axes.set_ylim(low - margin, top + margin)
+    return figure
 
 
-def training_histories(runs: Sequence[Run]) -> list[Plot]:
-    """Learning rate and gradient norm against tokens, where recorded."""
-    found = []
-    quantities: tuple[tuple[str, Callable[[TrainRecord], float]], ...] = (
-        ("learning rate", lambda point: point.learning_rate),
-        ("gradient norm", lambda point: point.grad_norm),
-    )
-    for name, value in quantities:
-        series = [_training(run, i, lambda p: p.tokens, value, False) for i, run in enumerate(runs)]
-        if any(line.points for line in series):
-            figure = plots.history(series, "tokens", name)
-            found.append(_plot(figure, f"{name.capitalize()} against tokens seen.", series))
-    return found
+@plots.styled()
+def history(series: Sequence[Series], axis: Axis, y_label: str) -> Figure:
+    """Any other quantity over training, from zero up, in a low panel."""
+    figure, axes = _lines(series, axis, y_label, height=2.1)
+    axes.set_ylim(bottom=0)
+    return figure
 
 
-def mixing(run: Run, color: int) -> Mixing:
-    """Heat maps of the final mixing of a run, and its course over training."""
-    if not run.mixing:
-        return Mixing(run, [], "This run has no mixing weights.")
-    if all(len(layer.weights) < 2 for layer in run.mixing):
-        note = "Every layer of this run has a single branch, so there is nothing to mix."
-        return Mixing(run, [], note)
-    found = []
-    for name, shares in _QUANTITIES:
-        layers = [shares(layer) for layer in run.mixing]
-        branches = plots.branch_names(layers)
-        if not branches:
-            continue
-        means = ", ".join(f"{b} {percent(plots.mean_share(layers, b))}" for b in branches)
-        svg = plots.to_svg(
-            plots.mixing_heat_map(layers, color),
-            f"Heat map: {name.lower()} of {run.label} in {len(layers)} layers. Means: {means}.",
-        )
-        found.append(Plot(Markup(svg), f"{name} by layer, in %."))
-    for name, shares in _QUANTITIES:
-        points = [
-            (point.tokens, [shares(layer) for layer in point.layers])
-            for point in run.metrics.mixing
-        ]
-        if len(points) < 2 or not any(layer for _, layers in points for layer in layers):
-            continue
-        svg = plots.to_svg(
-            plots.mixing_history(points, "tokens", "share (%)"),
-            f"{name} of {run.label} against tokens seen, by branch.",
-        )
-        caption = f"{name} over training: mean over layers, thin lines for single layers."
-        found.append(Plot(Markup(svg), caption))
-    return Mixing(run, found, "")
+@plots.styled()
+def mixing_heat_map(layers: Sequence[Mapping[str, float]], color: int) -> Figure:
+    """Shares of the branches (columns) in every layer (rows), and their mean over layers.
+
+    The shade of a cell is proportional to its share and starts at zero.
+    """
+    from matplotlib.patches import Rectangle
+
+    branches, count = branch_names(layers), len(layers)
+    means = {branch: mean_share(layers, branch) for branch in branches}
+    largest = max((v for layer in layers for v in layer.values()), default=0.0) or 1.0
+    tops, names = [*range(count), count + 0.3], [*map(str, range(count)), "mean"]
+    figure, axes = plots.new_figure(0.55 + 0.235 * (count + 1.3))
+    for top, shares in zip(tops, [*layers, means], strict=True):
+        for column, branch in enumerate(branches):
+            share = shares.get(branch)
+            if share is not None:
+                # Never opaque: the number in the cell keeps its contrast in both schemes.
+                shade = 0.5 * max(share, 0.0) / largest
+                cell = Rectangle((column + 0.015, top + 0.03), 0.97, 0.94, lw=0, alpha=shade)
+                axes.add_patch(cell).set_facecolor(plots.series_color(color))
+            label = text.DASH if share is None else f"{100 * share:.1f}"
+            axes.text(column + 0.5, top + 0.53, label, ha="center", va="center")
+    columns = max(len(branches), 1)
+    axes.set_xlim(0, columns)
+    axes.set_ylim(count + 1.35, 0)
+    short = [text.shorten(branch, 60 // columns) for branch in branches]
+    axes.set_xticks([column + 0.5 for column in range(len(branches))], short)
+    axes.set_yticks([top + 0.5 for top in tops], names)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel("layer")
+    return figure
 
 
-def _plot(figure: Figure, caption: str, series: Sequence[plots.Series]) -> Plot:
-    ends = "; ".join(
-        f"{line.label}: from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}"
-        for line in series
-        if line.points and not line.faint
-    )
-    return Plot(Markup(plots.to_svg(figure, f"{caption} {ends}.")), caption)
+@plots.styled()
+def mixing_history(records: Sequence[MixingRecord], kind: Kind) -> Figure:
+    """Shares in % over training: one line per branch for the mean, faint ones for the layers."""
+    points = [(record.tokens, shares_of(record.layers, kind)) for record in records]
+    series = []
+    for index, branch in enumerate(
+        branch_names([layer for _, layers in points for layer in layers])
+    ):
+        # Runs take the first colours; branches start further on, not to be read as runs.
+        color = index + 2
+        for layer in range(len(points[0][1])):
+            line = [
+                (x, 100 * layers[layer][branch]) for x, layers in points if branch in layers[layer]
+            ]
+            series.append(Series(branch, line, color, faint=True))
+        means = [(x, mean_share(layers, branch)) for x, layers in points]
+        series.append(Series(branch, [(x, 100 * y) for x, y in means if y is not None], color))
+    return _lines(series, "tokens", "share (%)", height=2.5)[0]
 
 
-def _training(
-    run: Run,
-    color: int,
-    x: Callable[[TrainRecord], float],
-    y: Callable[[TrainRecord], float],
-    faint: bool,
-) -> plots.Series:
-    points = [(x(point), value) for point in run.metrics.train if math.isfinite(value := y(point))]
-    return plots.Series(run.label, _known(points), color, faint)
+def shares_of(layers: Sequence[LayerMixing], kind: Kind) -> list[dict[str, float]]:
+    """Branch -> weight, or -> effective share, of every layer."""
+    return [getattr(layer, kind) for layer in layers]
 
 
-def _seconds_at(train: Sequence[TrainRecord], step: int) -> float | None:
-    """Training seconds after `step` steps, from the training records around it."""
-    known = [(0.0, 0.0), *((p.step, p.seconds) for p in train)]
-    after = bisect_left(known, float(step), key=lambda pair: pair[0])
-    if len(known) == 1:
-        return None
-    if after == len(known):
-        return known[-1][1]
-    (high_step, high), (low_step, low) = known[after], known[max(after - 1, 0)]
-    if high_step == low_step:
-        return high
-    return low + (high - low) * (step - low_step) / (high_step - low_step)
+def branch_names(layers: Sequence[Mapping[str, float]]) -> list[str]:
+    """All branches of the layers, in the order of their first appearance."""
+    return list(dict.fromkeys(branch for layer in layers for branch in layer))
 
 
-def _known(points: Sequence[tuple[float | None, float]]) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in points if x is not None]
+def mean_share(layers: Sequence[Mapping[str, float]], branch: str) -> float | None:
+    """Mean share of a branch over the layers that mix it with others."""
+    shares = [layer[branch] for layer in layers if branch in layer and len(layer) > 1]
+    return sum(shares) / len(shares) if shares else None
+
+
+def thin(
+    points: Sequence[tuple[float, float]], limit: int = CURVE_POINTS
+) -> list[tuple[float, float]]:
+    """At most `limit` points that keep the ends and the extremes in between, spikes included."""
+    if len(points) <= limit:
+        return list(points)
+    inner = points[1:-1]
+    buckets = (limit - 2) // 2
+    edges = [index * len(inner) // buckets for index in range(buckets + 1)]
+    kept = [points[0]]
+    for start, stop in pairwise(edges):
+        order = sorted(range(start, stop), key=lambda index: inner[index][1])
+        kept += [inner[index] for index in sorted({order[0], order[-1]})]
+    return [*kept, points[-1]]
+
+
+def _sorted_values(series: Sequence[Series]) -> list[float]:
+    return sorted(y for line in series for _, y in line.points)
+
+
+def _lines(
+    series: Sequence[Series], axis: Axis, y_label: str, height: float
+) -> tuple[Figure, Axes]:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    shown = [line for line in series if line.points]
+    names = [line.label for line in shown if not line.faint]
+    figure, axes = plots.new_figure(height, legend=names)
+    factor, unit = _unit(axis, max((line.points[-1][0] for line in shown), default=0.0))
+    handles = []
+    for line in shown:
+        points = thin(line.points, FAINT_POINTS if line.faint and len(shown) > 12 else CURVE_POINTS)
+        marked = not line.faint and len(points) <= 60
+        style = plots.look(line.color, marked)
+        if line.faint:
+            style |= {"alpha": 0.32, "linewidth": 0.8, "linestyle": "-", "zorder": 2}
+        else:
+            style |= {"linewidth": 1.6 if marked else 1.2, "zorder": 3}
+            style |= {"markeredgewidth": 0.4, "markeredgecolor": plots.LIGHT["paper"]}
+        (handle,) = axes.plot([x / factor for x, _ in points], [y for _, y in points], **style)
+        if not line.faint:
+            handles.append(handle)
+    plots.label_axes(axes, unit, y_label)
+    axes.margins(x=0.02)
+    for scale in (axes.xaxis, axes.yaxis):
+        scale.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    plots.add_legend(figure, handles, names)
+    return figure, axes
+
+
+def _unit(axis: Axis, largest: float) -> tuple[float, str]:
+    """Divisor and name of the unit that gives readable tick labels."""
+    if axis == "seconds":
+        if largest >= 2 * 3600:
+            return 3600.0, "training time (hours)"
+        return (60.0, "training time (minutes)") if largest >= 120 else (1.0, "training time (s)")
+    for factor, word in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if largest >= factor:
+            return factor, f"tokens seen ({word})"
+    return 1.0, "tokens seen"

@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
+import numpy as np
+import yaml
 from markupsafe import Markup
 
 from pha import __version__
 from pha.report import figures, plots
 from pha.report.collect import Run, collect
-from pha.report.compare import comparisons, warnings
+from pha.report.compare import comparisons, limits, warnings
 from pha.report.facts import fact_groups
-from pha.report.headline import headline
-from pha.results import Sample
+from pha.report.figures import Axis, Series
+from pha.results import Sample, TrainRecord
 from pha.utils.errors import PHAError
 from pha.utils.files import write_text
-from pha.utils.text import plain, printable
+from pha.utils.text import percent, plain, printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A prompt, and what the runs made of it: (index of the run, sample)."""
+class Plot:
+    """An inline figure and its caption."""
 
-    text: str
-    samples: list[tuple[int, Sample]]
+    svg: Markup
+    caption: str
+
+
+def environment() -> jinja2.Environment:
+    """Templates of pages: everything is escaped, with control characters made visible."""
+    found = jinja2.Environment(
+        loader=jinja2.PackageLoader("pha.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_visible,
+    )
+    found.filters["plain"] = plain
+    found.filters["yaml"] = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
+    found.globals.update(light=plots.LIGHT, dark=plots.DARK, version=__version__)
+    return found
+
+
+def _visible(value: Any) -> Any:
+    return printable(value) if isinstance(value, str) and type(value) is not Markup else value
 
 
 def write_report(runs: Sequence[Path], out: Path, title: str | None = None) -> Path:
@@ -57,52 +85,116 @@ def write_report(runs: Sequence[Path], out: Path, title: str | None = None) -> P
 
 
 def _render(runs: Sequence[Run], title: str | None) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pha.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_visible,
-    )
-    environment.filters["plain"] = plain
-    return environment.get_template("report.html.j2").render(
-        title=title or _title(runs),
-        headline=headline(runs),
-        warnings=warnings(runs),
-        runs=runs,
-        glyphs=[plots.MARKERS[i % len(plots.MARKERS)][1] for i in range(len(runs))],
-        colors=[i % plots.SERIES_COUNT for i in range(len(runs))],
-        light=plots.LIGHT,
-        dark=plots.DARK,
-        comparisons=comparisons(runs),
-        curves=figures.learning_curves(runs),
-        histories=figures.training_histories(runs),
-        mixing=[figures.mixing(run, index) for index, run in enumerate(runs)],
-        prompts=_prompts(runs),
-        fact_groups=fact_groups(runs),
-        version=__version__,
+    names = " and ".join(run.label for run in runs)
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title or (names if len(runs) < 3 else f"Comparison of {len(runs)} runs"),
+            limits=limits(runs),
+            warnings=warnings(runs),
+            runs=runs,
+            glyphs=[plots.GLYPHS[i % len(plots.GLYPHS)] for i in range(len(runs))],
+            colors=[i % plots.SERIES_COUNT for i in range(len(runs))],
+            comparisons=comparisons(runs),
+            curves=_learning_curves(runs),
+            histories=_histories(runs),
+            mixing=[_mixing(run, index) for index, run in enumerate(runs)],
+            prompts=_prompts(runs),
+            fact_groups=fact_groups(runs),
+        )
     )
 
 
-def _visible(value: Any) -> Any:
-    """Whatever the page shows, with control characters made visible."""
-    if isinstance(value, str) and not isinstance(value, Markup):
-        return printable(value)
-    return value
-
-
-def _title(runs: Sequence[Run]) -> str:
-    if len(runs) > 2:
-        return f"Comparison of {len(runs)} runs"
-    return " and ".join(run.label for run in runs)
-
-
-def _prompts(runs: Sequence[Run]) -> list[Prompt]:
+def _prompts(runs: Sequence[Run]) -> dict[str, list[tuple[int, Sample]]]:
     """Samples by prompt, so that continuations of the same prompt stand side by side."""
     prompts: dict[str, list[tuple[int, Sample]]] = {}
     for index, run in enumerate(runs):
         for sample in run.result.samples if run.result else ():
             prompts.setdefault(sample.prompt, []).append((index, sample))
-    return [Prompt(text, samples) for text, samples in prompts.items()]
+    return prompts
+
+
+def _learning_curves(runs: Sequence[Run]) -> list[Plot]:
+    """Validation loss, with the training loss behind it, against tokens and against time."""
+    axes: tuple[tuple[Axis, str], ...] = (("tokens", "tokens seen"), ("seconds", "training time"))
+    found = []
+    for axis, words in axes:
+        series = []
+        for index, run in enumerate(runs):
+            times = {record.step: record.seconds for record in run.metrics.train}
+            validation = [record for record in run.metrics.eval if record.split == "validation"]
+            # Without validation the training loss is all there is to look at, and not faint.
+            for records, faint in ((run.metrics.train, bool(validation)), (validation, False)):
+                points = [
+                    (r.tokens if axis == "tokens" else _seconds_at(times, r.step), r.loss)
+                    for r in records
+                    if math.isfinite(r.loss)
+                ]
+                if axis == "tokens" or times:
+                    series.append(Series(run.label, points, index, faint))
+        if any(line.points for line in series):
+            figure = figures.learning_curves(series, axis, "loss (nats per token)")
+            found.append(_plot(figure, f"Loss against {words}.", series))
+    return found
+
+
+def _seconds_at(times: dict[int, float], step: int) -> float:
+    """Training seconds after `step` steps, from the training records around it."""
+    return float(np.interp(step, [0, *times], [0.0, *times.values()]))
+
+
+def _histories(runs: Sequence[Run]) -> list[Plot]:
+    """Learning rate and gradient norm against tokens, where recorded."""
+    found = []
+    values: dict[str, Callable[[TrainRecord], float]] = {
+        "learning rate": lambda record: record.learning_rate,
+        "gradient norm": lambda record: record.grad_norm,
+    }
+    for name, value in values.items():
+        series = []
+        for index, run in enumerate(runs):
+            known = [(r.tokens, value(r)) for r in run.metrics.train if math.isfinite(value(r))]
+            series.append(Series(run.label, known, index))
+        if any(line.points for line in series):
+            figure = figures.history(series, "tokens", name)
+            found.append(_plot(figure, f"{name.capitalize()} against tokens seen.", series))
+    return found
+
+
+def _plot(figure: Figure, caption: str, series: Sequence[Series]) -> Plot:
+    ends = "; ".join(
+        f"{line.label}: from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}"
+        for line in series
+        if line.points and not line.faint
+    )
+    return Plot(Markup(plots.to_svg(figure, f"{caption} {ends}.")), caption)
+
+
+def _mixing(run: Run, color: int) -> list[Plot] | str:
+    """Heat maps of the final mixing and its course over training, or why there are none."""
+    if not run.mixing:
+        return "This run has no mixing weights."
+    if all(len(layer.weights) < 2 for layer in run.mixing):
+        return "Every layer of this run has a single branch, so there is nothing to mix."
+    kinds: dict[str, figures.Kind] = {
+        "Softplus weights": "weights",
+        "Effective shares": "effective",
+    }
+    found = []
+    for name, kind in kinds.items():
+        layers = figures.shares_of(run.mixing, kind)
+        means = ", ".join(
+            f"{branch} {percent(figures.mean_share(layers, branch))}"
+            for branch in figures.branch_names(layers)
+        )
+        title = f"Heat map: {name.lower()} of {run.label} in {len(layers)} layers. Means: {means}."
+        svg = plots.to_svg(figures.mixing_heat_map(layers, color), title)
+        found.append(Plot(Markup(svg), f"{name} by layer, in %."))
+    if len(run.metrics.mixing) > 1:
+        for name, kind in kinds.items():
+            title = f"{name} of {run.label} against tokens seen, by branch."
+            svg = plots.to_svg(figures.mixing_history(run.metrics.mixing, kind), title)
+            caption = f"{name} over training: mean over layers, thin lines for single layers."
+            found.append(Plot(Markup(svg), caption))
+    return found

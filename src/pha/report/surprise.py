@@ -8,22 +8,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
 import numpy as np
+from markupsafe import Markup
 
-from pha import __version__
 from pha.evals.score import Score, Surprisal
 from pha.report import plots
+from pha.report.charts import surprise_curve
+from pha.report.page import environment
 from pha.utils.files import write_text
-from pha.utils.text import memory, printable
+from pha.utils.text import memory
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerFast
 
 SHADES = 6
 BITS_PER_SHADE = 3.0  # a shade darker for every three bits; the last from 15 bits up
-CURVE_BINS = 200
 
 
 @dataclass(frozen=True)
@@ -95,24 +94,6 @@ def words(
             start = end
 
 
-def surprise_curve(nats: np.ndarray) -> Figure:
-    """Mean bits per token along the document, in up to 200 stretches of equal length."""
-    known = nats[np.isfinite(nats)]
-    parts = np.array_split(known, min(CURVE_BINS, len(known)))
-    ends = np.cumsum([len(part) for part in parts])
-    means = [float(part.mean()) / math.log(2) for part in parts]
-    with plots.styled():
-        figure, axes = plots.new_figure(2.1)
-        axes.plot(ends, means, color=plots.series_color(0), linewidth=1.2)
-        axes.set_xlabel("tokens into the document")
-        axes.set_ylabel("bits per token")
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(0, int(ends[-1]))
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-        axes.grid(axis="y")
-        return figure
-
-
 def write_page(
     path: Path, model: str, score: Score, collected: Collector, tokenizer: PreTrainedTokenizerFast
 ) -> Path:
@@ -128,13 +109,6 @@ def write_page(
     nats = collected.all_nats()
     shown = list(words(collected.ids, nats, tokenizer))
     scored = sorted((w for w in shown if w.bits is not None), key=lambda w: -(w.bits or 0))
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("pha.report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
     title = f"{score.name}, read by {model}"
     facts = [
         ("tokens", f"{score.tokens:,}"),
@@ -148,23 +122,20 @@ def write_page(
         ("attention window", str(score.protocol["attention_window"] or "all tokens")),
         ("precision", str(score.protocol["precision"])),
     ]
-    html = environment.get_template("surprise.html.j2").render(
-        title=printable(title),
-        facts=facts,
-        curve=plots.to_svg(surprise_curve(nats), f"bits per token along {score.name}"),
-        words=[(printable_keeping_lines(w.space), printable(w.text), w) for w in shown],
-        top=[(printable(w.text), w.bits) for w in scored[:20]],
-        shades=[(i, i * BITS_PER_SHADE) for i in range(SHADES)],
-        shown=len(collected.ids),
-        total=len(nats),
-        light=plots.LIGHT,
-        dark=plots.DARK,
-        version=__version__,
+    curve = plots.to_svg(surprise_curve(nats), f"bits per token along {score.name}")
+    html = (
+        environment()
+        .get_template("surprise.html.j2")
+        .render(
+            title=title,
+            facts=facts,
+            curve=Markup(curve),
+            words=shown,
+            top=scored[:20],
+            shades=[(i, i * BITS_PER_SHADE) for i in range(SHADES)],
+            shown=len(collected.ids),
+            total=len(nats),
+        )
     )
     write_text(path, html)
     return path
-
-
-def printable_keeping_lines(space: str) -> str:
-    """White space as it may stand in a page: blanks and line feeds, nothing else."""
-    return "".join(c if c in " \n" else " " for c in space)

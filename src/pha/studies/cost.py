@@ -1,54 +1,104 @@
-"""What a set of runs will cost, before any of it is paid for."""
+"""What a study will cost, worked out without touching anything."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+import statistics
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from pha.data import TokenStore
 from pha.studies.jobs import Job
+from pha.studies.planning import StudyPlan
+from pha.train.plan import ASSUMED_UTILISATION, Plan, make_plan
 from pha.train.recipes import load_recipe
-from pha.train.session import open_session
-from pha.utils.text import count, duration
+from pha.utils.hardware import choose_precision, default_device
+from pha.utils.text import DASH, count, duration
+
+VOCABULARY = 50257  # of GPT-2, where the data are not there yet
+UNBOUNDED = 1 << 40  # sequences, where the number of steps does not depend on the data
 
 
-def estimate(jobs: Sequence[Job], console: Console) -> dict[str, Any]:
-    """Tokens, work and time of every run that is not finished, as a table and a mapping.
+def study_cost(plan: StudyPlan, console: Console) -> dict[str, Any]:
+    """Tokens, work and time of every run, as a table and a mapping.
+
+    Time is at 40% of the measured rate of matrix products, or as in the runs that are finished.
 
     Raises:
         PHAError: a run that could not be started.
     """
-    table = Table(title="runs to train", title_justify="left")
-    table.add_column("run")
-    for heading in ("parameters", "steps", "tokens", "FLOP", "about"):
-        table.add_column(heading, justify="right")
-    rows: list[dict[str, Any]] = []
-    quiet = Console(file=io.StringIO())
-    for job in jobs:
-        if job.finished():
-            continue
-        plan = open_session(load_recipe(job.recipe, list(job.overrides)), job.out, quiet).plan
-        rows.append({"run": str(job.out), **plan.to_dict()})
-        table.add_row(
-            str(job.out),
-            count(plan.parameters),
-            f"{plan.steps:,}",
-            count(plan.tokens),
-            count(plan.flops),
-            duration(plan.seconds),
-        )
-    total = {key: sum(row[key] for row in rows) for key in ("tokens", "flops", "seconds")}
-    table.add_section()
-    table.add_row(
-        f"{len(rows)} of {len(jobs)}, the rest is there",
-        "",
-        "",
-        count(total["tokens"]),
-        count(total["flops"]),
-        duration(total["seconds"]),
+    plans: dict[Path, Plan | None] = {}
+    rows: dict[Path, dict[str, Any]] = {}
+    ratios = []
+    for job in plan.jobs():
+        home = job.out.parent
+        if home not in plans:
+            plans[home] = _plan(job, plan)
+        one, finished = plans[home], job.finished()
+        if one is not None and finished and (result := job.result()) is not None:
+            ratios.append(result.seconds / one.seconds)
+        sizes = {} if one is None else one.to_dict()
+        rows[job.out] = {
+            "run": str(job.out),
+            "recipe": job.recipe,
+            "finished": finished,
+            **sizes,
+        }
+    ratio = statistics.median(ratios) if ratios else 1.0
+    for row in rows.values():
+        if "seconds" in row:
+            row["seconds"] *= ratio
+    left = [row for row in rows.values() if not row["finished"]]
+    total = {key: sum(row.get(key, 0) for row in left) for key in ("tokens", "flops", "seconds")}
+    basis = (
+        f"training alone, as measured in {len(ratios)} finished runs"
+        if ratios
+        else f"training alone, at {ASSUMED_UTILISATION:.0%} of the measured matmul rate"
     )
+    table = Table(title=f"{plan.study.title}: runs", title_justify="left", caption=basis)
+    table.add_column("variant")
+    for heading in ("parameters", "steps", "tokens", "FLOP", "about", "seeds left"):
+        table.add_column(heading, justify="right")
+    for variant in plan.study.variants:
+        own = [rows[job.out] for job in plan.runs[variant.name]]
+        seeds_left = sum(not row["finished"] for row in own)
+        table.add_row(variant.label, *_cells(own[0]), f"{seeds_left} of {len(own)}")
+    table.add_section()
+    table.add_row(f"{len(left)} of {len(rows)} runs", *_cells(total), "")
     console.print(table)
-    return {"runs": rows, "total": total}
+    return {"runs": list(rows.values()), "total": total, "basis": basis}
+
+
+def _plan(job: Job, plan: StudyPlan) -> Plan | None:
+    """The sizes of a run; None where they depend on data that are not there."""
+    config = load_recipe(job.recipe, job.settings)
+    length = config.data.sequence_length
+    if config.data.store is not None:
+        store = TokenStore.open(Path(config.data.store))
+        windows, vocabulary = (len(store.tokens("train")) - 1) // length, store.vocab_size
+    else:
+        tokens = None  # of a source of one's own
+        if "data.source" not in job.settings:
+            tokens = plan.scale.train_tokens.get(job.recipe.rpartition(".")[2])
+        if tokens is None and config.run.steps is None:
+            return None
+        windows = UNBOUNDED if tokens is None else int(tokens) // length
+        vocabulary = VOCABULARY
+    device = default_device()
+    precision = choose_precision(config.run.precision, device)
+    sized = replace(config, model=replace(config.model, vocab_size=vocabulary))
+    return make_plan(sized, windows, device, precision, 1)
+
+
+def _cells(sizes: dict[str, Any]) -> list[str]:
+    steps = sizes.get("steps")
+    return [
+        count(sizes.get("parameters")),
+        DASH if steps is None else f"{steps:,}",
+        count(sizes.get("tokens")),
+        count(sizes.get("flops")),
+        duration(sizes.get("seconds")),
+    ]

@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from pha.train.recipes import Settings
 from pha.utils.errors import PHAError
+from pha.utils.records import record_from
 
 KINDS = ("training", "mixing", "efficiency")
 PLOTS = ("dots", "differences", "parameters", "accuracy", "curves", "settings", "shares")
 
-Settings = dict[str, Any]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A preset and what is changed in it at one scale.
-
-    Attributes:
-        preset: name of a preset.
-        set: recipe key -> value.
-    """
+    """A preset (of a sweep, a whole recipe) and what is changed in it at one scale."""
 
     preset: str
-    set: Settings
+    set: Settings = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +35,9 @@ class Scale:
     """How large the runs of a study are.
 
     Attributes:
-        name: tiny, small or paper.
+        name: tiny, small or paper; of a sweep, its recipe.
         about: in a line, for people.
-        protocol: the recipe's protocol, unless a study names its own.
+        protocol: the recipe's protocol, unless a study names its own; empty for a sweep.
         seeds: how many, unless asked for otherwise.
         needs_data: whether a token store must be named, there being no source by default.
         train_tokens: protocol -> tokens of its training split, to plan with before it is there.
@@ -56,6 +53,11 @@ class Scale:
     train_tokens: dict[str, float]
     set: Settings
     models: dict[str, Model]
+
+    @property
+    def words(self) -> str:
+        """In tables and plots."""
+        return f"scale {self.name}" if self.name in scales() else self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,23 +76,23 @@ class Variant:
     name: str
     label: str
     model: str
-    set: Settings
-    places: dict[str, str]
-    published: tuple[str, ...]
+    set: Settings = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    published: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """One table or figure of the paper.
+    """One table or figure of the paper, or a question of one's own.
 
     Attributes:
         name: of the file.
         title: what is compared.
-        paper: the tables and figures it answers to, in words; empty for a question of ours.
         question: what is asked, in a sentence.
+        paper: the tables and figures it answers to, in words; empty for a question of ours.
+        variants: what is compared.
         kind: `training`, `mixing` (reads the shares of the runs too) or `efficiency` (no training).
         protocol: in place of the scale's; empty for that.
-        variants: what is compared.
         baseline: the variant that the others are compared with.
         contrasts: pairs of measures compared inside each run, such as average and best checkpoint.
         columns: measures in the table.
@@ -104,18 +106,20 @@ class Study:
     name: str
     title: str
     question: str
-    variants: tuple[Variant, ...]
     paper: str = ""
+    variants: list[Variant] = field(default_factory=list)
     kind: str = "training"
     protocol: str = ""
     baseline: str = ""
-    contrasts: tuple[tuple[str, str], ...] = ()
-    columns: tuple[str, ...] = ("validation", "test", "accuracy", "word", "byte")
-    published: tuple[str, ...] = ()
-    plots: tuple[str, ...] = ("dots",)
+    contrasts: list[list[str]] = field(default_factory=list)
+    columns: list[str] = field(
+        default_factory=lambda: ["validation", "test", "accuracy", "word", "byte"]
+    )
+    published: list[str] = field(default_factory=list)
+    plots: list[str] = field(default_factory=lambda: ["dots"])
     axis: str = ""
-    scales: dict[str, Settings]
-    benchmark: dict[str, dict[str, Any]]
+    scales: dict[str, Settings] = field(default_factory=dict)
+    benchmark: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def variant(self, name: str) -> Variant:
         """The variant of that name.
@@ -142,22 +146,26 @@ def closest(name: str, known: Mapping[str, Named], what: str) -> Named:
     raise PHAError(f"there is no {what} {name!r}; {hint}")
 
 
+def _shipped() -> dict[str, Traversable]:
+    folder = resources.files("pha.studies") / "definitions"
+    files = sorted(folder.iterdir(), key=lambda file: file.name)
+    return {f.name.removesuffix(".yaml"): f for f in files if f.name.endswith(".yaml")}
+
+
 def study_names() -> list[str]:
     """Every study that ships with the package."""
-    folder = resources.files("pha.studies") / "definitions"
-    return sorted(
-        file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml")
-    )
+    return list(_shipped())
 
 
 def load_study(name: str) -> Study:
-    """The study called `name`.
+    """The study called `name`, or in the file `name` where that ends in .yaml.
 
     Raises:
-        PHAError: no such study; the nearest names are suggested.
+        PHAError: no such study (the nearest names are suggested), or a file that holds none.
     """
-    closest(name, dict.fromkeys(study_names(), True), "study")
-    return parse_study(name, _read(f"definitions/{name}.yaml"))
+    if name.endswith((".yaml", ".yml")):
+        return parse_study(Path(name).stem, read_yaml(Path(name)))
+    return parse_study(name, read_yaml(closest(name, _shipped(), "study")))
 
 
 def load_scale(name: str) -> Scale:
@@ -172,15 +180,11 @@ def load_scale(name: str) -> Scale:
 @cache
 def scales() -> dict[str, Scale]:
     """Name -> scale, from scales.yaml."""
-    found = {}
-    for name, content in _read("scales.yaml").items():
-        _strict(content, Scale, f"scale {name}", given=("name",))
-        models = {
-            key: Model(preset=value["preset"], set=value.get("set", {}))
-            for key, value in content["models"].items()
-        }
-        found[name] = Scale(name=name, **(content | {"models": models}))
-    return found
+    content = read_yaml(resources.files("pha.studies") / "scales.yaml")
+    return {
+        name: make(Scale, f"scale {name}", {"name": name, **given})
+        for name, given in content.items()
+    }
 
 
 def parse_study(name: str, content: Mapping[str, Any]) -> Study:
@@ -191,84 +195,74 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
     Raises:
         PHAError: an unknown or missing key, or names that do not fit together.
     """
-    values = dict(content)
-    axes: dict[str, dict[str, Settings]] = values.pop("over", {})
-    _strict(values, Study, f"study {name}", given=("name", "scales", "benchmark"))
-    variants = [
-        variant
-        for key, given in values.pop("variants").items()
-        for variant in _variants(key, given or {}, axes, name)
-    ]
-    for key in ("columns", "published", "plots"):
-        if key in values:
-            values[key] = tuple(values[key])
-    values["contrasts"] = tuple(tuple(pair) for pair in values.get("contrasts", ()))
-    study = Study(
-        name=name,
-        variants=tuple(variants),
-        scales=values.pop("scales", {}),
-        benchmark=values.pop("benchmark", {}),
-        **values,
-    )
-    _check(study)
-    return study
-
-
-def _variants(
-    key: str, given: Mapping[str, Any], axes: Mapping[str, Mapping[str, Settings]], study: str
-) -> Iterable[Variant]:
-    _strict(given, Variant, f"study {study}, variant {key}", given=("name", "places", "label"))
-    label = str(given.get("label", key))
-    for values in itertools.product(*axes.values()):
-        places = dict(zip(axes, values, strict=True))
-        settings = dict(given.get("set", {}))
-        for axis, value in places.items():
-            settings |= axes[axis][value]
-        words = [label, *(f"{axis} {value}" for axis, value in places.items())]
-        yield Variant(
-            name="/".join([key, *places.values()]),
-            label=", ".join(word for word in words if word),
-            model=given["model"],
-            set=settings,
-            places=places,
-            published=tuple(given.get("published", ())),
-        )
-
-
-def _check(study: Study) -> None:
-    where = f"study {study.name}"
+    where = f"study {name}"
+    over, variants = content.get("over", {}), content.get("variants", {})
+    for key, value in (("over", over), ("variants", variants)):
+        _require(isinstance(value, dict), f"{where}: {key} is not a mapping")
+    axes = {axis: {str(value): given for value, given in over[axis].items()} for axis in over}
+    values = {key: value for key, value in content.items() if key not in ("over", "variants")}
+    study = make(Study, where, {"name": name, **values})
+    _require(bool(variants), f"{where} has no variants")
+    for key, given in variants.items():
+        named = {"name": key, "label": key, **(given or {})}
+        study.variants.extend(grid(make(Variant, f"{where}, variant {key}", named), axes))
     _require(study.kind in KINDS, f"{where}: kind is {study.kind!r}; choose {', '.join(KINDS)}")
-    _require(bool(study.variants), f"{where} has no variants")
     if study.baseline:
         study.variant(study.baseline)
     for plot in study.plots:
         _require(plot in PLOTS, f"{where} has no plot {plot!r}; choose {', '.join(PLOTS)}")
-    for name in (*study.scales, *study.benchmark):
-        closest(name, scales(), "scale")
-    for scale in scales().values():
+    for scale in (*study.scales, *study.benchmark):
+        load_scale(scale)
+    for known in scales().values():
         for variant in study.variants:
-            closest(variant.model, scale.models, f"model at scale {scale.name}")
+            closest(variant.model, known.models, f"model at scale {known.name}")
+    return study
 
 
-def _strict(content: Any, record: type[Any], where: str, given: tuple[str, ...] = ()) -> None:
-    """Refuse unknown keys, and missing ones but those that are `given` or have a default."""
-    _require(isinstance(content, Mapping), f"{where} is not a mapping")
-    optional = {"set", "places", "published", *given}
-    names = [item.name for item in fields(record)]
-    for key in content:
-        closest(key, dict.fromkeys(names, True), f"key in {where}")
-    for item in fields(record):
-        required = item.default is item.default_factory  # both are MISSING
-        _require(
-            not required or item.name in optional or item.name in content,
-            f"{where} lacks {item.name}",
+def grid(variant: Variant, axes: Mapping[str, Mapping[str, Settings]]) -> Iterator[Variant]:
+    """A variant at every combination of the axes' values."""
+    for values in itertools.product(*axes.values()):
+        places = dict(zip(axes, values, strict=True))
+        words = [variant.label, *(f"{axis} {value}" for axis, value in places.items())]
+        settings = variant.set
+        for axis, value in places.items():
+            settings = settings | axes[axis][value]
+        yield replace(
+            variant,
+            name="/".join([variant.name, *values]),
+            label=", ".join(word for word in words if word),
+            set=settings,
+            places=places,
         )
 
 
-def _read(path: str) -> dict[str, Any]:
-    text = (resources.files("pha.studies") / path).read_text(encoding="utf-8")
-    content: dict[str, Any] = yaml.safe_load(text)
-    return content
+Record = TypeVar("Record")
+
+
+def make(record: type[Record], where: str, content: dict[str, Any]) -> Record:
+    """A dataclass from a mapping.
+
+    Raises:
+        PHAError: a key that it does not have, or what `record_from` refuses.
+    """
+    names = {item.name: item for item in fields(record)}  # type: ignore[arg-type]
+    for key in content:
+        closest(key, names, f"key in {where}")
+    return record_from(record, content, where)
+
+
+def read_yaml(file: Traversable) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        PHAError: it cannot be read, or holds no mapping.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PHAError(f"{file} cannot be read ({' '.join(str(error).split())})") from error
+    _require(isinstance(content, dict), f"{file} does not hold a mapping")
+    return dict(content)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -34,7 +34,7 @@ def run_demo(out: Path, console: Console, steps: int | None = None) -> list[RunR
         PHAError: a training failed; its own message has been printed.
         TrainingInterruptedError: stopped by the user, resumable.
     """
-    length = () if steps is None else (f"--run.steps={steps}",)
+    length = {} if steps is None else {"run.steps": steps}
     jobs = [Job(f"{preset}.{PROTOCOL}", out / preset, length) for preset in TWINS]
     run_jobs(jobs, console)
     results = [job.run.read_result() for job in jobs]

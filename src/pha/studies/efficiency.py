@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,16 @@ from typing import Any
 from rich.console import Console
 
 from pha.bench.runner import Request, run_benchmark
-from pha.report.formats import Section, TextTable
-from pha.studies.definition import Scale, Study
+from pha.report.tables import Section, TextTable
+from pha.studies.definition import Scale, Study, Variant
 from pha.studies.published import find_published
-from pha.studies.statistics import Summary, summarise
+from pha.studies.seeds import Summary, summarise
 from pha.utils.errors import PHAError
 from pha.utils.files import read_json, write_json
 from pha.utils.hardware import default_device, provenance
+from pha.utils.text import DASH
 
-DASH = "–"
+Row = dict[str, Any]  # of the benchmark
 MEANING = {"train": "training steps", "prefill": "reading a prompt"}
 
 
@@ -42,12 +43,10 @@ def requests(study: Study, scale: Scale) -> list[Request]:
         known = ", ".join(study.benchmark)
         raise PHAError(f"study {study.name} has no scale {scale.name}; choose {known}")
     given = study.benchmark[scale.name]
-    base = study.variant(study.baseline)
-    order = [base, *(variant for variant in study.variants if variant is not base)]
     return [
         Request(
             mode=mode,
-            models=tuple(scale.models[variant.model].preset for variant in order),
+            models=tuple(scale.models[variant.model].preset for variant in _order(study)),
             lengths=(length,),
             batch=given["batch"],
             precisions=(given["precision"],),
@@ -57,6 +56,11 @@ def requests(study: Study, scale: Scale) -> list[Request]:
         for mode in given["modes"]
         for length in given["lengths"]
     ]
+
+
+def _order(study: Study) -> list[Variant]:
+    """The baseline, then the others."""
+    return sorted(study.variants, key=lambda variant: variant.name != study.baseline)
 
 
 def describe(study: Study, scale: Scale) -> list[str]:
@@ -106,45 +110,34 @@ def _kept(request: Request, folder: Path) -> dict[str, Any] | None:
 
 
 def _summarise(study: Study, scale: Scale, folder: Path) -> Measured:
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     origins: list[dict[str, Any]] = []
     missing: list[str] = []
     for request in requests(study, scale):
+        mode, length = request.mode, request.lengths[0]
         kept = _kept(request, folder)
         if kept is None:
-            missing.append(f"{MEANING.get(request.mode, request.mode)} at {request.lengths[0]:,}")
-            continue
-        rows += kept["rows"]
-        origins.append({"mode": request.mode, "length": request.lengths[0], **kept["provenance"]})
+            missing.append(f"{MEANING.get(mode, mode)} at {length:,}")
+        else:
+            rows += kept["rows"]
+            origins.append({"mode": mode, "length": length, **kept["provenance"]})
     labels = _labels(study, scale)
-    base = scale.models[study.variant(study.baseline).model].preset
     tables, sentences = [], []
     for mode in dict.fromkeys(row["mode"] for row in rows):
-        own = [row for row in rows if row["mode"] == mode]
-        tables.append(_table(study, scale, mode, own, labels, base))
-        sentences += _sentences(mode, own, labels, base)
+        groups: dict[int, dict[str, Row]] = {}
+        for row in rows:
+            if row["mode"] == mode:
+                groups.setdefault(row["length"], {})[row["model"]] = row
+        tables.append(_table(study, scale, mode, groups, labels))
+        sentences += _sentences(MEANING.get(mode, mode).capitalize(), groups, labels)
     if missing:
         sentences.append(f"Not measured yet: {', '.join(missing)} tokens.")
-    record = {
-        "kind": "study",
-        "study": study.name,
-        "title": study.title,
-        "paper": study.paper,
-        "question": study.question,
-        "scale": {"name": scale.name, "about": scale.about},
-        "rows": rows,
-        "measured": origins,
-        "missing": missing,
-        "published": [vars(row) for row in find_published(study.published)],
-        "sentences": sentences,
-        "summarised": provenance(default_device(), "-"),
-    }
-    return Measured(tables, sentences, record)
+    return Measured(tables, sentences, {"rows": rows, "measured": origins, "missing": missing})
 
 
 def draw(study: Study, scale: Scale, measured: Measured, folder: Path) -> list[Path]:
     """Throughput and memory against length, a picture for each mode and measure; the files."""
-    from pha.report.speed import save_speed_plots  # matplotlib, only where something is drawn
+    from pha.report.charts import save_speed_plots  # matplotlib, only where something is drawn
 
     labels = _labels(study, scale)
     rows = [{**row, "model": labels[row["model"]]} for row in measured.record["rows"]]
@@ -156,98 +149,76 @@ def draw(study: Study, scale: Scale, measured: Measured, folder: Path) -> list[P
 
 
 def _labels(study: Study, scale: Scale) -> dict[str, str]:
-    return {scale.models[each.model].preset: each.label for each in study.variants}
+    """Preset -> label, the baseline first."""
+    return {scale.models[each.model].preset: each.label for each in _order(study)}
 
 
 def _table(
     study: Study,
     scale: Scale,
     mode: str,
-    rows: Sequence[dict[str, Any]],
+    groups: dict[int, dict[str, Row]],
     labels: dict[str, str],
-    base: str,
 ) -> TextTable:
-    headings = ["length", "model", "tokens/s", "against the first", "memory, GB", "of it work"]
+    base = next(iter(labels))
     lines = []
-    for length in dict.fromkeys(row["length"] for row in rows):
-        group = {row["model"]: row for row in rows if row["length"] == length}
+    for length, group in groups.items():
         for model, row in group.items():
             line = [f"{length:,}", labels[model]]
             if row["error"] is not None:
                 lines.append([*line, row["error"], DASH, DASH, DASH])
                 continue
             gain = None if model == base else _gain(group[base], row)
-            lines.append(
-                [
-                    *line,
-                    f"{row['tokens_per_second']['median']:,.0f}",
-                    DASH if gain is None else f"{gain.mean:+.1f}%",
-                    f"{row['peak_memory'] / 1e9:.2f}",
-                    f"{row['work_memory'] / 1e9:.2f}",
-                ]
-            )
+            line.append(f"{row['tokens_per_second']['median']:,.0f}")
+            line.append(DASH if gain is None else f"{gain.mean:+.1f}%")
+            lines.append([*line, *(f"{row[f'{k}_memory'] / 1e9:.2f}" for k in ("peak", "work"))])
+    rows = [row for group in groups.values() for row in group.values()]
     first = next((row for row in rows if row["error"] is None), None)
     where = "nothing" if first is None else f"{first['device']}, {first['precision']}"
-    batch = rows[0]["batch"]
-    sections = [Section("ours", f"scale {scale.name}, {where}, batch {batch}", lines)]
+    sections = [Section("ours", f"{scale.words}, {where}, batch {rows[0]['batch']}", lines)]
     paper = []
     for given in find_published(study.published):
         speed, memory = given.values.get("throughput"), given.values["memory_gb"]
+        gain_text = f"{100 * (speed[1] / speed[0] - 1):+.1f}%" if speed else DASH
         for place, model in enumerate(("attention only (paper)", "hybrid (paper)")):
-            gain_text = DASH
-            if place and speed:
-                gain_text = f"{100 * (speed[1] / speed[0] - 1):+.1f}%"
             shown = f"{speed[place]:,}" if speed else DASH
-            paper.append([given.label, model, shown, gain_text, f"{memory[place]:.2f}", DASH])
+            cells = [shown, gain_text if place else DASH, f"{memory[place]:.2f}", DASH]
+            paper.append([given.label, model, *cells])
     if paper:
         sections.append(Section("paper", "180M models, one A100, mode and batch not stated", paper))
+    headings = ["length", "model", "tokens/s", "against the first", "memory, GB", "of it work"]
     return TextTable(f"{study.title}: {MEANING.get(mode, mode)}", headings, sections)
 
 
-def _gain(base: dict[str, Any], row: dict[str, Any]) -> Summary | None:
+def _gain(base: Row, row: Row) -> Summary | None:
     """Percent by which a model is faster, over processes that took turns with the base's."""
     if base["error"] is not None or row["error"] is not None:
         return None
-    pairs = zip(
-        base["tokens_per_second"]["values"], row["tokens_per_second"]["values"], strict=False
-    )
-    return summarise([100 * (own / other - 1) for other, own in pairs])
+    speeds = [each["tokens_per_second"]["values"] for each in (row, base)]
+    return summarise([100 * (own / other - 1) for own, other in zip(*speeds, strict=False)])
 
 
-def _sentences(
-    mode: str, rows: Sequence[dict[str, Any]], labels: dict[str, str], base: str
-) -> list[str]:
-    by_model: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in rows:
-        if row["error"] is None:
-            by_model.setdefault(row["model"], {})[row["length"]] = row
+def _sentences(what: str, groups: dict[int, dict[str, Row]], labels: dict[str, str]) -> list[str]:
+    base, *others = labels
     found = []
-    for model, own in by_model.items():
-        shared = sorted(own.keys() & by_model.get(base, {}).keys())
-        if model == base or not shared:
-            continue
-        for length in shared:
-            gain = _gain(by_model[base][length], own[length])
-            assert gain is not None
+    for model in others:
+        gains = {
+            length: gain
+            for length, group in sorted(groups.items())
+            if base in group and model in group and (gain := _gain(group[base], group[model]))
+        }
+        for length, gain in gains.items():
             found.append(
-                f"{MEANING.get(mode, mode).capitalize()} at {length:,} tokens: "
-                + _speed(labels[model], labels[base], gain)
+                f"{what} at {length:,} tokens: {_speed(labels[model], labels[base], gain)}"
             )
-        ends = [
-            f"{_memory(by_model[base][n], own[n])} memory than {labels[base]} at {n:,} tokens"
-            for n in dict.fromkeys((shared[0], shared[-1]))
-        ]
-        found.append(
-            f"{MEANING.get(mode, mode).capitalize()}: {labels[model]} takes "
-            + " and ".join(ends)
-            + "."
-        )
+        ends = []
+        for length in dict.fromkeys([*gains][:1] + [*gains][-1:]):
+            saved = groups[length][base]["peak_memory"] - groups[length][model]["peak_memory"]
+            size = f"{abs(saved) / 1e9:.2f} GB {'less' if saved > 0 else 'more'}"
+            ends.append(f"{size} memory than {labels[base]} at {length:,} tokens")
+        if ends:
+            found.append(f"{what}: {labels[model]} takes {' and '.join(ends)}.")
     return found
-
-
-def _memory(base: dict[str, Any], row: dict[str, Any]) -> str:
-    saved = (base["peak_memory"] - row["peak_memory"]) / 1e9
-    return f"{abs(saved):.2f} GB {'less' if saved > 0 else 'more'}"
 
 
 def _speed(model: str, base: str, gain: Summary) -> str:

@@ -1,28 +1,31 @@
-"""Many training runs: each in a process of its own, what is finished skipped, some side by side."""
+"""Many training runs: each in a process of its own, what is finished skipped, some side by side.
+
+On one machine they are processes of ours; on a Slurm cluster submitit starts them, an optional
+extra: `pip install 'pha[cluster]'`.
+"""
 
 from __future__ import annotations
 
-import os
-import queue
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
+from pha.results import RunResult
 from pha.runs import RunFolder
-from pha.train.recipes import load_recipe
+from pha.train.recipes import Settings, as_words, load_recipe
 from pha.train.session import finished_result
 from pha.train.signals import on_stop_signals
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.files import read_json
+from pha.utils.processes import Command, run_processes
 
 INTERRUPTED = 130
+CLUSTER = "slurm"
+CLUSTER_MINUTES = 24 * 60
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,22 @@ class Job:
     Attributes:
         recipe: PRESET.PROTOCOL or a YAML file.
         out: its run folder.
-        overrides: arguments such as `--run.seed=1`.
+        settings: what is changed in the recipe.
     """
 
     recipe: str
     out: Path
-    overrides: tuple[str, ...] = ()
+    settings: Settings = field(default_factory=dict)
 
     @property
     def run(self) -> RunFolder:
         """Where it is kept."""
         return RunFolder(self.out)
+
+    @property
+    def log(self) -> Path:
+        """What it prints where several run side by side."""
+        return self.out.with_name(f"{self.out.name}.log")
 
     def finished(self) -> bool:
         """Whether there is a result, or a record that the run diverged.
@@ -50,22 +58,44 @@ class Job:
         Raises:
             PHAError: the folder holds another run, or the configuration is impossible.
         """
-        config = load_recipe(self.recipe, list(self.overrides))
-        return finished_result(self.run, config) is not None or self.run.diverged.is_file()
+        config = load_recipe(self.recipe, self.settings)
+        return finished_result(self.run, config) is not None or self.diverged_at() is not None
 
-    def outcome(self) -> dict[str, Any]:
-        """`{"status": "finished", "result": RunResult}` or `{"status": "diverged", "step": ...}`.
+    def result(self) -> RunResult | None:
+        """What it came to; None where it diverged.
 
         Raises:
             PHAError: neither is there yet.
         """
-        if self.run.diverged.is_file():
-            return {"status": "diverged", "step": read_json(self.run.diverged)["step"]}
-        return {"status": "finished", "result": self.run.read_result()}
+        return None if self.diverged_at() is not None else self.run.read_result()
+
+    def diverged_at(self) -> int | None:
+        """The step at which it diverged; None where it did not."""
+        if not self.run.diverged.is_file():
+            return None
+        return int(read_json(self.run.diverged)["step"])
+
+    def words(self) -> list[str]:
+        """The command that trains it."""
+        words = [sys.executable, "-m", "pha", "train", self.recipe, "--out", str(self.out)]
+        return [*words, "--quiet", *as_words(self.settings)]
+
+    def check(self, code: int) -> None:
+        """Refuse an exit code that is not that of a run with an outcome.
+
+        Raises:
+            PHAError: the training failed.
+            TrainingInterruptedError: the run was stopped, resumable.
+        """
+        if code == INTERRUPTED:
+            raise TrainingInterruptedError("stopped; the same command continues")
+        if code != 0 and self.diverged_at() is None:
+            where = f"see {self.log}" if self.log.is_file() else "see above"
+            raise PHAError(f"training {self.out} failed with exit code {code}; {where}")
 
 
-def run_jobs(jobs: Sequence[Job], console: Console, parallel: int = 1) -> list[dict[str, Any]]:
-    """Train what is not finished, and return every outcome in the order of `jobs`.
+def run_jobs(jobs: Sequence[Job], console: Console, parallel: int = 1) -> None:
+    """Train what is not finished.
 
     A process each makes peak memory and the state of random generators a matter of one run. A run
     that diverges is an outcome, not a failure.
@@ -81,102 +111,70 @@ def run_jobs(jobs: Sequence[Job], console: Console, parallel: int = 1) -> list[d
     """
     if parallel < 1:
         raise PHAError(f"jobs is {parallel}; at least 1")
-    waiting = [job for job in jobs if not job.finished()]
-    if len(waiting) < len(jobs):
-        console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are there already")
-    with on_stop_signals(_interrupt):
-        if parallel == 1:
-            for number, job in enumerate(waiting, start=1):
-                console.rule(f"{number} of {len(waiting)}: {job.out}")
-                check(job, _wait(subprocess.Popen(command(job), env=_environment(0, 1))))
-        elif waiting:
-            _side_by_side(waiting, console, parallel)
-    return [job.outcome() for job in jobs]
+    waiting = _unfinished(jobs, console)
+    commands = [Command(job.words(), job.log if parallel > 1 else None) for job in waiting]
+    try:
+        with on_stop_signals(_interrupt):
+            run_processes(
+                commands,
+                parallel=parallel,
+                started=lambda i: console.rule(f"{i + 1} of {len(waiting)}: {waiting[i].out}"),
+                ended=lambda i, code: waiting[i].check(code),
+            )
+    except KeyboardInterrupt:
+        # The children have written their checkpoints.
+        raise TrainingInterruptedError("stopped; the same command continues") from None
 
 
 def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def _side_by_side(waiting: Sequence[Job], console: Console, parallel: int) -> None:
-    slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for slot in range(parallel):
-        slots.put(slot)
-    running: set[subprocess.Popen[bytes]] = set()
-
-    def work(job: Job) -> int:
-        slot = slots.get()
-        job.out.parent.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            stack.callback(slots.put, slot)
-            log = stack.enter_context(job.out.with_name(f"{job.out.name}.log").open("ab"))
-            process = subprocess.Popen(
-                command(job), env=_environment(slot, parallel), stdout=log, stderr=log
-            )
-            running.add(process)
-            stack.callback(running.discard, process)
-            return process.wait()
-
-    with ThreadPoolExecutor(parallel) as pool:
-        futures = [pool.submit(work, job) for job in waiting]
-        try:
-            for number, (job, future) in enumerate(zip(waiting, futures, strict=True), start=1):
-                check(job, future.result())
-                console.print(f"{number} of {len(waiting)}: {job.out} {job.outcome()['status']}")
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            for process in list(running):
-                process.terminate()
-            raise
+def _unfinished(jobs: Sequence[Job], console: Console) -> list[Job]:
+    waiting = [job for job in jobs if not job.finished()]
+    if len(waiting) < len(jobs):
+        console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are there already")
+    return waiting
 
 
-def command(job: Job) -> list[str]:
-    """The words that train it."""
-    return [
-        *(sys.executable, "-m", "pha", "train", job.recipe, "--out", str(job.out), "--quiet"),
-        *job.overrides,
-    ]
+def run_on_cluster(jobs: Sequence[Job], partition: str, folder: Path, console: Console) -> None:
+    """Submit every run that is not finished, a GPU each, and wait for all.
 
+    Stopping this leaves the submitted runs in the queue; the same call later takes up what they
+    have finished.
 
-def _environment(slot: int, parallel: int) -> dict[str, str]:
-    environment = dict(os.environ)
-    if parallel > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // parallel))
-        if devices := _cuda_devices():
-            environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
-    return environment
-
-
-def _cuda_devices() -> list[str]:
-    """Names of the GPUs that this process may use."""
-    import torch
-
-    if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return named.split(",")
-    return [str(index) for index in range(torch.cuda.device_count())]
-
-
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        # The child writes its checkpoint. Ctrl-C reached it too; a signal to this process did not.
-        process.terminate()
-        process.wait()
-        return INTERRUPTED
-
-
-def check(job: Job, code: int) -> None:
-    """Refuse an exit code that is not that of a run with an outcome.
+    Args:
+        jobs: runs with folders of their own, on a file system that all nodes see.
+        partition: of the cluster.
+        folder: for the logs.
+        console: for progress.
 
     Raises:
-        PHAError: the training failed.
-        TrainingInterruptedError: the run was stopped, resumable.
+        PHAError: submitit or Slurm is not there, or a training failed.
     """
-    if code == INTERRUPTED:
-        raise TrainingInterruptedError("stopped; the same command continues")
-    if code != 0 and not job.run.diverged.is_file():
-        log = job.out.with_name(f"{job.out.name}.log")
-        where = f"see {log}" if log.is_file() else "see above"
-        raise PHAError(f"training {job.out} failed with exit code {code}; {where}")
+    try:
+        import submitit  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError as error:
+        raise PHAError(
+            "--cluster needs submitit, which is not installed; run `pip install 'pha[cluster]'`"
+        ) from error
+    waiting = _unfinished(jobs, console)
+    try:
+        executor = submitit.AutoExecutor(folder=folder / "slurm", cluster=CLUSTER)
+    except RuntimeError as error:
+        raise PHAError(f"--cluster: {error}") from error
+    executor.update_parameters(
+        slurm_partition=partition,
+        gpus_per_node=1,
+        timeout_min=CLUSTER_MINUTES,
+        name="pha-study",
+    )
+    commands = [job.words() for job in waiting]
+    submitted = executor.map_array(subprocess.call, commands) if waiting else []
+    for number, (job, handle) in enumerate(zip(waiting, submitted, strict=True), start=1):
+        try:
+            code = handle.result()
+        except submitit.core.utils.UncompletedJobError as error:
+            raise PHAError(f"training {job.out} ended without an exit code: {error}") from error
+        job.check(code)
+        console.print(f"{number} of {len(waiting)}: {job.out}")

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pha.results import Evaluation, RunResult
-from pha.studies.statistics import Summary, summarise
-from pha.utils.text import count
+from pha.studies.seeds import Summary
+from pha.utils.text import DASH, count
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Measure:
     def show(self, summary: Summary | None) -> str:
         """Mean and deviation, or a dash."""
         if summary is None:
-            return "-"
+            return DASH
         return count(summary.mean) if self.lower_is_better is None else summary.show(self.digits)
 
 
@@ -69,6 +69,7 @@ MEASURES: dict[str, Measure] = {
     ),
     "word": Measure("per word", "test perplexity per word", _test(lambda e: e.word_perplexity), 1),
     "byte": Measure("per byte", "test perplexity per byte", _test(lambda e: e.byte_perplexity), 4),
+    "bits": Measure("bits/byte", "bits per byte", _test(lambda e: e.bits_per_byte), 4),
     "accuracy": Measure("accuracy, %", "accuracy", _test(lambda e: 100 * e.accuracy), 2, False),
     "speed": Measure(
         "training tokens/s", "training speed", lambda r: r.tokens_per_second, 0, False
@@ -83,12 +84,3 @@ def measure_all(result: RunResult) -> dict[str, float]:
     """Every measure that a run has, by name."""
     found = {name: measure.value(result) for name, measure in MEASURES.items()}
     return {name: float(value) for name, value in found.items() if value is not None}
-
-
-def summarise_all(runs: list[dict[str, float]]) -> dict[str, Summary]:
-    """Every measure that all of the runs have, over the runs."""
-    return {
-        name: summarise([run[name] for run in runs])
-        for name in MEASURES
-        if runs and all(name in run for run in runs)
-    }

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pha.report.collect import Run, collect
-from pha.results import RunResult
+from pha.results import Metrics, RunResult
+from pha.runs import RunFolder
 from pha.studies.definition import Variant
-from pha.studies.measures import MEASURES, measure_all, summarise_all
-from pha.studies.paired import Difference, adjust, paired_difference, sentence
+from pha.studies.jobs import Job
+from pha.studies.measures import MEASURES, measure_all
 from pha.studies.planning import StudyPlan
-from pha.studies.statistics import Summary
-from pha.utils.text import DASH, count
+from pha.studies.seeds import (
+    Difference,
+    Summary,
+    adjust,
+    paired_difference,
+    sentence,
+    summarise,
+)
+from pha.utils.text import count
 
 MAIN = "test"
 
@@ -26,16 +32,23 @@ class Seed:
     Attributes:
         seed: of weights and data order.
         folder: of the run.
-        measures: name -> value; empty where the run diverged.
+        result: None where it diverged.
+        measures: name -> value; empty where it diverged.
         diverged_at: the step, if it did.
-        brief: tokens seen, seconds and the like, for the record.
     """
 
     seed: int
     folder: Path
+    result: RunResult | None
     measures: dict[str, float]
     diverged_at: int | None
-    brief: dict[str, Any]
+
+    @classmethod
+    def of(cls, seed: int, job: Job) -> Seed:
+        """Read a run that has ended."""
+        result = job.result()
+        measures = {} if result is None else measure_all(result)
+        return cls(seed, job.out, result, measures, job.diverged_at())
 
 
 @dataclass(frozen=True)
@@ -43,21 +56,28 @@ class Row:
     """A variant with its seeds."""
 
     variant: Variant
-    seeds: tuple[Seed, ...]
-    summaries: dict[str, Summary]
+    seeds: Sequence[Seed]
 
     @property
     def diverged(self) -> int:
         """How many runs did."""
-        return sum(seed.diverged_at is not None for seed in self.seeds)
+        return sum(seed.result is None for seed in self.seeds)
 
     def values(self, measure: str) -> dict[int, float]:
         """Seed -> value, of the runs that have it."""
         return {s.seed: s.measures[measure] for s in self.seeds if measure in s.measures}
 
-    def runs(self) -> list[Run]:
-        """The finished runs, with their histories."""
-        return [collect([seed.folder])[0] for seed in self.seeds if seed.measures]
+    def summary(self, measure: str) -> Summary | None:
+        """Over all runs that did not diverge; None unless each has it."""
+        values = list(self.values(measure).values())
+        return (
+            summarise(values) if values and len(values) + self.diverged == len(self.seeds) else None
+        )
+
+    def histories(self) -> list[Metrics]:
+        """Of the runs that did not diverge."""
+        folders = [RunFolder(seed.folder) for seed in self.seeds if seed.result is not None]
+        return [folder.read_metrics() for folder in folders]
 
 
 @dataclass(frozen=True)
@@ -68,15 +88,16 @@ class Outcome:
         plan: what was asked.
         rows: one for each variant.
         differences: of variants from the baseline, and of measures inside runs.
-        sentences: what the data support.
-        results: of all finished runs.
     """
 
     plan: StudyPlan
-    rows: tuple[Row, ...]
-    differences: tuple[Difference, ...]
-    sentences: tuple[str, ...]
-    results: tuple[RunResult, ...]
+    rows: Sequence[Row]
+    differences: Sequence[Difference]
+
+    @property
+    def results(self) -> list[RunResult]:
+        """Of all finished runs."""
+        return [s.result for row in self.rows for s in row.seeds if s.result is not None]
 
     @property
     def tokens(self) -> str:
@@ -86,91 +107,60 @@ class Outcome:
             return "no"
         return count(seen[0]) if len(seen) == 1 else f"{count(seen[0])} to {count(seen[-1])}"
 
+    @property
+    def best(self) -> Row | None:
+        """The variant of the lowest mean validation perplexity, of those that never diverged."""
+        means = {
+            summary.mean: row
+            for row in self.rows
+            if not row.diverged and (summary := row.summary("validation")) is not None
+        }
+        return means[min(means)] if means else None
 
-def make_outcome(plan: StudyPlan, outcomes: dict[Path, dict[str, Any]]) -> Outcome:
-    """Gather the runs of a plan.
-
-    Args:
-        plan: the study.
-        outcomes: run folder -> what `Job.outcome` says of it.
-    """
-    rows = []
-    results: dict[Path, RunResult] = {}
-    for variant in plan.study.variants:
-        seeds = []
-        for run in plan.of(variant):
-            outcome = outcomes[run.job.out]
-            result = outcome.get("result")
-            if result is not None:
-                results[run.job.out] = result
-            seeds.append(
-                Seed(
-                    run.seed,
-                    run.job.out,
-                    {} if result is None else measure_all(result),
-                    outcome.get("step"),
-                    {} if result is None else _brief(result),
-                )
-            )
-        found = [seed.measures for seed in seeds if seed.measures]
-        rows.append(Row(variant, tuple(seeds), summarise_all(found)))
-    differences = _differences(plan, rows)
-    sentences = [*_divergences(rows), *_sentences(plan, differences, list(results.values()))]
-    return Outcome(plan, tuple(rows), tuple(differences), tuple(sentences), tuple(results.values()))
-
-
-def _brief(result: RunResult) -> dict[str, Any]:
-    keys = ("steps", "tokens_seen", "seconds", "tokens_per_second", "chosen", "peak_memory_bytes")
-    return {key: getattr(result, key) for key in keys} | {
-        "parameters": asdict(result.model.parameters),
-        "protocol": result.evaluations[0].protocol,
-        "data": result.data,
-        "provenance": result.provenance,
-    }
+    def sentences(self) -> list[str]:
+        """What the data support."""
+        study = self.plan.study
+        said = [
+            f"{row.variant.label} diverged in {row.diverged} of {len(row.seeds)} runs."
+            for row in self.rows
+            if row.diverged
+        ]
+        if study.axis and self.best is not None:
+            said.append(f"The lowest validation perplexity is that of {self.best.variant.label}.")
+        labels = {variant.name: variant.label for variant in study.variants}
+        for variant in study.variants:
+            for name, measure in MEASURES.items():
+                short = measure.heading.split(",")[0]
+                labels[f"{variant.name}:{name}"] = f"{variant.label} ({short})"
+        tokens = {result.tokens_seen for result in self.results}
+        data = {result.data["sha256"] for result in self.results}
+        equal = f"at equal tokens ({count(min(tokens))})" if len(tokens) == len(data) == 1 else ""
+        words, digits = MEASURES[MAIN].words, MEASURES[MAIN].digits
+        return said + [sentence(each, labels, words, digits, equal) for each in self.differences]
 
 
-def _differences(plan: StudyPlan, rows: Sequence[Row]) -> list[Difference]:
-    study = plan.study
-    by_name = {row.variant.name: row for row in rows}
-    base = by_name.get(study.baseline)
-    found = []
-    if base is not None:
-        for row in rows:
-            if row is not base:
-                pair = (row.variant.name, base.variant.name)
-                found.append(paired_difference(*pair, MAIN, row.values(MAIN), base.values(MAIN)))
-    between = adjust([each for each in found if each is not None])
-    inside = []
-    for a, b in study.contrasts:
-        for row in rows:
-            name = f"{row.variant.name}:"
-            each = paired_difference(name + a, name + b, MAIN, row.values(a), row.values(b))
-            inside += [] if each is None else [each]
-    return [*between, *adjust(inside)]
-
-
-def _divergences(rows: Sequence[Row]) -> list[str]:
-    return [
-        f"{row.variant.label} diverged in {row.diverged} of {len(row.seeds)} runs."
-        for row in rows
-        if row.diverged
+def make_outcome(plan: StudyPlan) -> Outcome:
+    """Read the runs of a plan, all of which have ended."""
+    rows = [
+        Row(variant, list(map(Seed.of, plan.seeds, plan.runs[variant.name])))
+        for variant in plan.study.variants
     ]
+    between, inside = [], []
+    for base in rows:
+        if base.variant.name == plan.study.baseline:
+            between = [_difference(row, MAIN, base, MAIN) for row in rows if row is not base]
+    for a, b in plan.study.contrasts:
+        inside += [_difference(row, a, row, b) for row in rows]
+    found = [adjust([each for each in group if each is not None]) for group in (between, inside)]
+    return Outcome(plan, rows, [each for group in found for each in group])
 
 
-def _sentences(
-    plan: StudyPlan, differences: Sequence[Difference], results: Sequence[RunResult]
-) -> list[str]:
-    labels = {variant.name: variant.label for variant in plan.study.variants}
-    for variant in plan.study.variants:
-        for name, measure in MEASURES.items():
-            labels[f"{variant.name}:{name}"] = f"{variant.label} ({measure.heading.split(',')[0]})"
-    tokens = {result.tokens_seen for result in results}
-    data = {result.data["sha256"] for result in results}
-    equal = f"at equal tokens ({count(min(tokens))})" if len(tokens) == len(data) == 1 else ""
-    words, digits = MEASURES[MAIN].words, MEASURES[MAIN].digits
-    return [sentence(each, labels, words, digits, equal) for each in differences]
-
-
-def show(row: Row, measure: str) -> str:
-    """A cell of the table."""
-    return MEASURES[measure].show(row.summaries.get(measure)) if row.summaries else DASH
+def _difference(a: Row, measure_a: str, b: Row, measure_b: str) -> Difference | None:
+    inside = a is b
+    return paired_difference(
+        f"{a.variant.name}:{measure_a}" if inside else a.variant.name,
+        f"{b.variant.name}:{measure_b}" if inside else b.variant.name,
+        MAIN,
+        a.values(measure_a),
+        b.values(measure_b),
+    )

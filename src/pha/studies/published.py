@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any
 
-import yaml
-
-from pha.studies.definition import closest
+from pha.studies.definition import closest, make, read_yaml
 from pha.utils.errors import PHAError
 
 UNITS = ("bpe", "word", "wordpiece")
@@ -38,8 +36,7 @@ class Published:
         context: tokens.
         family: kind of model.
         protocol: how it was trained, as far as stated.
-        like_for_like: whether it compares with a PHA trained from scratch on the same data.
-        reason: why not.
+        reason: why it does not compare with a PHA trained from scratch on the same data.
         values: other figures, by name.
     """
 
@@ -59,14 +56,18 @@ class Published:
     context: int | None = None
     family: str = ""
     protocol: str = ""
-    like_for_like: bool = True
     reason: str = ""
-    values: dict[str, Any]
+    values: dict[str, Any] = field(default_factory=dict)
 
     @property
     def from_paper(self) -> bool:
         """Whether it is a model of the paper's authors."""
         return self.source == "paper"
+
+    @property
+    def like_for_like(self) -> bool:
+        """Whether it compares with a PHA trained from scratch on the same data."""
+        return not self.reason
 
 
 @cache
@@ -74,21 +75,17 @@ def published_tables() -> dict[str, tuple[Published, ...]]:
     """Table -> its rows, from published.yaml.
 
     Raises:
-        PHAError: a key that is not known, a unit that is none, a mark without a reason.
+        PHAError: a key that is not known, a unit that is none.
     """
-    file = resources.files("pha.studies") / "published.yaml"
-    names = {item.name for item in fields(Published)}
     tables = {}
-    for table, content in yaml.safe_load(file.read_text(encoding="utf-8")).items():
+    for table, content in read_yaml(resources.files("pha.studies") / "published.yaml").items():
         rows = []
         for name, given in content["rows"].items():
-            values = {"values": {}} | content.get("all", {}) | given
-            unknown = set(values) - names
-            if unknown:
-                raise PHAError(f"published {table}/{name}: unknown {', '.join(sorted(unknown))}")
-            row = Published(id=f"{table}/{name}", table=table, **values)
-            if row.unit not in UNITS or row.like_for_like != (not row.reason):
-                raise PHAError(f"published {row.id}: a wrong unit, or a mark without its reason")
+            row_id = f"{table}/{name}"
+            values = {"id": row_id, "table": table} | content.get("all", {}) | given
+            row = make(Published, f"published {row_id}", values)
+            if row.unit not in UNITS:
+                raise PHAError(f"published {row_id}: unit is {row.unit}; choose {', '.join(UNITS)}")
             rows.append(row)
         tables[table] = tuple(rows)
     return tables
@@ -110,9 +107,6 @@ def find_published(ids: Sequence[str]) -> list[Published]:
 
 def footnotes(rows: Sequence[Published]) -> dict[str, str]:
     """Reason -> mark, for every reason why one of `rows` is not like for like."""
-    reasons = list(dict.fromkeys(row.reason for row in rows if row.reason))
-    marks = [
-        DAGGERS[number % len(DAGGERS)] * (1 + number // len(DAGGERS))
-        for number in range(len(reasons))
-    ]
-    return dict(zip(reasons, marks, strict=True))
+    reasons = dict.fromkeys(row.reason for row in rows if row.reason)
+    size = len(DAGGERS)
+    return {why: DAGGERS[i % size] * (1 + i // size) for i, why in enumerate(reasons)}

@@ -3,23 +3,82 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from pha.report.formats import TextTable
+from pha.report.tables import TextTable
 from pha.studies import efficiency, shares
-from pha.studies.cluster import run_on_cluster
 from pha.studies.definition import Scale, Study
 from pha.studies.drawing import draw
-from pha.studies.jobs import run_jobs
-from pha.studies.outcome import Outcome, make_outcome
+from pha.studies.jobs import run_jobs, run_on_cluster
+from pha.studies.measures import MEASURES
+from pha.studies.outcome import Outcome, Seed, make_outcome
 from pha.studies.planning import StudyPlan
 from pha.studies.published import find_published
 from pha.studies.tabulate import study_table
 from pha.utils.files import write_json, write_text
 from pha.utils.hardware import default_device, provenance
+
+# Of a run's result, for the record of the study.
+BRIEF = (
+    *("steps", "tokens_seen", "seconds", "tokens_per_second", "chosen", "peak_memory_bytes"),
+    *("data", "provenance"),
+)
+
+
+@dataclass(frozen=True)
+class Files:
+    """The folder of a study: `study.json`, `table.*`, and what is said of them on the terminal."""
+
+    study: Study
+    scale: Scale
+    folder: Path
+    console: Console
+
+    def write(
+        self, tables: Sequence[TextTable], sentences: Sequence[str], content: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Write `study.json`, `table.md`, `table.tex`, and a CSV for each table.
+
+        Returns:
+            The content of `study.json`.
+        """
+        content = {
+            "kind": "study",
+            "study": self.study.name,
+            "title": self.study.title,
+            "paper": self.study.paper,
+            "question": self.study.question,
+            "scale": {"name": self.scale.name, "about": self.scale.about},
+            **content,
+            "published": [vars(row) for row in find_published(self.study.published)],
+            "sentences": list(sentences),
+            "summarised": provenance(default_device(), "-"),
+        }
+        write_json(self.folder / "study.json", content)
+        said = "".join(f"- {sentence}\n" for sentence in sentences)
+        markdown = "\n".join(table.to_markdown() for table in tables)
+        write_text(self.folder / "table.md", markdown + (f"\n{said}" if said else ""))
+        write_text(self.folder / "table.tex", "\n".join(table.to_latex() for table in tables))
+        for number, table in enumerate(tables, start=1):
+            name = "table.csv" if number == 1 else f"table-{number}.csv"
+            write_text(self.folder / name, table.to_csv())
+        return content
+
+    def tell(
+        self, tables: Sequence[TextTable], sentences: Sequence[str], pictures: Sequence[Path]
+    ) -> None:
+        """Print tables and sentences, and where the files are."""
+        show = self.console.print
+        show(self.study.question, highlight=False, markup=False)
+        for table in tables:
+            show(table)
+        for sentence in sentences:
+            show(f"- {sentence}", highlight=False, markup=False)
+        show(f"files: {self.folder}, with {len(pictures)} pictures", highlight=False)
 
 
 def run_study(
@@ -45,25 +104,19 @@ def run_study(
         PHAError: a bad configuration, or a training that failed.
         TrainingInterruptedError: stopped by the user; the same call continues.
     """
-    jobs = plan.jobs()
     if partition is not None:
-        found = run_on_cluster(jobs, partition, folder, console)
+        run_on_cluster(plan.jobs(), partition, folder, console)
     else:
-        found = run_jobs(jobs, console, parallel)
-    outcome = make_outcome(plan, {job.out: each for job, each in zip(jobs, found, strict=True)})
-    tables, sentences = [study_table(outcome)], list(outcome.sentences)
-    content = record(outcome)
+        run_jobs(plan.jobs(), console, parallel)
+    outcome = make_outcome(plan)
+    tables, sentences, content = [study_table(outcome)], outcome.sentences(), record(outcome)
     if plan.study.kind == "mixing":
-        analysis = shares.analyse(outcome)
-        tables.append(analysis.table)
-        sentences += analysis.sentences
-        content["mixing"] = analysis.record
-    content["sentences"] = sentences
-    write_json(folder / "study.json", content)
-    write_tables(tables, sentences, folder)
-    pictures = draw(outcome, folder)
-    tell(plan.study, tables, sentences, console)
-    console.print(f"files: {folder}, with {len(pictures)} pictures", highlight=False)
+        table, more, content["mixing"] = shares.analyse(outcome)
+        tables.append(table)
+        sentences += more
+    files = Files(plan.study, plan.scale, folder, console)
+    content = files.write(tables, sentences, content)
+    files.tell(tables, sentences, draw(outcome, folder))
     return content
 
 
@@ -73,76 +126,53 @@ def run_efficiency(study: Study, scale: Scale, folder: Path, console: Console) -
     Raises:
         PHAError: a preset or length that cannot be measured.
     """
+    files = Files(study, scale, folder, console)
     for measured in efficiency.measure(study, scale, folder, console):
-        write_json(folder / "study.json", measured.record)
-        write_tables(measured.tables, measured.sentences, folder)
+        content = files.write(measured.tables, measured.sentences, measured.record)
         pictures = efficiency.draw(study, scale, measured, folder)
-    tell(study, measured.tables, measured.sentences, console)
-    console.print(f"files: {folder}, with {len(pictures)} pictures", highlight=False)
-    return measured.record
+    files.tell(measured.tables, measured.sentences, pictures)
+    return content
 
 
 def record(outcome: Outcome) -> dict[str, Any]:
     """Everything that was measured, with where it comes from, for JSON."""
     plan = outcome.plan
-    return {
-        "kind": "study",
-        "study": plan.study.name,
-        "title": plan.study.title,
-        "paper": plan.study.paper,
-        "question": plan.study.question,
-        "scale": {"name": plan.scale.name, "about": plan.scale.about},
-        "seeds": list(plan.seeds),
-        "variants": [
+    rows = []
+    for row in outcome.rows:
+        variant, job = row.variant, plan.runs[row.variant.name][0]
+        summaries = {name: row.summary(name) for name in MEASURES}
+        rows.append(
             {
-                "name": row.variant.name,
-                "label": row.variant.label,
-                "model": row.variant.model,
-                "places": row.variant.places,
-                "published": list(row.variant.published),
-                "settings": list(plan.of(row.variant)[0].job.overrides[:-1]),
-                "recipe": plan.of(row.variant)[0].job.recipe,
+                "name": variant.name,
+                "label": variant.label,
+                "model": variant.model,
+                "places": variant.places,
+                "published": list(variant.published),
+                "settings": {k: v for k, v in job.settings.items() if k != "run.seed"},
+                "recipe": job.recipe,
                 "diverged": row.diverged,
-                "measures": {name: each.to_dict() for name, each in row.summaries.items()},
-                "seeds": [
-                    {
-                        "seed": seed.seed,
-                        "run": str(seed.folder),
-                        "status": "diverged" if seed.diverged_at is not None else "finished",
-                        "diverged_at": seed.diverged_at,
-                        "measures": seed.measures,
-                        **seed.brief,
-                    }
-                    for seed in row.seeds
-                ],
+                "measures": {name: s.to_dict() for name, s in summaries.items() if s is not None},
+                "seeds": list(map(_seed_record, row.seeds)),
             }
-            for row in outcome.rows
-        ],
+        )
+    return {
+        "seeds": list(plan.seeds),
+        "best": None if outcome.best is None else outcome.best.variant.name,
+        "variants": rows,
         "differences": [each.to_dict() for each in outcome.differences],
-        "published": [vars(row) for row in find_published(plan.study.published)],
-        "summarised": provenance(default_device(), "-"),
     }
 
 
-def write_tables(tables: Sequence[TextTable], sentences: Sequence[str], folder: Path) -> None:
-    """`table.md` (with the sentences), `table.tex`, and a CSV for each table."""
-    said = "".join(f"- {sentence}\n" for sentence in sentences)
-    markdown = "\n".join(table.to_markdown() for table in tables)
-    write_text(folder / "table.md", markdown + (f"\n{said}" if said else ""))
-    write_text(folder / "table.tex", "\n".join(table.to_latex() for table in tables))
-    for number, table in enumerate(tables, start=1):
-        name = "table.csv" if number == 1 else f"table-{number}.csv"
-        write_text(folder / name, table.to_csv())
-
-
-def tell(
-    study: Study, tables: Sequence[TextTable], sentences: Sequence[str], console: Console
-) -> None:
-    """Print tables and sentences."""
-    console.print(study.question, highlight=False, markup=False)
-    for table in tables:
-        for part in table.to_rich(console.width):
-            console.print(part)
-        console.print("\n".join(table.below), highlight=False, markup=False)
-    for sentence in sentences:
-        console.print(f"- {sentence}", highlight=False, markup=False)
+def _seed_record(seed: Seed) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "seed": seed.seed,
+        "run": str(seed.folder),
+        "status": "finished" if seed.result is not None else "diverged",
+        "diverged_at": seed.diverged_at,
+        "measures": seed.measures,
+    }
+    if seed.result is not None:
+        found |= {key: getattr(seed.result, key) for key in BRIEF}
+        found["parameters"] = asdict(seed.result.model.parameters)
+        found["protocol"] = seed.result.evaluations[0].protocol
+    return found

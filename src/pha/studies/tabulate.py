@@ -5,30 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pha.report.formats import Section, TextTable
+from pha.report.tables import Section, TextTable
 from pha.studies.measures import MEASURES
-from pha.studies.outcome import Outcome, show
+from pha.studies.outcome import Outcome
 from pha.studies.published import Published, find_published, footnotes
-from pha.utils.text import count
+from pha.utils.text import DASH, count
 
-DASH = "–"
 # GPT-2 tokens, words with line ends, and bytes of WikiText-103's raw test split.
 TOKENS, WORDS, BYTES = 286_221, 245_569, 1_290_590
 
 
 def study_table(outcome: Outcome) -> TextTable:
     """Ours first, with scale and tokens seen; then the paper's own; then what it quotes."""
-    study, scale = outcome.plan.study, outcome.plan.scale
-    columns = list(study.columns)
-    headings = ["model", "seeds", *(MEASURES[name].heading for name in columns)]
+    study = outcome.plan.study
     lost = any(row.diverged for row in outcome.rows)
+    headings = ["model", "seeds", *(MEASURES[name].heading for name in study.columns)]
     rows = [
-        [row.variant.label, str(len(row.seeds)), *(show(row, name) for name in columns)]
-        + ([str(row.diverged)] if lost else [])
+        [
+            row.variant.label,
+            str(len(row.seeds)),
+            *(MEASURES[name].show(row.summary(name)) for name in study.columns),
+            *[str(row.diverged)] * lost,
+        ]
         for row in outcome.rows
     ]
     data = sorted({Path(result.data["source"]).name for result in outcome.results})
-    about = f"scale {scale.name}, {outcome.tokens} tokens seen, {', '.join(data)}"
+    about = f"{outcome.plan.scale.words}, {outcome.tokens} tokens seen, {', '.join(data)}"
     sections = [Section("ours", about, rows)]
     published = find_published(study.published)
     marks = footnotes(published)
@@ -36,16 +38,18 @@ def study_table(outcome: Outcome) -> TextTable:
         chosen = [row for row in published if row.from_paper == own and row.perplexity is not None]
         if chosen:
             cells = [
-                [_label(row, marks), DASH, *(published_cell(row, name) for name in columns)]
-                + ([DASH] if lost else [])
+                [
+                    f"{row.label} (paper)" if own else row.label + marks.get(row.reason, ""),
+                    DASH,
+                    *(published_cell(row, name) for name in study.columns),
+                    *[DASH] * lost,
+                ]
                 for row in chosen
             ]
             where = ", ".join(sorted({row.data for row in chosen}))
-            greys = [not row.like_for_like for row in chosen]
-            sections.append(Section(name, where, cells, greys))
-    if lost:
-        headings.append("diverged")
+            sections.append(Section(name, where, cells, [not row.like_for_like for row in chosen]))
     title = f"{study.title} ({study.paper})" if study.paper else study.title
+    headings += ["diverged"] * lost
     return TextTable(title, headings, sections, _notes(outcome, published, marks))
 
 
@@ -75,11 +79,6 @@ def published_cell(row: Published, measure: str) -> str:
 
 def _with(value: float, std: float | None) -> str:
     return f"{value:.2f}" if std is None else f"{value:.2f} ± {std:.2f}"
-
-
-def _label(row: Published, marks: dict[str, str]) -> str:
-    label = f"{row.label} (paper)" if row.from_paper else row.label
-    return label + marks.get(row.reason, "")
 
 
 def _notes(outcome: Outcome, published: Sequence[Published], marks: dict[str, str]) -> list[str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +20,9 @@ from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:
     import jsonargparse
+
+Settings = dict[str, Any]
+"""`section.key` -> value."""
 
 SECTIONS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "recipe"}
 
@@ -68,29 +74,23 @@ def _read(recipe: str) -> tuple[str, dict[str, Any]]:
     return name, content
 
 
-def _preset_override(overrides: list[str]) -> str | None:
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--model.preset", dest="preset")
-    return finder.parse_known_args(overrides)[0].preset
+# Pairs of which a configuration gives one: naming either drops the other.
+_EXCLUSIVE = (("run.steps", "run.epochs"), ("data.store", "data.source"))
 
 
-# Pairs of which a configuration gives one: naming the first on the command line drops the other.
-_EXCLUSIVE = (
-    ("run.steps", "run.epochs"),
-    ("run.epochs", "run.steps"),
-    ("data.store", "data.source"),
-    ("data.source", "data.store"),
-)
+def merge(*layers: Mapping[str, Any]) -> Settings:
+    """Settings in which later layers win, and of two keys that exclude each other the later one."""
+    merged: Settings = {}
+    for layer in layers:
+        for pair in _EXCLUSIVE:
+            if layer.keys() & set(pair):
+                for key in pair:
+                    merged.pop(key, None)
+        merged |= layer
+    return merged
 
 
-def _yield_to(overrides: list[str], content: dict[str, Any]) -> None:
-    named = {argument.split("=")[0].removeprefix("--") for argument in overrides}
-    for key, other in _EXCLUSIVE:
-        section, name = other.split(".")
-        if key in named and other not in named and isinstance(content.get(section), dict):
-            content[section].pop(name, None)
-
-
+@cache
 def make_parser(program: str = "pha train RECIPE") -> jsonargparse.ArgumentParser:
     """A parser of `--section.key value` for every key of `TrainConfig`.
 
@@ -114,40 +114,74 @@ def make_parser(program: str = "pha train RECIPE") -> jsonargparse.ArgumentParse
     return parser
 
 
-def load_recipe(recipe: str, overrides: list[str] | None = None) -> TrainConfig:
+def parse_overrides(words: Sequence[str]) -> Settings:
+    """`--section.key value` and `--section.key=value` as settings, of the types of the keys.
+
+    Raises:
+        PHAError: a word that is neither key nor value, an unknown key, a wrong type.
+    """
+    try:
+        given = make_parser().parse_args(list(words), defaults=False)
+    except argparse.ArgumentError as error:
+        raise PHAError(_one_line(error)) from error
+    return {
+        f"{section}.{key}": value
+        for section, keys in given.as_dict().items()
+        for key, value in keys.items()
+    }
+
+
+def as_words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as the words of a command line, which `parse_overrides` reads back."""
+    return [
+        f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in settings.items()
+    ]
+
+
+def load_recipe(
+    recipe: str, overrides: Sequence[str] | Mapping[str, Any] | None = None
+) -> TrainConfig:
     """A recipe as a checked configuration.
 
     Args:
         recipe: `PRESET.PROTOCOL`, or the path of a YAML file.
-        overrides: command-line arguments such as `["--run.steps", "100"]`.
+        overrides: command-line arguments such as `["--run.steps", "100"]`, or settings such as
+            `{"run.steps": 100}`.
 
     Raises:
         PHAError: no such recipe, an unknown key, a wrong type, an impossible value.
     """
     name, content = _read(recipe)
-    overrides = overrides or []
-    model = content.get("model") or {}
-    if not isinstance(model, dict):
-        raise PHAError(f"recipe {recipe}: model must be a mapping")
-    _yield_to(overrides, content)
-    chosen = _preset_override(overrides) or model.get("preset")
-    if chosen is not None:
-        model = (preset(str(chosen)) if chosen != "custom" else {}) | model | {"preset": chosen}
-    content["model"] = model
-    return parse_config(content, overrides, name=content.pop("recipe", None) or name)
+    name = content.pop("recipe", None) or name
+    if not isinstance(overrides, Mapping):
+        overrides = parse_overrides(overrides or [])
+    settings = merge(_flat(content, recipe), overrides)
+    chosen = settings.get("model.preset")
+    if chosen not in (None, "custom"):
+        shape = {f"model.{key}": value for key, value in preset(str(chosen)).items()}
+        settings = shape | settings
+    return _checked(settings, name)
 
 
-def parse_config(content: dict[str, Any], overrides: list[str], name: str | None) -> TrainConfig:
-    """Check a nested mapping and command-line overrides against `TrainConfig`.
+def _flat(content: Mapping[str, Any], recipe: str) -> Settings:
+    settings: Settings = {}
+    for section, values in content.items():
+        if not isinstance(values, dict | None):
+            raise PHAError(f"recipe {recipe}: {section} must be a mapping")
+        settings |= {f"{section}.{key}": value for key, value in (values or {}).items()}
+    return settings
 
-    Raises:
-        PHAError: an unknown key, a wrong type, an impossible value.
-    """
-    parser = make_parser()
+
+def _checked(settings: Settings, name: str) -> TrainConfig:
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in settings.items():
+        section, _, rest = key.partition(".")
+        nested.setdefault(section, {})[rest] = value
     try:
-        parsed = parser.parse_args(overrides, namespace=parser.parse_object(content))
+        parsed = make_parser().parse_object(nested)
     except argparse.ArgumentError as error:
-        raise PHAError(f"{name or 'configuration'}: {_one_line(error)}") from error
+        raise PHAError(f"{name}: {_one_line(error)}") from error
     sections: dict[str, Any] = {}
     for section, spec in SECTIONS.items():
         factory = spec.default_factory

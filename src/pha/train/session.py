@@ -100,15 +100,7 @@ def resolve(
 
 
 def _saved_config(run: RunFolder) -> dict[str, Any] | None:
-    if not run.config.is_file():
-        return None
-    try:
-        saved = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PHAError(f"{run.config} is not YAML any more; choose another --out") from error
-    if not isinstance(saved, dict):
-        raise PHAError(f"{run.config} is not a configuration; choose another --out")
-    return saved
+    return run.read_config() if run.config.is_file() else None
 
 
 def _require_same(run: RunFolder, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 from transformers import GenerationConfig
 
 from pha.loading import LoadedModel, load_model, model_folder
-from pha.report.card import LIBRARY, model_card
-from pha.report.collect import Run, collect
+from pha.results import RunResult
+from pha.sharing.card import LIBRARY, model_card
 from pha.utils.errors import PHAError
 from pha.utils.files import atomic_folder
 
@@ -67,12 +67,13 @@ def export_model(
         PHAError: no model there, a damaged result, or a folder in the way.
     """
     _require_replaceable(out, force)
-    run, note = _results_of(source)
+    result, note = _results_of(source)
     loaded = load_model(source, dtype=dtype)
     card = model_card(
         out.resolve().name,
         loaded.model.config,
-        run,
+        result,
+        {} if loaded.run is None else loaded.run.read_config(),
         no_results=note,
         weights="bf16" if dtype == torch.bfloat16 else "fp32",
         license_id=license_id,
@@ -82,20 +83,21 @@ def export_model(
         _write(loaded, card, out)
     except OSError as error:
         raise PHAError(f"{out} cannot be written ({error.strerror or error})") from error
-    return Exported(out, 0 if run is None or note else len(run.evaluations), note)
+    return Exported(out, 0 if result is None or note else len(result.evaluations), note)
 
 
-def _results_of(source: Path) -> tuple[Run | None, str | None]:
-    """The run that a model is from, and why its results cannot be given, if so."""
+def _results_of(source: Path) -> tuple[RunResult | None, str | None]:
+    """The result of the run that a model is from, and why it cannot be given, if so."""
     folder, run = model_folder(source)
     if run is None:
         return None, "This model was exported from a folder outside a training run, so no results."
-    record = collect([run.path])[0]
-    if record.result is None:
-        return record, "The training run had not finished, so there are no results."
+    if not run.result.is_file():
+        return None, "The training run had not finished, so there are no results."
     if folder.resolve() != run.model.resolve():
-        return record, "The results of the training run are of other weights than these."
-    return record, None
+        return run.read_result(), (
+            "The results of the training run are of other weights than these."
+        )
+    return run.read_result(), None
 
 
 def _require_replaceable(out: Path, force: bool) -> None:

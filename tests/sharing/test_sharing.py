@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from pha.data.tokenizer import load_tokenizer
 from pha.loading import load_model
 from pha.modeling import PHAConfig
-from pha.report.card import model_card
-from pha.report.collect import collect
-from pha.report.export import export_model
+from pha.runs import RunFolder
+from pha.sharing import export_model
+from pha.sharing.card import model_card
 from pha.utils.errors import PHAError
 from tests.modeling.common import FLOAT32_PARAMETERS, scrambled, small_config
 
@@ -35,8 +35,11 @@ def save_model(folder: Path, seed: int = 0) -> None:
 
 
 def card_of(run: Path | None, name: str = "pha-small", **settings: Any) -> ModelCard:
-    record = None if run is None else collect([run])[0]
-    return model_card(name, small_config(), record, **settings)
+    folder = None if run is None else RunFolder(run)
+    result = folder.read_result() if folder and folder.result.is_file() else None
+    return model_card(
+        name, small_config(), result, folder.read_config() if folder else {}, **settings
+    )
 
 
 def header(card: ModelCard) -> dict[str, Any]:
@@ -167,7 +170,7 @@ def test_a_card_of_a_model_alone() -> None:
     ],
 )
 def test_architecture_in_words(config: dict[str, Any], expected: str) -> None:
-    card = model_card("x", PHAConfig(**config), None, no_results="None.")
+    card = model_card("x", PHAConfig(**config), None, {}, no_results="None.")
     assert expected in card.text
 
 

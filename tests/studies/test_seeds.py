@@ -1,13 +1,21 @@
-"""Paired differences: against scipy's tests and by hand, and the sentences they support."""
+"""Figures over seeds and paired differences: by hand, against scipy, and in words."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from scipy import stats
 
-from pha.studies.paired import Difference, adjust, paired_difference, sentence
+from pha.studies.seeds import (
+    Difference,
+    Summary,
+    adjust,
+    paired_difference,
+    sentence,
+    summarise,
+)
 
 LABELS = {"a": "parallel", "b": "sequential"}
 
@@ -16,6 +24,34 @@ def difference(of_a: list[float], of_b: list[float]) -> Difference:
     found = paired_difference("a", "b", "test", dict(enumerate(of_a)), dict(enumerate(of_b)))
     assert found is not None
     return found
+
+
+def test_summary_agrees_with_scipy() -> None:
+    values = [16.4, 16.7, 16.52, 16.48, 16.31]
+    summary = summarise(values)
+    assert summary.mean == pytest.approx(np.mean(values))
+    assert summary.std == pytest.approx(np.std(values, ddof=1))
+    low, high = stats.t.interval(0.95, 4, loc=summary.mean, scale=stats.sem(values))
+    assert summary.interval == pytest.approx((high - low) / 2)
+
+
+def test_one_seed_has_no_spread() -> None:
+    assert summarise([3.0]) == Summary(1, 3.0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "shown"),
+    [
+        (16.512, 0.119, "16.51 ± 0.12"),
+        (1234.5, 67.8, "1,234 ± 68"),
+        (2.5e8, 1e6, "2.5e+08 ± 1,000,000"),
+        (16.5, None, "16.50"),
+    ],
+)
+def test_summaries_are_shown_with_sensible_digits(
+    mean: float, std: float | None, shown: str
+) -> None:
+    assert Summary(3, mean, std, None).show() == shown
 
 
 def test_a_difference_is_that_of_a_paired_t_test() -> None:
@@ -33,7 +69,7 @@ def test_a_difference_is_that_of_a_paired_t_test() -> None:
 def test_only_shared_seeds_count() -> None:
     found = paired_difference("a", "b", "test", {0: 1.0, 2: 5.0, 3: 9.0}, {2: 4.0, 3: 8.5, 7: 0.0})
     assert found is not None
-    assert found.seeds == (2, 3)
+    assert found.seeds == [2, 3]
     assert found.mean == pytest.approx(0.75)
     assert paired_difference("a", "b", "test", {0: 1.0}, {1: 1.0}) is None
 
@@ -51,6 +87,7 @@ def test_what_the_data_say_is_said_and_no_more() -> None:
     assert one.startswith("Parallel is lower than sequential by 1.0 in loss, with one seed")
     same = sentence(difference([1.0, 2.0], [1.0, 2.0]), LABELS, "loss", 1)
     assert same == "Parallel and sequential are equal in loss (2 paired seeds)."
+    assert difference([1.0, 2.0], [2.0, 3.0]).p == 0.0  # every seed by as much
 
 
 def test_the_correction_is_holms() -> None:

@@ -1,0 +1,355 @@
+"""The figures of comparisons: seeds and studies, benchmarks, paired models, scored documents."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pha.report import plots
+from pha.utils import text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from pha.evals.compare import BinDifference, Interval, PairedComparison
+
+# How a seed is drawn.
+_RING: dict[str, Any] = {
+    "linestyle": "none",
+    "marker": "o",
+    "markersize": 4,
+    "markerfacecolor": "none",
+    "color": plots.MUTED,
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A row of a plot: values of seeds, their mean and the half width of its 95% interval."""
+
+    label: str
+    values: Sequence[float]
+    mean: float
+    interval: float | None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model in a plot against size.
+
+    Attributes:
+        label: beside the point.
+        x: parameters.
+        values: one for each seed, or a published one.
+        error: half the height of its bar; None for none.
+        grey: a figure that does not compare.
+    """
+
+    label: str
+    x: float
+    values: Sequence[float]
+    error: float | None = None
+    grey: bool = False
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A series over a setting: place -> values of the seeds, and how many diverged there."""
+
+    label: str
+    values: Mapping[str, Sequence[float]]
+    diverged: Mapping[str, int]
+
+
+@plots.styled()
+def estimates(rows: Sequence[Estimate], x_label: str, reference: float | None = None) -> Figure:
+    """Rows: seeds as open dots, means with 95% intervals, and a line at `reference`."""
+    figure, axes = plots.new_figure(0.9 + 0.32 * len(rows))
+    if reference is not None:
+        axes.axvline(reference, color=plots.MUTED, linewidth=0.8)
+    for place, row in enumerate(rows):
+        axes.plot(row.values, [place] * len(row.values), **_RING)
+        axes.errorbar(row.mean, place, xerr=row.interval, fmt="D", color=plots.series_color(0))
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    plots.label_axes(axes, x_label, "", grid="x")
+    axes.margins(x=0.08)
+    return figure
+
+
+@plots.styled()
+def against_parameters(panels: Sequence[tuple[str, Sequence[Point]]], y_label: str) -> Figure:
+    """A panel for each source, one above the other; models that do not compare in hollow grey.
+
+    Args:
+        panels: title and points.
+        y_label: of all panels.
+    """
+    from matplotlib.ticker import FuncFormatter
+
+    heights = [2.9 if len(points) < 8 else 4.8 for _, points in panels]
+    figure = plots.new_panels(len(panels), 1, heights)
+    for axes, (title, points) in zip(figure.axes, panels, strict=True):
+        plots.label_axes(axes, "parameters" if axes is figure.axes[-1] else "", y_label)
+        axes.set_title(title)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g}M"))
+        _draw_points(axes, points)
+    return figure
+
+
+def _draw_points(axes: Axes, points: Sequence[Point]) -> None:
+    places = sorted(
+        ((p.x, math.fsum(p.values) / len(p.values), p) for p in points), key=lambda place: place[:2]
+    )
+    blue = plots.series_color(0)
+    if not any(point.grey for point in points):
+        axes.plot([x for x, _, _ in places], [y for _, y, _ in places], linewidth=0.9, color=blue)
+    for x, mean, point in places:
+        shade = plots.MUTED if point.grey else blue
+        fill = "none" if point.grey else shade
+        axes.errorbar(x, mean, yerr=point.error, fmt="o", color=shade, markerfacecolor=fill)
+        if len(point.values) > 1:
+            axes.plot([x] * len(point.values), point.values, **_RING)
+    axes.margins(x=0.2, y=0.15)
+    _name_points(axes, places)
+
+
+def _name_points(axes: Axes, places: Sequence[tuple[float, float, Point]]) -> None:
+    """Names above points and to their right, or left at the edge, each moved up from the lowest
+    until it covers no other."""
+    # All in parts of the panel, as are the size of a line of text and of a letter.
+    height, letter = (0.056 if len(places) < 8 else 0.032), 0.0165
+    axes.autoscale_view()
+    spots = [(*axes.transLimits.transform((x, mean)), point) for x, mean, point in places]
+    taken: list[tuple[float, float, float]] = []
+    for x, y, point in sorted(spots, key=lambda spot: spot[1]):
+        width = letter * len(point.label)
+        left = x + 0.015 if x + width < 1.05 else x - 0.015 - width
+        place = y + 0.4 * height
+        while any(
+            left < right and begin < left + width and abs(place - other) < height
+            for begin, right, other in taken
+        ):
+            place += height / 4
+        taken.append((left, left + width, place))
+        style: dict[str, Any] = {"fontsize": 7.5, "va": "center", "transform": axes.transAxes}
+        # On the paper's own colour, so that a line behind does not cross it.
+        style["bbox"] = {"facecolor": plots.LIGHT["paper"], "edgecolor": "none", "pad": 0.5}
+        color = plots.MUTED if point.grey else plots.series_color(0)
+        axes.text(left, place, point.label, color=color, **style)
+
+
+@plots.styled()
+def over_settings(series: Sequence[Rate], x_label: str, y_label: str) -> Figure:
+    """Means over a setting with a dot for every seed; a cross at the top where a run diverged."""
+    places = list(dict.fromkeys(place for each in series for place in each.values))
+    names = [each.label for each in series]
+    figure, axes = plots.new_figure(2.9, legend=names)
+    handles = []
+    for index, each in enumerate(series):
+        # Side by side, so that series of one place do not hide each other.
+        shift = 0.5 * ((index + 0.5) / len(series) - 0.5)
+        known = [(i + shift, each.values[p]) for i, p in enumerate(places) if each.values.get(p)]
+        means = [math.fsum(values) / len(values) for _, values in known]
+        handles += axes.plot([x for x, _ in known], means, **plots.look(index), linewidth=1.1)
+        color = plots.series_color(index)
+        for x, values in known:
+            axes.plot([x] * len(values), values, "_", color=color, markersize=5)
+        lost = [i + shift for i, place in enumerate(places) if each.diverged.get(place)]
+        at_top = axes.get_xaxis_transform()
+        axes.plot(lost, [0.985] * len(lost), "x", color=color, markersize=7, transform=at_top)
+    if any(values for each in series for values in each.values.values()):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="y", which="minor", labelsize=8)
+    axes.set_xticks(range(len(places)), places)
+    axes.set_xlim(-0.5, len(places) - 0.5)
+    plots.label_axes(axes, x_label, y_label)
+    plots.add_legend(figure, handles, names)
+    return figure
+
+
+Lines = Mapping[str, Sequence[tuple[int, float, float, float]]]
+"""Label -> (length, value, low, high) in the order of lengths."""
+
+# Picture -> the rows' field, its unit, the name of the axis.
+_SPEED_MEASURES = {
+    "throughput": ("tokens_per_second", 1.0, "tokens/s"),
+    "memory": ("peak_memory", 1e9, "peak memory (GB)"),
+}
+
+
+@plots.styled()
+def over_lengths(lines: Lines, y_label: str) -> Figure:
+    """Lines over length in powers of two, from zero up, with a bar from low to high."""
+    lengths = sorted({point[0] for points in lines.values() for point in points})
+    figure, axes = plots.new_figure(2.9, legend=list(lines))
+    handles = []
+    for index, points in enumerate(lines.values()):
+        x, y, low, high = (np.array(column) for column in zip(*points, strict=True))
+        handles.append(axes.errorbar(x, y, yerr=[y - low, high - y], **plots.look(index)))
+    axes.set_xscale("log", base=2)
+    axes.minorticks_off()
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_ylim(bottom=0)
+    plots.label_axes(axes, "tokens", y_label)
+    plots.add_legend(figure, handles, list(lines))
+    return figure
+
+
+def save_speed_plots(mode: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """Write the pictures of the rows of `pha.bench.runner.run_benchmark`.
+
+    There is one for each measure, precision, batch size and compiled or not, as
+    `MODE-MEASURE-PRECISION-bB[-compiled]` in SVG and PNG, where at least two lengths were measured;
+    failed rows are left out.
+
+    Args:
+        mode: what was measured.
+        rows: of the benchmark.
+        folder: where they go.
+
+    Returns:
+        The files.
+    """
+    groups: dict[tuple[str, int, bool], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["error"] is None:
+            key = (row["precision"], row["batch"], row["compiled"])
+            groups.setdefault(key, []).append(row)
+    written = []
+    for (precision, batch, compiled), group in groups.items():
+        if len({row["length"] for row in group}) < 2:
+            continue
+        for measure, (field, unit, label) in _SPEED_MEASURES.items():
+            suffix = "-compiled" if compiled else ""
+            stem = folder / f"{mode}-{measure}-{precision}-b{batch}{suffix}"
+            title = f"{label} of {mode} against length, {precision}, batch {batch}"
+            figure = over_lengths(
+                _by_label(group, field, unit), f"{label}, {precision}, B = {batch}"
+            )
+            written += plots.save_picture(figure, stem, title)
+    return written
+
+
+def _by_label(rows: Sequence[Mapping[str, Any]], field: str, unit: float) -> Lines:
+    lines: dict[str, list[tuple[int, float, float, float]]] = {}
+    for row in rows:
+        value = row[field]
+        if not isinstance(value, Mapping):
+            value = dict.fromkeys(("median", "low", "high"), value)
+        middle, low, high = (value[name] / unit for name in ("median", "low", "high"))
+        label = f"{row['model']} {row['backend']}".strip()
+        lines.setdefault(label, []).append((row["length"], middle, low, high))
+    return {label: sorted(points) for label, points in lines.items()}
+
+
+_LINE = 100
+_SIDES = "← A better        loss of A − loss of B (nats per token)        B better →"
+# Colour, marker and its fill for A better, undecided and B better.
+_LOOKS = {
+    -1: (plots.series_color(0), "o", plots.series_color(0)),
+    0: (plots.MUTED, "D", plots.LIGHT["paper"]),
+    1: (plots.series_color(1), "s", plots.series_color(1)),
+}
+
+
+@plots.styled()
+def paired_figure(comparison: PairedComparison) -> Figure:
+    """Distribution of the block differences, and the mean difference in each bin, with 95% bars."""
+    figure = plots.new_panels(2, 2, [3.0, 3.0], width=7.6)
+    blocks, *panels = figure.axes
+    _draw_blocks(blocks, comparison)
+    drawn = list(zip(panels, comparison.breakdowns.items(), strict=False))
+    for axes, (name, bins) in drawn:
+        _draw_bins(axes, name, bins)
+    for axes in panels[len(drawn) :]:
+        axes.remove()
+    # The same horizontal axis for all bins, zero included, so that bars compare between panels.
+    ends = [0.0, *(end for axes, _ in drawn for end in axes.get_xlim())]
+    margin = 0.04 * (max(ends) - min(ends))
+    for axes, _ in drawn:
+        axes.set_xlim(min(ends) - margin, max(ends) + margin)
+    for axes in figure.axes:
+        axes.axvline(0, color=plots.MUTED, linewidth=0.8, zorder=1)
+        axes.tick_params(labelsize=8.5)
+    figure.supxlabel(_SIDES, fontsize=9.5, color=plots.MUTED)
+    names = f"A: {text.shorten(comparison.a, 40)}     B: {text.shorten(comparison.b, 40)}"
+    remarks = [comparison.verdict(), comparison.caution(), names]
+    lines = [textwrap.fill(remark, _LINE) for remark in remarks if remark]
+    figure.suptitle("\n".join(lines), fontsize=9.5, x=0.02, ha="left")
+    return figure
+
+
+def describe(comparison: PairedComparison) -> str:
+    """What the picture shows, in words."""
+    bins = "; ".join(
+        f"by {name}: " + ", ".join(f"{b.label} {b.difference.mean:+.3f}" for b in entries)
+        for name, entries in comparison.breakdowns.items()
+    )
+    return (
+        f"A is {comparison.a}, B is {comparison.b}. {comparison.verdict()}. "
+        f"{comparison.caution() or ''} Mean difference {bins}."
+    )
+
+
+def _draw_blocks(axes: Axes, comparison: PairedComparison) -> None:
+    """Histogram of the block means, with the overall mean and its interval above it."""
+    differences, overall = comparison.block_differences, comparison.difference
+    reach = float(np.abs(differences).max()) or 1e-3
+    # An edge at zero, so that every bar is on one side.
+    width = reach / min(12, max(6, round(len(differences) ** 0.5)))
+    low = int(np.floor(differences.min() / width))
+    high = max(low + 1, int(np.ceil(differences.max() / width)))
+    edges = np.arange(low, high + 1) * width
+    counts, _ = np.histogram(differences, edges)
+    colors = [_LOOKS[-1 if end <= 0 else 1][0] for end in edges[1:]]
+    axes.bar(edges[:-1], counts, width * 0.94, align="edge", color=colors, alpha=0.55, zorder=2)
+    _draw_interval(axes, overall, counts.max() * 1.12)
+    axes.set_ylim(0, counts.max() * 1.22)
+    axes.set_ylabel("blocks", fontsize=8.5)
+    axes.set_title(f"{overall.blocks} blocks of {comparison.block_tokens:,} tokens, their mean")
+    axes.margins(x=0.08)
+    lowest, highest = axes.get_xlim()
+    axes.set_xlim(min(lowest, -0.15 * reach), max(highest, 0.15 * reach))
+
+
+def _draw_bins(axes: Axes, name: str, bins: Sequence[BinDifference]) -> None:
+    """One row for each bin that has an interval, the first on top."""
+    bins = [entry for entry in bins if entry.difference.half_width is not None]
+    for row, entry in enumerate(bins):
+        _draw_interval(axes, entry.difference, row)
+    axes.set_yticks(range(len(bins)), [f"{entry.label}  ({entry.share:.0%})" for entry in bins])
+    axes.set_ylim(len(bins) - 0.4, -0.6)
+    axes.set_title(f"by {name}, with shares")
+    plots.label_axes(axes, "", "")
+
+
+def _draw_interval(axes: Axes, difference: Interval, y: float) -> None:
+    color, marker, fill = _LOOKS[difference.sign]
+    style: dict[str, Any] = {"fmt": marker, "color": color, "markerfacecolor": fill, "zorder": 3}
+    axes.errorbar(difference.mean, y, xerr=difference.half_width, **style)
+
+
+@plots.styled()
+def surprise_curve(nats: np.ndarray, bins: int = 200) -> Figure:
+    """Mean bits per token along a document, in up to so many stretches of equal length."""
+    known = nats[np.isfinite(nats)]
+    parts = np.array_split(known, min(bins, len(known)))
+    ends = np.cumsum([len(part) for part in parts])
+    figure, axes = plots.new_figure(2.1)
+    means = [float(part.mean()) / math.log(2) for part in parts]
+    axes.plot(ends, means, color=plots.series_color(0), linewidth=1.2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(0, int(ends[-1]))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    plots.label_axes(axes, "tokens into the document", "bits per token")
+    return figure

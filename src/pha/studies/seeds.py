@@ -1,0 +1,175 @@
+"""Figures over seeds, differences between variants that share them, and what these support."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+LEVEL = 0.05
+
+Verdict = Literal["lower", "higher", "undecided", "one seed", "equal"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A figure over several seeds.
+
+    Attributes:
+        n: how many seeds.
+        mean: arithmetic mean.
+        std: sample standard deviation (n - 1); None for one seed.
+        interval: half width of the 95% interval of the mean, by Student's t; None for one seed.
+    """
+
+    n: int
+    mean: float
+    std: float | None
+    interval: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain mapping for JSON."""
+        return asdict(self)
+
+    def show(self, digits: int = 2) -> str:
+        """`16.51 ± 0.12`, the mean and the standard deviation, as the paper writes it.
+
+        Args:
+            digits: after the point; fewer from a thousand on.
+        """
+        kept = digits if abs(self.mean) < 1000 else max(0, digits - 2)
+        mean = f"{self.mean:,.{kept}f}" if abs(self.mean) < 1e7 else f"{self.mean:.3g}"
+        if self.std is None:
+            return mean
+        return f"{mean} ± {self.std:,.{kept}f}" if self.std < 1e7 else f"{mean} ± {self.std:.2g}"
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """Mean, deviation and interval of at least one finite value."""
+    from scipy import stats
+
+    n, mean = len(values), float(np.mean(values))
+    if n == 1:
+        return Summary(1, mean, None, None)
+    interval = stats.t.ppf(1 - LEVEL / 2, n - 1) * stats.sem(values)
+    return Summary(n, mean, float(np.std(values, ddof=1)), float(interval))
+
+
+def p_of_mean(values: Sequence[float]) -> float | None:
+    """Two-sided p of Student's t-test that the mean is zero; None for one value."""
+    from scipy import stats
+
+    if len(values) == 1:
+        return None
+    if len(set(values)) == 1:  # of which scipy warns
+        return 0.0 if values[0] else 1.0
+    return float(stats.ttest_1samp(values, 0.0).pvalue)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference(Summary):
+    """A minus B, over the seeds that both have.
+
+    Attributes:
+        a: name of the first.
+        b: name of the second.
+        measure: what is compared.
+        seeds: that both have finished.
+        p: of the paired two-sided t-test; None for one seed.
+        p_adjusted: by Holm, over the comparisons of the study.
+        verdict: what the interval says of A.
+    """
+
+    a: str
+    b: str
+    measure: str
+    seeds: list[int]
+    p: float | None
+    p_adjusted: float | None
+    verdict: Verdict
+
+
+def paired_difference(
+    a: str, b: str, measure: str, of_a: Mapping[int, float], of_b: Mapping[int, float]
+) -> Difference | None:
+    """Compare two variants by the seeds that both have; None if there is no such seed.
+
+    Args:
+        a: name of the first.
+        b: name of the second.
+        measure: what is compared.
+        of_a: seed -> value.
+        of_b: seed -> value.
+    """
+    seeds = sorted(of_a.keys() & of_b.keys())
+    if not seeds:
+        return None
+    values = [of_a[seed] - of_b[seed] for seed in seeds]
+    over, p = summarise(values), p_of_mean(values)
+    verdict: Verdict = "undecided"
+    if over.interval is None:
+        verdict = "one seed"
+    elif not any(values):
+        verdict = "equal"
+    elif abs(over.mean) > over.interval:
+        verdict = "lower" if over.mean < 0 else "higher"
+    names: dict[str, Any] = {"a": a, "b": b, "measure": measure, "seeds": seeds}
+    return Difference(**over.to_dict(), **names, p=p, p_adjusted=p, verdict=verdict)
+
+
+def adjust(differences: Sequence[Difference]) -> list[Difference]:
+    """Holm's correction of the p values for the number of comparisons."""
+    p = np.array([each.p for each in differences if each.p is not None])
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    scaled = p[order] * np.arange(len(p), 0, -1)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(scaled))
+    left = iter(adjusted.tolist())
+    return [
+        each if each.p is None else replace(each, p_adjusted=next(left)) for each in differences
+    ]
+
+
+def sentence(
+    difference: Difference,
+    labels: Mapping[str, str],
+    words: str,
+    digits: int,
+    circumstance: str = "",
+) -> str:
+    """What the data support, in plain words.
+
+    Args:
+        difference: A minus B.
+        labels: of A and B by name.
+        words: the measure, such as `test perplexity per token`.
+        digits: after the point.
+        circumstance: such as `at equal tokens`.
+    """
+    a, b = labels[difference.a], labels[difference.b]
+    what = f"{words} {circumstance}".rstrip()
+    size = f"{abs(difference.mean):.{digits}f}"
+    seeds = f"{len(difference.seeds)} paired seeds"
+    direction = "lower" if difference.mean < 0 else "higher"
+    if difference.verdict == "equal":
+        text = f"{a} and {b} are equal in {what} ({seeds})"
+    elif difference.interval is None:
+        text = (
+            f"{a} is {direction} than {b} by {size} in {what}, with one seed, "
+            "which does not say whether another seed would agree"
+        )
+    elif difference.verdict == "undecided":
+        text = (
+            f"The data do not decide between {a} and {b} in {what}: {difference.mean:+.{digits}f} "
+            f"± {difference.interval:.{digits}f} (95% interval, {seeds})"
+        )
+    else:
+        text = (
+            f"{a} is {direction} than {b} by {size} ± {difference.interval:.{digits}f} in {what} "
+            f"(95% interval, {seeds})"
+        )
+        if difference.p_adjusted is not None and difference.p_adjusted > LEVEL:
+            text += "; with a correction for the number of comparisons this is not decided"
+    return f"{text[0].upper()}{text[1:]}."

@@ -1,0 +1,102 @@
+"""Child processes: in order or side by side, none of which outlives the call that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a process is started with.
+
+    Attributes:
+        words: program and arguments.
+        log: a file that gets everything it prints, at its end; None for the terminal.
+    """
+
+    words: Sequence[str]
+    log: Path | None = None
+
+
+def run_processes(
+    commands: Sequence[Command],
+    *,
+    parallel: int = 1,
+    seconds: float | None = None,
+    stop: signal.Signals = signal.SIGTERM,
+    started: Callable[[int], object] = lambda index: None,
+    ended: Callable[[int, int], object] = lambda index, code: None,
+) -> None:
+    """Run commands in order, several at once.
+
+    Whatever ends this call, an interrupt or an exception of `ended` too, stops the processes that
+    run and waits for them. A process that should also end when this one is killed can watch its
+    standard input, which is a pipe that closes then.
+
+    Args:
+        commands: what to run.
+        parallel: how many run at once. They share the cores, or get a GPU each in turn.
+        seconds: for all of them; None for no limit.
+        stop: the signal by which a process is stopped.
+        started: called with the index of a command.
+        ended: called with the index of a command and its exit code, below zero for a signal.
+
+    Raises:
+        TimeoutError: the time was over.
+    """
+    end = None if seconds is None else time.monotonic() + seconds
+    waiting = deque(enumerate(commands))
+    running: dict[int, tuple[int, subprocess.Popen[bytes]]] = {}  # by slot
+    try:
+        while waiting or running:
+            for slot in range(parallel):
+                if waiting and slot not in running:
+                    index, command = waiting.popleft()
+                    started(index)
+                    running[slot] = index, _start(command, slot, parallel)
+            time.sleep(POLL_SECONDS)
+            for slot, (index, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[slot]
+                    process.communicate()  # closes the pipe
+                    ended(index, process.returncode)
+            if running and end is not None and time.monotonic() >= end:
+                raise TimeoutError
+    finally:
+        for _, process in running.values():
+            process.send_signal(stop)
+        for _, process in running.values():
+            process.communicate()  # closes the pipe and waits
+
+
+def _start(command: Command, slot: int, parallel: int) -> subprocess.Popen[bytes]:
+    environment = dict(os.environ)
+    if parallel > 1:
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // parallel))
+        if devices := _cuda_devices():
+            environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
+    if command.log is None:
+        return subprocess.Popen(command.words, env=environment, stdin=subprocess.PIPE)
+    command.log.parent.mkdir(parents=True, exist_ok=True)
+    with command.log.open("ab") as log:
+        return subprocess.Popen(
+            command.words, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log
+        )
+
+
+def _cuda_devices() -> list[str]:
+    """Names of the GPUs that this process may use."""
+    import torch
+
+    if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return named.split(",")
+    return [str(index) for index in range(torch.cuda.device_count())]
