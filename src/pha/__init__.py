@@ -25,5 +25,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'pha' has no attribute {name!r}")
 
 
-if "pha_command" not in sys.modules:
+# Torch and transformers take seconds; the command brings them only where a verb needs them.
+if "pha_command" not in sys.modules and sys.orig_argv[1:3] != ["-m", "pha"]:
     from pha import modeling as modeling

@@ -1,21 +1,53 @@
-"""`pha VERB`: parsing and printing only. Every verb imports what it needs when it runs."""
+"""`pha VERB`: the command line, read from the verbs' signatures.
+
+A verb is a function of `pha.commands`. Its parameters are its arguments: those before the `*` are
+given by place, the others are options, and `*words` takes what the recipe parser will read. Its
+docstring is the help. Only the chosen verb's module is imported.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import functools
 import importlib
+import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from pha.commands import VERBS
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.extras import remedy
 
-# Verbs that pass further arguments on: --section.key to the recipe, or lm_eval's to lm_eval.
-OPEN = frozenset({"train", "sweep", "study", "harness"})
+Verb = Callable[..., None]
+
+VERBS = {
+    "demo": "training:demo",
+    "prepare": "training:prepare",
+    "train": "training:train",
+    "sweep": "studies:sweep",
+    "study": "studies:study",
+    "average": "training:average",
+    "convert": "sharing:convert",
+    "recipes": "training:recipes",
+    "params": "inspection:params",
+    "eval": "evaluation:evaluate",
+    "compare": "evaluation:compare",
+    "generate": "texts:generate",
+    "score": "texts:score",
+    "export": "sharing:export",
+    "harness": "sharing:harness",
+    "mixing": "inspection:mixing",
+    "report": "inspection:report",
+    "doctor": "inspection:doctor",
+    "bench": "benchmark:bench",
+}
+"""Module and function of every verb, in the order of `pha --help`."""
 
 ABOUT = """\
 The Parallel Hybrid Architecture: train, evaluate and study language models whose every layer runs a
@@ -29,23 +61,67 @@ first steps
   pha report runs/mine
 """
 
+# What a value is called in the help where its type does not say, and what it is in an error.
+METAVARS = {int: "N", float: "X", Fraction: "FRACTION"}
+NOUNS = {int: "whole number", float: "number", Fraction: "number such as 0.05"}
+
 
 class Parser(argparse.ArgumentParser):
     """One clear line and exit code 2 for a mistake, instead of a page of usage."""
+
+    def __init__(self, **settings: Any) -> None:
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=layout, allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         """Print `message` and leave."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def build_parser() -> Parser:
-    """The whole command line."""
-    parser = Parser(
-        prog="pha",
-        description=ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a verb; mistakes that a user can put right end in one line and exit code 2."""
+    # OpenMP's threads spin for milliseconds after each piece of work, on processors that compiled
+    # kernels between two pieces need. Read when torch is imported, which verbs do later.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    program = "pha"
+    try:
+        parser, options = _read_start(arguments)
+        if options.version:
+            from pha import __version__
+
+            print(f"pha {__version__}")
+        elif options.help or not options.words:
+            parser.epilog = _list_verbs()
+            parser.print_help()
+        else:
+            verb, *words = options.words
+            if verb not in VERBS:
+                close = difflib.get_close_matches(verb, VERBS, n=1)
+                parser.error(
+                    f"there is no verb {verb!r}" + f"; did you mean {close[0]}?" * len(close)
+                )
+            program = f"pha {verb}"
+            run = read_verb(verb, words)
+            _import(options.modules)
+            run()
+    except (PHAError, ModuleNotFoundError) as error:
+        what = remedy(error) if isinstance(error, ModuleNotFoundError) else str(error)
+        if what is None:
+            raise
+        print(f"{program}: error: {' '.join(what.split())}", file=sys.stderr)
+        sys.exit(2)
+    except (TrainingInterruptedError, KeyboardInterrupt) as error:
+        print(f"{program}: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+def _read_start(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:
+    """What stands before the verb; the verb and its words are left together."""
+    usage = "pha [-h] [--import MODULE] [--version] VERB ..."
+    parser = Parser(prog="pha", usage=usage, description=ABOUT, add_help=False)
+    parser.add_argument("-h", "--help", action="store_true", help="show this help message and exit")
     parser.add_argument(
         "--import",
         dest="modules",
@@ -55,58 +131,8 @@ def build_parser() -> Parser:
         help="import this first, such as a file my_branch.py here with a branch of your own",
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
-
-    def verb(name: str, run: Callable[..., Any], summary: str, detail: str = "") -> Parser:
-        sub = verbs.add_parser(
-            name,
-            help=summary,
-            description=f"{summary[0].upper()}{summary[1:]}.\n\n{detail}".rstrip(),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        sub.set_defaults(run=run)
-        return sub
-
-    for add in VERBS:
-        add(verb)
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a verb; mistakes that a user can put right end in one line and exit code 2."""
-    # OpenMP's threads spin for milliseconds after each piece of work, on processors that compiled
-    # kernels between two pieces need. Read when torch is imported, which verbs do later.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    if options.version:
-        from pha import __version__
-
-        print(f"pha {__version__}")
-        return
-    if options.verb is None:
-        parser.print_help()
-        return
-    if rest and options.verb not in OPEN:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    try:
-        _import(options.modules)
-        options.run(options, rest) if options.verb in OPEN else options.run(options)
-    except PHAError as error:
-        sys.exit(_fail(options.verb, str(error)))
-    except ModuleNotFoundError as error:
-        if (what := remedy(error)) is None:
-            raise
-        sys.exit(_fail(options.verb, what))
-    except TrainingInterruptedError as error:
-        print(f"pha {options.verb}: {error}", file=sys.stderr)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print(f"pha {options.verb}: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
+    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser, parser.parse_args(arguments)
 
 
 def _import(modules: Sequence[str]) -> None:
@@ -119,10 +145,111 @@ def _import(modules: Sequence[str]) -> None:
             raise PHAError(f"--import {name}: {error}") from error
 
 
-def _fail(verb: str, message: str) -> int:
-    print(f"pha {verb}: error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+def _list_verbs() -> str:
+    """Every verb with the first line of its docstring."""
+    lines = ["verbs:"]
+    for name in VERBS:
+        summary = read_docstring(find_verb(name))[0].partition("\n")[0].removesuffix(".")
+        lines.append(f"  {name:<9} {summary[0].lower()}{summary[1:]}")
+    return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    main()
+def find_verb(name: str) -> Verb:
+    """The function of a verb."""
+    module, _, function = VERBS[name].partition(":")
+    found: Verb = getattr(importlib.import_module(f"pha.commands.{module}"), function)
+    return found
+
+
+def read_verb(name: str, words: Sequence[str]) -> functools.partial[None]:
+    """The call of a verb that the words of the command line ask for; leaves on a mistake."""
+    verb = find_verb(name)
+    parameters = list(inspect.signature(verb).parameters.values())
+    parser = make_parser(f"pha {name}", verb)
+    options, rest = parser.parse_known_args(words)
+    if rest and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    values = vars(options)
+    by_place = [values.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return functools.partial(verb, *by_place, *rest, **values)
+
+
+def make_parser(program: str, verb: Verb) -> Parser:
+    """The parser of a verb: its parameters with their types and defaults, and its docstring."""
+    description, helps = read_docstring(verb)
+    parser = Parser(prog=program, description=description)
+    hints = get_type_hints(verb, include_extras=True)
+    for name, parameter in inspect.signature(verb).parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            continue
+        required = parameter.default is parameter.empty
+        default = None if required else parameter.default
+        settings = _describe(hints[name])
+        several = settings.pop("several", False)
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            words = f"--{name.replace('_', '-')}"
+            settings |= {"required": required} | ({"action": "append"} if several else {})
+        else:
+            words = name
+            if "choices" not in settings:
+                settings.setdefault("metavar", name.upper())
+            if several or not required:
+                settings["nargs"] = "?" if not several else "+" if required else "*"
+        text = helps.get(name) or settings.pop("help", "")
+        settings["help"] = f"{text}{_show_default(default)}".replace("%", "%%")
+        # What is given is appended to the default, which therefore must be a list.
+        default = list(default or ()) if several else default
+        parser.add_argument(words, default=default, **settings)
+    return parser
+
+
+def read_docstring(verb: Verb) -> tuple[str, dict[str, str]]:
+    """What a docstring says of the whole, and of each argument in its section `Args:`."""
+    text, _, section = (inspect.getdoc(verb) or "").partition("\nArgs:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return text.strip(), {name: " ".join(words.split()) for name, words in entries}
+
+
+def _describe(hint: Any) -> dict[str, Any]:
+    """What argparse is told of a type.
+
+    `Annotated[T, "NAME", "help"]` names the value and explains it, `T | None` is T, a `Literal` is
+    a choice, a `bool` is a flag, a tuple is one word with commas, and a sequence is several words.
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        said = zip(("metavar", "help"), hint.__metadata__, strict=False)
+        return _describe(inner[0]) | {name: text for name, text in said if text is not None}
+    if NoneType in inner:
+        both = {"action": argparse.BooleanOptionalAction} if inner[0] is bool else {}
+        return _describe(inner[0]) | both
+    if origin is Literal:
+        return {"choices": inner}
+    if origin is Sequence:
+        return _describe(inner[0]) | {"several": True}
+    if origin is tuple:
+        return {"type": _reader(inner[0], with_commas=True)}
+    if hint is bool:
+        return {"action": "store_true"}
+    return {"type": _reader(hint)} | ({"metavar": METAVARS[hint]} if hint in METAVARS else {})
+
+
+def _reader(kind: type, with_commas: bool = False) -> Callable[[str], Any]:
+    """Makes a value of a word, or says in a line what the word is not."""
+
+    def read(text: str) -> Any:
+        try:
+            if not with_commas:
+                return kind(text)
+            return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+        except (ValueError, ZeroDivisionError):
+            noun = f"list of {NOUNS[kind]}s" if with_commas else NOUNS[kind]
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {noun}") from None
+
+    return read
+
+
+def _show_default(value: Any) -> str:
+    if value is None or value is False or value in ("", ()):
+        return ""
+    return f" ({','.join(map(str, value)) if isinstance(value, tuple) else value})"

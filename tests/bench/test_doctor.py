@@ -18,6 +18,7 @@ ELSEWHERE = "not usable here: runs on cuda"
 @pytest.mark.skipif(default_device().type == "cuda", reason="needs a machine without CUDA")
 def test_what_is_for_another_device_is_neither_right_nor_wrong() -> None:
     findings = examine()
+    assert {x["op"] for x in findings["backends"] if x["used"]} == {*OPS, "decoder"}
     checks = [x for x in findings["backends"] if x["backend"].startswith("triton-")]
     assert {x["op"] for x in checks} == {"gated_scan"}
     assert {(x["ok"], x["error"], x["reason"]) for x in checks} == {(None, None, ELSEWHERE)}

@@ -2,93 +2,161 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+from unittest.mock import Mock
 
 import pytest
 
-from pha.cli import build_parser, main
+from pha import __version__
+from pha.cli import VERBS, find_verb, main, make_parser, read_docstring
 from pha.data import TokenStore
 from pha.model import BRANCHES
-from pha.ops import OPS
 from pha.runs import RunFolder
+from pha.utils.errors import TrainingInterruptedError
 from tests.train.conftest import arguments
 
 
 @pytest.fixture(scope="module")
-def run(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small finished run."""
+def trained(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A small finished run, and what was printed on the way."""
     out = tmp_path_factory.mktemp("cli") / "small"
-    main(["train", "pha-tiny.text", "--out", str(out), *arguments(store, run__epochs="null")])
-    return out
+    words = ["train", "pha-tiny.text", "--out", str(out), *arguments(store, run__epochs="null")]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(words)
+    return out, printed.getvalue()
 
 
-@pytest.fixture
-def pha(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a verb in this process and return what it printed."""
-
-    def call(*words: Any) -> str:
-        main([str(word) for word in words])
-        return capsys.readouterr().out
-
-    return call
+@pytest.fixture(scope="module")
+def run(trained: tuple[Path, str]) -> Path:
+    """A small finished run."""
+    return trained[0]
 
 
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a verb that must end with exit code 2 and one line; return the line."""
-
-    def call(*words: Any) -> str:
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in words])
-        assert stop.value.code == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.count("\n") == 1
-        return captured.err
-
-    return call
-
-
-def test_help_needs_no_torch_and_names_every_verb() -> None:
-    start = "import pha_command; pha_command.main()"
-    command = [sys.executable, "-X", "importtime", "-c", start, "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("start", [("-c", "import pha_command; pha_command.main()"), ("-m", "pha")])
+def test_help_names_every_verb_and_needs_no_torch(start: tuple[str, str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *start, "--help"],
+        env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "pha.cli" in imported
     assert not {"torch", "transformers"} & imported
-    for name in ("demo", "prepare", "train", "recipes", "params", "eval", "generate", "mixing"):
-        assert f"\n    {name} " in done.stdout
+    for name in VERBS:
+        assert f"\n  {name} " in done.stdout
 
 
-def test_python_m_pha_is_pha() -> None:
-    command = [sys.executable, "-m", "pha", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("pha ")
+def test_version(pha: Callable[..., str]) -> None:
+    assert pha("--version") == f"pha {__version__}\n"
 
 
-def test_every_verb_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = build_parser()
-    verbs = next(a for a in parser._actions if a.dest == "verb").choices
-    assert verbs is not None
-    for name in verbs:
+@pytest.mark.parametrize("name", VERBS)
+def test_every_verb_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    verb = find_verb(name)
+    about, helps = read_docstring(verb)
+    assert about.partition("\n")[0].endswith(".")
+    assert set(helps) <= set(inspect.signature(verb).parameters)
+    assert all(action.help for action in make_parser(name, verb)._actions)
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"usage: pha {name} [-h]")
+    assert about in printed
+    for text in helps.values():
+        assert text in " ".join(printed.split())
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def example(
+    place: Path,
+    more: Sequence[Annotated[str, "MORE"]] = (),
+    *rest: str,
+    needed: Fraction,
+    mode: Literal["a", "b"] | None = None,
+    sizes: tuple[int, ...] = (1, 2),
+    again: Sequence[float] = (),
+    on: bool = False,
+    maybe: bool | None = None,
+) -> None:
+    """Take one of each."""
+
+
+EXAMPLE = {
+    "place": Path("x"),
+    "more": [],
+    "needed": Fraction(1, 20),
+    "mode": None,
+    "sizes": (1, 2),
+    "again": [],
+    "on": False,
+    "maybe": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "changes"),
+    [
+        ("x --needed 0.05", {}),
+        ("x y z --needed 1/20", {"more": ["y", "z"]}),
+        ("x --needed=0.05 --mode b --sizes 3,4,5", {"mode": "b", "sizes": (3, 4, 5)}),
+        ("x --needed 0.05 --again 1 --again 2e3", {"again": [1.0, 2000.0]}),
+        ("--on x --needed 0.05 --no-maybe", {"on": True, "maybe": False}),
+        ("x --needed 0.05 --maybe", {"maybe": True}),
+    ],
+)
+def test_a_signature_is_a_command_line(words: str, changes: dict[str, Any]) -> None:
+    parsed = make_parser("example", example).parse_args(words.split())
+    assert vars(parsed) == EXAMPLE | changes
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("x", "the following arguments are required: --needed"),
+        ("--needed 1", "the following arguments are required: PLACE"),
+        ("x --needed 1/0", "argument --needed: '1/0' is not a number such as 0.05"),
+        ("x --needed 1 --mode c", "invalid choice: 'c'"),
+        ("x --needed 1 --sizes 3,x", "'3,x' is not a list of whole numbers"),
+        ("x --needed 1 --again x", "'x' is not a number"),
+        ("x --need 1", "required: --needed"),
+    ],
+)
+def test_what_a_signature_does_not_take(words: str, expected: str, capsys) -> None:
+    with pytest.raises(SystemExit):
+        make_parser("example", example).parse_args(words.split())
+    said = capsys.readouterr().err
+    assert expected in said
+    assert said.endswith(" (see example --help)\n")
+    assert said.count("\n") == 1
+
+
+def test_an_interruption_and_a_closed_pipe_have_their_codes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error, code in (
+        (KeyboardInterrupt, 130),
+        (TrainingInterruptedError("stopped"), 130),
+        (BrokenPipeError, 141),
+    ):
+        monkeypatch.setattr("pha.bench.doctor.examine", Mock(side_effect=error))
         with pytest.raises(SystemExit) as stop:
-            main([name, "--help"])
-        assert stop.value.code == 0
-        assert "usage: pha" in capsys.readouterr().out
-
-
-def test_prepare_and_its_json(pha: Callable[..., str], text_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "store"
-    printed = pha("prepare", text_folder, "--tokenizer", "bytes", "--out", out)
-    assert "validation" in printed
-    facts = json.loads(pha("prepare", text_folder, "--tokenizer", "bytes", "--out", out, "--json"))
-    assert facts["sha256"] == TokenStore.open(out).sha256
+            main(["doctor"])
+        assert stop.value.code == code
+    assert capsys.readouterr().err == "pha doctor: interrupted\npha doctor: stopped\n"
 
 
 def test_params_json_agrees_with_the_paper(pha: Callable[..., str]) -> None:
@@ -109,9 +177,14 @@ def test_recipes(pha: Callable[..., str]) -> None:
     assert "cap on the rate of A and dt" in keys
 
 
-def test_train_prints_plan_and_table(pha: Callable[..., str], run: Path) -> None:
+def test_train_prints_plan_and_table(trained: tuple[Path, str]) -> None:
+    run, printed = trained
+    for part in ("parameters", "FLOP", "on the test split", "perplexity per byte"):
+        assert part in printed
     result = json.loads((run / "result.json").read_text())
     assert result["steps"] == 8
+    assert f"{result['evaluations'][-1]['bits_per_byte']:.4f}" in printed
+    assert printed.endswith(f"run folder: {run}\n")
     assert RunFolder(run).checkpoint_steps()
 
 
@@ -167,12 +240,26 @@ def test_report_writes_one_page(pha: Callable[..., str], run: Path) -> None:
     assert "<svg" in path.read_text()
 
 
-def test_doctor_finds_every_backend_right(pha: Callable[..., str]) -> None:
-    findings = json.loads(pha("doctor", "--json"))
-    assert findings["healthy"]
-    used = {check["op"] for check in findings["backends"] if check["used"]}
-    assert used == {*OPS, "decoder"}
-    assert len(used) >= 5
+def test_doctor_says_what_it_finds(
+    pha: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = {"op": "loss", "device": "cpu", "backend": "torch", "used": True}
+    found = {
+        "environment": {"torch": "2.11"},
+        "backends": [check | {"ok": True, "error": 1e-9, "reason": None}],
+        "healthy": True,
+    }
+    monkeypatch.setattr("pha.bench.doctor.examine", lambda: found)
+    assert "torch (used): ok, largest relative error 1.0e-09" in pha("doctor")
+    assert json.loads(pha("doctor", "--json")) == found
+    found["backends"].append(check | {"ok": False, "error": 0.5, "reason": None})
+    found["healthy"] = False
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor"])
+    assert stop.value.code == 2
+    said = capsys.readouterr()
+    assert "WRONG, largest relative error 5.0e-01" in said.out
+    assert said.err.count("\n") == 1
 
 
 def test_a_branch_of_ones_own_trains_from_the_command_line(
@@ -199,7 +286,8 @@ def test_a_branch_of_ones_own_trains_from_the_command_line(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["trian"], "invalid choice"),
+        (["trian"], "no verb 'trian'; did you mean train?"),
+        (["--loud"], "--loud"),
         (["train"], "RECIPE"),
         (["train", "nope.stdlib"], "pha recipes"),
         (["train", "pha-tiny.stdlib", "--run.stepz", "3"], "run.stepz"),
@@ -210,7 +298,6 @@ def test_a_branch_of_ones_own_trains_from_the_command_line(
         (["generate", ".", "--prompt", "x"], "neither a run folder nor a saved model"),
         (["mixing", "no-such-run"], "does not exist"),
         (["report", "no-such-run"], "no-such-run"),
-        (["prepare", "no-such-file", "--tokenizer", "bytes", "--out", "x"], "no-such-file"),
         (["prepare", "stdlib", "--tokenizer", "bytes"], "--out"),
         (["params", "pha-124m"], "pha-125m"),
         (["doctor", "--loud"], "--loud"),

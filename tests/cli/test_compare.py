@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,7 +11,6 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from pha.cli import main
 from pha.data import TokenStore
 from pha.data.tokenizer import load_tokenizer
 from tests.modeling.common import scrambled, small_config
@@ -33,31 +31,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return saved_run(folder / "a", 32), saved_run(folder / "b", 32, branches=["attention"])
 
 
-@pytest.fixture
-def pha(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    def call(*words: Any) -> str:
-        capsys.readouterr()
-        main([str(word) for word in words])
-        return capsys.readouterr().out
-
-    return call
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    def call(*words: Any) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in words])
-        assert stop.value.code == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.count("\n") == 1
-        return captured.err
-
-    return call
-
-
 def test_protocols_side_by_side(pha, runs: tuple[Path, Path], store: TokenStore) -> None:
     words = ["eval", runs[0], "--data", store.path, "--split", "validation"]
     content = json.loads(pha(*words, "--protocol", "all", "--protocol", "16/4", "--json"))
@@ -73,7 +46,7 @@ def test_protocols_side_by_side(pha, runs: tuple[Path, Path], store: TokenStore)
     named = json.loads(pha(*words, "--protocol", "strided", "--sequence-length", 16, "--json"))
     assert (named["protocol"]["sequence_length"], named["protocol"]["stride"]) == (16, 8)
     table = pha(*words, "--protocol", "all")
-    for word in ("non-overlapping", "32/16", "128/128", "bits/B", "acc."):
+    for word in ("non-overlapping", "32/16", "128/128", "bits per byte", "accuracy"):
         assert word in table
     assert max(map(len, table.splitlines())) <= 80
 

@@ -7,12 +7,10 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
-from pha.cli import main
 from pha.data import PreparationState, TokenStore
 from pha.data.display import PreparationDisplay, describe_state
 from tests.data.common import write_records
@@ -20,41 +18,12 @@ from tests.data.common import write_records
 TEXTS = [f"text number {number}\nof many\n" for number in range(400)]
 
 
-@pytest.fixture
-def pha(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Prepare in this process and return what is printed."""
-
-    def call(*words: Any) -> str:
-        main(["prepare", *(str(word) for word in words)])
-        return capsys.readouterr().out
-
-    return call
-
-
-@pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
-    """Prepare in vain: exit code 2 and one line, which is returned; no store."""
-
-    def call(*words: Any) -> str:
-        out = tmp_path / "refused"
-        with pytest.raises(SystemExit) as stop:
-            main(["prepare", "--out", str(out), "--tokenizer", "bytes", *map(str, words)])
-        assert stop.value.code == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.count("\n") == 1
-        assert not out.exists()
-        return captured.err
-
-    return call
-
-
 def test_a_folder_of_split_archives(pha: Callable[..., str], tmp_path: Path) -> None:
     folder = tmp_path / "books"
     for name, texts in (("train", TEXTS[:9]), ("train-2", TEXTS[9:20]), ("valid", TEXTS[20:25])):
         write_records(folder / f"{name}.jsonl.xz", texts)
     words = [folder, "--tokenizer", "bytes", "--out", tmp_path / "store"]
-    printed = pha(*words)
+    printed = pha("prepare", *words)
     store = TokenStore.open(tmp_path / "store")
     assert store.counts("train").documents == 20
     assert store.counts("validation").documents == 5
@@ -62,7 +31,7 @@ def test_a_folder_of_split_archives(pha: Callable[..., str], tmp_path: Path) -> 
     assert f"split: files named for their split, sha256 {split['sha256']}" in printed
     for part in ("tokens/s", "MB/s", "validation", f"{store.counts('train').tokens}"):
         assert part in printed
-    facts = json.loads(pha(*words, "--json"))
+    facts = json.loads(pha("prepare", *words, "--json"))
     assert facts["sha256"] == store.sha256
     assert facts["split"] == split
     assert facts["counts"]["train"]["lines"] == 40
@@ -74,11 +43,11 @@ def test_a_folder_of_split_archives(pha: Callable[..., str], tmp_path: Path) -> 
 def test_options_of_the_split(pha: Callable[..., str], tmp_path: Path) -> None:
     rows = write_records(tmp_path / "rows.parquet", TEXTS, field="body")
     words = [rows, "--tokenizer", "bytes", "--json", "--text-field", "body"]
-    first = json.loads(pha(*words, "--out", tmp_path / "a", "--holdout", "0.2"))
+    first = json.loads(pha("prepare", *words, "--out", tmp_path / "a", "--holdout", "0.2"))
     assert first["split"]["fractions"] == {"train": "3/5", "test": "1/5", "validation": "1/5"}
     assert 50 < first["counts"]["test"]["documents"] < 110
     options = ["--holdout", "1/5", "--split-seed", "9"]
-    other = json.loads(pha(*words, "--out", tmp_path / "b", *options))
+    other = json.loads(pha("prepare", *words, "--out", tmp_path / "b", *options))
     assert other["split"]["seed"] == 9
     assert other["split"]["sha256"] != first["split"]["sha256"]
 
@@ -93,7 +62,7 @@ def test_the_documented_check_of_a_split(
     (program,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     write_records(tmp_path / "corpus.jsonl", [*TEXTS, "", "café"])
-    pha("corpus.jsonl", "--tokenizer", "bytes", "--out", "store")
+    pha("prepare", "corpus.jsonl", "--tokenizer", "bytes", "--out", "store")
     exec(program, {})
     expected = TokenStore.open(tmp_path / "store").describe()["split"]["sha256"]
     assert capsys.readouterr().out == expected + "\n"
@@ -104,8 +73,8 @@ def test_the_documented_check_of_a_split(
     [
         (["rows.jsonl", "--text-field", "body"], "has no field 'body': it has number, text"),
         (["rows.jsonl", "--holdout", "0.7"], "between 0 and 0.5"),
-        (["rows.jsonl", "--holdout", "some"], "'some' is no number"),
-        (["rows.jsonl", "--holdout", "1/0"], "'1/0' is no number"),
+        (["rows.jsonl", "--holdout", "some"], "'some' is not a number"),
+        (["rows.jsonl", "--holdout", "1/0"], "'1/0' is not a number"),
         (["rows.jsonl", "--holdout", "0.0001"], "larger --holdout"),
         (["bad.jsonl"], "line 2 of bad.jsonl is not JSON"),
         (["cut.jsonl.xz"], "cut.jsonl.xz is cut short"),
@@ -126,7 +95,8 @@ def test_mistakes_end_in_one_line(
     for name in ("cut.jsonl.xz", "cut.parquet"):
         path = write_records(tmp_path / name, TEXTS)
         path.write_bytes(path.read_bytes()[:-20])
-    assert expected in refused(*words)
+    assert expected in refused("prepare", "--out", "store", "--tokenizer", "bytes", *words)
+    assert not Path("store").exists()
 
 
 def test_what_is_said_on_the_way() -> None:

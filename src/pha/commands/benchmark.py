@@ -2,132 +2,121 @@
 
 from __future__ import annotations
 
-import argparse
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pha.commands.common import AddVerb, console_for, print_json
+from pha.commands.common import Folder, Json, answer, console_for, figures_table, writing
 
 if TYPE_CHECKING:
     from pha.bench.runner import Request
 
-MODEL_MODES = ("train", "prefill", "decode")
-OP_MODES = ("gated-scan", "loss", "attention", "documents")
+ModelMode = Literal["train", "prefill", "decode"]
+OpMode = Literal["gated-scan", "loss", "attention", "documents"]
+Mode = Literal[ModelMode, OpMode, "kernels"]
+
 LEGEND = """\
 ±  half the range of the runs      ratio  against the first row      GB  peak memory
 work  what of it came on top of the weights
 floor  the time that the measured rates allow, over the time taken"""
-LAST_COLUMN = {"train": "matmul", "prefill": "matmul", "decode": "weights"}
-MEANING = {
-    "matmul": "\nmatmul  FLOPs of products with weights, over the matmul rate",
-    "weights": "\nweights  bytes of weights read, over the read bandwidth",
+# The last column of a table by mode, and what it means.
+MATMUL = ("matmul", "FLOPs of products with weights, over the matmul rate")
+LAST_COLUMN = {
+    "train": MATMUL,
+    "prefill": MATMUL,
+    "decode": ("weights", "bytes of weights read, over the read bandwidth"),
 }
 
 
-def add_bench(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb(
-        "bench",
-        bench,
-        "speed and memory beside peers of the same size",
-        "Each model runs in a process of its own, and they take turns. Peers are models of\n"
-        "transformers with random weights, so nothing is downloaded: hf:gpt2, hf:llama,\n"
-        "hf:falcon-h1, hf:mamba2, hf:recurrent-gemma. What the machine can do is measured in the\n"
-        "same processes, and every row says how much of it was reached. gated-scan, loss,\n"
-        "attention and documents (attention within them) time the backends of one op at the\n"
-        "shapes of a preset. kernels times steps, prompts and tokens with each kernel and without.",
-    )
-    sub.add_argument("mode", choices=(*MODEL_MODES, *OP_MODES, "kernels"))
-    sub.add_argument(
-        "--models",
-        type=_words,
-        default=("pha-125m",),
-        help="presets (PRESET+FIELD=VALUE changes one) or hf:PEER, comma-separated; ratios are "
-        "against the first (pha-125m)",
-    )
-    sub.add_argument(
-        "--lengths", type=_numbers, default=(1024,), help="tokens, comma-separated (1024)"
-    )
-    sub.add_argument("--batch", type=int, default=2, help="sequences; decode runs at 1 as well (2)")
-    sub.add_argument("--precision", type=_words, default=("fp32",), help="fp32,bf16 (fp32)")
-    sub.add_argument("--runs", type=int, default=3, help="processes for each row (3)")
-    sub.add_argument("--seconds", type=float, default=2.0, help="of measuring in each (2)")
-    sub.add_argument("--seconds-limit", type=float, help="for the whole benchmark (none)")
-    sub.add_argument("--chunk", type=int, default=0, help="tokens of a prompt at a time (all)")
-    sub.add_argument("--backends", type=_words, help="of an op (all but the oracle, naive)")
-    sub.add_argument("--compile", action="store_true", help="measure under torch.compile too")
-    sub.add_argument("--in-process", action="store_true", help="measure everything in this process")
-    sub.add_argument("--json", action="store_true", help="print as JSON")
-    sub.add_argument("--out", type=Path, help="folder for bench-MODE.json and plots")
+def bench(
+    mode: Mode,
+    *,
+    models: tuple[str, ...] = ("pha-125m",),
+    lengths: tuple[int, ...] = (1024,),
+    batch: int = 2,
+    precision: tuple[str, ...] = ("fp32",),
+    runs: int = 3,
+    seconds: float = 2.0,
+    seconds_limit: float | None = None,
+    chunk: int = 0,
+    backends: tuple[str, ...] | None = None,
+    compile: bool = False,
+    in_process: bool = False,
+    json: Json = False,
+    out: Folder | None = None,
+) -> None:
+    """Speed and memory beside peers of the same size.
 
+    Each model runs in a process of its own, and they take turns. Peers are models of
+    transformers with random weights, so nothing is downloaded: hf:gpt2, hf:llama,
+    hf:falcon-h1, hf:mamba2, hf:recurrent-gemma. What the machine can do is measured in the
+    same processes, and every row says how much of it was reached. gated-scan, loss,
+    attention and documents (attention within them) time the backends of one op at the
+    shapes of a preset. kernels times steps, prompts and tokens with each kernel and without.
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in _words(text))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers") from None
-
-
-def bench(options: Namespace) -> None:
-    """`pha bench`."""
+    Args:
+        mode: what is measured
+        models: presets (PRESET+FIELD=VALUE changes one) or hf:PEER, comma-separated; ratios are
+            against the first
+        lengths: tokens, comma-separated
+        batch: sequences; decode runs at 1 as well
+        precision: fp32,bf16
+        runs: processes for each row
+        seconds: of measuring in each
+        seconds_limit: for the whole benchmark (none)
+        chunk: tokens of a prompt at a time; 0: all
+        backends: of an op (all but the oracle, naive)
+        compile: measure under torch.compile too
+        in_process: measure everything in this process
+        out: folder for bench-MODE.json and plots
+    """
     from pha.bench.runner import Request, run_benchmark
     from pha.utils.files import write_json
     from pha.utils.hardware import default_device, provenance
 
     request = Request(
-        mode=options.mode,
-        models=options.models,
-        lengths=options.lengths,
-        batch=options.batch,
-        precisions=options.precision,
-        runs=options.runs,
-        seconds=options.seconds,
-        seconds_limit=options.seconds_limit,
-        compiled=options.compile,
-        chunk=options.chunk,
-        backends=options.backends,
-        in_process=options.in_process,
+        mode=mode,
+        models=models,
+        lengths=lengths,
+        batch=batch,
+        precisions=precision,
+        runs=runs,
+        seconds=seconds,
+        seconds_limit=seconds_limit,
+        compiled=compile,
+        chunk=chunk,
+        backends=backends,
+        in_process=in_process,
     )
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-    console = console_for(options)
+    if out is not None:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+    console = console_for(json)
     record: dict[str, Any] = {
         "kind": "bench",
         "request": vars(request),
         "rows": [],
-        "provenance": provenance(default_device(), ",".join(request.precisions)),
+        "provenance": provenance(default_device(), ",".join(precision)),
     }
 
     def keep(rows: list[dict[str, Any]]) -> None:
         record["rows"] = rows
-        if options.out is not None:
-            write_json(options.out / f"bench-{request.mode}.json", record)
+        if out is not None:
+            write_json(out / f"bench-{mode}.json", record)
 
     with console.status("") as status:
         rows = run_benchmark(request, status.update, keep)
-    if options.json:
-        print_json(record)
-    else:
-        for table in _tables(request, rows):
-            console.print(table)
-        last = MEANING.get(LAST_COLUMN.get(request.mode, ""), "")
-        console.print(
-            *_notes(rows), LEGEND + last, sep="\n", highlight=False, markup=False, soft_wrap=True
-        )
-    if options.out is not None:
-        console.print(str(options.out / f"bench-{request.mode}.json"), highlight=False)
+    meaning = ["  ".join(LAST_COLUMN[mode])] if mode in LAST_COLUMN else []
+    answer(json, record, *_tables(request, rows), *_notes(rows), LEGEND, *meaning)
+    if out is not None:
+        console.print(str(out / f"bench-{mode}.json"), highlight=False)
         try:
-            plots = _plots(request, rows, options.out)
+            from pha.report.charts import save_speed_plots
+
+            plots = save_speed_plots(mode, rows, out)
         except ImportError as error:
             console.print(f"no pictures: {error.name} is not installed", highlight=False)
             return
@@ -142,22 +131,12 @@ def _tables(request: Request, rows: Sequence[dict[str, Any]]) -> Iterator[Table]
     for row in rows:
         key = (row["compiled"], row["precision"], row["batch"], row["length"])
         groups.setdefault((row["mode"], row["model"] * kernels, *key), []).append(row)
+    first = "model" if request.mode in get_args(ModelMode) else "backend"
+    columns = ("tok/s", "±", "ratio", "GB", "ratio", "work", "floor")
     for (mode, model, compiled, precision, batch, length), group in groups.items():
         title = f"{mode}, {model + ', ' * kernels}{precision}, {batch} x {length:,}"
-        table = Table(
-            title=title + ", torch.compile" * compiled,
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            pad_edge=False,
-            padding=(0, 1),
-        )
-        last = LAST_COLUMN.get(mode)
-        table.add_column("model" if request.mode in MODEL_MODES else "backend", no_wrap=True)
-        headings = ("tok/s", "±", "ratio", "GB", "ratio", "work", "floor", last)
-        for heading in headings:
-            if heading is not None:
-                table.add_column(heading, justify="right", no_wrap=True)
+        title += ", torch.compile" * compiled
+        table = figures_table(title, first, *columns, *LAST_COLUMN.get(mode, ())[:1])
         for row in group:
             table.add_row(*_cells(row, len(request.models) > 1 and not kernels))
         yield table
@@ -183,7 +162,7 @@ def _cells(row: dict[str, Any], several: bool) -> list[str | Text]:
     ]
     if row["mode"] == "decode":
         cells.append(f"{row['weight_bandwidth'] / row['floors']['read']:.0%}")
-    elif row["mode"] in MODEL_MODES:
+    elif row["mode"] in get_args(ModelMode):
         cells.append(f"{row['utilisation']:.0%}")
     return cells
 
@@ -193,44 +172,23 @@ def _ratio(value: float | None) -> str:
 
 
 def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The floors of each setting, how each model ran, and what failed."""
-    notes = {"": None}
+    """How each model ran, what failed, and the median floors of each precision and length."""
+    notes = [""]
+    floors: dict[str, list[dict[str, float]]] = {}
     for row in rows:
-        where = f"{row['precision']}, {row['batch']} x {row['length']}"
         name = f"{row['model']} {row['backend']}".strip() + " compiled" * row["compiled"]
         if row["error"] is not None:
-            notes[f"{name}, {where}: {row['error']}"] = None
+            where = f"{row['precision']}, {row['batch']} x {row['length']}"
+            notes.append(f"{name}, {where}: {row['error']}")
             continue
-        if row["mode"] in OP_MODES:  # the shapes, which all its backends share
-            notes[f"{row['model']}, {row['precision']}: {row['setting']}"] = None
-            continue
-        size = f"{row['parameters'] / 1e6:.1f}M parameters"
-        notes[f"{name}, {row['precision']}: {size}, {row['setting']}"] = None
-    for setting, floors in _floors(rows).items():
-        notes[f"floors, {setting}: {floors}"] = None
-    return list(notes)
-
-
-def _floors(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """The median floors of each precision and length, over rows."""
-    import statistics
-
-    groups: dict[str, list[dict[str, float]]] = {}
-    for row in rows:
-        if row["error"] is None:
-            groups.setdefault(f"{row['precision']}, T {row['length']}", []).append(row["floors"])
-    shown = {}
-    for setting, floors in groups.items():
-        middle = {name: statistics.median(floor[name] for floor in floors) for name in floors[0]}
-        shown[setting] = (
-            f"matmul {middle['matmul'] / 1e9:,.0f} GFLOP/s, SDPA {middle['sdpa'] / 1e9:,.0f} "
-            f"GFLOP/s, read {middle['read'] / 1e9:,.1f} GB/s, copy {middle['copy'] / 1e9:,.1f} GB/s"
-        )
-    return shown
-
-
-def _plots(request: Request, rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
-    """Speed and memory against length, a picture each for every precision and batch."""
-    from pha.report.charts import save_speed_plots
-
-    return save_speed_plots(request.mode, rows, out)
+        if row["mode"] in get_args(OpMode):  # the shapes, which all its backends share
+            notes.append(f"{row['model']}, {row['precision']}: {row['setting']}")
+        else:
+            size = f"{row['parameters'] / 1e6:.1f}M parameters"
+            notes.append(f"{name}, {row['precision']}: {size}, {row['setting']}")
+        floors.setdefault(f"{row['precision']}, T {row['length']}", []).append(row["floors"])
+    for setting, each in floors.items():
+        rates = (median(f[name] for f in each) / 1e9 for name in ("matmul", "sdpa", "read", "copy"))
+        shown = "matmul {:,.0f} GFLOP/s, SDPA {:,.0f} GFLOP/s, read {:,.1f} GB/s, copy {:,.1f} GB/s"
+        notes.append(f"floors, {setting}: {shown.format(*rates)}")
+    return list(dict.fromkeys(notes))

@@ -1,33 +1,74 @@
-"""What the verbs share: how one adds itself to the command line, and where output goes."""
+"""What the verbs share: what values are called in the help, and where output goes."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from argparse import Namespace
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from pha.utils.errors import PHAError
+
+# What several verbs take: its type, its name in the help, and what the help says of it where the
+# docstring of a verb does not.
+Folder = Annotated[Path, "DIR"]
+File = Annotated[Path, "FILE"]
+Model = Annotated[Path, "RUN_OR_MODEL", "a run, a checkpoint or a saved model"]
+Store = Annotated[Path, "STORE", "token store made by `pha prepare`"]
+Recipe = Annotated[str, "RECIPE", "PRESET.PROTOCOL, or a path that ends in .yaml"]
+Dtype = Annotated[Literal["fp32", "bf16"], None, "type of the weights"]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16"], None, "of the products; auto: bf16 where they are faster in it"
+]
+DryRun = Annotated[bool, None, "say what it takes, do nothing"]
+Json = Annotated[bool, None, "print as JSON"]
 
 
-class AddVerb(Protocol):
-    """Adds a verb to the command line and returns its parser."""
-
-    def __call__(
-        self, name: str, run: Callable[..., Any], summary: str, detail: str = ""
-    ) -> argparse.ArgumentParser:
-        """`run` is called with the parsed options."""
-        ...
+def console_for(as_json: bool) -> Console:
+    """For progress: on standard error where standard output is for JSON."""
+    return Console(stderr=as_json)
 
 
-def console_for(options: Namespace) -> Console:
-    """Progress and tables; on standard error where standard output is for JSON."""
-    return Console(stderr=bool(getattr(options, "json", False)))
+def answer(as_json: bool, record: Any, *shown: RenderableType) -> None:
+    """Write what a verb found to standard output: `record` as JSON, or what is shown of it."""
+    if as_json:
+        json.dump(record, sys.stdout, indent=2, ensure_ascii=False)
+        print()
+        return
+    # A file or pipe has no width at which a table would have to be cut.
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for each in shown:
+        if isinstance(each, str):
+            print(each)
+        else:
+            console.print(each)
 
 
-def print_json(value: Any) -> None:
-    """Write `value` to standard output."""
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
-    print()
+def figures_table(title: str, first: str, *others: str, gap: int = 1) -> Table:
+    """An empty table whose first column holds names and the others figures, `gap` + 1 apart."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0))
+    table.add_column(first, overflow="fold")
+    for heading in others:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def require_file_name(path: Path | None) -> None:
+    """An output that is to be a file is refused early where there is a folder of that name."""
+    if path is not None and path.is_dir():
+        raise PHAError(f"{path} is a folder: name the file to write")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says in a line why `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise PHAError(f"{path} cannot be written ({error.strerror or error})") from error

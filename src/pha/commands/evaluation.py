@@ -1,74 +1,209 @@
-"""Verbs that score a trained model: eval."""
+"""Verbs that score trained models on a store: eval and compare."""
 
 from __future__ import annotations
 
-import argparse
-from argparse import Namespace
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pha.commands.common import AddVerb, console_for, print_json
+from rich.console import RenderableType
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from pha.commands.common import (
+    Folder,
+    Json,
+    Model,
+    Precision,
+    Store,
+    answer,
+    console_for,
+    figures_table,
+    writing,
+)
 from pha.utils.errors import PHAError
+from pha.utils.text import perplexity, printable
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from pha.evals.compare import PairedComparison
     from pha.evals.perplexity import Evaluation
     from pha.evals.protocols import Protocol
+    from pha.loading import LoadedModel
 
 
-def add_evaluate(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb(
-        "eval",
-        evaluate,
-        "token, word and byte perplexity and accuracy over a whole split",
-        "  pha eval runs/mine --data STORE                             as the run was trained\n"
-        "  pha eval runs/mine --data STORE --protocol all              three protocols, one table\n"
-        "  pha eval runs/mine --data STORE --protocol 1024 --protocol 1024/256\n"
-        "With T the run's sequence length, protocols are `non-overlapping` (windows of T tokens,\n"
-        "stride T), `strided` (T, stride T/2), `long` (4T, stride 4T), `all` of these, and LENGTH\n"
-        "or LENGTH/STRIDE in tokens.",
-    )
-    sub.add_argument("model", metavar="RUN_OR_MODEL", type=Path)
-    add_window_options(sub)
-    sub.add_argument(
-        "--protocol",
-        metavar="NAME_OR_SPEC",
-        action="append",
-        default=[],
-        help="see above; again for more, side by side",
-    )
-    sub.add_argument("--json", action="store_true", help="print as JSON")
+def show_perplexity(value: float) -> str:
+    """Four significant figures while they are decimals; three and an exponent from 10^7 on."""
+    return perplexity(value) if value < 1e7 else f"{value:.3g}"
 
 
-def add_window_options(sub: argparse.ArgumentParser) -> None:
-    """The options that say which tokens are scored, and how."""
-    sub.add_argument("--data", metavar="STORE", type=Path, required=True)
-    sub.add_argument("--split", default="test", help="train, validation or test (test)")
-    sub.add_argument(
-        "--sequence-length", type=int, help="tokens per window (the run's own, else 1024)"
-    )
-    sub.add_argument("--stride", type=int, help="advance per window (its length)")
-    sub.add_argument(
-        "--packed-documents",
-        action=argparse.BooleanOptionalAction,
-        help="reset at document starts (as the run was trained)",
-    )
-    sub.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="fp32")
+def _ratio(a: float, b: float) -> str:
+    return f"{a / b - 1:+.2%}"
 
 
-def protocol_of(options: Namespace, trained: Protocol | None) -> Protocol:
-    """The protocol that the options name; what they leave open is as in training."""
+def _gap(a: float, b: float) -> str:
+    return f"{a - b:+.4f}"
+
+
+def _points(a: float, b: float) -> str:
+    return f"{100 * (a - b):+.2f} points"
+
+
+# What is measured, where it lies in an `Evaluation`, how it is shown, and how A is set against B.
+Measure = tuple[str, str, Callable[[Any], str], Callable[[float, float], str] | None]
+LOSS: Measure = ("loss (nats per token)", "loss", "{:.4f}".format, _gap)
+SCORES: tuple[Measure, ...] = (
+    ("perplexity per token", "perplexity", show_perplexity, _ratio),
+    ("perplexity per word", "word_perplexity", show_perplexity, _ratio),
+    ("perplexity per byte", "byte_perplexity", show_perplexity, _ratio),
+    ("bits per byte", "bits_per_byte", "{:.4f}".format, _gap),
+    ("next-token accuracy", "accuracy", "{:.2%}".format, _points),
+)
+WORK: tuple[Measure, ...] = (
+    ("tokens scored", "tokens", "{:,}".format, None),
+    ("seconds", "seconds", "{:.3g}".format, None),
+)
+
+
+def evaluate(
+    model: Model,
+    *,
+    data: Store,
+    split: str = "test",
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    packed_documents: bool | None = None,
+    precision: Precision = "fp32",
+    protocol: Sequence[Annotated[str, "NAME_OR_SPEC"]] = (),
+    json: Json = False,
+) -> None:
+    """Token, word and byte perplexity and accuracy over a whole split.
+
+      pha eval runs/mine --data STORE                             as the run was trained
+      pha eval runs/mine --data STORE --protocol all              three protocols, one table
+      pha eval runs/mine --data STORE --protocol 1024 --protocol 1024/256
+    With T the run's sequence length, protocols are `non-overlapping` (windows of T tokens,
+    stride T), `strided` (T, stride T/2), `long` (4T, stride 4T), `all` of these, and LENGTH
+    or LENGTH/STRIDE in tokens.
+
+    Args:
+        split: train, validation or test
+        sequence_length: tokens per window (the run's own, else 1024)
+        stride: advance per window (its length)
+        packed_documents: reset at document starts (as the run was trained)
+        protocol: see above; again for more, side by side
+    """
+    from pha.data import TokenStore, tokenizer_sha256
+    from pha.evals.perplexity import evaluate as run_evaluation
+    from pha.evals.protocols import parse_protocols, trained_protocol
+    from pha.loading import load_model
+    from pha.utils.hardware import choose_precision, default_device, provenance
+
+    if protocol and stride is not None:
+        raise PHAError("--stride goes with one protocol; write --protocol LENGTH/STRIDE")
+    device = default_device()
+    loaded = load_model(model, device)
+    store = TokenStore.open(data)
+    store.require_tokenizer(tokenizer_sha256(loaded.tokenizer))
+    base = choose_protocol(sequence_length, stride, packed_documents, trained_protocol(loaded.run))
+    protocols = [base]
+    if protocol:
+        protocols = parse_protocols(protocol, base.sequence_length, base.packed_documents)
+    chosen = choose_precision(precision, device)
+    with _progress(json) as progress:
+        results = [
+            run_evaluation(
+                loaded.model,
+                store,
+                split,
+                sequence_length=each.sequence_length,
+                stride=each.stride,
+                packed_documents=each.packed_documents,
+                precision=chosen,
+                progress=partial(progress, f"{split} {each.name}"),
+                name=each.name,
+            )
+            for each in protocols
+        ]
+    content = [result.to_dict() for result in results]
+    facts = {"provenance": provenance(device, chosen)}
+    title, windows = f"{model} on the {split} split of {data}", results[0].protocol
+    if len(results) == 1:
+        table = _measures_table(title, {"value": results[0]})
+        record, line = content[0], f"protocol: {describe_protocol(windows)}"
+    else:
+        table = _measures_table(title, {_heading(result.protocol): result for result in results})
+        record = {"evaluations": content}
+        line = f"LENGTH/STRIDE in tokens; {windows['documents']}, {windows['precision']}"
+    answer(json, {"model": str(model)} | record | facts, table, line)
+
+
+def compare(
+    a: Path,
+    b: Path,
+    *,
+    data: Store,
+    split: str = "test",
+    sequence_length: int | None = None,
+    stride: int | None = None,
+    packed_documents: bool | None = None,
+    precision: Precision = "fp32",
+    block: int | None = None,
+    out: Folder | None = None,
+    json: Json = False,
+) -> None:
+    """Which of two models predicts a text better, with an interval, and where.
+
+    Both models score the same windows of the same tokens. The difference in loss, A - B,
+    has an interval over blocks of consecutive text, and is broken down by context,
+    frequency and recall of the token. The interval covers the text, not training seeds.
+
+    Args:
+        a: run, checkpoint or saved model
+        b: the other
+        split: train, validation or test
+        sequence_length: tokens per window (the runs' own, else 1024)
+        stride: advance per window (its length)
+        packed_documents: reset at document starts (as the runs were trained)
+        block: tokens per block of the interval (2048 or more, until blocks are independent)
+        out: write comparison.json, .svg and .png
+    """
+    from pha.data import TokenStore
+    from pha.evals.compare import compare_models
+    from pha.loading import load_model
+    from pha.utils.hardware import choose_precision, default_device, provenance
+
+    device = default_device()
+    models = load_model(a, device), load_model(b, device)
+    store = TokenStore.open(data)
+    trained = _common_protocol(*models, sequence_length, packed_documents)
+    protocol = choose_protocol(sequence_length, stride, packed_documents, trained)
+    chosen = choose_precision(precision, device)
+    with _progress(json) as progress:
+        result = compare_models(
+            *models, store, split, protocol, precision=chosen, block=block, progress=progress
+        )
+    content = result.to_dict() | {"provenance": provenance(device, chosen)}
+    if out is not None:
+        _write(out, result, content)
+    where = [] if out is None else [f"JSON and picture: {out}/comparison.*"]
+    answer(json, content, *_describe(result, split), *where)
+
+
+def choose_protocol(
+    length: int | None, stride: int | None, packed: bool | None, trained: Protocol | None
+) -> Protocol:
+    """The windows that options name; what they leave open is as in training."""
     from pha.evals.protocols import DEFAULT_LENGTH, Protocol
 
-    length, packed = options.sequence_length, options.packed_documents
     if length is None:
         length = trained.sequence_length if trained else DEFAULT_LENGTH
     if packed is None:
         packed = trained is not None and trained.packed_documents
-    stride = length if options.stride is None else options.stride
-    return Protocol(length, stride, packed)
+    return Protocol(length, length if stride is None else stride, packed)
 
 
 def describe_protocol(protocol: dict[str, Any]) -> str:
@@ -79,117 +214,117 @@ def describe_protocol(protocol: dict[str, Any]) -> str:
     )
 
 
-def show_perplexity(value: float) -> str:
-    """Four significant figures while they are decimals; three and an exponent from 10^7 on."""
-    from pha.utils.text import perplexity
+def _common_protocol(
+    a: LoadedModel, b: LoadedModel, length: int | None, packed: bool | None
+) -> Protocol | None:
+    """The windows that both were trained in, where the options leave any of it open."""
+    from pha.evals.protocols import trained_protocol
 
-    return perplexity(value) if value < 1e7 else f"{value:.3g}"
-
-
-def evaluate(options: Namespace) -> None:
-    """`pha eval`."""
-    from rich.progress import Progress, TaskID
-
-    from pha.data import TokenStore, tokenizer_sha256
-    from pha.evals.perplexity import evaluate as run_evaluation
-    from pha.evals.protocols import parse_protocols, trained_protocol
-    from pha.loading import load_model
-    from pha.utils.hardware import choose_precision, default_device, provenance
-
-    if options.protocol and options.stride is not None:
-        raise PHAError("--stride goes with one protocol; write --protocol LENGTH/STRIDE")
-    device = default_device()
-    loaded = load_model(options.model, device)
-    store = TokenStore.open(options.data)
-    store.require_tokenizer(tokenizer_sha256(loaded.tokenizer))
-    base = protocol_of(options, trained_protocol(loaded.run))
-    protocols = [base]
-    if options.protocol:
-        protocols = parse_protocols(options.protocol, base.sequence_length, base.packed_documents)
-    precision = choose_precision(options.precision, device)
-    console = console_for(options)
-    results = []
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for protocol in protocols:
-            task = progress.add_task(f"scoring {options.split} {protocol.name}".rstrip())
-
-            def show(done: int, total: int, task: TaskID = task) -> None:
-                progress.update(task, completed=done, total=total)
-
-            results.append(
-                run_evaluation(
-                    loaded.model,
-                    store,
-                    options.split,
-                    sequence_length=protocol.sequence_length,
-                    stride=protocol.stride,
-                    packed_documents=protocol.packed_documents,
-                    precision=precision,
-                    progress=show,
-                    name=protocol.name,
-                )
+    mine, other = trained_protocol(a.run), trained_protocol(b.run)
+    if mine and other:
+        if length is None and mine.sequence_length != other.sequence_length:
+            raise PHAError(
+                f"{a.path} was trained on sequences of {mine.sequence_length} tokens and {b.path} "
+                f"of {other.sequence_length}; choose one with --sequence-length"
             )
-    if options.json:
-        content = [result.to_dict() for result in results]
-        whole = content[0] if len(content) == 1 else {"evaluations": content}
-        facts = {"provenance": provenance(device, precision)}
-        print_json({"model": str(options.model)} | whole | facts)
-    elif len(results) == 1:
-        _print_one(options, results[0], console)
-    else:
-        _print_all(options, results, console)
+        if packed is None and mine.packed_documents != other.packed_documents:
+            raise PHAError(
+                f"one of {a.path} and {b.path} was trained with packed documents and the other "
+                "without; choose with --packed-documents or --no-packed-documents"
+            )
+    return mine or other
 
 
-def _print_one(options: Namespace, result: Evaluation, console: Console) -> None:
-    from rich.table import Table
+@contextmanager
+def _progress(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields what shows how many of a named walk's steps are done; nothing outside a terminal."""
+    console = console_for(as_json)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
 
-    table = Table(title=f"{options.model} on the {options.split} split of {options.data}")
-    table.add_column("measure")
-    table.add_column("value", justify="right")
-    for name, value in (
-        ("perplexity per token", f"{result.perplexity:.3f}"),
-        ("perplexity per word", f"{result.word_perplexity:.3f}"),
-        ("perplexity per byte", f"{result.byte_perplexity:.4f}"),
-        ("bits per byte", f"{result.bits_per_byte:.4f}"),
-        ("next-token accuracy", f"{result.accuracy:.2%}"),
-        ("tokens scored", f"{result.tokens:,}"),
-        ("seconds", f"{result.seconds:.1f}"),
-    ):
-        table.add_row(name, value)
-    console.print(table)
-    console.print(f"protocol: {describe_protocol(result.protocol)}", highlight=False)
+        def show(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(f"scoring {name}".rstrip())
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield show
 
 
-def _print_all(options: Namespace, results: list[Evaluation], console: Console) -> None:
-    from rich import box
-    from rich.table import Table
+def _heading(protocol: dict[str, Any]) -> str:
+    return f"{protocol['name']}\n{protocol['sequence_length']}/{protocol['stride']}"
 
-    table = Table(
-        title=f"{options.model} on the {options.split} split of {options.data}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
+
+def _measures_table(title: str, results: Mapping[str, Evaluation], against: bool = False) -> Table:
+    """A row for each measure and a column for each evaluation; also A against B where asked."""
+    table = figures_table(title, "", *results, *(["A against B"] if against else []))
+    for name, attribute, show, contrast in (LOSS, *SCORES) if against else (*SCORES, *WORK):
+        values = [getattr(result, attribute) for result in results.values()]
+        last = [contrast(*values)] if against and contrast else []
+        table.add_row(name, *map(show, values), *last)
+    return table
+
+
+def _write(out: Path, result: PairedComparison, content: dict[str, Any]) -> None:
+    from pha.report.charts import describe, paired_figure
+    from pha.report.plots import save_picture
+    from pha.utils.files import write_json
+
+    with writing(out):
+        write_json(out / "comparison.json", content)
+        save_picture(paired_figure(result), out / "comparison", describe(result))
+
+
+def _describe(result: PairedComparison, split: str) -> Iterator[RenderableType]:
+    a, b = result.evaluations
+    yield f"A: {result.a}\nB: {result.b}"
+    title = f"on the {split} split, {a.tokens:,} tokens"
+    yield _measures_table(title, {"A": a, "B": b}, against=True)
+    yield Text(result.verdict(), style="bold")
+    a_better, b_better = result.blocks_better
+    low, high = result.bootstrap
+    ratio, ratio_low, ratio_high = result.perplexity_ratio
+    yield Text(
+        f"perplexity of A / B: {ratio:.4f} ({ratio_low:.4f} to {ratio_high:.4f}); blocks of "
+        f"{result.block_tokens:,} tokens: {result.difference.blocks}, A better in {a_better:.0%}, "
+        f"B in {b_better:.0%}; bootstrap interval {low:+.4f} to {high:+.4f}\n"
+        "The interval covers the choice of text, not the seeds of training."
     )
-    table.add_column("protocol", no_wrap=True)
-    for heading in ("T/stride", "token", "word", "byte", "bits/B", "acc.", "tokens", "s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for result in results:
-        protocol = result.protocol
-        table.add_row(
-            protocol["name"],
-            f"{protocol['sequence_length']}/{protocol['stride']}",
-            show_perplexity(result.perplexity),
-            show_perplexity(result.word_perplexity),
-            show_perplexity(result.byte_perplexity),
-            f"{result.bits_per_byte:.4f}",
-            f"{result.accuracy:.2%}",
-            f"{result.tokens:,}",
-            f"{result.seconds:.3g}",
-        )
-    console.print(table)
-    protocol = results[0].protocol
-    console.print(
-        f"perplexity per token, word and byte; windows of T tokens; {protocol['documents']}, "
-        f"{protocol['precision']}",
-        highlight=False,
-    )
+    if caution := result.caution():
+        yield Text(f"caution: {caution}", style="yellow")
+    yield _bins_table(result)
+    for name in ("A", "B"):
+        passages = [passage for passage in result.passages if passage.better == name]
+        if passages:
+            yield f"blocks where {name} is better by most, with the stretch that tells most:"
+        for passage in passages:
+            last = passage.first_token + passage.tokens - 1
+            yield f"  tokens {passage.first_token:,} to {last:,}: {passage.difference:+.3f}"
+            yield textwrap.fill(
+                f"({passage.excerpt_difference:+.2f}) {printable(passage.excerpt)}",
+                80,
+                initial_indent=" " * 4,
+                subsequent_indent=" " * 4,
+                max_lines=2,
+                placeholder=" …",
+            )
+    yield Text(f"protocol: {describe_protocol(a.protocol)}")
+
+
+def _bins_table(result: PairedComparison) -> Table:
+    title = "where (nats per token; * where the interval leaves zero out)"
+    table = figures_table(title, "", "share", "loss A", "loss B", "A - B", "± 95%", "")
+    for name, bins in result.breakdowns.items():
+        table.add_section()
+        table.add_row(f"[bold]{name}[/]")
+        for entry in bins:
+            width = entry.difference.half_width
+            table.add_row(
+                f"  {entry.label}",
+                f"{entry.share:.1%}",
+                f"{entry.loss_a:.3f}",
+                f"{entry.loss_b:.3f}",
+                f"{entry.difference.mean:+.4f}",
+                "few blocks" if width is None else f"{width:.4f}",
+                "*" if entry.difference.sign else "",
+            )
+    return table

@@ -2,59 +2,39 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from pha.commands.common import AddVerb, console_for, print_json
+from pha.commands.common import File, Json, Model, answer, figures_table
 from pha.utils.errors import PHAError
 
 
-def add_params(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb("params", params, "parameters of every preset by component")
-    sub.add_argument("presets", metavar="PRESET", nargs="*", help="only these")
-    sub.add_argument("--vocab-size", type=int, default=50257, help="V (50257, GPT-2)")
-    sub.add_argument("--json", action="store_true", help="print as JSON")
+def params(
+    presets: Sequence[Annotated[str, "PRESET"]] = (), *, vocab_size: int = 50257, json: Json = False
+) -> None:
+    """Parameters of every preset by component.
 
-
-def add_mixing(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb("mixing", mixing, "mixing weights and effective shares per layer")
-    sub.add_argument("run_path", metavar="RUN_OR_MODEL", type=Path)
-    sub.add_argument("--json", action="store_true", help="print as JSON")
-
-
-def add_report(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb("report", report, "one self-contained HTML page about runs")
-    sub.add_argument("runs", metavar="RUN", nargs="+", type=Path)
-    sub.add_argument("--out", type=Path, help="the page (report.html in the first run)")
-    sub.add_argument("--title", help="its heading")
-
-
-def add_doctor(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb("doctor", doctor, "versions, devices and a self-check of every backend")
-    sub.add_argument("--json", action="store_true", help="print as JSON")
-
-
-def params(options: Namespace) -> None:
-    """`pha params`."""
+    Args:
+        presets: only these
+        vocab_size: V, by default GPT-2's
+    """
     from pha.model.parameters import count_parameters
     from pha.model.presets import PAPER_PARAMETERS, PRESETS, preset_config
 
+    columns = ("total", "paper", "diff", "embed", "gss", "attn", "aux_ffn", "ffn")
+    table = figures_table(f"millions of parameters, V = {vocab_size}", "preset", *columns, gap=0)
     rows: list[dict[str, Any]] = []
-    for name in options.presets or PRESETS:
-        components = count_parameters(preset_config(name, vocab_size=options.vocab_size))
+    for name in presets or PRESETS:
+        components = count_parameters(preset_config(name, vocab_size=vocab_size))
         total = sum(components.values())
         # The paper's counts are those of its own vocabulary.
-        paper = PAPER_PARAMETERS.get(name) if options.vocab_size == 50257 else None
+        paper = PAPER_PARAMETERS.get(name) if vocab_size == 50257 else None
+        difference = None if paper is None else total / paper - 1
         rows.append(
             {
                 "preset": name,
@@ -62,74 +42,67 @@ def params(options: Namespace) -> None:
                 "non_embedding": total - components["embedding"],
                 "components": components,
                 "paper": paper,
-                "difference": None if paper is None else total / paper - 1,
+                "difference": difference,
             }
         )
-    if options.json:
-        print_json({"vocab_size": options.vocab_size, "presets": rows})
-        return
-    table = Table(
-        title=f"millions of parameters, V = {options.vocab_size}", box=box.SIMPLE_HEAD, padding=0
-    )
-    table.add_column("preset", no_wrap=True)
-    for column in ("total", "paper", "diff", "embed", "gss", "attn", "aux_ffn", "ffn"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        paper, difference = row["paper"], row["difference"]
-        components = row["components"]
-        state_spaces = components.get("gss", 0) + components.get("mehta_gss", 0)
-        others = [components.get(c, 0) for c in ("attention", "aux_ffn", "primary_ffn")]
-        parts = [components["embedding"], state_spaces, *others]
-        digits = 1 if row["total"] > 2e7 else 2
+        part = Counter(components)
+        parts = ("embedding", "state spaces", "attention", "aux_ffn", "primary_ffn")
+        part["state spaces"] = part["gss"] + part["mehta_gss"]
+        digits = 1 if total > 2e7 else 2
         table.add_row(
-            row["preset"],
-            f"{row['total'] / 1e6:.{digits}f}",
+            name,
+            f"{total / 1e6:.{digits}f}",
             "" if paper is None else f"{paper / 1e6:.1f}",
             "" if difference is None else f"{difference:+.2%}",
-            *(f"{part / 1e6:.{digits}f}" if part else "" for part in parts),
+            *(f"{part[p] / 1e6:.{digits}f}" if part[p] else "" for p in parts),
         )
-    Console().print(table)
+    answer(json, {"vocab_size": vocab_size, "presets": rows}, table)
 
 
-def mixing(options: Namespace) -> None:
-    """`pha mixing`."""
+def mixing(model: Model, *, json: Json = False) -> None:
+    """Mixing weights and effective shares per layer.
+
+    Args:
+        model: a run, a checkpoint or a saved model; of a run, its history too
+    """
     from pha.loading import load_model
+    from pha.report.tables import mixing_history_table, mixing_table
     from pha.results import LayerMixing
     from pha.runs import RunFolder
 
-    records = RunFolder(options.run_path).read_metrics().mixing
-    final = load_model(options.run_path).model.model.mixing_weights()
+    records = RunFolder(model).read_metrics().mixing
+    final = load_model(model).model.model.mixing_weights()
     if not final:
-        raise PHAError(f"{options.run_path} has sequential blocks, which mix nothing")
-    if options.json:
-        print_json({"final": final, "over_time": [asdict(record) for record in records]})
-        return
-    from pha.report.tables import mixing_history_table, mixing_table
-
-    console = Console()
+        raise PHAError(f"{model} has sequential blocks, which mix nothing")
     layers = [LayerMixing(**layer) for layer in final]
-    console.print(mixing_table(layers, f"{options.run_path}: weight (effective share)"))
+    tables = [mixing_table(layers, f"{model}: weight (effective share)")]
     if len(records) > 1:
-        console.print(mixing_history_table(records))
+        tables.append(mixing_history_table(records))
+    history = [asdict(record) for record in records]
+    answer(json, {"final": final, "over_time": history}, *tables)
 
 
-def report(options: Namespace) -> None:
-    """`pha report`."""
+def report(
+    runs: Sequence[Annotated[Path, "RUN"]], *, out: File | None = None, title: str | None = None
+) -> None:
+    """One self-contained HTML page about runs.
+
+    Args:
+        runs: folders of finished runs
+        out: the page (report.html in the first run)
+        title: its heading
+    """
     from pha.report.page import write_report
 
-    out = options.out or options.runs[0] / "report.html"
-    print(write_report(options.runs, out, title=options.title))
+    print(write_report(runs, out or runs[0] / "report.html", title=title))
 
 
-def doctor(options: Namespace) -> None:
-    """`pha doctor`."""
+def doctor(*, json: Json = False) -> None:
+    """Versions, devices and a self-check of every backend."""
     from pha.bench.doctor import examine
 
     findings = examine()
-    if options.json:
-        print_json(findings)
-    else:
-        console_for(options).print(_doctor_table(findings))
+    answer(json, findings, _doctor_table(findings))
     if not findings["healthy"]:
         raise PHAError("a backend fails or disagrees with its oracle; see the table")
 

@@ -2,178 +2,155 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pha.commands.common import AddVerb, console_for, print_json
+from rich.table import Table
+
+from pha.commands.common import DryRun, Folder, Json, Recipe, Store, answer, console_for
 from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:
-    from pha.studies.definition import Scale, Study
+    from pha.studies.definition import Scale
+    from pha.studies.planning import StudyPlan
 
-_REUSE = (
-    "Runs lie in OUT/runs by the content of their settings, and studies share them; what is\n"
-    "finished is reused, and the same command continues. Settings of all runs can be given as\n"
-    "in `pha train`. "
-)
-
-
-def add_sweep(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb(
-        "sweep",
-        sweep,
-        "a study of one recipe: several values of its keys, and several seeds",
-        "  pha sweep pha-tiny.text --data STORE --over optimizer.learning_rate=1e-3,2e-3,4e-3 \\\n"
-        "      --seeds 3 --out runs/rates\n"
-        "Several --over make a grid, in which the lowest validation perplexity is the best.\n"
-        + _REUSE
-        + "Writes OUT: study.json, table.md, .tex, .csv, and a plot.",
-    )
-    sub.add_argument("recipe", metavar="RECIPE")
-    sub.add_argument(
-        "--over",
-        metavar="KEY=V1,V2,...",
-        action="append",
-        default=[],
-        help="a key of the recipe and its values; again for a grid",
-    )
-    _add_run_options(sub, "1")
-    sub.add_argument("--out", type=Path, required=True, help="folder of all")
+Seeds = Annotated[str | None, "SEEDS", "how many (3: seeds 0, 1, 2), or which (0,7,9)"]
+Jobs = Annotated[int, "N", "runs side by side, a GPU each"]
+Partition = Annotated[str | None, "PARTITION", "run on Slurm, through submitit"]
 
 
-def _add_run_options(sub: ArgumentParser, seeds: str) -> None:
-    """What `pha sweep` and `pha study` share."""
-    sub.add_argument(
-        "--seeds", help=f"how many (3: seeds 0, 1, 2), or which (0,7,9); default {seeds}"
-    )
-    sub.add_argument("--data", metavar="STORE", help="token store made by `pha prepare`")
-    sub.add_argument("--jobs", type=int, default=1, help="runs side by side, a GPU each (1)")
-    sub.add_argument("--cluster", metavar="PARTITION", help="run on Slurm, through submitit")
-    sub.add_argument("--dry-run", action="store_true", help="say what it takes, do nothing")
-    sub.add_argument("--json", action="store_true", help="print as JSON")
+def sweep(
+    recipe: Recipe,
+    *overrides: str,
+    over: Sequence[Annotated[str, "KEY=V1,V2,..."]] = (),
+    seeds: Seeds = None,
+    data: Store | None = None,
+    jobs: Jobs = 1,
+    cluster: Partition = None,
+    out: Folder,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """A study of one recipe: several values of its keys, and several seeds.
 
+      pha sweep pha-tiny.text --data STORE --over optimizer.learning_rate=1e-3,2e-3,4e-3 \\
+          --seeds 3 --out runs/rates
+    Several --over make a grid, in which the lowest validation perplexity is the best.
+    Runs lie in OUT/runs by the content of their settings, and studies share them; what is
+    finished is reused, and the same command continues. Settings of all runs can be given as
+    in `pha train`. Writes OUT: study.json, table.md, .tex, .csv, and a plot.
 
-def sweep(options: Namespace, overrides: list[str]) -> None:
-    """`pha sweep`."""
+    Args:
+        over: a key of the recipe and its values; again for a grid
+        seeds: how many (3: seeds 0, 1, 2), or which (0,7,9); one where left out
+        out: folder of all
+    """
+    from pha.studies.planning import plan_study
     from pha.studies.sweep import make_sweep
 
-    asked = _asked(options, overrides)
-    study, scale = make_sweep(options.recipe, options.over, asked)
-    _run(options, study, scale, options.out, asked)
+    asked = _asked(overrides, data)
+    study, scale = make_sweep(recipe, over, asked)
+    plan = plan_study(study, scale, _seeds(seeds, scale), out / "runs", asked)
+    _run(plan, out, jobs, cluster, dry_run, json)
 
 
-def add_study(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb(
-        "study",
-        study,
-        "a table or figure of the paper: train what is missing, compare, tabulate, draw",
-        "  pha study list\n"
-        "  pha study branches --data STORE --dry-run\n"
-        "  pha study branches --data STORE\n"
-        "  pha study wikitext103 --scale paper\n"
-        "NAME may also be a .yaml file of your own.\n"
-        + _REUSE
-        + "Writes OUT/NAME-SCALE: study.json, table.md, .tex, .csv, and the plots.",
-    )
-    sub.add_argument("name", metavar="NAME", help="a study, a .yaml file, or list")
-    sub.add_argument("--scale", default="tiny", help="tiny, small or paper (tiny)")
-    _add_run_options(sub, "the scale's")
-    sub.add_argument("--out", type=Path, default=Path("studies"), help="folder of all (studies)")
+def study(
+    name: str,
+    *overrides: str,
+    scale: str = "tiny",
+    seeds: Seeds = None,
+    data: Store | None = None,
+    jobs: Jobs = 1,
+    cluster: Partition = None,
+    out: Folder = Path("studies"),
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """A table or figure of the paper: train what is missing, compare, draw.
 
+      pha study list
+      pha study branches --data STORE --dry-run
+      pha study branches --data STORE
+      pha study wikitext103 --scale paper
+    NAME may also be a .yaml file of your own.
+    Runs lie in OUT/runs by the content of their settings, and studies share them; what is
+    finished is reused, and the same command continues. Settings of all runs can be given as
+    in `pha train`. Writes OUT/NAME-SCALE: study.json, table.md, .tex, .csv, and the plots.
 
-def study(options: Namespace, overrides: list[str]) -> None:
-    """`pha study`."""
-    if options.name == "list":
+    Args:
+        name: a study, a .yaml file, or list
+        scale: tiny, small or paper
+        seeds: how many (3: seeds 0, 1, 2), or which (0,7,9); the scale's where left out
+        out: folder of all
+    """
+    from pha.studies.definition import load_scale, load_study
+    from pha.studies.planning import plan_study
+
+    if name == "list":
         if overrides:
             raise PHAError(
                 f"{overrides[0]!r} is not understood; `pha study list` takes no settings"
             )
-        _list_studies(options)
+        _list_studies(json)
         return
-    from pha.studies.definition import load_scale, load_study
-
-    chosen, scale = load_study(options.name), load_scale(options.scale)
-    folder = options.out / f"{chosen.name}-{scale.name}"
-    if chosen.kind == "efficiency":
-        _efficiency(options, chosen, scale, folder, overrides)
-    else:
-        _run(options, chosen, scale, folder, _asked(options, overrides))
-
-
-def _asked(options: Namespace, overrides: list[str]) -> dict[str, Any]:
-    from pha.train.recipes import parse_overrides
-
-    store = {} if options.data is None else {"data.store": options.data}
-    return parse_overrides(overrides) | store
-
-
-def _run(
-    options: Namespace, study: Study, scale: Scale, folder: Path, asked: dict[str, Any]
-) -> None:
-    from pha.studies.planning import plan_study
-
-    seeds = list(range(scale.seeds)) if options.seeds is None else _seeds(options.seeds)
-    plan = plan_study(study, scale, seeds, options.out / "runs", asked)
-    console = console_for(options)
-    if options.dry_run:
-        from pha.studies.cost import study_cost
-
-        content = study_cost(plan, console)
-    else:
-        from pha.studies.study import run_study
-
-        content = run_study(plan, folder, console, options.jobs, options.cluster)
-    if options.json:
-        print_json(content)
-
-
-def _efficiency(
-    options: Namespace, chosen: Study, scale: Scale, folder: Path, overrides: list[str]
-) -> None:
-    if overrides or options.data or options.seeds or options.cluster or options.jobs != 1:
+    chosen, size = load_study(name), load_scale(scale)
+    folder = out / f"{chosen.name}-{size.name}"
+    if chosen.kind != "efficiency":
+        asked = _asked(overrides, data)
+        plan = plan_study(chosen, size, _seeds(seeds, size), out / "runs", asked)
+        _run(plan, folder, jobs, cluster, dry_run, json)
+        return
+    if overrides or data or seeds or cluster or jobs != 1:
         raise PHAError(
             f"study {chosen.name} trains nothing; leave out --data, --seeds, --jobs, --cluster and "
             "settings of runs"
         )
-    console = console_for(options)
-    if options.dry_run:
+    if dry_run:
         from pha.studies.efficiency import describe
 
-        lines = describe(chosen, scale)
-        if options.json:
-            print_json(lines)
-        else:
-            console.print("\n".join(lines), highlight=False)
-        return
-    from pha.studies.study import run_efficiency
+        lines = describe(chosen, size)
+        answer(json, lines, *lines)
+    else:
+        from pha.studies.study import run_efficiency
 
-    content = run_efficiency(chosen, scale, folder, console)
-    if options.json:
-        print_json(content)
+        answer(json, run_efficiency(chosen, size, folder, console_for(json)))
 
 
-def _list_studies(options: Namespace) -> None:
+def _asked(overrides: Sequence[str], data: Path | None) -> dict[str, Any]:
+    from pha.train.recipes import parse_overrides
+
+    return parse_overrides(list(overrides)) | ({} if data is None else {"data.store": str(data)})
+
+
+def _run(
+    plan: StudyPlan, folder: Path, jobs: int, cluster: str | None, dry_run: bool, json: bool
+) -> None:
+    from pha.studies.cost import study_cost
+    from pha.studies.study import run_study
+
+    console = console_for(json)
+    answer(
+        json,
+        study_cost(plan, console) if dry_run else run_study(plan, folder, console, jobs, cluster),
+    )
+
+
+def _list_studies(json: bool) -> None:
     from pha.studies.definition import load_study, scales, study_names
 
     studies = [load_study(name) for name in study_names()]
-    if options.json:
-        print_json([{"name": s.name, "title": s.title, "paper": s.paper} for s in studies])
-        return
-    from rich.table import Table
-
-    console = console_for(options)
+    record = [{"name": s.name, "title": s.title, "paper": s.paper} for s in studies]
     table = Table("study", "question", "paper", "variants", title="studies", title_justify="left")
     for each in studies:
         table.add_row(each.name, each.question, each.paper, str(len(each.variants)))
-    console.print(table)
-    for scale in scales().values():
-        console.print(f"{scale.name}: {scale.about}, {scale.seeds} seeds", highlight=False)
+    lines = [f"{s.name}: {s.about}, {s.seeds} seeds" for s in scales().values()]
+    answer(json, record, table, *lines)
 
 
-def _seeds(text: str) -> list[int]:
+def _seeds(text: str | None, scale: Scale) -> list[int]:
+    if text is None:
+        return list(range(scale.seeds))
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:

@@ -1,136 +1,204 @@
-"""Verbs that train: demo, train, average, recipes."""
+"""Verbs from a text to a trained model: demo, prepare, train, average, recipes."""
 
 from __future__ import annotations
 
-from argparse import Namespace
+import time
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
+from typing import Annotated, Literal
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
-from pha.commands.common import AddVerb, console_for, print_json
+from pha.commands.common import (
+    DryRun,
+    Folder,
+    Json,
+    Recipe,
+    Store,
+    answer,
+    console_for,
+    figures_table,
+)
+from pha.utils.errors import PHAError
 
 
-def add_demo(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb(
-        "demo",
-        demo,
-        "train pha-tiny and attention-only-tiny, compare them, write a report",
-        "Reads the source text of this Python's standard library. What is finished is reused;\n"
-        "after Ctrl-C the same command continues.",
-    )
-    sub.add_argument("--out", type=Path, default=Path("runs/demo"), help="where (runs/demo)")
-    sub.add_argument("--steps", type=int, help="optimiser steps per model (the recipe's)")
+def demo(*, out: Folder = Path("runs/demo"), steps: int | None = None) -> None:
+    """Train pha-tiny and attention-only-tiny, compare them, write a report.
 
+    Reads the source text of this Python's standard library. What is finished is reused;
+    after Ctrl-C the same command continues.
 
-def add_train(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb(
-        "train",
-        train,
-        "train a model by a recipe",
-        "RECIPE is PRESET.PROTOCOL (`pha recipes` lists both) or a YAML file. Any key can be set:\n"
-        "  pha train pha-tiny.text --data stores/mine --run.epochs 3 --model.dropout 0.2\n"
-        "`pha recipes --keys` explains every key. The same command continues a stopped run.",
-    )
-    sub.add_argument("recipe", metavar="RECIPE")
-    sub.add_argument("--data", metavar="STORE", help="token store made by `pha prepare`")
-    sub.add_argument("--out", type=Path, help="run folder (runs/RECIPE)")
-    sub.add_argument(
-        "--resume",
-        choices=("auto", "never"),
-        default="auto",
-        help="auto: continue from the newest checkpoint; never: refuse a folder in use",
-    )
-    sub.add_argument("--init-from", metavar="MODEL", help="start from these weights")
-    sub.add_argument("--dry-run", action="store_true", help="say what it takes, do nothing")
-    sub.add_argument("--quiet", action="store_true", help="progress, but no table at the end")
-    sub.add_argument("--json", action="store_true", help="print the result as JSON")
-
-
-def add_average(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb(
-        "average",
-        average,
-        "average the weights of saved models",
-        "MODEL is a run, a checkpoint or a saved model; all must be of one shape. Runs average\n"
-        "their own best checkpoints where run.average_best says so.",
-    )
-    sub.add_argument("models", metavar="MODEL", nargs="+", type=Path)
-    sub.add_argument("--out", type=Path, required=True, help="folder of the averaged model")
-
-
-def add_recipes(verb: AddVerb) -> None:
-    """The parser of its verb."""
-    sub = verb("recipes", recipes, "list recipes, or explain their keys")
-    sub.add_argument("name", metavar="RECIPE", nargs="?", help="print this one, resolved")
-    sub.add_argument("--keys", action="store_true", help="every key with type and default")
-
-
-def demo(options: Namespace) -> None:
-    """`pha demo`."""
+    Args:
+        out: where
+        steps: optimiser steps per model (the recipe's)
+    """
     from pha.studies.demo import run_demo
 
-    run_demo(options.out, Console(), options.steps)
+    run_demo(out, Console(), steps)
 
 
-def train(options: Namespace, overrides: list[str]) -> None:
-    """`pha train`."""
+def prepare(
+    source: str,
+    *,
+    tokenizer: str,
+    out: Folder,
+    separator: Literal["auto", "end-of-text", "none"] = "auto",
+    text_field: str = "text",
+    holdout: Fraction | None = None,
+    split_seed: int | None = None,
+    json: Json = False,
+) -> None:
+    """Turn text into a token store.
+
+    SOURCE is one of
+      stdlib                  this Python's standard library
+      FILE                    UTF-8 text, cut 90/5/5; or records: .jsonl (.gz, .xz, .zst), .parquet
+      FOLDER                  files named train, valid and test (wiki.train.raw, train-2.jsonl.xz)
+                              keep these splits; any others are split by document
+      'books/**/*.jsonl.xz'   a pattern, quoted: likewise
+      hf:OWNER/NAME[:CONFIG]  a data set of the Hugging Face Hub, read as a stream
+      hf:FOLDER:CONFIG        a local folder in the Hub's layout
+      wikitext-103, wikitext-2, openwebtext
+                              short for data sets of the Hub; a path of that name comes first
+
+    Args:
+        source: text, as above
+        tokenizer: gpt2, gpt2:FOLDER with encoder.json and vocab.bpe, bytes, bpe:SIZE trained on the
+            text (at most its first GB), or the folder of a saved tokenizer
+        out: folder of the store
+        separator: what ends a document; auto: end-of-text where documents are separate texts
+        text_field: field of a record that holds the text
+        holdout: share of documents in each of validation and test, where the source has no splits
+            (0.05 of files, 0.005 of Hub data sets)
+        split_seed: of the hash that splits documents (0)
+        json: print the store's facts as JSON
+    """
+    from pha.data import SourceOptions
+    from pha.data import prepare as prepare_store
+    from pha.data.display import PreparationDisplay
+
+    begin = time.monotonic()
+    with PreparationDisplay(console_for(json)) as display:
+        store = prepare_store(
+            source,
+            tokenizer,
+            out,
+            separator=separator,
+            options=SourceOptions(text_field, holdout, split_seed),
+            progress=display,
+        )
+    seconds = time.monotonic() - begin
+    counts = {split: store.counts(split) for split in store.splits}
+    effort = {
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(sum(c.tokens for c in counts.values()) / seconds),
+        "bytes_per_second": round(sum(c.bytes for c in counts.values()) / seconds),
+    }
+    title = f"{store.path}: {store.vocab_size} token vocabulary"
+    table = figures_table(title, "split", "documents", "tokens", "words", "lines", "bytes")
+    for split, c in counts.items():
+        numbers = (c.documents, c.tokens, c.words, c.lines, c.bytes)
+        table.add_row(split, *(f"{n:,}" for n in numbers))
+    facts = store.describe()
+    rates = (
+        f"{effort['seconds']:,} s, {effort['tokens_per_second']:,} tokens/s, "
+        f"{effort['bytes_per_second'] / 1e6:.2f} MB/s"
+    )
+    rule = f"split: {facts['split']['rule']}, sha256 {facts['split']['sha256']}"
+    answer(json, facts | {"preparation": effort}, table, rates, rule)
+
+
+def train(
+    recipe: Recipe,
+    *overrides: str,
+    data: Store | None = None,
+    out: Folder | None = None,
+    resume: Literal["auto", "never"] = "auto",
+    init_from: Annotated[str | None, "MODEL"] = None,
+    dry_run: DryRun = False,
+    quiet: bool = False,
+    json: Json = False,
+) -> None:
+    """Train a model by a recipe.
+
+    RECIPE is PRESET.PROTOCOL (`pha recipes` lists both) or a YAML file. Any key can be set:
+      pha train pha-tiny.text --data stores/mine --run.epochs 3 --model.dropout 0.2
+    `pha recipes --keys` explains every key. The same command continues a stopped run.
+
+    Args:
+        out: run folder (runs/RECIPE)
+        resume: auto: continue from the newest checkpoint; never: refuse a folder in use
+        init_from: start from these weights
+        quiet: progress, but no table at the end
+        json: print the result as JSON
+    """
     from pha.train.recipes import load_recipe
     from pha.train.run import run_training
     from pha.train.session import plan_training
 
-    if options.data is not None:
-        overrides = [*overrides, "--data.store", options.data]
-    if options.init_from is not None:
-        overrides = [*overrides, "--run.init_from", options.init_from]
-    config = load_recipe(options.recipe, overrides)
-    out = options.out or Path("runs") / str(config.recipe)
-    console = console_for(options)
-    if options.dry_run:
-        plan = plan_training(config, out, console, options.resume)
-        if options.json:
-            print_json(plan)
+    words = list(overrides)
+    if data is not None:
+        words += ["--data.store", str(data)]
+    if init_from is not None:
+        words += ["--run.init_from", init_from]
+    config = load_recipe(recipe, words)
+    out = out or Path("runs") / str(config.recipe)
+    console = console_for(json)
+    if dry_run:
+        answer(json, plan_training(config, out, console, resume))
         return
-    result = run_training(config, out, console, options.resume)
+    result = run_training(config, out, console, resume)
     if result is None:
         return  # not the main process
-    if options.json:
-        print_json(result.to_dict())
-    elif not options.quiet:
+    shown: list[RenderableType] = []
+    if not quiet:
         from pha.report.tables import results_table
 
-        console.print(results_table([result]))
-        console.print(f"run folder: {out}", highlight=False)
+        shown = [results_table([result]), f"run folder: {out}"]
+    answer(json, result.to_dict(), *shown)
 
 
-def average(options: Namespace) -> None:
-    """`pha average`."""
+def average(models: Sequence[Annotated[Path, "MODEL"]], *, out: Folder) -> None:
+    """Average the weights of saved models.
+
+    MODEL is a run, a checkpoint or a saved model; all must be of one shape. Runs average
+    their own best checkpoints where run.average_best says so.
+
+    Args:
+        models: two or more of one shape
+        out: folder of the averaged model
+    """
     from pha.loading import model_folder
     from pha.train.averaging import average_models
-    from pha.utils.errors import PHAError
 
-    if options.out.exists() and any(options.out.iterdir()):
-        raise PHAError(f"{options.out} is not empty; choose another --out")
-    folders = [model_folder(path)[0] for path in options.models]
-    average_models(folders, options.out)
-    print(f"{options.out}: the average of {len(folders)} models")
+    if out.exists() and any(out.iterdir()):
+        raise PHAError(f"{out} is not empty; choose another --out")
+    folders = [model_folder(path)[0] for path in models]
+    average_models(folders, out)
+    print(f"{out}: the average of {len(folders)} models")
 
 
-def recipes(options: Namespace) -> None:
-    """`pha recipes`."""
+def recipes(recipe: Recipe | None = None, *, keys: bool = False) -> None:
+    """List recipes, or explain their keys.
+
+    Args:
+        recipe: print this one, resolved
+        keys: every key with type and default
+    """
     import yaml
 
     from pha.model.presets import PRESETS
     from pha.train.recipes import describe, load_recipe, make_parser, protocols
 
-    if options.keys:
+    if keys:
         make_parser().print_help()
         return
-    if options.name is not None:
-        config = load_recipe(options.name, _any_data(options.name))
+    if recipe is not None:
+        # A recipe without data of its own needs some to be shown.
+        text = protocols().get(recipe.rpartition(".")[2], "source:")
+        config = load_recipe(recipe, [] if "source:" in text else ["--data.store", "STORE"])
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return
     console = Console()
@@ -141,11 +209,3 @@ def recipes(options: Namespace) -> None:
         table.add_row(name, describe(text))
     console.print(table)
     console.print("presets: " + "  ".join(PRESETS), highlight=False)
-
-
-def _any_data(name: str) -> list[str]:
-    """Arguments that let a recipe without data of its own be shown."""
-    from pha.train.recipes import protocols
-
-    text = protocols().get(name.rpartition(".")[2], "source:")
-    return [] if "source:" in text else ["--data.store", "STORE"]

@@ -1,0 +1,258 @@
+"""Verbs that write and read texts: generate and score."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pha.commands.common import (
+    Dtype,
+    File,
+    Folder,
+    Json,
+    Model,
+    Precision,
+    answer,
+    console_for,
+    figures_table,
+    require_file_name,
+    writing,
+)
+from pha.utils.errors import PHAError
+
+if TYPE_CHECKING:
+    from pha.evals.generation import Speed
+
+
+def generate(
+    model: Model,
+    *,
+    prompt: Annotated[str | None, "TEXT"] = None,
+    prompts: File | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    stop: Sequence[Annotated[str, "STRING"]] = (),
+    num_samples: int = 1,
+    batch_size: int = 8,
+    piece: int = 0,
+    dtype: Dtype = "fp32",
+    out: File | None = None,
+    json: Json = False,
+) -> None:
+    """Continue a text, or a file of them.
+
+    Give --prompt or --prompts. One text is printed as it grows, or with --stop when it is done;
+    several, when their batch is done. --json and --out give one JSON object a line. Tokens per
+    second go to standard error: prompts and decoding apart, with the bytes of weights that decoding
+    read per second. One seed gives one text for a prompt, whatever else is in the batch.
+
+    Args:
+        prompt: text to continue; - reads it from standard input
+        prompts: one prompt a line, or .jsonl with a field prompt or text in each
+        max_new_tokens: at most
+        temperature: 0: always the likeliest
+        top_p: sample from this much probability
+        seed: of the random choices
+        stop: end before this; may be repeated
+        num_samples: texts for each prompt
+        batch_size: texts at a time
+        piece: prompt tokens per forward pass; bounds the memory of long prompts; 0: all
+        out: write JSON lines to FILE
+        json: print JSON lines
+    """
+    texts = _prompts(prompt, prompts)
+    require_file_name(out)
+    from pha.evals.generation import Sampling, Speed
+    from pha.evals.generation import generate as continue_texts
+    from pha.loading import load_model
+    from pha.utils.files import write_text
+    from pha.utils.hardware import PRECISIONS, default_device
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop))
+    loaded = load_model(model, default_device(), dtype=PRECISIONS[dtype])
+    streamed = len(texts) * num_samples == 1 and not json and out is None
+    speed = Speed()
+    continuations = continue_texts(
+        loaded,
+        texts,
+        sampling,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        piece=piece,
+        write=_print if streamed else None,
+        speed=speed,
+    )
+    if streamed:
+        _print(texts[0])
+    lines = []
+    for each in continuations:
+        lines.append(jsonlib.dumps(asdict(each), ensure_ascii=False) + "\n")
+        if json:
+            _print(lines[-1])
+        elif streamed:
+            _print("\n")
+        elif out is None:
+            head = f"=== prompt {each.index + 1}, sample {each.sample + 1} ==="
+            _print(f"{head}\n{each.prompt}{each.text}\n")
+    if out is not None:
+        with writing(out):
+            write_text(out, "".join(lines))
+    weight_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
+    print(_speed_line(speed, weight_bytes), file=sys.stderr)
+
+
+def _prompts(prompt: str | None, path: Path | None) -> list[str]:
+    """The texts to continue.
+
+    Raises:
+        PHAError: a file that cannot be read, without prompts, or with a line that holds none.
+    """
+    if (prompt is None) == (path is None):
+        raise PHAError("give a text with --prompt, or a file of them with --prompts")
+    if prompt is not None:
+        if prompt != "-":
+            return [prompt]
+        try:
+            return [sys.stdin.read().removesuffix("\n")]
+        except UnicodeDecodeError as error:
+            raise PHAError("standard input is not UTF-8 text") from error
+    assert path is not None
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise PHAError(f"{path} is not UTF-8 text") from error
+    except OSError as error:
+        raise PHAError(f"{path} cannot be read ({error.strerror or error})") from error
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not numbered:
+        raise PHAError(f"{path} has no prompts; write one a line")
+    if path.suffix != ".jsonl":
+        return [line for _, line in numbered]
+    return [_prompt_field(path, number, line) for number, line in numbered]
+
+
+def _prompt_field(path: Path, number: int, line: str) -> str:
+    try:
+        record = jsonlib.loads(line)
+    except jsonlib.JSONDecodeError as error:
+        raise PHAError(f"{path}, line {number}, is not JSON ({error.msg})") from error
+    if isinstance(record, dict):
+        for name in ("prompt", "text"):
+            if isinstance(record.get(name), str):
+                return str(record[name])
+    raise PHAError(f"{path}, line {number}, has no text in a field prompt or text")
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _speed_line(speed: Speed, weight_bytes: int) -> str:
+    def rate(amount: float, seconds: float) -> float:
+        return amount / seconds if seconds else 0.0
+
+    line = (
+        f"prompts: {speed.prompt_tokens:,} tokens in {speed.prefill_seconds:.2f} s, "
+        f"{rate(speed.prompt_tokens, speed.prefill_seconds):,.0f} tokens/s"
+    )
+    if not speed.decode_steps:
+        return line
+    # A step reads all weights once, whatever the batch.
+    read = speed.decode_steps * weight_bytes / 1e9
+    return (
+        f"{line}; decoding: {speed.decode_tokens:,} tokens in {speed.decode_seconds:.2f} s, "
+        f"{rate(speed.decode_tokens, speed.decode_seconds):,.1f} tokens/s, weights read at "
+        f"{rate(read, speed.decode_seconds):.2f} GB/s"
+    )
+
+
+def score(
+    model: Model,
+    files: Sequence[File],
+    *,
+    out: Folder | None = None,
+    piece: int = 2048,
+    attention_window: int | None = None,
+    shown: int = 20_000,
+    precision: Precision = "fp32",
+    json: Json = False,
+) -> None:
+    """How well a model predicts documents of any length, word by word.
+
+    Reads each FILE in pieces with the model's state carried along: the numbers are those of
+    one pass over the whole document. With --attention-window memory does not grow with its
+    length. --out writes, for each file, a page that shows which words surprised the model.
+
+    Args:
+        files: UTF-8 texts
+        out: write NAME.html and NAME.json here
+        piece: tokens per forward pass
+        attention_window: keys that a query sees (as the model was trained)
+        shown: tokens shown as text in the page
+    """
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from pha.evals.score import read_text
+    from pha.evals.score import score as score_text
+    from pha.loading import load_model
+    from pha.report.surprise import Collector, write_page
+    from pha.utils.files import write_json
+    from pha.utils.hardware import choose_precision, default_device, provenance, return_freed_memory
+
+    for path in files:
+        if not path.is_file():
+            raise PHAError(f"there is no file {path}")
+    if out is not None and len({path.stem for path in files}) < len(files):
+        raise PHAError("two files have the same name; score them into different --out folders")
+    return_freed_memory()
+    device = default_device()
+    loaded = load_model(model, device)
+    if attention_window is not None:
+        loaded.model.config.attention_window = attention_window
+        loaded.model.config.check()
+    chosen = choose_precision(precision, device)
+    facts = {"provenance": provenance(device, chosen)}
+    results: list[dict[str, Any]] = []
+    shape = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*shape, console=console_for(json), transient=True) as progress:
+        task = progress.add_task("")
+        for path in files:
+            collected = Collector(shown)
+            seen = 0
+
+            def look(found: Any, collected: Collector = collected, name: str = path.name) -> None:
+                nonlocal seen
+                collected(found)
+                seen += len(found.ids)
+                progress.update(task, description=f"{name}: {seen:,} tokens")
+
+            text = read_text(path)
+            result = score_text(loaded, path.name, text, piece=piece, precision=chosen, each=look)
+            results.append(result.to_dict())
+            if out is not None:
+                page, name = out / f"{path.stem}.html", model.name or str(model)
+                write_page(page, name, result, collected, loaded.tokenizer)
+                nats = [None, *(round(float(x), 4) for x in collected.all_nats()[1:])]
+                write_json(page.with_suffix(".json"), result.to_dict() | {"nats": nats} | facts)
+    title = f"perplexity of {model}, state carried through each document"
+    columns = ("tokens", "per token", "per word", "per byte", "tok/s", "memory")
+    table = figures_table(title, "document", *columns)
+    for each in results:
+        table.add_row(
+            each["name"],
+            f"{each['tokens']:,}",
+            f"{each['perplexity']:,.2f}",
+            f"{each['word_perplexity']:,.1f}",
+            f"{each['byte_perplexity']:.4f}",
+            f"{each['tokens_per_second']:,.0f}",
+            f"{each['memory_end'] / 1e9:.2f} GB",
+        )
+    where = [] if out is None else [f"pages and JSON: {out}"]
+    answer(json, {"model": str(model), "documents": results} | facts, table, *where)
