@@ -79,6 +79,10 @@ def test_a_narrow_terminal_gets_every_cell_whole() -> None:
     shown = printed(TABLE, width=24)
     assert shown.count("x_1") == 2
     assert "16.5 ± 0.1" in shown
+    headings = ["model", "seeds", "validation, per token", "test, per token", "per word"]
+    cells = ["learning_rate 1e-3", "1", "132.43", "130.77", "8,186,181"]
+    wide = TextTable("A", [*headings, "bits/byte"], [Section("ours", "", [[*cells, "7.0306"]])])
+    assert all(cell in printed(wide, width=80) for cell in (*cells, "bits/byte", "7.0306"))
 
 
 def test_layers_with_different_branches_share_a_table() -> None:

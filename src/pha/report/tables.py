@@ -114,6 +114,7 @@ class TextTable:
                 escape(self.headings[column]),
                 justify="right" if column else "left",
                 min_width=self._width(column) - 2,
+                no_wrap=len(self.headings[column]) <= self._width(column) - 2,
             )
         for section in self.sections:
             table.add_section()
