@@ -41,7 +41,7 @@ def test_in_the_interpreter() -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
+    assert done.stdout.startswith("."), "nothing ran"
 
 
 def compile_for_an_h200(
