@@ -51,7 +51,12 @@ def run_python(tmp_path: Path, hidden: tuple[str, ...], *words: str) -> subproce
         "OMP_NUM_THREADS": "1",
     }
     return subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
