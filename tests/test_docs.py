@@ -8,9 +8,10 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,9 +66,10 @@ NOT_RUN = {
 @pytest.fixture(autouse=True)
 def same_tables() -> Iterator[None]:
     """Branches and ops that a page adds are gone after it."""
-    tables = [(table, dict(table)) for table in (BRANCHES, OPS)]
+    tables: list[MutableMapping[str, Any]] = [BRANCHES, OPS]
+    before = [dict(table) for table in tables]
     yield
-    for table, known in tables:
+    for table, known in zip(tables, before, strict=True):
         table.clear()
         table.update(known)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Protocol
 
 import pytest
 
@@ -16,11 +15,23 @@ class Printed(str):
     err: str
 
 
+class Pha(Protocol):
+    """The command line without its first word."""
+
+    def __call__(self, *words: object) -> Printed: ...
+
+
+class Refused(Protocol):
+    """The same, of a mistake."""
+
+    def __call__(self, *words: object) -> str: ...
+
+
 @pytest.fixture
-def pha(capsys: pytest.CaptureFixture[str]) -> Callable[..., Printed]:
+def pha(capsys: pytest.CaptureFixture[str]) -> Pha:
     """Run a verb and return what it printed."""
 
-    def call(*words: Any) -> Printed:
+    def call(*words: object) -> Printed:
         capsys.readouterr()
         main([str(word) for word in words])
         captured = capsys.readouterr()
@@ -32,10 +43,10 @@ def pha(capsys: pytest.CaptureFixture[str]) -> Callable[..., Printed]:
 
 
 @pytest.fixture
-def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
     """Run a verb that must end with exit code 2 and one line; return the line."""
 
-    def call(*words: Any) -> str:
+    def call(*words: object) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             main([str(word) for word in words])

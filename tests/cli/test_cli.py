@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,6 +24,7 @@ from pha.data import TokenStore
 from pha.model import BRANCHES
 from pha.runs import RunFolder
 from pha.utils.errors import TrainingInterruptedError
+from tests.cli.conftest import Pha, Refused
 from tests.train.conftest import arguments
 
 
@@ -59,7 +60,7 @@ def test_help_names_every_verb_and_needs_no_torch(start: tuple[str, str]) -> Non
         assert f"\n  {name} " in done.stdout
 
 
-def test_version(pha: Callable[..., str]) -> None:
+def test_version(pha: Pha) -> None:
     assert pha("--version") == f"pha {__version__}\n"
 
 
@@ -135,7 +136,9 @@ def test_a_signature_is_a_command_line(words: str, changes: dict[str, Any]) -> N
         ("x --need 1", "required: --needed"),
     ],
 )
-def test_what_a_signature_does_not_take(words: str, expected: str, capsys) -> None:
+def test_what_a_signature_does_not_take(
+    words: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         make_parser("example", example).parse_args(words.split())
     said = capsys.readouterr().err
@@ -159,7 +162,7 @@ def test_an_interruption_and_a_closed_pipe_have_their_codes(
     assert capsys.readouterr().err == "pha doctor: interrupted\npha doctor: stopped\n"
 
 
-def test_params_json_agrees_with_the_paper(pha: Callable[..., str]) -> None:
+def test_params_json_agrees_with_the_paper(pha: Pha) -> None:
     rows = {r["preset"]: r for r in json.loads(pha("params", "--json"))["presets"]}
     for name in ("pha-90m", "pha-125m", "pha-180m", "sequential-186m"):
         assert abs(rows[name]["difference"]) < 0.003
@@ -168,7 +171,7 @@ def test_params_json_agrees_with_the_paper(pha: Callable[..., str]) -> None:
     assert "pha-90m" not in pha("params", "pha-125m")
 
 
-def test_recipes(pha: Callable[..., str]) -> None:
+def test_recipes(pha: Pha) -> None:
     assert "stdlib" in pha("recipes")
     assert "learning_rate" in pha("recipes", "pha-tiny.stdlib")
     assert "sequence_length: 1024" in pha("recipes", "pha-125m.wikitext103")
@@ -188,7 +191,7 @@ def test_train_prints_plan_and_table(trained: tuple[Path, str]) -> None:
     assert RunFolder(run).checkpoint_steps()
 
 
-def test_dry_run_spends_nothing(pha: Callable[..., str], store: TokenStore, tmp_path: Path) -> None:
+def test_dry_run_spends_nothing(pha: Pha, store: TokenStore, tmp_path: Path) -> None:
     out = tmp_path / "dry"
     words = ["train", "pha-tiny.text", "--out", out, "--dry-run"]
     words += arguments(store, run__epochs="null")
@@ -201,9 +204,7 @@ def test_dry_run_spends_nothing(pha: Callable[..., str], store: TokenStore, tmp_
     assert plan["flops"] == 6 * plan["parameters"] * plan["tokens"]
 
 
-def test_eval_of_run_checkpoint_and_model_agree(
-    pha: Callable[..., str], run: Path, store: TokenStore
-) -> None:
+def test_eval_of_run_checkpoint_and_model_agree(pha: Pha, run: Path, store: TokenStore) -> None:
     expected = json.loads((run / "result.json").read_text())["evaluations"][0]
     words = ["--data", store.path, "--json", "--sequence-length", 32]
     for path in (run, run / "model", run / "checkpoints" / "step-8"):
@@ -216,7 +217,7 @@ def test_eval_of_run_checkpoint_and_model_agree(
     assert "perplexity per word" in pha("eval", run, "--data", store.path)
 
 
-def test_generate_is_repeatable(pha: Callable[..., str], run: Path) -> None:
+def test_generate_is_repeatable(pha: Pha, run: Path) -> None:
     words = ["generate", run, "--prompt", "one two", "--max-new-tokens", 8]
     first = pha(*words)
     assert first.startswith("one two")
@@ -225,7 +226,7 @@ def test_generate_is_repeatable(pha: Callable[..., str], run: Path) -> None:
     assert json.loads(pha(*words, "--json", "--temperature", 0))["prompt"] == "one two"
 
 
-def test_mixing_shows_layers_and_time(pha: Callable[..., str], run: Path) -> None:
+def test_mixing_shows_layers_and_time(pha: Pha, run: Path) -> None:
     assert "attention" in pha("mixing", run)
     content = json.loads(pha("mixing", run, "--json"))
     assert len(content["final"]) == 2
@@ -234,17 +235,17 @@ def test_mixing_shows_layers_and_time(pha: Callable[..., str], run: Path) -> Non
         assert sum(layer["weights"].values()) == pytest.approx(1, abs=1e-6)
 
 
-def test_report_writes_one_page(pha: Callable[..., str], run: Path) -> None:
+def test_report_writes_one_page(pha: Pha, run: Path) -> None:
     path = Path(pha("report", run).strip())
     assert path == run / "report.html"
     assert "<svg" in path.read_text()
 
 
 def test_doctor_says_what_it_finds(
-    pha: Callable[..., str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pha: Pha, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check = {"op": "loss", "device": "cpu", "backend": "torch", "used": True}
-    found = {
+    found: dict[str, Any] = {
         "environment": {"torch": "2.11"},
         "backends": [check | {"ok": True, "error": 1e-9, "reason": None}],
         "healthy": True,
@@ -263,7 +264,7 @@ def test_doctor_says_what_it_finds(
 
 
 def test_a_branch_of_ones_own_trains_from_the_command_line(
-    pha: Callable[..., str], store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pha: Pha, store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own_branch.py").write_text(
         "from pha.model import Branch, register_branch\n"
@@ -305,7 +306,7 @@ def test_a_branch_of_ones_own_trains_from_the_command_line(
     ],
 )
 def test_mistakes_end_in_one_line(
-    refused: Callable[..., str],
+    refused: Refused,
     words: list[str],
     expected: str,
     tmp_path: Path,
@@ -316,7 +317,7 @@ def test_mistakes_end_in_one_line(
 
 
 def test_damaged_things_end_in_one_line(
-    refused: Callable[..., str], run: Path, store: TokenStore, text_folder: Path, tmp_path: Path
+    refused: Refused, run: Path, store: TokenStore, text_folder: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(run / "model", broken)
@@ -331,8 +332,8 @@ def test_damaged_things_end_in_one_line(
 
 
 def test_store_of_another_tokenizer_is_refused(
-    pha: Callable[..., str],
-    refused: Callable[..., str],
+    pha: Pha,
+    refused: Refused,
     run: Path,
     text_folder: Path,
     tmp_path: Path,

@@ -13,6 +13,7 @@ import yaml
 
 from pha.data import TokenStore
 from pha.data.tokenizer import load_tokenizer
+from tests.cli.conftest import Pha, Refused
 from tests.modeling.common import scrambled, small_config
 
 
@@ -31,7 +32,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return saved_run(folder / "a", 32), saved_run(folder / "b", 32, branches=["attention"])
 
 
-def test_protocols_side_by_side(pha, runs: tuple[Path, Path], store: TokenStore) -> None:
+def test_protocols_side_by_side(pha: Pha, runs: tuple[Path, Path], store: TokenStore) -> None:
     words = ["eval", runs[0], "--data", store.path, "--split", "validation"]
     content = json.loads(pha(*words, "--protocol", "all", "--protocol", "16/4", "--json"))
     found = [entry["protocol"] for entry in content["evaluations"]]
@@ -64,13 +65,13 @@ def test_protocols_side_by_side(pha, runs: tuple[Path, Path], store: TokenStore)
     ],
 )
 def test_impossible_protocols(
-    refused, runs: tuple[Path, Path], store: TokenStore, words: list[str], expected: str
+    refused: Refused, runs: tuple[Path, Path], store: TokenStore, words: list[str], expected: str
 ) -> None:
     assert expected in refused("eval", runs[0], "--data", store.path, *words)
 
 
 def test_compare_prints_and_writes(
-    pha, runs: tuple[Path, Path], store: TokenStore, tmp_path: Path
+    pha: Pha, runs: tuple[Path, Path], store: TokenStore, tmp_path: Path
 ) -> None:
     out = tmp_path / "new" / "comparison"
     words = ["compare", *runs, "--data", store.path, "--block", 64]
@@ -94,7 +95,7 @@ def test_compare_prints_and_writes(
 
 
 def test_a_run_against_itself_says_so(
-    pha, runs: tuple[Path, Path], store: TokenStore, tmp_path: Path
+    pha: Pha, runs: tuple[Path, Path], store: TokenStore, tmp_path: Path
 ) -> None:
     a = runs[0]
     words = ["compare", a, a / "model", "--data", store.path, "--block", 64]
@@ -105,7 +106,7 @@ def test_a_run_against_itself_says_so(
 
 
 def test_what_cannot_be_compared(
-    refused, runs: tuple[Path, Path], store: TokenStore, text_folder: Path, tmp_path: Path
+    refused: Refused, runs: tuple[Path, Path], store: TokenStore, text_folder: Path, tmp_path: Path
 ) -> None:
     a, b = runs
     data = ["--data", store.path]
@@ -130,7 +131,7 @@ def test_what_cannot_be_compared(
 
 
 def test_different_lengths_may_be_asked_for(
-    pha, runs: tuple[Path, Path], store: TokenStore, tmp_path: Path
+    pha: Pha, runs: tuple[Path, Path], store: TokenStore, tmp_path: Path
 ) -> None:
     longer = saved_run(tmp_path / "longer", 64)
     words = ["compare", runs[0], longer, "--data", store.path, "--block", 64]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,13 @@ from rich.console import Console
 
 from pha.data import PreparationState, TokenStore
 from pha.data.display import PreparationDisplay, describe_state
+from tests.cli.conftest import Pha, Refused
 from tests.data.common import write_records
 
 TEXTS = [f"text number {number}\nof many\n" for number in range(400)]
 
 
-def test_a_folder_of_split_archives(pha: Callable[..., str], tmp_path: Path) -> None:
+def test_a_folder_of_split_archives(pha: Pha, tmp_path: Path) -> None:
     folder = tmp_path / "books"
     for name, texts in (("train", TEXTS[:9]), ("train-2", TEXTS[9:20]), ("valid", TEXTS[20:25])):
         write_records(folder / f"{name}.jsonl.xz", texts)
@@ -40,7 +40,7 @@ def test_a_folder_of_split_archives(pha: Callable[..., str], tmp_path: Path) -> 
     assert facts["preparation"]["bytes_per_second"] > 0
 
 
-def test_options_of_the_split(pha: Callable[..., str], tmp_path: Path) -> None:
+def test_options_of_the_split(pha: Pha, tmp_path: Path) -> None:
     rows = write_records(tmp_path / "rows.parquet", TEXTS, field="body")
     words = [rows, "--tokenizer", "bytes", "--json", "--text-field", "body"]
     first = json.loads(pha("prepare", *words, "--out", tmp_path / "a", "--holdout", "0.2"))
@@ -53,7 +53,7 @@ def test_options_of_the_split(pha: Callable[..., str], tmp_path: Path) -> None:
 
 
 def test_the_documented_check_of_a_split(
-    pha: Callable[..., str],
+    pha: Pha,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -83,7 +83,7 @@ def test_the_documented_check_of_a_split(
     ],
 )
 def test_mistakes_end_in_one_line(
-    refused: Callable[..., str],
+    refused: Refused,
     words: list[str],
     expected: str,
     tmp_path: Path,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pha.data.tokenizer import load_tokenizer
+from tests.cli.conftest import Pha, Refused
 from tests.modeling.common import scrambled, small_config
 
 
@@ -22,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_one_text_is_the_same_streamed_or_not(pha, model: Path) -> None:
+def test_one_text_is_the_same_streamed_or_not(pha: Pha, model: Path) -> None:
     words = ["generate", model, "--prompt", "one two", "--max-new-tokens", 12, "--seed", 2]
     streamed = pha(*words)
     record = pha(*words, "--json")
@@ -34,18 +35,18 @@ def test_one_text_is_the_same_streamed_or_not(pha, model: Path) -> None:
         assert part in streamed.err
 
 
-def test_one_token_has_no_decoding_to_time(pha, model: Path) -> None:
+def test_one_token_has_no_decoding_to_time(pha: Pha, model: Path) -> None:
     printed = pha("generate", model, "--prompt", "one", "--max-new-tokens", 1)
     assert "decoding" not in printed.err
 
 
-def test_standard_input(pha, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input(pha: Pha, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["generate", model, "--max-new-tokens", 6, "--prompt"]
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     assert pha(*words, "-") == pha(*words, "one\ntwo")
 
 
-def test_a_file_of_prompts(pha, model: Path, tmp_path: Path) -> None:
+def test_a_file_of_prompts(pha: Pha, model: Path, tmp_path: Path) -> None:
     lines = tmp_path / "prompts.txt"
     lines.write_text("one\r\n\n  two three\n", encoding="utf-8")
     records = tmp_path / "prompts.jsonl"
@@ -67,7 +68,7 @@ def test_a_file_of_prompts(pha, model: Path, tmp_path: Path) -> None:
     assert f"=== prompt 2, sample 1 ===\n  two three{found[2]['text']}\n" in shown
 
 
-def test_stop_strings_are_cut_off(pha, model: Path) -> None:
+def test_stop_strings_are_cut_off(pha: Pha, model: Path) -> None:
     words = ["generate", model, "--prompt", "x", "--max-new-tokens", 30, "--json"]
     whole = json.loads(pha(*words))["text"]
     result = json.loads(pha(*words, "--stop", whole[4], "--stop", "nowhere"))
@@ -87,7 +88,7 @@ def test_stop_strings_are_cut_off(pha, model: Path) -> None:
     ],
 )
 def test_bad_prompt_files(
-    refused, model: Path, tmp_path: Path, content: bytes, expected: str
+    refused: Refused, model: Path, tmp_path: Path, content: bytes, expected: str
 ) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
@@ -107,11 +108,15 @@ def test_bad_prompt_files(
         (["--prompt", "x", "--out", "."], "is a folder"),
     ],
 )
-def test_mistakes_in_generating(refused, model: Path, words: list[str], expected: str) -> None:
+def test_mistakes_in_generating(
+    refused: Refused, model: Path, words: list[str], expected: str
+) -> None:
     assert expected in refused("generate", model, *words)
 
 
-def test_export_and_generate_from_it(pha, refused, model: Path, tmp_path: Path) -> None:
+def test_export_and_generate_from_it(
+    pha: Pha, refused: Refused, model: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "shared"
     printed = pha("export", model, out, "--license", "mit", "--dataset", "me/texts")
     assert printed.startswith(f"{out}\n")
@@ -127,13 +132,13 @@ def test_export_and_generate_from_it(pha, refused, model: Path, tmp_path: Path) 
     assert '"dtype": "bfloat16"' in (out / "config.json").read_text()
 
 
-def test_mistakes_in_exporting(refused, model: Path, tmp_path: Path) -> None:
+def test_mistakes_in_exporting(refused: Refused, model: Path, tmp_path: Path) -> None:
     assert "does not exist" in refused("export", tmp_path / "nothing", tmp_path / "out")
     assert "no earlier export" in refused("export", model, model)
     assert not (tmp_path / "out").exists()
 
 
-def test_mistakes_in_the_harness(refused, model: Path, tmp_path: Path) -> None:
+def test_mistakes_in_the_harness(refused: Refused, model: Path, tmp_path: Path) -> None:
     if find_spec("lm_eval") is None:
         assert "pip install 'pha[harness]'" in refused("harness", model, "--tasks", "x")
     else:

@@ -204,10 +204,11 @@ def test_what_is_left_to_the_layers(how: str, steps: list[int]) -> None:
     model, ids, options = scrambled(small_config()), tokens(2, TOTAL), {}
     seen = []
     if how == "hook":
-        model.model.layers[1].branches["gss"].W_C.register_forward_hook(lambda *_: seen.append(1))
+        module = model.model.get_submodule("layers.1.branches.gss.W_C")
+        module.register_forward_hook(lambda *_: seen.append(1))
     elif how == "module":
-        ffn = model.model.layers[0].primary_ffn
-        ffn.W_up = torch.nn.Sequential(ffn.W_up, torch.nn.Identity())
+        ffn = model.model.get_submodule("layers.0.primary_ffn")
+        ffn.W_up = torch.nn.Sequential(ffn.get_submodule("W_up"), torch.nn.Identity())
     elif how == "gradient":
         torch.set_grad_enabled(True)
     elif how == "static":

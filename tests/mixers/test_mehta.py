@@ -95,7 +95,7 @@ def test_the_state_space_starts_standard_normal_by_the_language_model_too() -> N
         branches=["mehta_gss"],
         branch_options={"mehta_gss": {"channels": 2000, "modes": 2000}},
     )
-    layer = PHAForCausalLM(config).model.layers[0].branches["mehta_gss"]
+    layer = PHAForCausalLM(config).model.get_submodule("layers.0.branches.mehta_gss")
     for name in ("Lambda_re", "Lambda_im", "C_re", "C_im", "D"):
         values = getattr(layer, name).detach().double().flatten()
         # Five standard errors of the mean and of the standard deviation.

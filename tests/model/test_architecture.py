@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -92,7 +92,7 @@ def test_bad_shape_is_refused_by_field(field: str, overrides: dict[str, Any]) ->
 
 def test_unknown_field_is_an_error() -> None:
     with pytest.raises(TypeError, match="hidden_sise"):
-        ArchitectureConfig(hidden_sise=3)
+        ArchitectureConfig(hidden_sise=3)  # type: ignore[call-arg]
 
 
 def test_defaults_are_the_125m_model() -> None:
@@ -121,8 +121,9 @@ def test_ffn_size_rounds_to_the_nearest_multiple_of_eight(
     assert config.ffn_size(expansion) == expected
     with torch.device("meta"):
         layer = Backbone(config).layers[0]
-    assert layer.primary_ffn.W_gate.weight.shape == (expected, hidden_size)
-    assert layer.branches["aux_ffn"].swiglu.W_gate.weight.shape == (expected, hidden_size)
+    assert layer.get_parameter("primary_ffn.W_gate.weight").shape == (expected, hidden_size)
+    gate = layer.get_parameter("branches.aux_ffn.swiglu.W_gate.weight")
+    assert gate.shape == (expected, hidden_size)
 
 
 def test_residual_constants_are_those_of_deepnorm() -> None:
@@ -223,7 +224,9 @@ def test_unknown_preset_suggests_the_closest() -> None:
     ids="+".join,
 )
 @pytest.mark.parametrize("residual", ["pre", "post"])
-def test_counts_sum_to_the_real_model(block: str, branches: list[str], residual: str) -> None:
+def test_counts_sum_to_the_real_model(
+    block: Literal["parallel", "sequential"], branches: list[str], residual: Literal["pre", "post"]
+) -> None:
     config = PHAConfig(
         vocab_size=37,
         hidden_size=24,
@@ -239,7 +242,7 @@ def test_counts_sum_to_the_real_model(block: str, branches: list[str], residual:
 
 
 @pytest.mark.parametrize("block", ["parallel", "sequential"])
-def test_counts_of_layers_with_different_branches(block: str) -> None:
+def test_counts_of_layers_with_different_branches(block: Literal["parallel", "sequential"]) -> None:
     shape = {"channels": 5, "modes": 7, "expansion": 2}
     config = PHAConfig(
         vocab_size=37,
@@ -290,8 +293,8 @@ def test_counts_by_component() -> None:
 def test_mixing_weights_are_reported_by_layer_and_branch() -> None:
     model = Backbone(small(branches=["aux_ffn", "gss"]))
     with torch.no_grad():
-        model.layers[1].mixing.theta.copy_(torch.tensor([0.5, -0.5]))
-        model.layers[2].mixing.norms["gss"].weight.mul_(3)
+        model.get_parameter("layers.1.mixing.theta").copy_(torch.tensor([0.5, -0.5]))
+        model.get_parameter("layers.2.mixing.norms.gss.weight").mul_(3)
     report = model.mixing_weights()
     assert len(report) == 3
     assert report[0] == {

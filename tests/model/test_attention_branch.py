@@ -97,13 +97,14 @@ def test_temperature_starts_at_ten_and_is_clamped_at_a_hundred() -> None:
     assert torch.equal(output(math.log(100.0) + 3), limit)
     assert not torch.equal(output(math.log(99.0)), limit)
     output(math.log(100.0) + 3).square().sum().backward()
+    assert attention.logit_scale.grad is not None
     assert torch.equal(attention.logit_scale.grad, torch.zeros(6))
 
 
 def test_temperature_is_one_of_each_head() -> None:
     attention, config = make_attention()
     # With the identity as output projection the heads can be told apart.
-    attention.W_o = nn.Identity()
+    attention.W_o = nn.Identity()  # type: ignore[assignment]
     z = torch.randn(1, 9, 24)
     before = attention(z, plain_context(config, 9)).view(1, 9, 6, 10)
     with torch.no_grad():
@@ -133,6 +134,7 @@ def test_normalisation_survives_a_zero_vector() -> None:
     attention, config = make_attention()
     z = torch.zeros(1, 5, 24, requires_grad=True)
     attention(z, plain_context(config, 5)).sum().backward()
+    assert z.grad is not None
     assert bool(z.grad.isfinite().all())
 
 

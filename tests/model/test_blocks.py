@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -68,10 +69,9 @@ def test_parallel_block_of_any_subset(residual: str, branches: list[str]) -> Non
     def mix(z: Tensor) -> Tensor:
         p = torch.log1p(block.mixing.theta.float().exp())
         w = (p / p.sum()).double()
-        return sum(
-            w[i] * rms(block.branches[name](z, context), block.mixing.norms[name].weight)
-            for i, name in enumerate(branches)
-        )
+        gains = {name: block.mixing.get_parameter(f"norms.{name}.weight") for name in branches}
+        outputs = [rms(block.branches[name](z, context), gains[name]) for name in branches]
+        return (w[:, None, None, None] * torch.stack(outputs)).sum(0)
 
     expected = connect(block.mix_residual, residual, x, mix)
     expected = connect(block.ffn_residual, residual, expected, block.primary_ffn)
@@ -92,10 +92,8 @@ def test_sequential_block_goes_in_the_order_of_branches(
     x = torch.randn(2, 7, 24, dtype=torch.float64)
     expected = x
     for name in order:
-        branch = block.branches[name]
-        expected = connect(
-            block.residuals[name], residual, expected, lambda z, f=branch: f(z, context)
-        )
+        branch = partial(block.branches[name], context=context)
+        expected = connect(block.residuals[name], residual, expected, branch)
     expected = connect(block.ffn_residual, residual, expected, block.primary_ffn)
     atol = 1e-13 * expected.abs().max().item()
     torch.testing.assert_close(block(x, context), expected, rtol=0, atol=atol)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -54,13 +54,14 @@ def test_custom_branch_works_in_both_blocks(block: str, average: type[Branch]) -
         branch_options={"average": {"window": 3}},
     )
     model = Backbone(config)
-    assert [type(layer.branches["average"]) for layer in model.layers] == [average] * 3
-    assert [layer.branches["average"].layer_idx for layer in model.layers] == [0, 1, 2]
-    assert {layer.branches["average"].window for layer in model.layers} == {3}
-    assert {layer.branches["average"].scale for layer in model.layers} == {1.0}
+    found: list[Any] = [layer.get_submodule("branches.average") for layer in model.layers]
+    assert [type(branch) for branch in found] == [average] * 3
+    assert [branch.layer_idx for branch in found] == [0, 1, 2]
+    assert {branch.window for branch in found} == {3}
+    assert {branch.scale for branch in found} == {1.0}
     ids = torch.randint(37, (2, 9))
     model(ids).square().sum().backward()
-    assert all(bool(layer.branches["average"].gain.grad.any()) for layer in model.layers)
+    assert all(bool(branch.gain.grad.any()) for branch in found)
 
 
 def test_option_changes_what_the_branch_does(average: type[Branch]) -> None:
@@ -77,7 +78,7 @@ def test_option_changes_what_the_branch_does(average: type[Branch]) -> None:
 
 @pytest.mark.parametrize("block", ["parallel", "sequential"])
 def test_custom_branch_is_saved_and_loaded(
-    block: str, average: type[Branch], tmp_path: Path
+    block: Literal["parallel", "sequential"], average: type[Branch], tmp_path: Path
 ) -> None:
     config = PHAConfig(
         vocab_size=37,
@@ -107,7 +108,7 @@ def test_options_of_another_subclass_of_a_paper_branch() -> None:
 
     def log_dt(name: str, **options: Any) -> Tensor:
         config = small(branches=[name], branch_options={name: options}, dt_min=0.01, dt_max=0.01)
-        return Backbone(config).layers[0].branches[name].log_dt
+        return Backbone(config).get_parameter(f"layers.0.branches.{name}.log_dt")
 
     difference = log_dt("gss") - log_dt("slow-gss", slower=2.0)
     torch.testing.assert_close(difference, torch.full((3,), 2.0))

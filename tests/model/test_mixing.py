@@ -58,6 +58,10 @@ def mixing() -> LearnableMixing:
     return scramble(LearnableMixing(NAMES, 17, 1e-5), by=0.7)
 
 
+def gain(mixing: LearnableMixing, name: str) -> Tensor:
+    return mixing.get_parameter(f"norms.{name}.weight")
+
+
 def literal_weights(mixing: LearnableMixing) -> list[float]:
     positive = [math.log1p(math.exp(t)) for t in mixing.theta.tolist()]
     return [p / sum(positive) for p in positive]
@@ -69,7 +73,7 @@ def test_mixing_equals_the_equations(mixing: LearnableMixing) -> None:
     # As a model has it: the order of the branches is the mixing's own, not the dictionary's.
     fused = mixing(dict(reversed(outputs.items())))
     expected = sum(
-        w * literal_rms_norm(outputs[name], mixing.norms[name].weight, 1e-5)
+        w * literal_rms_norm(outputs[name], gain(mixing, name), 1e-5)
         for name, w in zip(NAMES, mixing.weights().tolist(), strict=True)
     )
     torch.testing.assert_close(fused, expected, rtol=0, atol=1e-14)
@@ -105,7 +109,7 @@ def test_extreme_theta_still_gives_weights(extreme: float) -> None:
 
 def test_effective_shares_count_the_gains(mixing: LearnableMixing) -> None:
     raw = [
-        w * math.sqrt(mixing.norms[name].weight.double().square().mean().item())
+        w * math.sqrt(gain(mixing, name).double().square().mean().item())
         for name, w in zip(NAMES, literal_weights(mixing), strict=True)
     ]
     expected = [x / sum(raw) for x in raw]
@@ -114,7 +118,7 @@ def test_effective_shares_count_the_gains(mixing: LearnableMixing) -> None:
     before = mixing.weights()
     shares = mixing.effective_shares()
     with torch.no_grad():
-        mixing.norms["aux_ffn"].weight.mul_(2)
+        gain(mixing, "aux_ffn").mul_(2)
     assert torch.equal(mixing.weights(), before)
     odds = mixing.effective_shares()[2] / mixing.effective_shares()[0]
     torch.testing.assert_close(odds, 2 * shares[2] / shares[0], rtol=1e-6, atol=0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +27,7 @@ def fresh() -> Iterator[None]:
 
 
 def make(preset: str, layers: int = 2) -> PHAForCausalLM:
-    changes = {"vocab_size": V, "num_hidden_layers": layers}
+    changes: dict[str, Any] = {"vocab_size": V, "num_hidden_layers": layers}
     if "hybrid" in preset:
         changes["attention_layers"] = [1]
     torch.manual_seed(0)
@@ -63,7 +65,7 @@ def check(preset: str, documents: bool) -> None:
             got, own = step(model, seed, documents)
         torch.testing.assert_close(got, loss)
         for (name, _), x, y in zip(model.named_parameters(), own, gradients, strict=True):
-            torch.testing.assert_close(x, y, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(x, y, msg=partial("{}: {}".format, name))
 
 
 @pytest.mark.parametrize("preset", ["pha-tiny", "mehta-gss-hybrid-tiny"])

@@ -29,7 +29,7 @@ def model() -> PHAForCausalLM:
 
 def replace(linear: nn.Linear) -> nn.Linear:
     original = linear.forward
-    linear.forward = lambda x: original(x).flip(-1)  # type: ignore[method-assign]
+    linear.forward = lambda input: original(input).flip(-1)  # type: ignore[method-assign]
     return linear
 
 
@@ -75,10 +75,9 @@ def test_the_loss_is_that_of_the_logits(
 ) -> None:
     ids, labels = tokens(2, T), tokens(2, T, seed=1)
     labels[0, :5] = -100
-    if change is not quantise:  # it takes a weight that is not tied
-        model.lm_head = change(model.lm_head)
-    else:
-        model.lm_head = quantise(copy.deepcopy(model.lm_head))
+    # To quantise takes a weight that is not tied.
+    head = copy.deepcopy(model.lm_head) if change is quantise else model.lm_head
+    model.lm_head = change(head)  # type: ignore[assignment]
     with torch.no_grad():
         output = model(ids, labels=labels)
         assert_same(output.logits, model(ids).logits)
@@ -175,7 +174,12 @@ def test_who_listens_hears_every_token(
         module.register_forward_hook(lambda *_: heard.append(1))
     else:
         original = module.forward
-        module.forward = lambda *x, **y: (heard.append(1), original(*x, **y))[1]
+
+        def listening(*x: Any, **y: Any) -> Any:
+            heard.append(1)
+            return original(*x, **y)
+
+        module.forward = listening
     for t in range(6, T):  # in the middle of a text
         model(ids[:, t : t + 1], past_key_values=cache)
     assert len(heard) == T - 6
@@ -251,12 +255,12 @@ def test_settings_that_change_are_seen(steps: list[int], model: PHAForCausalLM) 
     model(ids[:, :5], past_key_values=cache)
     before = next_logits(model, ids[:, 5:6], cache)
     for owner, name, value in (
-        (model.model.norm, "eps", 1.0),
-        (model.model.layers[0].mix_residual, "alpha", 7.0),
-        (model.model.layers[1].branches["gss"], "input_scaling", "zero-order-hold"),
-        (model.model.layers[1].branches["attention"], "cosine", False),
+        ("norm", "eps", 1.0),
+        ("layers.0.mix_residual", "alpha", 7.0),
+        ("layers.1.branches.gss", "input_scaling", "zero-order-hold"),
+        ("layers.1.branches.attention", "cosine", False),
     ):
-        setattr(owner, name, value)
+        setattr(model.model.get_submodule(owner), name, value)
         changed = next_logits(model, ids[:, 5:6], cache)
         assert not torch.equal(changed, before), name
         before = changed

@@ -18,7 +18,8 @@ def greedy(model: PHAForCausalLM, ids: Tensor, count: int) -> Tensor:
     return ids
 
 
-def generate(model: PHAForCausalLM, ids: Tensor, count: int, **kwargs: Any) -> Tensor:
+def generate(model: PHAForCausalLM, ids: Tensor, count: int, **kwargs: Any) -> Any:
+    """The tokens, unless `return_dict_in_generate` asks for more."""
     kwargs = {"attention_mask": torch.ones_like(ids), "do_sample": False} | kwargs
     return model.generate(ids, max_new_tokens=count, **kwargs)
 

@@ -40,7 +40,7 @@ def problem(name: str, dtype: torch.dtype) -> Problem:
         "rms_norm": (lambda x, gain: rms_norm(x, gain, 1e-5, dtype), [x, b]),
         "swiglu": (swiglu, [x, y]),
         "unit_rotary": (lambda x, s: unit_rotary(x, s, cos.cos(), cos.sin()), [heads[0], b[:4]]),
-        "attention": (lambda *qkv: attention(*qkv, None, None), heads),
+        "attention": (attention, heads),
         "linear_cross_entropy": (
             lambda x, w: linear_cross_entropy(x[0], w, targets),
             [x, normal(5, n).to(dtype)],

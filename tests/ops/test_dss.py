@@ -100,7 +100,7 @@ def error(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 def unrolled(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """y and the last state from sums over the steps of t's own document, number by number."""
-    v, h0, starts = (inputs.get(name) for name in ("v", "h0", "starts"))
+    v, h0, starts = inputs["v"], inputs.get("h0"), inputs.get("starts")
     (B, T, H), N = v.shape, inputs["Lambda_re"].numel()
     y, h_last = torch.zeros_like(v), torch.zeros(B, H, N, 2, dtype=v.dtype)
     for n in range(N):
@@ -109,9 +109,8 @@ def unrolled(inputs: Inputs) -> tuple[Tensor, Tensor]:
             begins = 0
             for s in range(t + 1):
                 begins = s if starts is not None and starts[b, s] else begins
-            state = sum(
-                cmath.exp(Lambda * (t - s)) * float(v[b, s, h]) for s in range(begins, t + 1)
-            )
+            terms = (cmath.exp(Lambda * (t - s)) * float(v[b, s, h]) for s in range(begins, t + 1))
+            state = sum(terms, 0j)
             fresh = starts is not None and bool(starts[b, : t + 1].any())
             if h0 is not None and not fresh:
                 state += cmath.exp(Lambda * (t + 1)) * complex(*h0[b, h, n].tolist())
@@ -151,7 +150,7 @@ def oracle(*case: Any) -> dict[str, Tensor]:
 @each_backend
 @pytest.mark.parametrize(("shape", "starts", "with_h0"), CASES)
 def test_matches_oracle(backend: str, shape: tuple[int, ...], starts: str, with_h0: bool) -> None:
-    case = (*shape, starts, with_h0, torch.float32)
+    case: tuple[Any, ...] = (*shape, starts, with_h0, torch.float32)
     for dtype in (torch.float32, torch.float64):
         actual = outcome(backend_function(backend), converted(problem(*case), dtype))
         # The recurrence rounds exp(Lambda) once, by half a unit, and multiplies by it T times.
@@ -276,4 +275,6 @@ def test_autocast_does_not_reach_it(backend: str) -> None:
     inputs = problem(2, 7, 3, 5, "none", True, torch.float32)
     with OPS["dss"].force(backend), torch.autocast("cpu", torch.bfloat16):
         outputs = dss(**inputs)
-    assert all(map(torch.equal, outputs, backend_function(backend)(**inputs)))
+    for actual, expected in zip(outputs, backend_function(backend)(**inputs), strict=True):
+        assert actual is not None
+        assert torch.equal(actual, expected)

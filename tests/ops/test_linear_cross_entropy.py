@@ -342,6 +342,7 @@ def test_the_kernel_writes_its_gradient_and_nothing_beside_it(
     exact = before[:, :columns].double().requires_grad_()
     losses = F.cross_entropy(exact, targets, reduction="none")
     losses.sum().backward()
+    assert exact.grad is not None
     buffer = before.to(device)
     found = softmax_gradient_(buffer[:, :columns], targets.to(device), -100, gradient).cpu()
     # Losses of logits around 200 lose what float32 has beyond seven digits.

@@ -34,7 +34,7 @@ q = torch.ones(1, 2, 3, 4)
 CALLS: dict[str, Callable[[], Any]] = {
     "gated_scan": lambda: gated_scan(u, u, a, a),
     "attention": lambda: attention(q, q, q),
-    "dss": lambda: dss(u, *[u[0, 0]] * 2, *[u[0, 0].expand(3, 3)] * 2, u[0, 0]),
+    "dss": lambda: dss(u, a, a, a.expand(3, 3), a.expand(3, 3), a),
     "linear_cross_entropy": lambda: linear_cross_entropy(u[0], u[0], torch.zeros(2).long()),
     "rms_norm": lambda: rms_norm(u, a, 1e-6, u.dtype),
     "swiglu": lambda: swiglu(u, u),
