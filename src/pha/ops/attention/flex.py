@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pha.ops.testing import largest_error
+
 SHORTEST = 128  # tokens, the size of a block; with fewer there is nothing to skip
 
 _masks = WeakTensorKeyDictionary()
@@ -135,7 +137,4 @@ def _trial(device: torch.device) -> float:
             y = weights @ v.repeat_interleave(2, 1)
         gradients = torch.autograd.grad(y.float().square().sum(), (q, k, v))
         results.append([x.detach().float() for x in (y, *gradients)])
-    return max(
-        float((x - exact).abs().max() / exact.abs().max())
-        for x, exact in zip(*results, strict=True)
-    )
+    return largest_error(*results)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pha.ops.gated_scan import triton as triton_scan
+from pha.ops.testing import largest_error
 
 TOLERANCE = 1e-5  # Of the largest magnitude, in float32 against float64; as `pha doctor` has it.
 _FAULTS: dict[torch.device, str | None] = {}
@@ -90,8 +91,4 @@ def _largest_error(device: torch.device, form: str) -> float:
     dh, dh_last, gate, value, a, b, h0 = (x.double() for x in (dh, dh_last, gate, value, a, b, h0))
     states = gated_scan_naive(gate, value, a, b, h0, starts, mask)
     expected = torch_backward(dh, dh_last, states[0], gate, value, a, b, h0, starts, mask)
-    errors = [
-        (x.double() - y).abs().max() / y.abs().max()
-        for x, y in zip((h, h_last, *gradients), (*states, *expected), strict=True)
-    ]
-    return float(torch.stack(errors).max())
+    return largest_error((h, h_last, *gradients), (*states, *expected))

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type, compute_type
-from pha.ops.testing import relative_error
+from pha.ops.testing import largest_error, relative_error
 from pha.utils.errors import PHAError
 
 IGNORE_INDEX = -100
@@ -120,7 +120,7 @@ def _triton_fault(device: torch.device) -> str | None:
     x, w, y = x.to(device), w.to(device), y.to(device)
     try:
         results = [f(x, w, y, x.new_empty(7, 4100), True) for f in (_by_triton, _by_torch)]
-        error = max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
+        error = largest_error(*results)
         reason = "" if error < 1e-3 else f"it is wrong by {error:.1e}"
     except Exception as failure:  # Whatever it is, the same can be computed with torch.
         reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
