@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pha.data import SPLITS, Document, SourceOptions, open_source
+from pha.data import SPLITS, SourceOptions, open_source
+from pha.data.documents import Document
 from pha.data.readers import Meter
 from pha.data.splits import TextSplit
 from tests.data.common import COMPRESS, RECORDS, write_records

@@ -170,16 +170,12 @@ def test_a_killed_preparation_is_cleaned_up_by_the_next(
     assert {path.name for path in out.parent.iterdir()} == {"store", *others}
 
 
-def test_separator_can_be_chosen(
-    document_folder: Path, split_folder: Path, tmp_path: Path, refuses
-) -> None:
+def test_separator_can_be_chosen(document_folder: Path, split_folder: Path, tmp_path: Path) -> None:
     plain = prepare(str(document_folder), "bytes", tmp_path / "a", separator="none")
     assert 256 not in plain.tokens("train")
     assert plain.describe()["separator"] == "none"
     ended = prepare(str(split_folder), "bytes", tmp_path / "b", separator="end-of-text")
     assert ended.tokens("test").tolist() == [*b"no line end", 256]
-    with refuses("separator", "maybe", "end-of-text"):
-        prepare(str(split_folder), "bytes", tmp_path / "c", separator="maybe")
 
 
 def test_long_documents_are_stored_in_order(split_folder: Path, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def _source(
         held_out=held_out,
         split_rule=rule,
         read=read,
-        size=lambda split: sum(_size(path) for path in files[split]),
+        size=lambda split: sum(path.stat().st_size for path in files[split]),
     )
 
 
@@ -212,7 +212,7 @@ def _split_by_text(
 
 def _cut_text(path: Path, options: SourceOptions) -> Source:
     """One text cut into 90%, 5% and 5% of its bytes, each to the end of the line it ends in."""
-    size, cuts = _size(path), []
+    size, cuts = path.stat().st_size, []
     if size == 0:
         raise PHAError(f"{path} is empty")
     try:
@@ -263,10 +263,3 @@ def _listed(paths: Sequence[Path]) -> str:
     names = [path.name for path in paths[:_LISTED]]
     more = len(paths) - len(names)
     return ", ".join([*names, f"{more} more"] if more else names)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise PHAError(f"{path} cannot be read ({error.strerror})") from error

@@ -10,12 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from pha.data.documents import Document, Source, SourceOptions
-from pha.data.encoding import TextEncoder, count_words, cut
+from pha.data.encoding import TextEncoder, cut
 from pha.data.hub import HubUnreachableError
 from pha.data.readers import Meter
 from pha.data.sources import open_source
@@ -145,8 +145,6 @@ def _make_store(
     is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if not (is_free or is_store(out)):
         raise PHAError(f"{out} exists and is not a token store: remove it or name another folder")
-    if separator not in get_args(Separator):
-        raise PHAError(f"no separator {separator!r}: give one of {', '.join(get_args(Separator))}")
     if separator == "auto":
         separator = "none" if source.joins_documents else "end-of-text"
     report = progress or (lambda state: None)
@@ -190,7 +188,7 @@ def _make_store(
         raise PHAError(
             f"the token store {out} cannot be written ({error.strerror or error})"
         ) from error
-    return TokenStore.open(out, verify=False)
+    return TokenStore(out, record)
 
 
 class Piece(NamedTuple):
@@ -248,7 +246,7 @@ def _pieces(
         for text in filter(None, encoder.pieces_of(document.parts)):
             data = text.encode()
             digest.update(data)
-            counts = count_words(text), text.count("\n"), len(data)
+            counts = len(text.split()), text.count("\n"), len(data)
             yield Piece(text, document.split, is_first, *counts)
             is_first = False
         if not is_first:

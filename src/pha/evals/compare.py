@@ -23,7 +23,7 @@ import numpy as np
 
 from pha.data.store import TokenStore
 from pha.data.tokenizer import tokenizer_sha256
-from pha.evals.perplexity import token_losses
+from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
 from pha.evals.where import Bins, Passage, divisions, passages
 from pha.loading import LoadedModel
@@ -222,13 +222,15 @@ def compare_models(
     size = first_block(count, protocol.stride, block)
     evaluations, losses = [], []
     for name, loaded in (("A", a), ("B", b)):
-        evaluation, nats = token_losses(
+        nats = np.empty(count, dtype=np.float32)
+        evaluation = evaluate(
             loaded.model,
             store,
             split,
             protocol,
             precision=precision,
             progress=None if progress is None else partial(progress, name),
+            losses=nats,
         )
         if not np.isfinite(nats).all():
             raise PHAError(f"{loaded.path} has losses that are not finite; its weights are unfit")

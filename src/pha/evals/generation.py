@@ -244,29 +244,6 @@ def generate(
     )
 
 
-def sample(
-    loaded: LoadedModel,
-    prompt: str,
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Continue one prompt; the arguments are those of `Sampling`.
-
-    Returns:
-        `prompt`, `text` (the continuation alone), and the settings.
-
-    Raises:
-        PHAError: settings out of range.
-    """
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    [continuation] = generate(loaded, [prompt], sampling)
-    settings = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    return {"prompt": prompt, "text": continuation.text, **settings}
-
-
 def _prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
     ids: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not ids and tokenizer.eos_token_id is None:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pha.data.store import TokenStore
-from pha.evals.perplexity import split_windows
 from pha.evals.protocols import Protocol
 
 RECENT_TOKENS = 64
@@ -78,13 +77,10 @@ def context_starts(store: TokenStore, split: str, protocol: Protocol) -> np.ndar
 
     It is the first of the window, or of the document that token i is in where documents are kept
     apart.
-
-    Raises:
-        PHAError: see `split_windows`.
     """
-    windows, total = split_windows(store, split, protocol)
+    total = store.counts(split).tokens
     first = np.empty(total - 1, dtype=np.int64)
-    for window in windows:
+    for window in protocol.windows(total):
         first[window.start + window.first_scored : window.end] = window.start
     if protocol.packed_documents:
         starts = store.document_starts(split)
