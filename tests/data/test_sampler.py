@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from hypothesis import given
@@ -85,16 +83,6 @@ def test_document_starts_mark_first_tokens(total: int, length: int, others: set[
         expected = torch.isin(batch.inputs, torch.from_numpy(starts))
         expected[:, 0] = True
         assert torch.equal(batch.document_starts, expected)
-
-
-def test_memory_mapped_tokens(tmp_path: Path) -> None:
-    path = tmp_path / "tokens.bin"
-    np.arange(100, dtype="<u2").tofile(path)
-    tokens = np.memmap(path, dtype="<u2", mode="r")
-    batch = WindowSampler(tokens, 10, 4, seed=0).batch(0)
-    assert torch.equal(batch.targets, batch.inputs + 1)
-    batch.inputs.zero_()
-    assert tokens[5] == 5
 
 
 def test_sampler_refuses_what_it_cannot_do(refuses) -> None:

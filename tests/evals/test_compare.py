@@ -148,13 +148,6 @@ def test_bootstrap_agrees_repeats_and_mirrors() -> None:
     assert bootstrap_interval(-sums, counts) == pytest.approx((-high, -low), rel=1e-9)
 
 
-def test_no_difference_is_exactly_nothing() -> None:
-    sums, counts = block_sums(np.zeros(1000), block_numbers(1000, 40))
-    interval = mean_interval(sums, counts)
-    assert (interval.mean, interval.half_width, interval.sign) == (0, 0, 0)
-    assert bootstrap_interval(sums, counts) == (0, 0)
-
-
 def test_sign_of_an_interval() -> None:
     rng = np.random.default_rng(6)
     values = rng.standard_normal(4000)

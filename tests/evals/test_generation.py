@@ -19,7 +19,6 @@ from pha.evals.generation import (
     GumbelNoise,
     Sampling,
     Speed,
-    Writer,
     draws,
     ended,
     generate,
@@ -115,17 +114,6 @@ def test_prompts_can_be_read_in_pieces(writer: LoadedModel, piece: int) -> None:
     assert max(widths) == min(piece, max(len(prompt) for prompt in PROMPTS))
 
 
-def test_logits_behind_a_batch_are_those_of_single_prompts(writer: LoadedModel) -> None:
-    ids = [writer.tokenizer(text)["input_ids"] for text in ("one", "seven or eight")]
-    width = max(map(len, ids))
-    padded = torch.tensor([[256] * (width - len(row)) + row for row in ids])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
-    logits = writer.model(padded, attention_mask=mask).logits[:, -1]
-    for row, single in zip(logits, ids, strict=True):
-        expected = writer.model(torch.tensor([single])).logits[0, -1]
-        torch.testing.assert_close(row, expected, rtol=0, atol=1e-5)
-
-
 def test_samples_differ_by_seed_and_number_and_by_nothing_else(writer: LoadedModel) -> None:
     first = texts(writer, PROMPTS, Sampling(16, 1.0), num_samples=3, batch_size=4)
     assert [(c.index, c.sample) for c in first] == [(i, s) for i in range(5) for s in range(3)]
@@ -175,21 +163,6 @@ def test_what_is_written_is_the_text(writer: LoadedModel, stop: tuple[str, ...])
     parts: list[str] = []
     [result] = texts(writer, ["one"], Sampling(48, 1.0, stop=stop), write=parts.append)
     assert "".join(parts) == result.text
-
-
-@pytest.mark.parametrize("tokenizer", [BYTES, MERGED], ids=["bytes", "merged"])
-@given(data=st.data())
-def test_text_written_word_by_word_is_that_decoded_at_once(tokenizer, data: st.DataObject) -> None:
-    text = st.text("ab \n中é😀").map(lambda text: tokenizer(text)["input_ids"])
-    anything = st.lists(st.integers(0, len(tokenizer) - 1), max_size=40)
-    tokens = data.draw(st.one_of(text, anything))
-    parts: list[str] = []
-    writer = Writer(tokenizer, parts.append)
-    writer.put(torch.tensor([[1, 2]]))  # the prompt
-    for token in tokens:
-        writer.put(torch.tensor([token]))
-    writer.end()
-    assert "".join(parts) == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def cut(text: str, stop: list[str]) -> tuple[str, bool]:

@@ -119,11 +119,8 @@ class Source:
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits, in the order of `SPLITS`: those given and those held out."""
-        return tuple(split for split in SPLITS if split in {*self.given, *self._held})
-
-    @property
-    def _held(self) -> tuple[str, ...]:
-        return self.held_out.held if self.held_out else ()
+        held = self.held_out.held if self.held_out else ()
+        return tuple(split for split in SPLITS if split in {*self.given, *held})
 
     def documents(self, split: str | None = None, meter: Meter | None = None) -> Iterator[Document]:
         """Yield the documents of a split, or of all in one pass, in the same order every time.
@@ -136,7 +133,7 @@ class Source:
         if split is not None and split not in self.splits:
             has = ", ".join(self.splits)
             raise PHAError(f"{self.description} has no {split} split: it has {has}")
-        origin = "train" if split in self._held else split
+        origin = split if split is None or split in self.given else "train"
         wanted = [name for name in SPLITS if name in self.given and origin in (None, name)]
         meter = meter or Meter()
         sizes = [self.size(name) for name in wanted]

@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 
 Separator = Literal["auto", "end-of-text", "none"]
 
-TRAINING_BYTES = 1_000_000_000
-"""A tokenizer is trained on so much of the training text, or a little more, at most."""
-
+TRAINING_BYTES = 1_000_000_000  # of text that a tokenizer is trained on, or a little more
 _BATCH_BYTES = 1 << 20  # of text that the tokenizer's threads encode side by side
 
 
@@ -47,9 +45,9 @@ class PreparationState:
     Attributes:
         stage: `tokenizer` (reading text to train one) or `encoding`.
         fraction: of the stage, between 0 and 1; None where the amount of text is not known.
-        documents: begun in this stage,
-        bytes: of text done, and
-        tokens: likewise, none for the tokenizer.
+        documents: begun in this stage.
+        bytes: of text, done.
+        tokens: done; none for the tokenizer.
     """
 
     stage: str
@@ -191,15 +189,8 @@ def _make_store(
     return TokenStore(out, record)
 
 
-class Piece(NamedTuple):
-    """A stretch of a document that may be encoded apart, with its counts.
-
-    Attributes:
-        text: not empty.
-        split: of the document.
-        is_first: whether the document begins with it.
-        words, lines, bytes: as in `Counts`.
-    """
+class _Piece(NamedTuple):
+    """A stretch of a document that may be encoded apart, not empty, with its counts."""
 
     text: str
     split: str
@@ -238,7 +229,7 @@ def _encode(
 
 def _pieces(
     documents: Iterable[Document], encoder: TextEncoder, hash_line: Callable[[bytes], None]
-) -> Iterator[Piece]:
+) -> Iterator[_Piece]:
     """Yield documents in pieces and hash a line of the split for each document that has text."""
     for document in documents:
         digest = hashlib.sha256()
@@ -247,15 +238,15 @@ def _pieces(
             data = text.encode()
             digest.update(data)
             counts = len(text.split()), text.count("\n"), len(data)
-            yield Piece(text, document.split, is_first, *counts)
+            yield _Piece(text, document.split, is_first, *counts)
             is_first = False
         if not is_first:
             hash_line(f"{digest.hexdigest()} {document.split}\n".encode())
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     """Yield the pieces in lists of `_BATCH_BYTES` of text or a little more."""
-    batch: list[Piece] = []
+    batch: list[_Piece] = []
     size = 0
     for piece in pieces:
         batch.append(piece)
@@ -268,11 +259,11 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _encode_ahead(
-    batches: Iterable[list[Piece]], encoder: TextEncoder
-) -> Generator[tuple[list[Piece], list[np.ndarray]], None, None]:
+    batches: Iterable[list[_Piece]], encoder: TextEncoder
+) -> Generator[tuple[list[_Piece], list[np.ndarray]], None, None]:
     """Yield each batch with the ids of its pieces; the next one is read while one is encoded."""
     with ThreadPoolExecutor(1) as thread:
-        earlier: tuple[list[Piece], Future[list[np.ndarray]]] | None = None
+        earlier: tuple[list[_Piece], Future[list[np.ndarray]]] | None = None
         for batch in batches:
             future = thread.submit(encoder.encode_batch, [piece.text for piece in batch])
             if earlier is not None:

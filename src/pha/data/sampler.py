@@ -15,13 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of a global batch; `targets` are `inputs` one token later.
+    """Rows of a global batch: (rows, T) int64 ids; `targets` are `inputs` one token later.
 
-    Attributes:
-        inputs: (rows, T) int64 token ids.
-        targets: (rows, T) int64 token ids.
-        document_starts: (rows, T) bool, True at the first token of a document and at position 0,
-            or None when documents are not kept apart.
+    `document_starts` (rows, T) is True at the first token of a document and at position 0, or None
+    when documents are not kept apart.
     """
 
     inputs: Tensor

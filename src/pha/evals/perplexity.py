@@ -105,12 +105,8 @@ def evaluate(
 def figures(nll: float, hits: int, tokens: int, words: float, size: float) -> dict[str, float]:
     """What `Evaluation` says of a text, by name, from its sums.
 
-    Args:
-        nll: negative log-likelihood in nats, separators between documents included.
-        hits: tokens that were the top prediction.
-        tokens: tokens scored.
-        words: words and line ends.
-        size: UTF-8 bytes.
+    These are the negative log-likelihood in nats, separators between documents included, how many
+    `tokens` were scored and how many hit, words and line ends, and UTF-8 bytes.
     """
     return {
         "loss": nll / tokens,

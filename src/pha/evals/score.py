@@ -17,8 +17,7 @@ from pha.loading import LoadedModel
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, peak_memory
 
-EARLY_TOKENS = 8192
-"""Where memory is looked at a first time, to be compared with the end of the document."""
+_EARLY_TOKENS = 8192  # where memory is first looked at, to be compared with the end
 
 
 @dataclass(frozen=True)
@@ -41,19 +40,12 @@ class Surprisal:
 class Score:
     """What a model makes of a document.
 
+    The figures are those of `pha.results.Scores`.
+
     Attributes:
-        name: of the document.
         tokens: scored, so all but the first.
         words: whitespace words and line ends.
         bytes: of UTF-8.
-        loss: mean -log p, nats per token.
-        perplexity: exp(loss).
-        word_perplexity: exp(total / words).
-        byte_perplexity: exp(total / bytes).
-        bits_per_byte: total / bytes, in bits.
-        accuracy: fraction of tokens that were the top prediction.
-        seconds: wall time.
-        tokens_per_second: over the whole document.
         memory_early: most bytes held after 8,192 tokens.
         memory_end: most bytes held at the end.
         protocol: how it was measured.
@@ -138,15 +130,7 @@ def score(
     precision: str = "fp32",
     each: Callable[[Surprisal], None] | None = None,
 ) -> Score:
-    """Score a document and sum up.
-
-    Args:
-        loaded: model and tokenizer.
-        name: of the document.
-        parts: its text, in any division.
-        piece: tokens per forward pass.
-        precision: fp32, or bf16 for autocast.
-        each: called with every piece as it is done.
+    """Score a document and sum up; `each` is called with every piece, as `stream` yields it.
 
     Raises:
         PHAError: fewer than two tokens.
@@ -168,7 +152,7 @@ def score(
         total += float(known.sum(dtype=np.float64))
         hits += int(surprisal.hits.sum())
         seen += len(surprisal.ids)
-        if early == 0 and seen >= EARLY_TOKENS:
+        if early == 0 and seen >= _EARLY_TOKENS:
             early = peak_memory(device)
         if each is not None:
             each(surprisal)

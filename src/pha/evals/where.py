@@ -92,9 +92,7 @@ def context_starts(store: TokenStore, split: str, protocol: Protocol) -> np.ndar
 def context_bins(lengths: np.ndarray, longest: int) -> Bins:
     """Eight equal bins (fewer below eight tokens) of 1 to `longest` tokens of context.
 
-    Args:
-        lengths: (N,) tokens that each prediction sees.
-        longest: the sequence length.
+    `lengths` (N,) is how many tokens each prediction sees.
     """
     count = min(POSITION_BINS, longest)
     last = np.arange(1, count + 1) * longest // count
@@ -102,12 +100,9 @@ def context_bins(lengths: np.ndarray, longest: int) -> Bins:
 
 
 def frequency_bins(targets: np.ndarray, counts: np.ndarray, split: str) -> Bins:
-    """Bins by the rank of a token among all, the commonest first; ties in the order of ids.
+    """Bins by the rank of each of `targets` (N,), the commonest first; ties in the order of ids.
 
-    Args:
-        targets: (N,) token ids.
-        counts: (V,) how often each id occurs.
-        split: where they were counted, for the name.
+    `counts` (V,) is how often each id occurs in `split`.
     """
     from scipy import stats
 
@@ -121,9 +116,7 @@ def frequency_bins(targets: np.ndarray, counts: np.ndarray, split: str) -> Bins:
 def recall_bins(tokens: np.ndarray, contexts: np.ndarray) -> Bins:
     """Bins by where a token last occurred in the context it is predicted from.
 
-    Args:
-        tokens: (N,) token ids.
-        contexts: (N - 1,) the first token that the prediction of token i + 1 sees.
+    `contexts` (N - 1,) is the first token that the prediction of token i + 1 of `tokens` (N,) sees.
     """
     order = np.argsort(tokens, kind="stable")
     same = tokens[order[1:]] == tokens[order[:-1]]

@@ -253,7 +253,7 @@ class Trainer:
         )
 
     def evaluate(self, split: str, max_tokens: int | None = None) -> Evaluation:
-        """Evaluate the current weights by the run's own protocol, shared between processes."""
+        """Evaluate the current weights in the run's own windows, shared between processes."""
         accelerator, data = self.accelerator, self.config.data
         return evaluate(
             self.plain_model,
