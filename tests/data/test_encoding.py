@@ -42,11 +42,6 @@ def test_pieces_do_not_depend_on_the_parts_of_a_text(text: str, size: int, cuts:
     assert list(cut(parts, size)) == list(cut((text,), size))
 
 
-def test_cuts_elsewhere_would_change_tokens() -> None:
-    assert pre_tokens("a ") + pre_tokens("  b") != pre_tokens("a   b")
-    assert pre_tokens("I'") + pre_tokens("s") != pre_tokens("I's")
-
-
 def test_cut_text_takes_the_first_place_after_size() -> None:
     assert list(cut(("aaa bb \n c d",), 2)) == ["aaa", " bb", " \n c", " d"]
     assert list(cut(("no-place-to-cut",), 3)) == ["no-place-to-cut"]

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import json
 import sys
-import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -182,15 +180,3 @@ def test_kinds_by_name(name: str, stem: str, sort: str) -> None:
     assert kind.stem == stem
     found = "records" if kind.is_records else "packed text" if kind.is_packed_text else "other"
     assert found == sort
-
-
-def test_memory_holds_a_line_not_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    line = json.dumps({"text": "x" * 10_000}) + "\n"
-    path.write_text(line * 2_000)
-    tracemalloc.start()
-    try:
-        assert sum(len(text) for text in read_records(path, "text", Meter())) == 20_000_000
-        assert tracemalloc.get_traced_memory()[1] < 1_000_000
-    finally:
-        tracemalloc.stop()

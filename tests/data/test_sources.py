@@ -68,13 +68,6 @@ def test_files_named_for_splits_are_the_splits(tmp_path: Path, names: tuple[str,
         assert texts(tmp_path, split) == [f" = {name} = \r\n \n"]
 
 
-@pytest.mark.parametrize("twin", ["valid.raw", "dev.txt"])
-def test_variants_of_a_split_are_refused(split_folder: Path, twin: str, refuses) -> None:
-    (split_folder / twin).write_text("the same text, perhaps")
-    with refuses("validation", "valid.txt", twin):
-        open_source(str(split_folder))
-
-
 def test_splits_that_are_missing(split_folder: Path, refuses) -> None:
     (split_folder / "test.txt").unlink()
     source = open_source(str(split_folder))

@@ -16,7 +16,6 @@ from transformers import StopStringCriteria
 from pha.data.tokenizer import load_tokenizer
 from pha.evals.generation import (
     Continuation,
-    GumbelNoise,
     Sampling,
     Speed,
     draws,
@@ -61,15 +60,6 @@ def test_draws_follow_the_nucleus(temperature: float, top_p: float) -> None:
     kept = expected > 0
     if kept.sum() > 1:
         assert stats.chisquare(counts[kept], rows * expected[kept]).pvalue > 1e-3
-
-
-def test_noise_of_a_row_is_its_own() -> None:
-    def drawn(*keys: list[int]) -> torch.Tensor:
-        return GumbelNoise(keys)(torch.zeros(1), torch.zeros(len(keys), 50))
-
-    alone, other = drawn([1, 2, 3]), drawn([1, 3, 3])
-    assert torch.equal(drawn([1, 3, 3], [1, 2, 3]), torch.cat([other, alone]))
-    assert not torch.equal(alone, other)
 
 
 def texts(loaded: LoadedModel, prompts: list[str], sampling: Sampling, **settings: Any) -> list:

@@ -57,9 +57,7 @@ def evaluate(
     counts = store.counts(split)
     read = counts.tokens if max_tokens is None else min(counts.tokens, max_tokens + 1)
     if read < 2:
-        raise PHAError(
-            f"the {split} split of {store.path} has {counts.tokens} tokens; 2 are needed"
-        )
+        raise PHAError(f"the {split} split of {store.path} gives {read} tokens; 2 are needed")
     windows = list(protocol.windows(read))[share[0] :: share[1]]
     sums = torch.zeros(3, dtype=torch.float64)  # negative log-likelihood, hits, tokens
     begin, done = time.perf_counter(), 0
