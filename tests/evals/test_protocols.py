@@ -46,9 +46,9 @@ def test_each_protocol_comes_once() -> None:
         ("12/", "no protocol '12/'"),
         ("12/3/4", "no protocol '12/3/4'"),
         ("1.5", "no protocol '1.5'"),
-        ("0", "protocol 0: the sequence length is 0"),
+        ("0", "the sequence length is 0"),
         ("-4", "the sequence length is -4"),
-        ("8/9", "protocol 8/9: stride is 9; it must be from 1 to 8"),
+        ("8/9", "stride is 9; it must be from 1 to 8"),
         ("8/0", "stride is 0"),
     ],
 )

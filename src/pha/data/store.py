@@ -200,14 +200,8 @@ def _unusable(path: Path, what: str) -> PHAError:
 class SplitWriter:
     """Writes the files of one split; memory holds 8 bytes for each document, its start.
 
-    Args:
-        folder: an existing folder.
-        split: its name.
-        dtype: of the ids on disk.
-        separator: id written after every document, or None.
-
-    Attributes:
-        file: the open file of ids, for the caller to close.
+    `separator` is the id written after every document, and `file`, the open file of ids, is for the
+    caller to close.
     """
 
     def __init__(

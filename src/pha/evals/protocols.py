@@ -96,10 +96,7 @@ def parse_protocols(
     for spec in specs:
         for name in NAMES if spec == "all" else (spec,):
             length, stride = _windows(name, sequence_length)
-            try:
-                protocol = Protocol(length, stride, packed_documents, name)
-            except PHAError as error:
-                raise PHAError(f"protocol {spec}: {error}") from error
+            protocol = Protocol(length, stride, packed_documents, name)
             found.setdefault((length, stride), protocol)
     return list(found.values())
 
