@@ -397,7 +397,7 @@ def test_shapes_that_do_not_fit_are_named(name: str) -> None:
 def test_as_an_operator_of_torch() -> None:
     inputs = [x.requires_grad_() for x in problem(2, 7, 3, dtype=torch.float32).values()]
     torch.library.opcheck(
-        torch.ops.pha.gated_scan.default, (*inputs, starts_of([3, 4]).expand(2, 7), None)
+        torch.ops.pha.gated_scan.default, (*inputs, starts_of([3, 4]).expand(2, 7), None, "torch")
     )
 
 

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from pha.ops.backends import Op
 from pha.ops.gated_scan import triton_runtime
-from pha.ops.gated_scan.closed_form import gated_scan_torch
 from pha.ops.gated_scan.naive import gated_scan_naive
-from pha.ops.gated_scan.operator import gated_scan_triton
+from pha.ops.gated_scan.operator import gated_scan_operator
 from pha.ops.testing import relative_error
 from pha.utils.errors import PHAError
 
@@ -87,10 +86,10 @@ _OP = Op(
     "gated_scan",
     {
         "naive": gated_scan_naive,
-        "torch": gated_scan_torch,
-        "triton": gated_scan_triton,
-        "triton-sequential": functools.partial(gated_scan_triton, form="sequential"),
-        "triton-chunked": functools.partial(gated_scan_triton, form="chunked"),
+        "torch": gated_scan_operator,
+        "triton": functools.partial(gated_scan_operator, form="auto"),
+        "triton-sequential": functools.partial(gated_scan_operator, form="sequential"),
+        "triton-chunked": functools.partial(gated_scan_operator, form="chunked"),
     },
     {"cuda": "triton", "default": "torch"},
     _check,
