@@ -167,8 +167,8 @@ def _attention(
     mask, setting, sizes = None, "", [job.length]
     if job.mode == "documents":
         size = max(1, job.length // DOCUMENTS)
-        starts = torch.arange(job.length, device=device).expand(job.batch, -1) % size == 0
-        mask = attention_mask(job.length, job.length, device, starts)
+        places = torch.arange(job.length, device=device)
+        mask = attention_mask(places, places, places.expand(job.batch, -1) % size == 0)
         whole, rest = divmod(job.length, size)
         sizes, setting = [size] * whole + [rest], f", documents of {size}"
     flops = job.batch * sum(shape.flops(size, size) for size in sizes)
