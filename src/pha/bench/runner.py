@@ -32,7 +32,7 @@ MEDIANS = (
     *("unit_seconds", "peak_memory", "work_memory"),
     *("floor_seconds", "of_floor", "utilisation", "weight_bandwidth"),
 )
-SIZES = ("parameters", "weight_bytes", "setting", "device", "threads")
+SIZES = ("parameters", "weight_bytes", "setting", "ops", "device", "threads")
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,14 @@ def run_benchmark(
             for job, so_far in zip(group, results, strict=True):
                 if so_far and "error" in so_far[-1]:
                     continue
-                progress(f"{describe(job)}, run {turn + 1} of {request.runs}")
-                result = _run_here(job, end) if request.in_process else run_worker(job, end)
+                progress(f"{_describe(job)}, run {turn + 1} of {request.runs}")
+                left = None if end is None else end - time.monotonic()
+                if left is not None and left <= 0:
+                    result = OUT_OF_TIME
+                elif request.in_process:  # where a limit is only heeded between jobs
+                    result = worker.attempt(job)
+                else:
+                    result = run_worker(job, left)
                 if not (so_far and result.get("out_of_time")):  # the runs so far count
                     so_far.append(result)
             done = [make_row(j, runs) for j, runs in zip(group, results, strict=True)]
@@ -207,33 +213,19 @@ def run_benchmark(
     return rows
 
 
-def _run_here(job: Job, end: float | None) -> dict[str, Any]:
-    """The job in this process; a time limit is only heeded between jobs."""
-    if end is not None and time.monotonic() >= end:
-        return OUT_OF_TIME
-    return worker.attempt(job)
-
-
-def describe(job: Job) -> str:
+def _describe(job: Job) -> str:
     """A job in a line."""
     name = f"{job.model} {job.backend}".strip() + (" compiled" if job.compiled else "")
     return f"{job.mode} of {name}, {job.precision}, {job.batch} x {job.length}"
 
 
-def run_worker(job: Job, end: float | None = None) -> dict[str, Any]:
-    """Measure a job in a process of its own, which never outlives this call.
-
-    Args:
-        job: what to measure.
-        end: `time.monotonic()` at which to give up.
+def run_worker(job: Job, seconds: float | None = None) -> dict[str, Any]:
+    """Measure a job in a process of its own, which never outlives this call nor `seconds`.
 
     Returns:
         What `pha.bench.worker.measure` returns, or `{"error": why}`, with `out_of_time` where the
         limit is why.
     """
-    left = None if end is None else end - time.monotonic()
-    if left is not None and left <= 0:
-        return OUT_OF_TIME
     codes: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
         answer, log = Path(folder) / "answer.json", Path(folder) / "log"
@@ -241,7 +233,7 @@ def run_worker(job: Job, end: float | None = None) -> dict[str, Any]:
         try:
             run_processes(
                 [Command(words, log)],
-                seconds=left,
+                seconds=seconds,
                 stop=signal.SIGKILL,
                 ended=lambda _, code: codes.append(code),
             )

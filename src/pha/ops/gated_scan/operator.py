@@ -22,14 +22,13 @@ _INPUTS = (
     "pha::gated_scan", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
 )
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *inputs, form = arguments
-    if _by_triton(form, inputs[1]):
-        return triton_scan.scan_forward(*inputs, form)
-    return torch_forward(*inputs)
+    if _by_triton(arguments[-1], arguments[1]):
+        return triton_scan.scan_forward(*arguments)
+    return torch_forward(*arguments[:-1])
 
 
 @_forward.register_fake
-def _outputs(gate: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _outputs(gate: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     B, _, n = value.shape
     return value.new_empty(value.shape), value.new_empty(B, n, dtype=accumulation_type(value))
 
@@ -41,10 +40,9 @@ def _outputs(gate: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, form = arguments
-    if _by_triton(form, inputs[2]):
-        return triton_scan.scan_backward(*inputs, form)
-    return torch_backward(*inputs)
+    if _by_triton(arguments[-1], arguments[2]):
+        return triton_scan.scan_backward(*arguments)
+    return torch_backward(*arguments[:-1])
 
 
 @_backward.register_fake

@@ -55,7 +55,7 @@ def _largest_error(device: torch.device) -> float:
     for form in ("sequential", "chunked"):
         h, h_last = triton_scan.scan_forward(*inputs, form)
         results.append((h, h_last, *triton_scan.scan_backward(dh, dh_last, h, *inputs, form)))
-    wide = [x.double() for x in (gate, value, a, b, h0)]
+    wide = gate.double(), value.double(), a.double(), b.double(), h0.double()
     states = gated_scan_naive(*wide, starts, mask)
     gradients = torch_backward(dh.double(), dh_last.double(), states[0], *wide, starts, mask)
     errors = [
