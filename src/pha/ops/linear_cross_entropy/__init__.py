@@ -209,14 +209,14 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None)
 
 
-def linear_cross_entropy_chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Chunks of about `chunk_logits` logits. See `linear_cross_entropy`."""
-    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, False)
+def linear_cross_entropy_chunked(
+    x: Tensor, weight: Tensor, targets: Tensor, triton: bool = False
+) -> Tensor:
+    """Chunks of about `chunk_logits` logits. See `linear_cross_entropy`.
 
-
-def linear_cross_entropy_triton(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Such chunks, with softmax and gradient in one kernel on logits of the compute type."""
-    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, True)
+    With `triton` softmax and gradient are one kernel on logits of the compute type.
+    """
+    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, triton)
 
 
 @torch.no_grad()
@@ -272,7 +272,7 @@ _OP = Op(
     {
         "naive": linear_cross_entropy_naive,
         "chunked": linear_cross_entropy_chunked,
-        "triton": linear_cross_entropy_triton,
+        "triton": functools.partial(linear_cross_entropy_chunked, triton=True),
     },
     {"cuda": "triton", "default": "chunked"},
     _check,
