@@ -60,8 +60,7 @@ def measure_floors(device: torch.device, precision: str, length: int) -> Floors:
     return Floors(
         matmul_rate(device, precision),
         _sdpa_rate(device, precision, min(length, SDPA_LONGEST)),
-        _read_bandwidth(device),
-        _copy_bandwidth(device),
+        *_bandwidths(device),
     )
 
 
@@ -88,20 +87,10 @@ def _sdpa_rate(device: torch.device, precision: str, length: int) -> float:
 
 
 @functools.cache
-def _read_bandwidth(device: torch.device) -> float:
-    """Bytes/s of a sum over a large buffer."""
-    buffer = _buffer(device)
-    return buffer.nbytes / _best_seconds(buffer.sum, device)
-
-
-@functools.cache
-def _copy_bandwidth(device: torch.device) -> float:
-    """Bytes/s of a copy of a large buffer, those read and those written together."""
-    source = _buffer(device)
+def _bandwidths(device: torch.device) -> tuple[float, float]:
+    """Bytes/s of a sum over a large buffer, and of its copy, those read and written together."""
+    source = torch.ones(BUFFER_BYTES.get(device.type, BUFFER_BYTES["cpu"]) // 4, device=device)
     target = torch.zeros_like(source)
-    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device)
-
-
-def _buffer(device: torch.device) -> torch.Tensor:
-    size = BUFFER_BYTES.get(device.type, BUFFER_BYTES["cpu"])
-    return torch.ones(size // 4, device=device)
+    reading = _best_seconds(source.sum, device)
+    copying = _best_seconds(lambda: target.copy_(source), device)
+    return source.nbytes / reading, 2 * source.nbytes / copying

@@ -136,35 +136,28 @@ def scan_forward(
     initial = None if h0 is None else h0.to(dtype).contiguous()
     inputs = gate, *gate.stride()[:2], value, *value.stride()[:2], a, b
     flags = _flags(starts, h), _flags(mask, h)
-    present = {"HAS_STARTS": starts is not None, "HAS_MASK": mask is not None}
-    with _on(value):
-        if launch.chunks > 1:
-            last, product = launch.partial(value), launch.partial(value)
-            launch.run(
-                triton_kernels.forward,
-                *inputs,
-                a,
-                *flags,
-                h,
-                last,
-                product,
-                HAS_INITIAL=False,
-                SUMMARY=True,
-                **present,
-            )
-            initial = launch.combine(initial, last, product, reverse=False)
+
+    def walk(initial: Tensor | None, last: Tensor, product: Tensor, summary: bool) -> None:
         launch.run(
             triton_kernels.forward,
             *inputs,
             a if initial is None else initial,
             *flags,
             h,
-            h_last,
-            h_last,
+            last,
+            product,
             HAS_INITIAL=initial is not None,
-            SUMMARY=False,
-            **present,
+            HAS_STARTS=starts is not None,
+            HAS_MASK=mask is not None,
+            SUMMARY=summary,
         )
+
+    with _on(value):
+        if launch.chunks > 1:
+            last, product = launch.partial(value), launch.partial(value)
+            walk(None, last, product, True)
+            initial = launch.combine(initial, last, product, reverse=False)
+        walk(initial, h_last, h_last, False)
     return h, h_last
 
 
