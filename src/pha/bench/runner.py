@@ -112,57 +112,46 @@ class Request:
 
     def groups(self) -> list[list[Job]]:
         """Jobs that are compared with each other, one list for every setting."""
+        cases = [(self.mode, self.models)]
         if self.mode == KERNELS:
-            return [
-                self._with_and_without(mode, model, precision, length)
-                for model in self.models
-                for mode in MODEL_MODES
-                for precision in self.precisions
-                for length in self.lengths
-            ]
-        batches = [self.batch]
-        if self.mode == "decode" and self.batch > 1:
-            batches = [1, self.batch]
+            cases = [(mode, (model,)) for model in self.models for mode in MODEL_MODES]
         return [
-            self._group(precision, batch, length)
+            self._group(mode, models, precision, batch, length)
+            for mode, models in cases
             for precision in self.precisions
-            for batch in batches
+            for batch in self._batches(mode)
             for length in self.lengths
         ]
 
-    def _with_and_without(self, mode: str, model: str, precision: str, length: int) -> list[Job]:
-        """A mode of a model with all kernels, without each of them, and without any."""
-        names = kernels(default_device().type, mode)
-        cases = {"all kernels": (), **{f"no {name}": (name,) for name in names}}
-        if len(names) > 1:
-            cases["plain torch"] = tuple(names)
-        batch = self.batch if mode == "train" else 1
-        return [
-            Job(mode, model, precision, batch, length, self.seconds, backend=label, without=off)
-            for label, off in cases.items()
-        ]
+    def _batches(self, mode: str) -> list[int]:
+        if self.mode == KERNELS:
+            return [self.batch if mode == "train" else 1]
+        return [1, self.batch] if mode == "decode" and self.batch > 1 else [self.batch]
 
-    def _group(self, precision: str, batch: int, length: int) -> list[Job]:
-        common: dict[str, Any] = {
-            "precision": precision,
-            "batch": batch,
-            "length": length,
-            "seconds": self.seconds,
-            "chunk": self.chunk,
-        }
-        if self.mode in OP_MODES:
+    def _group(
+        self, mode: str, models: tuple[str, ...], precision: str, batch: int, length: int
+    ) -> list[Job]:
+        def job(model: str, **rest: Any) -> Job:
+            return Job(
+                mode, model, precision, batch, length, self.seconds, chunk=self.chunk, **rest
+            )
+
+        device_type = default_device().type
+        if self.mode == KERNELS:
+            names = kernels(device_type, mode)
+            cases = {"all kernels": (), **{f"no {name}": (name,) for name in names}}
+            if len(names) > 1:
+                cases["plain torch"] = tuple(names)
+            return [job(models[0], backend=label, without=off) for label, off in cases.items()]
+        if mode in OP_MODES:
             return [
-                Job(self.mode, model, backend=f"{name}, {passes}", **common)
-                for model in self.models
+                job(model, backend=f"{name}, {passes}")
+                for model in models
                 for passes in PASSES
-                for name in self.backends or op_backends(self.mode, default_device().type)
+                for name in self.backends or op_backends(mode, device_type)
             ]
         kinds = (False, True) if self.compiled else (False,)
-        return [
-            Job(self.mode, model, compiled=compiled, **common)
-            for compiled in kinds
-            for model in self.models
-        ]
+        return [job(model, compiled=compiled) for compiled in kinds for model in models]
 
 
 def _require(condition: bool, message: str) -> None:
