@@ -36,7 +36,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers without processes, on small buffers and a small vocabulary."""
     monkeypatch.setattr(peers, "VOCABULARY", 512)
     monkeypatch.setitem(floors_module.BUFFER_BYTES, "cpu", 1 << 22)
-    monkeypatch.setattr(runner, "run_worker", lambda job, end: measure(job))
+    monkeypatch.setattr(runner, "run_worker", lambda job, left: measure(job))
 
 
 def answers(speed: float) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def test_impossible_requests_are_refused(changes: dict[str, Any], said: str) -> 
 def test_cases_take_turns_within_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[tuple[str, int]] = []
 
-    def note(job: Job, end: float | None) -> dict[str, Any]:
+    def note(job: Job, left: float | None) -> dict[str, Any]:
         order.append((job.model, job.length))
         return answers(float(len(order)))
 
@@ -92,9 +92,9 @@ def test_cases_take_turns_within_a_setting(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_decoding_is_measured_at_batch_one_as_well() -> None:
-    groups = replace(REQUEST, mode="decode", batch=3).groups()
-    assert [group[0].batch for group in groups] == [1, 3]
-    assert [group[0].batch for group in replace(REQUEST, mode="decode", batch=1).groups()] == [1]
+    for batch, batches in ((3, [1, 3]), (1, [1])):
+        groups = replace(REQUEST, mode="decode", batch=batch).groups()
+        assert [group[0].batch for group in groups] == batches
 
 
 def test_compiled_rows_are_compared_among_themselves() -> None:
@@ -118,7 +118,7 @@ def test_a_row_holds_medians_and_the_spread() -> None:
 def test_a_failing_model_is_a_row_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
-    def fail_first(job: Job, end: float | None) -> dict[str, Any]:
+    def fail_first(job: Job, left: float | None) -> dict[str, Any]:
         calls.append(job.model)
         return {"error": "out of memory"} if job.model == "pha-tiny" else answers(2.0)
 
@@ -134,20 +134,21 @@ def test_a_failing_model_is_a_row_and_the_others_go_on(monkeypatch: pytest.Monke
 def test_runs_before_the_time_limit_count(monkeypatch: pytest.MonkeyPatch) -> None:
     results = iter([answers(2.0), answers(4.0)])
     late = {"error": "stopped", "out_of_time": True}
-    monkeypatch.setattr(runner, "run_worker", lambda job, end: next(results, late))
+    monkeypatch.setattr(runner, "run_worker", lambda job, left: next(results, late))
     rows = run_benchmark(replace(REQUEST, lengths=(16, 32), runs=3))
     assert [row["error"] for row in rows] == [None, None, "stopped", "stopped"]
     assert [row.get("runs") for row in rows] == [1, 1, None, None]
 
 
-def test_no_process_is_started_after_the_limit() -> None:
-    result = run_worker(JOB, time.monotonic() - 1)
-    assert result == {"error": "not run: the time limit was reached", "out_of_time": True}
+def test_no_process_is_started_after_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "run_worker", lambda *_: pytest.fail("started"))
+    for row in run_benchmark(replace(REQUEST, seconds_limit=1e-9)):
+        assert row["error"] == "not run: the time limit was reached"
 
 
 def test_a_process_that_takes_too_long_is_stopped() -> None:
     begin = time.monotonic()
-    result = run_worker(JOB, begin + 0.3)
+    result = run_worker(JOB, 0.3)
     assert result == {"error": "stopped: the time limit was reached", "out_of_time": True}
     assert time.monotonic() - begin < 5
     assert not psutil.Process().children()
@@ -292,7 +293,7 @@ def test_kernels_are_compared_with_their_absence(
 def test_a_failed_row_says_why_below_the_table(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runner, "run_worker", lambda job, end: {"error": "[out] of memory"})
+    monkeypatch.setattr(runner, "run_worker", lambda job, left: {"error": "[out] of memory"})
     main(["bench", "prefill", "--models", "pha-tiny", "--lengths", "16"])
     printed = capsys.readouterr().out
     assert "failed" in printed
@@ -321,7 +322,7 @@ def test_mistakes_are_one_line(
 def test_rows_are_kept_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[list[str | None]] = []
 
-    def note(job: Job, end: float | None) -> dict[str, Any]:
+    def note(job: Job, left: float | None) -> dict[str, Any]:
         path = tmp_path / "bench-prefill.json"
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
         found.append([row["error"] for row in rows])
@@ -341,7 +342,7 @@ def test_in_one_process_a_fallback_is_an_error(
 
     monkeypatch.setattr(peers, "VOCABULARY", 512)
     monkeypatch.setattr(runner, "run_worker", lambda *_: pytest.fail("in a process of its own"))
-    monkeypatch.setattr(worker, "_make", fall_back)
+    monkeypatch.setitem(worker.MODEL_MODES, "train", fall_back)
     with warnings.catch_warnings():
         main(["bench", "train", "--models", "pha-tiny", "--lengths", "16", "--in-process"])
     assert "RuntimeWarning: runs slower, by torch" in capsys.readouterr().out

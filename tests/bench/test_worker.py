@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from pha.bench import floors as floors_module
 from pha.bench import memory, peers
 from pha.bench import work as work_module
-from pha.bench.floors import Floors, Need, measure_floors
+from pha.bench.floors import Floors, Need
 from pha.bench.graphs import cache_tensors
 from pha.bench.op_work import OP_MODES, make_op_work, op_backends
 from pha.bench.work import DECODE_TOKENS, TRIAL_UNITS, Decode, Job, Prefill, Train
@@ -41,15 +41,6 @@ def test_the_time_allowed_is_the_slower_of_products_and_reads_plus_what_is_moved
     assert rates.seconds(Need(matmul_flops=200, attention_flops=10)) == 3.0
     assert rates.seconds(Need(matmul_flops=200, attention_flops=10, read_bytes=20)) == 4.0
     assert rates.seconds(Need(matmul_flops=200, read_bytes=5, moved_bytes=6)) == 5.0
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_measured_floors_are_those_of_a_computer(precision: str) -> None:
-    rates = measure_floors(CPU, precision, 64)
-    assert 1e8 < rates.matmul < 1e16
-    assert 1e6 < rates.sdpa < 1e16
-    assert 1e8 < rates.read < 1e13
-    assert 1e8 < rates.copy < 1e13
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -87,14 +78,11 @@ def test_a_static_cache_put_back_goes_on_as_before(model: str) -> None:
     work.choose_cache(["static cache"])
     decoding = work.decoding
     with torch.inference_mode():
-        before = [tensor.clone() for tensor in cache_tensors(decoding.cache)]
+        tensors = cache_tensors(decoding.cache)
+        before = [tensor.clone() for tensor in tensors]
         first = decoding.step(decoding.token)
-        changed = [
-            not torch.equal(now, saved)
-            for now, saved in zip(cache_tensors(decoding.cache), before, strict=True)
-        ]
-        assert any(changed)
-        for tensor, saved in zip(cache_tensors(decoding.cache), before, strict=True):
+        assert not all(map(torch.equal, tensors, before))
+        for tensor, saved in zip(tensors, before, strict=True):
             tensor.copy_(saved)
         assert torch.equal(decoding.step(decoding.token), first)
 
@@ -146,11 +134,8 @@ def test_training_steps_lower_the_loss(model: str, precision: str) -> None:
     for _ in range(3):
         work.unit()
     assert loss() < start
-    assert all(
-        not torch.equal(a, b)
-        for a, b in zip(before, work.model.parameters(), strict=True)
-        if a.ndim > 1
-    )
+    pairs = zip(before, work.model.parameters(), strict=True)
+    assert not any(torch.equal(a, b) for a, b in pairs if a.ndim > 1)
 
 
 @pytest.mark.parametrize(
@@ -205,9 +190,7 @@ def test_every_backend_of_every_op_can_be_measured(
     (seconds,) = time_units(work, CPU, 1e-9)
     assert seconds > 0
     assert work.tokens == 24
-    need = Floors(1.0, 1.0, 1.0, 1.0).seconds(work.need)
-    assert math.isfinite(need)
-    assert need > 0
+    assert 0 < Floors(1.0, 1.0, 1.0, 1.0).seconds(work.need) < math.inf
 
 
 def test_ops_need_what_their_shapes_say() -> None:
@@ -225,15 +208,6 @@ def test_ops_need_what_their_shapes_say() -> None:
     assert need("attention", "forward").matmul_flops == 2 * 4 * 4 * 40 * (12 * 13 / 2)
     documents = need("documents", "forward+backward", length=19).matmul_flops
     assert documents == 3 * 2 * 4 * 4 * 40 * (9 * 3 + 1)  # nine documents of two, one of one
-
-
-def test_bad_jobs_are_refused() -> None:
-    with pytest.raises(PHAError, match="no mode 'sleep'"):
-        measure(Job("sleep", "pha-tiny", "fp32", 1, 8))
-    with pytest.raises(PHAError, match="shapes of a preset"):
-        make_op_work(Job("gated-scan", "hf:gpt2", "fp32", 1, 8, backend="torch"), CPU)
-    with pytest.raises(PHAError, match="no backend 'fast'"):
-        make_op_work(Job("gated-scan", "pha-tiny", "fp32", 1, 8, backend="fast"), CPU)
 
 
 def test_errors_become_one_line() -> None:

@@ -99,14 +99,6 @@ def test_memory_does_not_grow_with_the_corpus(
     assert peak < 6_000_000
 
 
-def test_an_error_in_the_corpus_leaves_nothing(corpus: Path, tmp_path: Path, refuses) -> None:
-    with corpus.open("a") as file:
-        file.write("{")
-    with refuses("line 302", "not JSON"):
-        prepare(str(corpus), "bytes", tmp_path / "out" / "store")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
 # A suite that was started in the background ignores SIGINT, and so would its children.
 PROGRAM = """
 import signal, sys
@@ -170,16 +162,12 @@ def test_a_killed_preparation_is_cleaned_up_by_the_next(
     assert {path.name for path in out.parent.iterdir()} == {"store", *others}
 
 
-def test_separator_can_be_chosen(
-    document_folder: Path, split_folder: Path, tmp_path: Path, refuses
-) -> None:
+def test_separator_can_be_chosen(document_folder: Path, split_folder: Path, tmp_path: Path) -> None:
     plain = prepare(str(document_folder), "bytes", tmp_path / "a", separator="none")
     assert 256 not in plain.tokens("train")
     assert plain.describe()["separator"] == "none"
     ended = prepare(str(split_folder), "bytes", tmp_path / "b", separator="end-of-text")
     assert ended.tokens("test").tolist() == [*b"no line end", 256]
-    with refuses("separator", "maybe", "end-of-text"):
-        prepare(str(split_folder), "bytes", tmp_path / "c", separator="maybe")
 
 
 def test_long_documents_are_stored_in_order(split_folder: Path, tmp_path: Path) -> None:
@@ -205,17 +193,6 @@ def test_large_vocabularies_take_four_bytes(split_folder: Path, tmp_path: Path) 
     assert store.tokens("test").dtype == np.dtype("<u4")
     assert store.tokens("test").tolist() == [70_000 + byte for byte in b"no line end"]
     assert TokenStore.open(store.path).counts("test").tokens == 11
-
-
-def test_sha256_follows_data_and_tokenizer(split_folder: Path, tmp_path: Path) -> None:
-    def made(name: str, **options: str) -> str:
-        return prepare(str(split_folder), "bytes", tmp_path / name, **options).sha256
-
-    first = made("a")
-    assert made("b") == first
-    assert made("c", separator="end-of-text") != first
-    (split_folder / "train.txt").write_text("other text")
-    assert made("d") != first
 
 
 def test_failure_in_the_middle_leaves_nothing(split_folder: Path, tmp_path: Path) -> None:

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pha.data.sampler import WindowSampler, evaluation_windows
+from pha.data.sampler import WindowSampler
 
 
 def test_windows_cover_every_target_once_per_epoch() -> None:
@@ -60,13 +57,13 @@ def test_rows_are_slices_of_the_global_batch() -> None:
     starts = np.array([0, 5, 77])
     sampler = WindowSampler(np.arange(101), 5, 6, seed=3, document_starts=starts)
     whole = sampler.batch(4)
-    parts = [sampler.rows(4, start, stop) for start, stop in ((0, 1), (1, 4), (4, 6))]
+    parts = [sampler.batch(4, start, stop) for start, stop in ((0, 1), (1, 4), (4, 6))]
     assert torch.equal(torch.cat([part.inputs for part in parts]), whole.inputs)
     assert torch.equal(torch.cat([part.targets for part in parts]), whole.targets)
     masks = [part.document_starts for part in parts if part.document_starts is not None]
     assert whole.document_starts is not None
     assert torch.equal(torch.cat(masks), whole.document_starts)
-    assert sampler.rows(4, 2, 2).inputs.shape == (0, 5)
+    assert sampler.batch(4, 2, 2).inputs.shape == (0, 5)
 
 
 @given(
@@ -88,54 +85,9 @@ def test_document_starts_mark_first_tokens(total: int, length: int, others: set[
         assert torch.equal(batch.document_starts, expected)
 
 
-def test_memory_mapped_tokens(tmp_path: Path) -> None:
-    path = tmp_path / "tokens.bin"
-    np.arange(100, dtype="<u2").tofile(path)
-    tokens = np.memmap(path, dtype="<u2", mode="r")
-    batch = WindowSampler(tokens, 10, 4, seed=0).batch(0)
-    assert torch.equal(batch.targets, batch.inputs + 1)
-    batch.inputs.zero_()
-    assert tokens[5] == 5
-
-
 def test_sampler_refuses_what_it_cannot_do(refuses) -> None:
     tokens = np.arange(41)
     with refuses("41 tokens", "4 windows of 10", "global batch of 5", "lower"):
         WindowSampler(tokens, 10, 5, seed=0)
     with refuses("0 windows"):
         WindowSampler(tokens[:0], 10, 1, seed=0)
-    for length, size, seed in ((0, 1, 0), (1, 0, 0), (1, 1, -1)):
-        with refuses("at least"):
-            WindowSampler(tokens, length, size, seed)
-    sampler = WindowSampler(tokens, 10, 4, seed=0)
-    for step, start, stop in ((-1, 0, 1), (0, 0, 5), (0, -1, 2), (0, 3, 2)):
-        with refuses("rows"):
-            sampler.rows(step, start, stop)
-
-
-@given(st.integers(2, 120), st.integers(1, 20), st.data())
-def test_evaluation_scores_each_target_once(total: int, length: int, data: st.DataObject) -> None:
-    stride = data.draw(st.none() | st.integers(1, length))
-    scored: list[int] = []
-    for number, window in enumerate(evaluation_windows(total, length, stride)):
-        assert 0 <= window.start < window.end <= total - 1
-        assert window.end - window.start <= length
-        scored += range(window.start + window.first_scored + 1, window.end + 1)
-        if number and stride is not None:
-            assert window.first_scored == length - stride
-    assert scored == list(range(1, total))
-
-
-def test_evaluation_windows_by_hand() -> None:
-    assert list(evaluation_windows(10, 4)) == [(0, 4, 0), (4, 8, 0), (8, 9, 0)]
-    assert list(evaluation_windows(9, 4, 4)) == [(0, 4, 0), (4, 8, 0)]
-    assert list(evaluation_windows(10, 4, 3)) == [(0, 4, 0), (3, 7, 1), (6, 9, 1)]
-    assert list(evaluation_windows(3, 100, 7)) == [(0, 2, 0)]
-
-
-@pytest.mark.parametrize(("total", "stride"), [(1, None), (0, None), (10, 0), (10, 5)])
-def test_evaluation_windows_that_would_leave_tokens_out(
-    total: int, stride: int | None, refuses
-) -> None:
-    with refuses(str(total) if stride is None else f"stride {stride}"):
-        evaluation_windows(total, 4, stride)

@@ -58,25 +58,23 @@ def test_split_that_is_absent(split_folder: Path, tmp_path: Path, refuses) -> No
             ask("test")
 
 
-@pytest.mark.parametrize("verify", [True, False])
-def test_stores_without_a_split_rule_are_read(store: TokenStore, verify: bool) -> None:
+def test_stores_without_a_split_rule_are_read(store: TokenStore) -> None:
     record = json.loads((store.path / "store.json").read_text())
     del record["split"], record["tokenizer_training_bytes"]
     (store.path / "store.json").write_text(json.dumps(record))
-    older = TokenStore.open(store.path, verify=verify)
+    older = TokenStore.open(store.path)
     assert older.sha256 == store.sha256
     assert older.describe()["split"] is None
 
 
-@pytest.mark.parametrize("verify", [True, False])
-def test_truncated_tokens(store: TokenStore, verify: bool, refuses) -> None:
+def test_truncated_tokens(store: TokenStore, refuses) -> None:
     path = store.path / "train.bin"
     path.write_bytes(path.read_bytes()[:-2])
     with refuses("train.bin", "truncated", "prepare"):
-        TokenStore.open(store.path, verify=verify)
+        TokenStore.open(store.path)
     path.unlink()
     with refuses("train.bin", "missing"):
-        TokenStore.open(store.path, verify=verify)
+        TokenStore.open(store.path)
 
 
 def test_flipped_bit_in_tokens(store: TokenStore, refuses) -> None:
@@ -84,7 +82,6 @@ def test_flipped_bit_in_tokens(store: TokenStore, refuses) -> None:
     data = bytearray(path.read_bytes())
     data[6] ^= 1
     path.write_bytes(data)
-    TokenStore.open(store.path, verify=False)
     with refuses("validation.bin", "SHA-256"):
         TokenStore.open(store.path)
 
@@ -93,25 +90,25 @@ def test_flipped_bit_in_tokens(store: TokenStore, refuses) -> None:
 def test_altered_document_starts(store: TokenStore, starts: list[float], refuses) -> None:
     np.save(store.path / "test.documents.npy", np.array(starts))
     with refuses("test.documents.npy", "prepare"):
-        TokenStore.open(store.path, verify=False)
+        TokenStore.open(store.path)
 
 
 def test_document_starts_are_never_unpickled(store: TokenStore, refuses) -> None:
     np.save(store.path / "test.documents.npy", np.array([{}], dtype=object), allow_pickle=True)
     with refuses("test.documents.npy", "damaged"):
-        TokenStore.open(store.path, verify=False)
+        TokenStore.open(store.path)
     (store.path / "test.documents.npy").write_bytes(b"")
     with refuses("test.documents.npy", "damaged"):
-        TokenStore.open(store.path, verify=False)
+        TokenStore.open(store.path)
 
 
 def test_swapped_tokenizer(store: TokenStore, refuses) -> None:
     load_tokenizer("bpe:258", ["abab"]).save_pretrained(str(store.path / "tokenizer"))
     with refuses("tokenizer", "prepare"):
-        TokenStore.open(store.path, verify=False)
+        TokenStore.open(store.path)
     (store.path / "tokenizer" / "tokenizer.json").unlink()
     with refuses("tokenizer.json"):
-        TokenStore.open(store.path, verify=False)
+        TokenStore.open(store.path)
 
 
 def test_ids_beyond_the_vocabulary(store: TokenStore, refuses) -> None:

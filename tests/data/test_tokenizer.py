@@ -88,11 +88,6 @@ def test_every_text_survives(
         assert tokenizer.decode(TextEncoder(tokenizer).encode(text).tolist()) == text
 
 
-def test_decoding_leaves_spaces_before_punctuation(bpe: PreTrainedTokenizerFast) -> None:
-    text = "Hello , world . It 's n't ? "
-    assert bpe.decode(bpe(text)["input_ids"]) == text
-
-
 @pytest.mark.parametrize("spec", ["bpe:", "bpe:256", "bpe:4k", "bpe:-5", "bpe:²"])
 def test_bpe_sizes_that_make_no_sense(spec: str, refuses) -> None:
     with refuses(spec, "SIZE", "257"):

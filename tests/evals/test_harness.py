@@ -22,6 +22,7 @@ from pha.cli import main
 from pha.data import TokenStore
 from pha.evals.harness import harness_command
 from pha.evals.perplexity import evaluate
+from pha.evals.protocols import Protocol
 from pha.loading import LoadedModel
 
 SHARING = Path(__file__).parents[2] / "docs" / "sharing.md"
@@ -68,7 +69,9 @@ def test_rolling_loglikelihood_is_that_of_our_evaluation(
 ) -> None:
     length, count = 16, 5
     tokens = store.tokens("test")[: length * count + 1].tolist()
-    ours = evaluate(writer.model, store, sequence_length=length, max_tokens=length * count)
+    ours = evaluate(
+        writer.model, store, "test", Protocol(length, length), max_tokens=length * count
+    )
     # The first token is context in ours; in the harness a token put before the text is.
     text = writer.tokenizer.decode(tokens[1:])
     theirs = rolling(writer, text, length, batch_size, tokens[0])

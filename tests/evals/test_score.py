@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from pha.cli import main
 from pha.data.tokenizer import load_tokenizer
-from pha.evals import score as module
-from pha.evals.score import read_text, score, stream
+from pha.evals.score import score, stream
 from pha.loading import LoadedModel
 from pha.report.surprise import Collector, words
 from pha.utils.errors import PHAError
@@ -81,20 +80,6 @@ def test_words_across_parts_count_once(sizes: list[int]) -> None:
     result = score(loaded, "x", cut(TEXT[:200], sizes))
     assert result.words == len(TEXT[:200].split()) + TEXT[:200].count("\n")
     assert result.bytes == len(TEXT[:200].encode())
-
-
-def test_files_are_read_in_parts_as_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "READ_CHARACTERS", 7)
-    path = tmp_path / "x.txt"
-    path.write_bytes(TEXT.encode())
-    parts = list(read_text(path))
-    assert "".join(parts) == TEXT
-    assert max(map(len, parts)) == 7
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(PHAError, match="not UTF-8"):
-        list(read_text(path))
 
 
 def test_nothing_to_predict_is_refused() -> None:

@@ -11,6 +11,7 @@ import torch
 from pha.data import TokenStore
 from pha.evals.generation import Sampling, generate
 from pha.evals.perplexity import evaluate
+from pha.evals.protocols import Protocol
 from pha.loading import LoadedModel
 from pha.modeling import PHAConfig, PHAForCausalLM
 
@@ -88,7 +89,7 @@ def test_perplexity_is_that_of_a_cpu(
 ) -> None:
     cpu = make("pha-tiny")
     results = [
-        evaluate(model, store, "validation", sequence_length=64, packed_documents=True, precision=p)
+        evaluate(model, store, "validation", Protocol(64, 64, True), precision=p)
         for model, p in ((cpu, "fp32"), (copy.deepcopy(cpu).to(device), precision))
     ]
     limit = 1e-5 if precision == "fp32" else 5e-3

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pha.ops import OPS
+from pha.ops.attention import attention_mask
 
 Inputs = dict[str, Any]
 Function = Callable[..., Any]
@@ -159,6 +160,16 @@ def starts_of(lengths: list[int]) -> Tensor:
     starts = torch.zeros(1, sum(lengths), dtype=torch.bool)
     starts[0, [sum(lengths[:i]) for i in range(len(lengths))]] = True
     return starts
+
+
+def mask_of(
+    T: int, S: int, starts: Tensor | None = None, tokens: Tensor | None = None
+) -> Tensor | None:
+    """What the last T of S positions may attend to; None where causality says it all."""
+    key = torch.arange(S)
+    if starts is None and tokens is None:
+        return None
+    return attention_mask(key[S - T :], key, starts, tokens)
 
 
 def gradcheck(function: Function, inputs: Inputs, atol: float = 1e-7) -> None:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops import OPS
-from pha.ops.attention import attention_mask
-from tests.ops.common import Inputs, converted, magnitudes, outcome, worst
+from tests.ops.common import Inputs, converted, magnitudes, mask_of, outcome, worst
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -77,7 +76,7 @@ def unit_rotary(new: Problem, B: int, T: int, n: int) -> Inputs:
 def attention(new: Problem, B: int, T: int, n: int) -> Inputs:
     heads, groups, S = *new.data.draw(st.sampled_from([(1, 1), (4, 2), (6, 2)])), T + n - 1
     shapes = {"q": (B, heads, T, 2 * n), "k": (B, groups, S, 2 * n), "v": (B, groups, S, 2 * n)}
-    mask = attention_mask(T, S, torch.device("cpu"), new.flags(B, S), new.flags(B, S))
+    mask = mask_of(T, S, new.flags(B, S), new.flags(B, S))
     window = new.data.draw(st.sampled_from([None, 1, 3, 100]))
     return {name: new(*x) for name, x in shapes.items()} | {"mask": mask, "window": window}
 

@@ -397,7 +397,7 @@ def test_shapes_that_do_not_fit_are_named(name: str) -> None:
 def test_as_an_operator_of_torch() -> None:
     inputs = [x.requires_grad_() for x in problem(2, 7, 3, dtype=torch.float32).values()]
     torch.library.opcheck(
-        torch.ops.pha.gated_scan.default, (*inputs, starts_of([3, 4]).expand(2, 7), None)
+        torch.ops.pha.gated_scan.default, (*inputs, starts_of([3, 4]).expand(2, 7), None, "torch")
     )
 
 
@@ -480,11 +480,13 @@ def test_the_form_by_size() -> None:
 
 
 def test_where_it_cannot_run_torch_takes_over_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> float:
+        raise ValueError("no compiler")
+
     monkeypatch.setattr(triton_runtime, "_FAULTS", {})
-    monkeypatch.setattr(triton_runtime, "_fault", lambda device: "broken")
-    triton_runtime._warn.cache_clear()
+    monkeypatch.setattr(triton_runtime, "_largest_error", fail)
     inputs = problem(2, 37, 19, "starts and mask", True, torch.float32)
-    with pytest.warns(RuntimeWarning, match=r"Triton cannot be used \(broken\)") as caught:
+    with pytest.warns(RuntimeWarning, match=r"used \(ValueError: no compiler\)") as caught:
         actual = outcome(backend_function("triton"), inputs)
     assert len(caught) == 1
     assert worst(actual, outcome(backend_function("torch"), inputs)) == 0
@@ -494,6 +496,9 @@ def test_where_it_cannot_run_torch_takes_over_once(monkeypatch: pytest.MonkeyPat
 @kernels[1]
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     device, right = device_of("triton"), triton_scan.scan_forward
-    assert triton_runtime._fault(device) is None
+    monkeypatch.setattr(triton_runtime, "_FAULTS", {})
+    assert triton_runtime.fault(device) is None
     monkeypatch.setattr(triton_scan, "scan_forward", lambda *x: tuple(1.001 * y for y in right(*x)))
-    assert "off by" in str(triton_runtime._fault(device))
+    monkeypatch.setattr(triton_runtime, "_FAULTS", {})
+    with pytest.warns(RuntimeWarning, match="off by"):
+        assert triton_runtime.fault(device) is not None

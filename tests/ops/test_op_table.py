@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from pha.ops import (
     swiglu,
     unit_rotary,
 )
+from pha.ops.testing import relative_error
 from pha.utils.errors import PHAError
 
 CPU_BACKENDS = [
@@ -150,3 +152,12 @@ def test_what_runs_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
         assert in_use("cpu")["gated_scan"] == "naive"
     monkeypatch.setattr(OPS["swiglu"], "fault", lambda *_: "broken")
     assert in_use("cpu")["swiglu"] == "torch cannot run: broken"
+
+
+def test_a_backend_that_writes_nan_is_not_right() -> None:
+    def bad(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.arange(5) == 3, torch.nan, x)
+
+    x = torch.ones(5)
+    assert math.isnan(relative_error(lambda x: (x, bad(x)), lambda x: (x, x), x))
+    assert relative_error(lambda x: (x, x), lambda x: (x, x), x) < 1e-6

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from pha.data import TokenStore
 from pha.evals.perplexity import evaluate
+from pha.evals.protocols import Protocol
 from pha.loading import load_model
 from pha.results import RunResult
 from pha.runs import RunFolder
@@ -64,7 +65,7 @@ def test_the_average_is_the_mean_of_the_best_and_the_better_one_is_chosen(
     for candidate, folder in ((best, run.best_model(best.steps[0])), (average, run.averaged)):
         model = load_model(folder).model
         for split in ("validation", "test"):
-            score = evaluate(model, store, split, sequence_length=32)
+            score = evaluate(model, store, split, Protocol(32, 32))
             scores[candidate.name, split] = score.perplexity
         assert candidate.validation_perplexity == scores[candidate.name, "validation"]
         assert candidate.evaluation.perplexity == scores[candidate.name, "test"]

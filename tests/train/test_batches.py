@@ -27,7 +27,7 @@ def test_pieces_come_as_the_sampler_has_them_in_any_order(
     places = [(0, 0), (0, 1), (1, 0), (last, 1), (last + 1, 0), (0, 1), (0, 0), (0, 0)]
     with BatchFeed(sampler, PIECES, CPU, ahead) as feed:
         for step, piece in places:
-            inputs, batch = feed.get(step, piece), sampler.rows(step, *PIECES[piece])
+            inputs, batch = feed.get(step, piece), sampler.batch(step, *PIECES[piece])
             assert torch.equal(inputs["input_ids"], batch.inputs)
             assert torch.equal(inputs["shift_labels"], batch.targets)
             assert torch.equal(inputs["document_starts"], batch.document_starts)
@@ -37,13 +37,13 @@ def test_the_next_piece_is_read_before_it_is_asked_for(
     sampler: WindowSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
-    original = WindowSampler.rows
+    original = WindowSampler.batch
 
     def rows(self: WindowSampler, *place: int) -> object:
         read.append(place)
         return original(self, *place)
 
-    monkeypatch.setattr(WindowSampler, "rows", rows)
+    monkeypatch.setattr(WindowSampler, "batch", rows)
     feed = BatchFeed(sampler, PIECES, CPU, ahead=True)
     with feed:
         feed.get(0, 1)
@@ -61,13 +61,13 @@ def test_the_next_piece_is_read_before_it_is_asked_for(
 def test_what_was_read_ahead_is_not_waited_for(
     sampler: WindowSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = WindowSampler.rows
+    original = WindowSampler.batch
 
     def rows(self: WindowSampler, *place: int) -> object:
         time.sleep(0.2)
         return original(self, *place)
 
-    monkeypatch.setattr(WindowSampler, "rows", rows)
+    monkeypatch.setattr(WindowSampler, "batch", rows)
     for ahead in (False, True):
         with BatchFeed(sampler, PIECES, CPU, ahead) as feed:
             feed.get(0, 0)
@@ -78,6 +78,12 @@ def test_what_was_read_ahead_is_not_waited_for(
         assert (feed.waited < 0.4) == ahead
 
 
-def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for(sampler: WindowSampler) -> None:
-    with BatchFeed(sampler, [(0, 9)], CPU, ahead=True) as feed, pytest.raises(Exception, match="9"):
+def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for(
+    sampler: WindowSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(WindowSampler, "batch", fail)
+    with BatchFeed(sampler, PIECES, CPU, ahead=True) as feed, pytest.raises(OSError, match="disk"):
         feed.get(0, 0)

@@ -54,35 +54,36 @@ def examine() -> dict[str, Any]:
         environment[f"matmul {precision}"] = f"{rate / 1e9:,.0f} GFLOP/s measured"
     environment["precision auto"] = choose_precision("auto", device)
     devices = ["cpu"] if device.type == "cpu" else ["cpu", device.type]
-    backends = []
-    for op in OPS.values():
-        for where in devices:
-            for name in op.backends:
-                if not op.runs_on(name, where):
-                    if op.only_on[name] not in devices:
-                        backends.append(_elsewhere(op, name, where))
-                    continue
-                reason, error = op.fault(name, where), None
-                if reason is None:
-                    error = op.self_check(name, where)
-                    reason = op.fault(name, where)  # some are found out by the first use
-                if reason is not None:
-                    error = None  # of what computed in its place
-                backends.append(
-                    {
-                        "op": op.name,
-                        "device": where,
-                        "backend": name,
-                        "used": op.choice(where) == name,
-                        "error": error,
-                        "ok": error is not None and error < TOLERANCE,
-                        "reason": None if reason is None else f"cannot run: {reason}",
-                        "limits": op.limits.get(name),
-                    }
-                )
+    backends = [
+        _check(op, name, where)
+        for op in OPS.values()
+        for where in devices
+        for name in op.backends
+        if op.runs_on(name, where) or op.only_on[name] not in devices
+    ]
     backends.append(_decoder())
     healthy = all(check["ok"] is not False for check in backends)
     return {"environment": environment, "backends": backends, "healthy": healthy}
+
+
+def _check(op: Op, name: str, where: str) -> dict[str, Any]:
+    """The record of a backend on a type of device; `ok` is None for one of another type."""
+    record = {
+        "op": op.name,
+        "device": where,
+        "backend": name,
+        "used": op.choice(where) == name,
+        "error": None,
+        "ok": None,
+        "reason": None,
+        "limits": op.limits.get(name),
+    }
+    if not op.runs_on(name, where):
+        return record | {"reason": f"not usable here: runs on {op.only_on[name]}"}
+    if (reason := op.fault(name, where)) is not None:
+        return record | {"ok": False, "reason": f"cannot run: {reason}"}
+    error = op.self_check(name, where)
+    return record | {"error": error, "ok": error < TOLERANCE}
 
 
 def _decoder() -> dict[str, Any]:
@@ -109,16 +110,3 @@ def _decoder() -> dict[str, Any]:
         return record | {"ok": False, "reason": f"cannot run: {reason}"}
     error = float((logits[0] - logits[1]).abs().max() / logits[1].abs().max())
     return record | {"used": True, "error": error, "ok": error < TOLERANCE, "reason": None}
-
-
-def _elsewhere(op: Op, name: str, device_type: str) -> dict[str, Any]:
-    """The record of a backend for a type of device that is not here: `ok` is neither."""
-    return {
-        "op": op.name,
-        "device": device_type,
-        "backend": name,
-        "used": op.choice(device_type) == name,
-        "error": None,
-        "ok": None,
-        "reason": f"not usable here: runs on {op.only_on[name]}",
-    }

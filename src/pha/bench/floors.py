@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from pha.utils.hardware import PRECISIONS, matmul_rate, synchronise
+from pha.utils.hardware import PRECISIONS, matmul_rate, seconds_of
 
 SDPA_HEADS, SDPA_HEAD_SIZE = 12, 64
 SDPA_LONGEST = 8192  # tokens; a longer one takes long and is no faster
 BUFFER_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}  # far larger than any cache
-REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -56,70 +54,43 @@ class Floors:
         multiplying = need.matmul_flops / self.matmul + need.attention_flops / self.sdpa
         return max(multiplying, need.read_bytes / self.read) + need.moved_bytes / self.copy
 
-    def to_dict(self) -> dict[str, float]:
-        """Plain mapping for JSON."""
-        return asdict(self)
-
 
 def measure_floors(device: torch.device, precision: str, length: int) -> Floors:
-    """Measure all of them.
-
-    Args:
-        device: where the job runs.
-        precision: fp32 or bf16.
-        length: T of the attention.
-    """
+    """Measure all of them, for jobs in fp32 or bf16 whose attention is over `length` tokens."""
     return Floors(
         matmul_rate(device, precision),
-        sdpa_rate(device, precision, min(length, SDPA_LONGEST)),
-        read_bandwidth(device),
-        copy_bandwidth(device),
+        _sdpa_rate(device, precision, min(length, SDPA_LONGEST)),
+        *_bandwidths(device),
     )
 
 
-def best_seconds(work: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
-    """Shortest of `repeats` runs of `work`, after one that is not counted."""
-    best = float("inf")
-    for attempt in range(repeats + 1):
-        synchronise(device)
-        begin = time.perf_counter()
-        work()
-        synchronise(device)
-        if attempt:
-            best = min(best, time.perf_counter() - begin)
-    return best
+def _best_seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Shortest of some runs of `work`, after one that is not counted."""
+    work()
+    return min(seconds_of(work, device) for _ in range(repeats))
 
 
 @functools.cache
 @torch.no_grad()
-def sdpa_rate(device: torch.device, precision: str, length: int) -> float:
+def _sdpa_rate(device: torch.device, precision: str, length: int) -> float:
     """FLOP/s of causal attention over `length` tokens with 12 heads of 64, causal pairs only."""
     shape = (1, SDPA_HEADS, length, SDPA_HEAD_SIZE)
     size = SDPA_HEADS * length * SDPA_HEAD_SIZE
     q = torch.arange(size, device=device).sin().view(shape).to(PRECISIONS[precision])
     k, v = q.flip(0, 2), q.flip(2)
     flops = 4 * SDPA_HEADS * SDPA_HEAD_SIZE * length * (length + 1) / 2
-    repeats = 3 if length > 2048 else REPEATS
-    return flops / best_seconds(
-        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), device, repeats
+    return flops / _best_seconds(
+        lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        device,
+        repeats=3 if length > 2048 else 5,
     )
 
 
 @functools.cache
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes/s of a sum over a large buffer."""
-    buffer = _buffer(device)
-    return buffer.nbytes / best_seconds(buffer.sum, device)
-
-
-@functools.cache
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes/s of a copy of a large buffer, those read and those written together."""
-    source = _buffer(device)
+def _bandwidths(device: torch.device) -> tuple[float, float]:
+    """Bytes/s of a sum over a large buffer, and of its copy, those read and written together."""
+    source = torch.ones(BUFFER_BYTES.get(device.type, BUFFER_BYTES["cpu"]) // 4, device=device)
     target = torch.zeros_like(source)
-    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device)
-
-
-def _buffer(device: torch.device) -> torch.Tensor:
-    size = BUFFER_BYTES.get(device.type, BUFFER_BYTES["cpu"])
-    return torch.ones(size // 4, device=device)
+    reading = _best_seconds(source.sum, device)
+    copying = _best_seconds(lambda: target.copy_(source), device)
+    return source.nbytes / reading, 2 * source.nbytes / copying

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from pha.bench.floors import Need
 from pha.bench.peers import AttentionShape, model_config
 from pha.bench.work import Job, Work
-from pha.modeling import PHAConfig
 from pha.ops import OPS
 from pha.ops.attention import attention_mask
-from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS
 
 OP_MODES = {
@@ -36,34 +36,32 @@ def op_backends(mode: str, device_type: str) -> list[str]:
     return [name for name in op.backends if name != "naive" and op.runs_on(name, device_type)]
 
 
+@dataclass
 class OpWork(Work):
     """A function of tensors, with or without the gradients of all of them.
 
-    Args:
+    Attributes:
+        job: `backend` is `NAME` or `NAME, forward+backward`.
         function: of the inputs, returning a tensor or a tuple of which the first counts.
         inputs: floating tensors.
-        backward: whether gradients are computed too.
-        autocast: the type of matrix products, None for that of the inputs.
-        tokens: of one unit.
         need: of one unit.
         setting: in words.
+        autocast: the type of matrix products, None for that of the inputs.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., Any],
-        inputs: list[Tensor],
-        *,
-        backward: bool,
-        autocast: torch.dtype | None,
-        tokens: int,
-        need: Need,
-        setting: str,
-    ) -> None:
-        self.function, self.backward, self.autocast = function, backward, autocast
-        self.inputs = [x.requires_grad_(backward) for x in inputs]
-        self.tokens, self.need, self.setting = tokens, need, setting
+    job: Job
+    function: Callable[..., Any]
+    inputs: list[Tensor]
+    need: Need
+    setting: str
+    autocast: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = self.job.batch * self.job.length
+        self.backward = _is_backward(self.job)
         self.output_gradient: Tensor | None = None
+        for x in self.inputs:
+            x.requires_grad_(self.backward)
 
     def unit(self) -> None:
         """Forward, and backward if asked for."""
@@ -82,22 +80,15 @@ class OpWork(Work):
 
 
 def make_op_work(job: Job, device: torch.device) -> OpWork:
-    """The work of a job whose mode is an op. `job.backend` is `NAME` or `NAME, forward+backward`.
-
-    Raises:
-        PHAError: the model is not one of ours, or there is no such backend.
-    """
+    """The work of a job whose mode is an op."""
     config = model_config(job.model, job.length)
-    if not isinstance(config, PHAConfig):
-        raise PHAError(f"{job.mode} is timed at the shapes of a preset of ours, not {job.model}")
-    op = OPS[OP_MODES[job.mode]]
-    name, _, passes = job.backend.partition(", ")
-    if name not in op.backends:
-        raise PHAError(f"{job.mode} has no backend {name!r}; it has {', '.join(op.backends)}")
+    function = OPS[OP_MODES[job.mode]].backends[job.backend.partition(", ")[0]]
     makers = {"gated-scan": _gated_scan, "loss": _loss}
-    return makers.get(job.mode, _attention)(
-        job, config, device, op.backends[name], passes == PASSES[1]
-    )
+    return makers.get(job.mode, _attention)(job, config, device, function)
+
+
+def _is_backward(job: Job) -> bool:
+    return job.backend.endswith(PASSES[1])
 
 
 def _random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -106,7 +97,7 @@ def _random(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
 
 
 def _gated_scan(
-    job: Job, config: PHAConfig, device: torch.device, function: Callable[..., Any], backward: bool
+    job: Job, config: PreTrainedConfig, device: torch.device, function: Callable[..., Any]
 ) -> OpWork:
     """Must read gate and value and write h; backward reads dh, h, both, and writes their like."""
     dtype = PRECISIONS[job.precision]
@@ -114,18 +105,16 @@ def _gated_scan(
     gate, value = _random(device, dtype, *shape), _random(device, dtype, *shape).flip(0)
     a = torch.linspace(0.9, 0.999, config.state_size, device=device)
     return OpWork(
+        job,
         function,
         [gate, value, a, (1 - a * a).sqrt()],
-        backward=backward,
-        autocast=None,
-        tokens=job.batch * job.length,
-        need=Need(moved_bytes=(9.0 if backward else 3.0) * value.nbytes),
-        setting=f"gate and value ({job.batch}, {job.length}, {config.state_size})",
+        Need(moved_bytes=(9.0 if _is_backward(job) else 3.0) * value.nbytes),
+        f"gate and value ({job.batch}, {job.length}, {config.state_size})",
     )
 
 
 def _loss(
-    job: Job, config: PHAConfig, device: torch.device, function: Callable[..., Any], backward: bool
+    job: Job, config: PreTrainedConfig, device: torch.device, function: Callable[..., Any]
 ) -> OpWork:
     """Must multiply for the logits, and for dx and dW backward. Weights are fp32 as in training."""
     dtype = PRECISIONS[job.precision]
@@ -133,20 +122,19 @@ def _loss(
     x = _random(device, dtype, rows, config.hidden_size)
     weight = 0.02 * _random(device, torch.float32, config.vocab_size, config.hidden_size)
     targets = torch.arange(rows, device=device) % config.vocab_size
-    products = 3 if backward else 1
+    products = 3 if _is_backward(job) else 1
     return OpWork(
+        job,
         lambda x, weight: function(x, weight, targets),
         [x, weight],
-        backward=backward,
+        Need(matmul_flops=2.0 * products * x.numel() * config.vocab_size),
+        f"x ({rows}, {config.hidden_size}), V {config.vocab_size}",
         autocast=dtype if job.precision == "bf16" else None,
-        tokens=rows,
-        need=Need(matmul_flops=2.0 * products * x.numel() * config.vocab_size),
-        setting=f"x ({rows}, {config.hidden_size}), V {config.vocab_size}",
     )
 
 
 def _attention(
-    job: Job, config: PHAConfig, device: torch.device, function: Callable[..., Any], backward: bool
+    job: Job, config: PreTrainedConfig, device: torch.device, function: Callable[..., Any]
 ) -> OpWork:
     """Must multiply over causal pairs, at best at the matmul rate; backward twice as much again.
 
@@ -167,17 +155,15 @@ def _attention(
     mask, setting, sizes = None, "", [job.length]
     if job.mode == "documents":
         size = max(1, job.length // DOCUMENTS)
-        starts = torch.arange(job.length, device=device).expand(job.batch, -1) % size == 0
-        mask = attention_mask(job.length, job.length, device, starts)
+        places = torch.arange(job.length, device=device)
+        mask = attention_mask(places, places, places.expand(job.batch, -1) % size == 0)
         whole, rest = divmod(job.length, size)
         sizes, setting = [size] * whole + [rest], f", documents of {size}"
     flops = job.batch * sum(shape.flops(size, size) for size in sizes)
     return OpWork(
+        job,
         lambda q, k, v: function(q, k, v, mask, window),
         [q, k, v],
-        backward=backward,
-        autocast=None,
-        tokens=job.batch * job.length,
-        need=Need(matmul_flops=flops * (3 if backward else 1)),
-        setting=f"H {heads}, G {key_heads}, K {head_size}, T {job.length}{setting}",
+        Need(matmul_flops=flops * (3 if _is_backward(job) else 1)),
+        f"H {heads}, G {key_heads}, K {head_size}, T {job.length}{setting}",
     )

@@ -31,13 +31,11 @@ class Peer:
 
     Attributes:
         model_type: its name in transformers.
-        about: what it is, in a few words.
         parameters: the size that the shape is chosen for; None where it is only for trying out.
         shape: fields of its configuration.
     """
 
     model_type: str
-    about: str
     parameters: float | None
     shape: dict[str, Any]
 
@@ -77,32 +75,24 @@ _TIED = {"tie_word_embeddings": True}
 _NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 _GPT2_TINY = {"n_embd": 64, "n_layer": 2, "n_head": 4}
 
-_GRIFFIN = "two gated recurrences to one attention of window 2,048"
-
 PEERS: dict[str, Peer] = {
-    "gpt2": Peer("gpt2", "attention and FFN, learned positions", 130e6, _NO_DROPOUT),
-    "llama": Peer(
-        "llama", "grouped-query attention and SwiGLU", 183e6, _TIED | _sizes(768, 24, 12, 4, 1920)
-    ),
+    "gpt2": Peer("gpt2", 130e6, _NO_DROPOUT),
+    "llama": Peer("llama", 183e6, _TIED | _sizes(768, 24, 12, 4, 1920)),
     "falcon-h1": Peer(
         "falcon_h1",
-        "Mamba-2 beside attention in every layer",
         174e6,
         _TIED | _sizes(768, 12, 12, 4, 2560) | _falcon_state(1536, 24, 64, 128),
     ),
-    "mamba2": Peer("mamba2", "state space only", 129e6, _TIED | _mamba(768, 24, 24, 64, 128)),
-    "recurrent-gemma": Peer("recurrent_gemma", _GRIFFIN, 123e6, _sizes(768, 12, 6, 1, 4608)),
+    "mamba2": Peer("mamba2", 129e6, _TIED | _mamba(768, 24, 24, 64, 128)),
+    "recurrent-gemma": Peer("recurrent_gemma", 123e6, _sizes(768, 12, 6, 1, 4608)),
     # Miniatures, for trying a command out before the real models are paid for.
-    "gpt2-tiny": Peer("gpt2", "miniature", None, _NO_DROPOUT | _GPT2_TINY),
-    "llama-tiny": Peer("llama", "miniature", None, _TIED | _sizes(64, 2, 4, 2, 160)),
+    "gpt2-tiny": Peer("gpt2", None, _NO_DROPOUT | _GPT2_TINY),
+    "llama-tiny": Peer("llama", None, _TIED | _sizes(64, 2, 4, 2, 160)),
     "falcon-h1-tiny": Peer(
-        "falcon_h1",
-        "miniature",
-        None,
-        _TIED | _sizes(64, 2, 4, 2, 160) | _falcon_state(128, 4, 32, 16),
+        "falcon_h1", None, _TIED | _sizes(64, 2, 4, 2, 160) | _falcon_state(128, 4, 32, 16)
     ),
-    "mamba2-tiny": Peer("mamba2", "miniature", None, _TIED | _mamba(64, 2, 4, 32, 16)),
-    "recurrent-gemma-tiny": Peer("recurrent_gemma", "miniature", None, _sizes(64, 3, 4, 1, 320)),
+    "mamba2-tiny": Peer("mamba2", None, _TIED | _mamba(64, 2, 4, 32, 16)),
+    "recurrent-gemma-tiny": Peer("recurrent_gemma", None, _sizes(64, 3, 4, 1, 320)),
 }
 """By the name that follows `hf:`."""
 

@@ -32,7 +32,7 @@ MEDIANS = (
     *("unit_seconds", "peak_memory", "work_memory"),
     *("floor_seconds", "of_floor", "utilisation", "weight_bandwidth"),
 )
-SIZES = ("parameters", "weight_bytes", "setting", "device", "threads")
+SIZES = ("parameters", "weight_bytes", "setting", "ops", "device", "threads")
 
 
 @dataclass(frozen=True)
@@ -112,57 +112,46 @@ class Request:
 
     def groups(self) -> list[list[Job]]:
         """Jobs that are compared with each other, one list for every setting."""
+        cases = [(self.mode, self.models)]
         if self.mode == KERNELS:
-            return [
-                self._with_and_without(mode, model, precision, length)
-                for model in self.models
-                for mode in MODEL_MODES
-                for precision in self.precisions
-                for length in self.lengths
-            ]
-        batches = [self.batch]
-        if self.mode == "decode" and self.batch > 1:
-            batches = [1, self.batch]
+            cases = [(mode, (model,)) for model in self.models for mode in MODEL_MODES]
         return [
-            self._group(precision, batch, length)
+            self._group(mode, models, precision, batch, length)
+            for mode, models in cases
             for precision in self.precisions
-            for batch in batches
+            for batch in self._batches(mode)
             for length in self.lengths
         ]
 
-    def _with_and_without(self, mode: str, model: str, precision: str, length: int) -> list[Job]:
-        """A mode of a model with all kernels, without each of them, and without any."""
-        names = kernels(default_device().type, mode)
-        cases = {"all kernels": (), **{f"no {name}": (name,) for name in names}}
-        if len(names) > 1:
-            cases["plain torch"] = tuple(names)
-        batch = self.batch if mode == "train" else 1
-        return [
-            Job(mode, model, precision, batch, length, self.seconds, backend=label, without=off)
-            for label, off in cases.items()
-        ]
+    def _batches(self, mode: str) -> list[int]:
+        if self.mode == KERNELS:
+            return [self.batch if mode == "train" else 1]
+        return [1, self.batch] if mode == "decode" and self.batch > 1 else [self.batch]
 
-    def _group(self, precision: str, batch: int, length: int) -> list[Job]:
-        common: dict[str, Any] = {
-            "precision": precision,
-            "batch": batch,
-            "length": length,
-            "seconds": self.seconds,
-            "chunk": self.chunk,
-        }
-        if self.mode in OP_MODES:
+    def _group(
+        self, mode: str, models: tuple[str, ...], precision: str, batch: int, length: int
+    ) -> list[Job]:
+        def job(model: str, **rest: Any) -> Job:
+            return Job(
+                mode, model, precision, batch, length, self.seconds, chunk=self.chunk, **rest
+            )
+
+        device_type = default_device().type
+        if self.mode == KERNELS:
+            names = kernels(device_type, mode)
+            cases = {"all kernels": (), **{f"no {name}": (name,) for name in names}}
+            if len(names) > 1:
+                cases["plain torch"] = tuple(names)
+            return [job(models[0], backend=label, without=off) for label, off in cases.items()]
+        if mode in OP_MODES:
             return [
-                Job(self.mode, model, backend=f"{name}, {passes}", **common)
-                for model in self.models
+                job(model, backend=f"{name}, {passes}")
+                for model in models
                 for passes in PASSES
-                for name in self.backends or op_backends(self.mode, default_device().type)
+                for name in self.backends or op_backends(mode, device_type)
             ]
         kinds = (False, True) if self.compiled else (False,)
-        return [
-            Job(self.mode, model, compiled=compiled, **common)
-            for compiled in kinds
-            for model in self.models
-        ]
+        return [job(model, compiled=compiled) for compiled in kinds for model in models]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -196,8 +185,14 @@ def run_benchmark(
             for job, so_far in zip(group, results, strict=True):
                 if so_far and "error" in so_far[-1]:
                     continue
-                progress(f"{describe(job)}, run {turn + 1} of {request.runs}")
-                result = _run_here(job, end) if request.in_process else run_worker(job, end)
+                progress(f"{_describe(job)}, run {turn + 1} of {request.runs}")
+                left = None if end is None else end - time.monotonic()
+                if left is not None and left <= 0:
+                    result = OUT_OF_TIME
+                elif request.in_process:  # where a limit is only heeded between jobs
+                    result = worker.attempt(job)
+                else:
+                    result = run_worker(job, left)
                 if not (so_far and result.get("out_of_time")):  # the runs so far count
                     so_far.append(result)
             done = [make_row(j, runs) for j, runs in zip(group, results, strict=True)]
@@ -207,33 +202,19 @@ def run_benchmark(
     return rows
 
 
-def _run_here(job: Job, end: float | None) -> dict[str, Any]:
-    """The job in this process; a time limit is only heeded between jobs."""
-    if end is not None and time.monotonic() >= end:
-        return OUT_OF_TIME
-    return worker.attempt(job)
-
-
-def describe(job: Job) -> str:
+def _describe(job: Job) -> str:
     """A job in a line."""
     name = f"{job.model} {job.backend}".strip() + (" compiled" if job.compiled else "")
     return f"{job.mode} of {name}, {job.precision}, {job.batch} x {job.length}"
 
 
-def run_worker(job: Job, end: float | None = None) -> dict[str, Any]:
-    """Measure a job in a process of its own, which never outlives this call.
-
-    Args:
-        job: what to measure.
-        end: `time.monotonic()` at which to give up.
+def run_worker(job: Job, seconds: float | None = None) -> dict[str, Any]:
+    """Measure a job in a process of its own, which never outlives this call nor `seconds`.
 
     Returns:
         What `pha.bench.worker.measure` returns, or `{"error": why}`, with `out_of_time` where the
         limit is why.
     """
-    left = None if end is None else end - time.monotonic()
-    if left is not None and left <= 0:
-        return OUT_OF_TIME
     codes: list[int] = []
     with tempfile.TemporaryDirectory() as folder:
         answer, log = Path(folder) / "answer.json", Path(folder) / "log"
@@ -241,7 +222,7 @@ def run_worker(job: Job, end: float | None = None) -> dict[str, Any]:
         try:
             run_processes(
                 [Command(words, log)],
-                seconds=left,
+                seconds=seconds,
                 stop=signal.SIGKILL,
                 ended=lambda _, code: codes.append(code),
             )

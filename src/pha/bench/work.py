@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from pha.modeling import PHAForCausalLM
 from pha.train.config import OptimizerConfig
 from pha.train.optim import make_optimizer
 from pha.utils.errors import PHAError
-from pha.utils.hardware import PRECISIONS, synchronise
+from pha.utils.hardware import PRECISIONS, seconds_of
 
 DECODE_TOKENS = 8  # new tokens of each sequence in one timed unit
 DECODE_UNITS = 32  # more would be decoding after a much longer prompt
@@ -263,7 +262,8 @@ class Decode(_Inference):
         for kind in kinds:
             try:
                 self.decoding = self._begin(kind)
-                trials.append((self._trial() if len(kinds) > 1 else 0.0, kind, self.decoding))
+                seconds = [seconds_of(self.unit, self.device) for _ in range(TRIAL_UNITS)]
+                trials.append((seconds[-1], kind, self.decoding))
             except RuntimeError as error:
                 if not trials:
                     raise
@@ -282,17 +282,6 @@ class Decode(_Inference):
         if "graph" in kind:
             return _Decoding(cache, token, GraphedStep(step, token, cache))
         return _Decoding(cache, token, step)
-
-    def _trial(self) -> float:
-        """Seconds of the last of some units."""
-        seconds = 0.0
-        for _ in range(TRIAL_UNITS):
-            synchronise(self.device)
-            begin = time.perf_counter()
-            self.unit()
-            synchronise(self.device)
-            seconds = time.perf_counter() - begin
-        return seconds
 
     @torch.inference_mode()
     def unit(self) -> None:

@@ -11,7 +11,6 @@ import os
 import statistics
 import sys
 import threading
-import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -22,12 +21,12 @@ import torch
 from pha.bench import memory
 from pha.bench.floors import measure_floors
 from pha.bench.kernels import without
-from pha.bench.op_work import OP_MODES, make_op_work
+from pha.bench.op_work import make_op_work
 from pha.bench.work import MODEL_MODES, Job, Work
 from pha.ops import in_use
 from pha.utils.errors import PHAError
 from pha.utils.files import write_json
-from pha.utils.hardware import default_device, device_name, keep_freed_memory, synchronise
+from pha.utils.hardware import default_device, device_name, keep_freed_memory, seconds_of
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def measure(job: Job) -> dict[str, Any]:
         matmul rate), `weight_bandwidth` (bytes/s, decode only); sizes, `setting`, `device`.
 
     Raises:
-        PHAError: no such mode, model or backend.
+        PHAError: the model cannot do this.
         RuntimeWarning: something slower would have computed in place of a kernel.
     """
     warnings.simplefilter("error", RuntimeWarning)
@@ -48,7 +47,8 @@ def measure(job: Job) -> dict[str, Any]:
     if device.type == "cpu":
         keep_freed_memory()  # as training does; for every model alike
     with without(job.without):
-        work = _make(job, device)
+        make = MODEL_MODES.get(job.mode, make_op_work)
+        work: Work = make(job, device)
         held = memory.held(device)
         memory.reset_peak(device)
         times = time_units(work, device, job.seconds)
@@ -64,7 +64,7 @@ def measure(job: Job) -> dict[str, Any]:
         "work_memory": max(0, peak - held),
         "parameters": work.parameters,
         "weight_bytes": work.weight_bytes,
-        "floors": floors.to_dict(),
+        "floors": vars(floors),
         "floor_seconds": floor,
         "of_floor": floor / seconds,
         "utilisation": work.need.matmul_flops / seconds / floors.matmul,
@@ -76,29 +76,13 @@ def measure(job: Job) -> dict[str, Any]:
     }
 
 
-def _make(job: Job, device: torch.device) -> Work:
-    if job.mode in MODEL_MODES:
-        return MODEL_MODES[job.mode](job, device)
-    if job.mode in OP_MODES:
-        return make_op_work(job, device)
-    raise PHAError(f"there is no mode {job.mode!r}; choose {', '.join([*MODEL_MODES, *OP_MODES])}")
-
-
 def time_units(work: Work, device: torch.device, seconds: float) -> list[float]:
     """Seconds of every unit: at least one, for as long as `seconds`; a quarter more to warm up."""
-
-    def go_on(limit: float) -> list[float]:
+    for limit in (seconds / 4, seconds):
         times: list[float] = []
         while not times or (sum(times) < limit and len(times) < work.most_units):
-            synchronise(device)
-            begin = time.perf_counter()
-            work.unit()
-            synchronise(device)
-            times.append(time.perf_counter() - begin)
-        return times
-
-    go_on(seconds / 4)
-    return go_on(seconds)
+            times.append(seconds_of(work.unit, device))
+    return times
 
 
 def attempt(job: Job) -> dict[str, Any]:

@@ -30,9 +30,9 @@ from pha.utils.text import perplexity, printable
 
 if TYPE_CHECKING:
     from pha.evals.compare import PairedComparison
-    from pha.evals.perplexity import Evaluation
     from pha.evals.protocols import Protocol
     from pha.loading import LoadedModel
+    from pha.results import Evaluation
 
 
 def show_perplexity(value: float) -> str:
@@ -119,12 +119,9 @@ def evaluate(
                 loaded.model,
                 store,
                 split,
-                sequence_length=each.sequence_length,
-                stride=each.stride,
-                packed_documents=each.packed_documents,
+                each,
                 precision=chosen,
                 progress=partial(progress, f"{split} {each.name}"),
-                name=each.name,
             )
             for each in protocols
         ]

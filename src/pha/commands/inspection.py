@@ -119,6 +119,8 @@ def _doctor_table(findings: dict[str, Any]) -> Table:
         if state is None:
             state = "ok" if check["ok"] else "WRONG"
             state += f", largest relative error {check['error']:.1e}"
+        if check.get("limits"):
+            state += f"; {check['limits']}"
         table.add_row(
             f"{check['op']} on {check['device']}",
             f"{check['backend']}{used}: {state}",

@@ -199,7 +199,7 @@ def score(
     """
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from pha.evals.score import read_text
+    from pha.data.readers import Meter, read_text
     from pha.evals.score import score as score_text
     from pha.loading import load_model
     from pha.report.surprise import Collector, write_page
@@ -233,14 +233,14 @@ def score(
                 seen += len(found.ids)
                 progress.update(task, description=f"{name}: {seen:,} tokens")
 
-            text = read_text(path)
+            text = read_text(path, Meter())
             result = score_text(loaded, path.name, text, piece=piece, precision=chosen, each=look)
-            results.append(result.to_dict())
+            results.append(asdict(result))
             if out is not None:
                 page, name = out / f"{path.stem}.html", model.name or str(model)
                 write_page(page, name, result, collected, loaded.tokenizer)
                 nats = [None, *(round(float(x), 4) for x in collected.all_nats()[1:])]
-                write_json(page.with_suffix(".json"), result.to_dict() | {"nats": nats} | facts)
+                write_json(page.with_suffix(".json"), results[-1] | {"nats": nats} | facts)
     title = f"perplexity of {model}, state carried through each document"
     columns = ("tokens", "per token", "per word", "per byte", "tok/s", "memory")
     table = figures_table(title, "document", *columns)

@@ -5,36 +5,20 @@
 torch, tokenizers, transformers and datasets are imported only by the functions that need them.
 """
 
-from pha.data.documents import Document, Source, SourceOptions
-from pha.data.encoding import TextEncoder
-from pha.data.preparation import PreparationState, Progress, cached_store, prepare
-from pha.data.sampler import (
-    Batch,
-    EvaluationWindow,
-    WindowSampler,
-    evaluation_windows,
-)
+from pha.data.documents import SourceOptions
+from pha.data.preparation import PreparationState, cached_store, prepare
 from pha.data.sources import open_source
 from pha.data.splits import SPLITS
 from pha.data.store import Counts, TokenStore
-from pha.data.tokenizer import END_OF_TEXT, load_tokenizer, tokenizer_sha256
+from pha.data.tokenizer import load_tokenizer, tokenizer_sha256
 
 __all__ = [
-    "END_OF_TEXT",
     "SPLITS",
-    "Batch",
     "Counts",
-    "Document",
-    "EvaluationWindow",
     "PreparationState",
-    "Progress",
-    "Source",
     "SourceOptions",
-    "TextEncoder",
     "TokenStore",
-    "WindowSampler",
     "cached_store",
-    "evaluation_windows",
     "load_tokenizer",
     "open_source",
     "prepare",

@@ -20,12 +20,10 @@ class Document:
     """One text, unchanged.
 
     Attributes:
-        name: where it is from, unique in its source.
         split: one of `SPLITS`.
         parts: the text in pieces that join to it; those of a long file can be read only once.
     """
 
-    name: str
     split: str
     parts: Iterable[str]
 
@@ -104,7 +102,8 @@ class Source:
         given: the splits that are there.
         held_out: what holds others out of the train split, if anything does.
         split_rule: how documents were given to splits, ready for JSON; `rule` says it in words.
-        read: yields the documents of a given split, in the same order every time.
+        read: yields the texts of a given split, each in parts that join to it, in the same order
+            every time.
         size: what a meter counts while a given split is read, None if that is not known.
     """
 
@@ -114,17 +113,14 @@ class Source:
     given: Collection[str]
     held_out: TextSplit | None
     split_rule: dict[str, Any]
-    read: Callable[[str, Meter], Iterator[Document]]
+    read: Callable[[str, Meter], Iterator[Iterable[str]]]
     size: Callable[[str], int | None]
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits, in the order of `SPLITS`: those given and those held out."""
-        return tuple(split for split in SPLITS if split in {*self.given, *self._held})
-
-    @property
-    def _held(self) -> tuple[str, ...]:
-        return self.held_out.held if self.held_out else ()
+        held = self.held_out.held if self.held_out else ()
+        return tuple(split for split in SPLITS if split in {*self.given, *held})
 
     def documents(self, split: str | None = None, meter: Meter | None = None) -> Iterator[Document]:
         """Yield the documents of a split, or of all in one pass, in the same order every time.
@@ -137,16 +133,17 @@ class Source:
         if split is not None and split not in self.splits:
             has = ", ".join(self.splits)
             raise PHAError(f"{self.description} has no {split} split: it has {has}")
-        origin = "train" if split in self._held else split
+        origin = split if split is None or split in self.given else "train"
         wanted = [name for name in SPLITS if name in self.given and origin in (None, name)]
         meter = meter or Meter()
         sizes = [self.size(name) for name in wanted]
         meter.done, meter.total = 0, sum(size or 0 for size in sizes) if all(sizes) else None
         for name in wanted:
-            for document in self.read(name, meter):
+            for parts in self.read(name, meter):
+                document = Document(name, parts)
                 if name == "train" and self.held_out:
                     text = document.text
-                    document = Document(document.name, self.held_out.split_of(text), (text,))
+                    document = Document(self.held_out.split_of(text), (text,))
                 if split in (None, document.split):
                     yield document
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 _CUT = re.compile(r"(?<=\S)[ \n]")
 
 _PIECE_CHARACTERS = 1 << 16
-_PIECES_AT_ONCE = 16  # an encoding takes some 100 bytes of memory per character until it is read
 
 
 def cut(parts: Iterable[str], size: int = _PIECE_CHARACTERS) -> Iterator[str]:
@@ -43,11 +41,6 @@ def cut(parts: Iterable[str], size: int = _PIECE_CHARACTERS) -> Iterator[str]:
             begin = start + size
         rest = text[start:]
     yield rest
-
-
-def count_words(text: str) -> int:
-    """`len(text.split())`, in pieces: the words of a whole corpus take many times its memory."""
-    return sum(len(piece.split()) for piece in cut((text,)))
 
 
 def byte_vocabulary() -> dict[str, int]:
@@ -87,12 +80,8 @@ class TextEncoder:
         return cut(parts) if self._cuts else iter(("".join(parts),))
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids (int64, one dimension) of one text of any length."""
-        pieces = self.pieces_of((text,))
-        ids: list[np.ndarray] = []
-        while group := list(islice(pieces, _PIECES_AT_ONCE)):
-            ids += self.encode_batch(group)
-        return np.concatenate(ids)
+        """The ids (int64, one dimension) of one text."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids (int64, one dimension) of each text, all encoded side by side as they are.

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pha.data.documents import Document, Source, SourceOptions, identity_of
+from pha.data.documents import Source, SourceOptions, identity_of
 from pha.data.readers import (
     DOCUMENT_TEXT,
     KINDS,
@@ -39,7 +39,7 @@ def open_file(path: Path, options: SourceOptions) -> Source:
     """One file: records are split by document, plain text is cut by position."""
     kind = kind_of(path)
     if kind.is_records:
-        return _split_by_text([path], path.parent, f"file {path.name}", options)
+        return _split_by_text([path], f"file {path.name}", options)
     if kind.is_packed_text:
         raise PHAError(
             f"{path} is one compressed text, which cannot be cut into splits: decompress it, or "
@@ -56,7 +56,7 @@ def open_folder(folder: Path, options: SourceOptions) -> Source:
     top = [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."]
     top = [path for path in top if _split_word(path) or kind_of(path).is_data]
     if any(map(_split_word, top)):
-        return _split_files(sorted(top, key=_order), folder, where, options)
+        return _split_files(sorted(top, key=_order), where, options)
     files = text_files(folder, lambda path: kind_of(path).is_data or kind_of(path).is_document)
     if any(kind_of(path).is_data for path in files):
         # Beside data .md, .rst and .py are about it, not of it.
@@ -69,7 +69,7 @@ def open_folder(folder: Path, options: SourceOptions) -> Source:
                     "the Hub's layout"
                 )
         files.sort(key=_order)
-        return _split_by_text(files, folder, f"{where}: {_listed(files)}", options)
+        return _split_by_text(files, f"{where}: {_listed(files)}", options)
     if not files:
         kinds = " ".join(sorted(DOCUMENT_TEXT))
         raise PHAError(
@@ -90,10 +90,9 @@ def open_pattern(pattern: str, options: SourceOptions) -> Source:
                 f"{pattern!r} matches {path}, which is not a kind of text that can be read: "
                 f"those are {KINDS}"
             )
-    root = Path(os.path.commonpath([path.parent for path in files]))
     if any(map(_split_word, files)):
-        return _split_files(files, root, f"files {pattern}", options)
-    return _split_by_text(files, root, f"files {pattern}: {_listed(files)}", options)
+        return _split_files(files, f"files {pattern}", options)
+    return _split_by_text(files, f"files {pattern}: {_listed(files)}", options)
 
 
 def split_by_path(
@@ -109,7 +108,7 @@ def split_by_path(
                 f"{root} has too few files: none falls into the {split} split; add files, "
                 "or name them train.txt, valid.txt and test.txt"
             )
-    return _source(root, by_split, description, options, _BY_PATH)
+    return _source(by_split, description, options, _BY_PATH)
 
 
 def text_files(
@@ -138,27 +137,25 @@ def text_files(
 
 
 def _source(
-    root: Path,
     files: Mapping[str, Sequence[Path]],
     description: str,
     options: SourceOptions,
     otherwise: dict[str, Any],
     holdout: Fraction | None = None,
 ) -> Source:
-    """Files of text or records, each in a split; documents are named by their path below `root`."""
+    """Files of text or records, each in a split."""
     given = tuple(split for split in SPLITS if files.get(split))
     held_out, rule = options.split_rule(description, given, otherwise, holdout)
     words = [description, options.text_field, str(rule)]
     paths = [path for split in given for path in files[split]]
 
-    def read(split: str, meter: Meter) -> Iterator[Document]:
+    def read(split: str, meter: Meter) -> Iterator[Iterable[str]]:
         for path in files[split]:
-            name = path.relative_to(root).as_posix()
             if kind_of(path).is_records:
-                for number, text in read_records(path, options.text_field, meter):
-                    yield Document(f"{name}:{number}", split, (text,))
+                for text in read_records(path, options.text_field, meter):
+                    yield (text,)
             else:
-                yield Document(name, split, read_text(path, meter))
+                yield read_text(path, meter)
 
     return Source(
         description=description,
@@ -168,11 +165,11 @@ def _source(
         held_out=held_out,
         split_rule=rule,
         read=read,
-        size=lambda split: sum(_size(path) for path in files[split]),
+        size=lambda split: sum(path.stat().st_size for path in files[split]),
     )
 
 
-def _split_files(files: Sequence[Path], root: Path, where: str, options: SourceOptions) -> Source:
+def _split_files(files: Sequence[Path], where: str, options: SourceOptions) -> Source:
     """Files that are all named for a split."""
     named = [path for path in files if _split_word(path)]
     others = [path for path in files if path not in named]
@@ -201,18 +198,16 @@ def _split_files(files: Sequence[Path], root: Path, where: str, options: SourceO
                 f"name that file like {example}"
             )
     description = f"{where}: {_listed([p for split in SPLITS for p in by_split.get(split, [])])}"
-    return _source(root, by_split, description, options, _BY_NAME, HOLDOUT)
+    return _source(by_split, description, options, _BY_NAME, HOLDOUT)
 
 
-def _split_by_text(
-    files: Sequence[Path], root: Path, description: str, options: SourceOptions
-) -> Source:
-    return _source(root, {"train": files}, description, options, {}, HOLDOUT)
+def _split_by_text(files: Sequence[Path], description: str, options: SourceOptions) -> Source:
+    return _source({"train": files}, description, options, {}, HOLDOUT)
 
 
 def _cut_text(path: Path, options: SourceOptions) -> Source:
     """One text cut into 90%, 5% and 5% of its bytes, each to the end of the line it ends in."""
-    size, cuts = _size(path), []
+    size, cuts = path.stat().st_size, []
     if size == 0:
         raise PHAError(f"{path} is empty")
     try:
@@ -233,8 +228,8 @@ def _cut_text(path: Path, options: SourceOptions) -> Source:
     description = f"text file {path.name}, cut 90/5/5 at line ends"
     held_out, rule = options.split_rule(description, SPLITS, _BY_POSITION)
 
-    def read(split: str, meter: Meter) -> Iterator[Document]:
-        yield Document(path.name, split, read_text(path, meter, *stretches[split]))
+    def read(split: str, meter: Meter) -> Iterator[Iterable[str]]:
+        yield read_text(path, meter, *stretches[split])
 
     return Source(
         description=description,
@@ -263,10 +258,3 @@ def _listed(paths: Sequence[Path]) -> str:
     names = [path.name for path in paths[:_LISTED]]
     more = len(paths) - len(names)
     return ", ".join([*names, f"{more} more"] if more else names)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise PHAError(f"{path} cannot be read ({error.strerror})") from error

@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
-from pha.data.documents import Document, Source, SourceOptions, identity_of
+from pha.data.documents import Source, SourceOptions, identity_of
 from pha.data.readers import Meter, first_line, open_rows, read_rows
 from pha.data.splits import SPLIT_WORDS
 from pha.utils.errors import PHAError
@@ -63,15 +63,15 @@ def open_hub(spec: str, options: SourceOptions) -> Source:
         raise PHAError(f"{description} lacks a train or validation split: it has {has}")
     held_out, rule = options.split_rule(description, names, _BY_NAME, HOLDOUT)
 
-    def read(split: str, meter: Meter) -> Iterator[Document]:
+    def read(split: str, meter: Meter) -> Iterator[Iterable[str]]:
         name = names[split]
         where = f"split {name} of {description}"
         texts = read_rows(dataset[name], options.text_field, where, meter)
         if is_wikitext:
-            yield Document(split, split, _wikitext(texts))
+            yield _wikitext(texts)
         else:
-            for number, text in enumerate(texts, start=1):
-                yield Document(f"{split}:{number}", split, (text,))
+            for text in texts:
+                yield (text,)
 
     def size(split: str) -> int | None:
         """Rows, where the data set's card tells."""

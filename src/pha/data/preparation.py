@@ -10,12 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from pha.data.documents import Document, Source, SourceOptions
-from pha.data.encoding import TextEncoder, count_words, cut
+from pha.data.encoding import TextEncoder, cut
 from pha.data.hub import HubUnreachableError
 from pha.data.readers import Meter
 from pha.data.sources import open_source
@@ -34,9 +34,7 @@ if TYPE_CHECKING:
 
 Separator = Literal["auto", "end-of-text", "none"]
 
-TRAINING_BYTES = 1_000_000_000
-"""A tokenizer is trained on so much of the training text, or a little more, at most."""
-
+TRAINING_BYTES = 1_000_000_000  # of text that a tokenizer is trained on, or a little more
 _BATCH_BYTES = 1 << 20  # of text that the tokenizer's threads encode side by side
 
 
@@ -47,9 +45,9 @@ class PreparationState:
     Attributes:
         stage: `tokenizer` (reading text to train one) or `encoding`.
         fraction: of the stage, between 0 and 1; None where the amount of text is not known.
-        documents: begun in this stage,
-        bytes: of text done, and
-        tokens: likewise, none for the tokenizer.
+        documents: begun in this stage.
+        bytes: of text, done.
+        tokens: done; none for the tokenizer.
     """
 
     stage: str
@@ -145,8 +143,6 @@ def _make_store(
     is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     if not (is_free or is_store(out)):
         raise PHAError(f"{out} exists and is not a token store: remove it or name another folder")
-    if separator not in get_args(Separator):
-        raise PHAError(f"no separator {separator!r}: give one of {', '.join(get_args(Separator))}")
     if separator == "auto":
         separator = "none" if source.joins_documents else "end-of-text"
     report = progress or (lambda state: None)
@@ -190,18 +186,11 @@ def _make_store(
         raise PHAError(
             f"the token store {out} cannot be written ({error.strerror or error})"
         ) from error
-    return TokenStore.open(out, verify=False)
+    return TokenStore(out, record)
 
 
-class Piece(NamedTuple):
-    """A stretch of a document that may be encoded apart, with its counts.
-
-    Attributes:
-        text: not empty.
-        split: of the document.
-        is_first: whether the document begins with it.
-        words, lines, bytes: as in `Counts`.
-    """
+class _Piece(NamedTuple):
+    """A stretch of a document that may be encoded apart, not empty, with its counts."""
 
     text: str
     split: str
@@ -240,7 +229,7 @@ def _encode(
 
 def _pieces(
     documents: Iterable[Document], encoder: TextEncoder, hash_line: Callable[[bytes], None]
-) -> Iterator[Piece]:
+) -> Iterator[_Piece]:
     """Yield documents in pieces and hash a line of the split for each document that has text."""
     for document in documents:
         digest = hashlib.sha256()
@@ -248,16 +237,16 @@ def _pieces(
         for text in filter(None, encoder.pieces_of(document.parts)):
             data = text.encode()
             digest.update(data)
-            counts = count_words(text), text.count("\n"), len(data)
-            yield Piece(text, document.split, is_first, *counts)
+            counts = len(text.split()), text.count("\n"), len(data)
+            yield _Piece(text, document.split, is_first, *counts)
             is_first = False
         if not is_first:
             hash_line(f"{digest.hexdigest()} {document.split}\n".encode())
 
 
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     """Yield the pieces in lists of `_BATCH_BYTES` of text or a little more."""
-    batch: list[Piece] = []
+    batch: list[_Piece] = []
     size = 0
     for piece in pieces:
         batch.append(piece)
@@ -270,11 +259,11 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _encode_ahead(
-    batches: Iterable[list[Piece]], encoder: TextEncoder
-) -> Generator[tuple[list[Piece], list[np.ndarray]], None, None]:
+    batches: Iterable[list[_Piece]], encoder: TextEncoder
+) -> Generator[tuple[list[_Piece], list[np.ndarray]], None, None]:
     """Yield each batch with the ids of its pieces; the next one is read while one is encoded."""
     with ThreadPoolExecutor(1) as thread:
-        earlier: tuple[list[Piece], Future[list[np.ndarray]]] | None = None
+        earlier: tuple[list[_Piece], Future[list[np.ndarray]]] | None = None
         for batch in batches:
             future = thread.submit(encoder.encode_batch, [piece.text for piece in batch])
             if earlier is not None:

@@ -114,8 +114,8 @@ def read_text(path: Path, meter: Meter, start: int = 0, end: int | None = None) 
             ) from error
 
 
-def read_records(path: Path, field: str, meter: Meter) -> Iterator[tuple[int, str]]:
-    """Yield number (from 1) and text of each record; memory holds one of them, or one row group.
+def read_records(path: Path, field: str, meter: Meter) -> Iterator[str]:
+    """Yield the text of each record; memory holds one of them, or one row group.
 
     Args:
         path: .jsonl, compressed or not, or .parquet.
@@ -132,11 +132,11 @@ def read_records(path: Path, field: str, meter: Meter) -> Iterator[tuple[int, st
     # A path, but `datasets` takes it for a pattern.
     data_files = glob.escape(str(path.absolute()))
     rows = open_rows("parquet", None, str(path), data_files=data_files)["train"]
-    yield from enumerate(read_rows(rows, field, str(path), Meter()), start=1)
+    yield from read_rows(rows, field, str(path), Meter())
     meter.done += path.stat().st_size
 
 
-def _read_json_lines(path: Path, field: str, meter: Meter) -> Iterator[tuple[int, str]]:
+def _read_json_lines(path: Path, field: str, meter: Meter) -> Iterator[str]:
     with _open_bytes(path, meter) as file:
         for number, line in enumerate(file, start=1):
             where = f"line {number} of {path}"
@@ -152,7 +152,7 @@ def _read_json_lines(path: Path, field: str, meter: Meter) -> Iterator[tuple[int
             if not isinstance(record, dict):
                 raise PHAError(f"{where} is not a JSON object: write {{..., ...}} on each line")
             _require_field(where, field, record)
-            yield number, _as_text(record[field], field, where)
+            yield _as_text(record[field], field, where)
 
 
 def open_rows(place: str, config: str | None, where: str, **options: Any) -> Any:

@@ -82,12 +82,8 @@ class TokenStore:
         self.sha256 = _combined_sha256(self.tokenizer_sha256, self._entries)
 
     @classmethod
-    def open(cls, path: Path, verify: bool = True) -> TokenStore:
-        """Open a store and check it.
-
-        Args:
-            path: the store's folder.
-            verify: also read all tokens, to compare their hashes and the range of the ids.
+    def open(cls, path: Path) -> TokenStore:
+        """Open a store and check it, which reads all of it once.
 
         Raises:
             PHAError: not a store, one of another format, or files that are missing, truncated,
@@ -115,7 +111,7 @@ class TokenStore:
             )
         for split in store.splits:
             store._check_starts(split)
-            store._check_ids(split, verify)
+            store._check_ids(split)
         return store
 
     def tokens(self, split: str) -> np.ndarray:
@@ -181,15 +177,13 @@ class TokenStore:
             path = self.path / f"{split}.documents.npy"
             raise _unusable(path, "is not what was written for this store")
 
-    def _check_ids(self, split: str, verify: bool) -> None:
+    def _check_ids(self, split: str) -> None:
         path = self.path / f"{split}.bin"
         if not path.is_file():
             raise _unusable(path, "is missing")
         size, expected = path.stat().st_size, self._counts[split].tokens * self._dtype.itemsize
         if size != expected:
             raise _unusable(path, f"is truncated or altered, with {size} bytes, not {expected}")
-        if not verify:
-            return
         if sha256_file(path) != self._entries[split].get("sha256"):
             raise _unusable(path, "is altered, as its SHA-256 is not the recorded one")
         tokens = self.tokens(split)
@@ -206,14 +200,8 @@ def _unusable(path: Path, what: str) -> PHAError:
 class SplitWriter:
     """Writes the files of one split; memory holds 8 bytes for each document, its start.
 
-    Args:
-        folder: an existing folder.
-        split: its name.
-        dtype: of the ids on disk.
-        separator: id written after every document, or None.
-
-    Attributes:
-        file: the open file of ids, for the caller to close.
+    `separator` is the id written after every document, and `file`, the open file of ids, is for the
+    caller to close.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionAndFullAttentionLayer
 
 from pha.caching import CacheAdapter
-from pha.decoder.program import FORWARDS, Decoder, Past, make_decoder
+from pha.decoder.program import FORWARDS, Decoder, make_decoder
 from pha.model import Backbone
 from pha.model.attention import rotary_angles
 from pha.utils.plain import nothing_intercepts
@@ -79,7 +79,7 @@ def decode(
         return None
     x = backbone.embed_tokens(ids)[:, 0].float() * math.sqrt(config.hidden_size)
     rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
-    logits = writer.decoder.step(x, rotary, Past(writer.room, states, length, starts))
+    logits = writer.decoder.step(x, rotary, writer.room, states, length, starts)
     for index, (keys, values) in writer.room.items():
         layer = cache.layers[index]
         layer.keys, layer.values = keys[:, :, : length + 1], values[:, :, : length + 1]

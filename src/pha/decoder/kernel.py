@@ -18,29 +18,8 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
+from pha.decoder import instructions as op
 from pha.decoder.elements import exp32, jit_sum, narrow, sigmoid, widen
-from pha.decoder.instructions import (
-    ADD,
-    ADDRESS,
-    APPEND,
-    ATTEND,
-    AUX,
-    AUX2,
-    FIRST,
-    FLAG,
-    GATE,
-    HEADS,
-    INNER,
-    LINEAR,
-    NORM,
-    OP,
-    SECOND,
-    SIZE,
-    SOURCE,
-    SWIGLU,
-    TARGET,
-    WAIT,
-)
 
 SPINS = 4000  # looks at the others before giving the processor away
 _yield_processor = types.ExternalFunction("sched_yield", types.int32())
@@ -127,45 +106,45 @@ def _four_dots(rows: Any, x: Any) -> Any:
 @jit_sum
 def _linear(step: Any, work: Any, width: int, batch: int, part: int, parts: int, like: Any) -> None:
     """Rows of a weight (SIZE, INNER) times each sequence."""
-    size, inner = step[SIZE], step[INNER]
+    size, inner = step[op.SIZE], step[op.INNER]
     low, high = size * part // parts, size * (part + 1) // parts
-    weight = carray(_pointer(step[ADDRESS], like), (size * inner,))
+    weight = carray(_pointer(step[op.ADDRESS], like), (size * inner,))
     # More sequences than fit the first-level cache with a row: read them once for four rows.
     whole = low + (high - low) // 4 * 4 if batch > 4 else low
     for j in range(low, whole, 4):
         for b in range(batch):
-            x = _slice(work, b * width + step[SOURCE], inner)
-            at = b * width + step[TARGET] + j
+            x = _slice(work, b * width + step[op.SOURCE], inner)
+            at = b * width + step[op.TARGET] + j
             sums = _four_dots(_slice(weight, j * inner, 4 * inner), x)
             for i in range(4):
                 work[at + i] = sums[i]
     for j in range(whole, high):
         row = _slice(weight, j * inner, inner)
         for b in range(batch):
-            x = _slice(work, b * width + step[SOURCE], inner)
-            work[b * width + step[TARGET] + j] = _dot(row, x)
+            x = _slice(work, b * width + step[op.SOURCE], inner)
+            work[b * width + step[op.TARGET] + j] = _dot(row, x)
 
 
 @jit_sum
 def _norm(step: Any, work: Any, width: int, b: int, constants: Any) -> None:
     """to = [to +] w x / rms(x) * gain; with FIRST = w and SECOND = eps in `constants`."""
-    size = step[SIZE]
-    x = _slice(work, b * width + step[SOURCE], size)
-    to = _slice(work, b * width + step[TARGET], size)
-    gain = _slice(constants, step[AUX], size)
-    scale = constants[step[FIRST]] / np.sqrt(
-        _dot(x, x) / np.float32(size) + constants[step[SECOND]]
+    size = step[op.SIZE]
+    x = _slice(work, b * width + step[op.SOURCE], size)
+    to = _slice(work, b * width + step[op.TARGET], size)
+    gain = _slice(constants, step[op.AUX], size)
+    scale = constants[step[op.FIRST]] / np.sqrt(
+        _dot(x, x) / np.float32(size) + constants[step[op.SECOND]]
     )
     for i in range(size):
-        to[i] = (to[i] if step[FLAG] else _ZERO) + x[i] * scale * gain[i]
+        to[i] = (to[i] if step[op.FLAG] else _ZERO) + x[i] * scale * gain[i]
 
 
 @jit_sum
 def _add(step: Any, work: Any, width: int, b: int, constants: Any) -> None:
     """to = FIRST to + SECOND x."""
-    x = _slice(work, b * width + step[SOURCE], step[SIZE])
-    to = _slice(work, b * width + step[TARGET], step[SIZE])
-    first, second = constants[step[FIRST]], constants[step[SECOND]]
+    x = _slice(work, b * width + step[op.SOURCE], step[op.SIZE])
+    to = _slice(work, b * width + step[op.TARGET], step[op.SIZE])
+    first, second = constants[step[op.FIRST]], constants[step[op.SECOND]]
     for i in range(x.size):
         to[i] = first * to[i] + second * x[i]
 
@@ -175,17 +154,17 @@ def _gate(
     step: Any, work: Any, width: int, batch: int, part: int, parts: int, constants: Any
 ) -> None:
     """A step of Eq. 2: h = a h + b sigmoid(gate) value, for the same states as `_linear` made."""
-    size = step[SIZE]
+    size = step[op.SIZE]
     low = size * part // parts
     count = size * (part + 1) // parts - low
-    states = carray(_pointer(step[ADDRESS], work), (batch * size,))
-    a = _slice(constants, step[FIRST] + low, count)
-    scale = _slice(constants, step[SECOND] + low, count)
+    states = carray(_pointer(step[op.ADDRESS], work), (batch * size,))
+    a = _slice(constants, step[op.FIRST] + low, count)
+    scale = _slice(constants, step[op.SECOND] + low, count)
     for b in range(batch):
-        gate = _slice(work, b * width + step[SOURCE] + low, count)
-        value = _slice(work, b * width + step[AUX] + low, count)
+        gate = _slice(work, b * width + step[op.SOURCE] + low, count)
+        value = _slice(work, b * width + step[op.AUX] + low, count)
         h = _slice(states, b * size + low, count)
-        to = _slice(work, b * width + step[TARGET] + low, count)
+        to = _slice(work, b * width + step[op.TARGET] + low, count)
         for i in range(count):
             h[i] = a[i] * h[i] + scale[i] * sigmoid(gate[i]) * value[i]
         for i in range(count):
@@ -195,13 +174,13 @@ def _gate(
 @jit_sum
 def _swiglu(step: Any, work: Any, width: int, batch: int, part: int, parts: int) -> None:
     """to = silu(gate) * up, for the same entries as `_linear` made."""
-    size = step[SIZE]
+    size = step[op.SIZE]
     low = size * part // parts
     count = size * (part + 1) // parts - low
     for b in range(batch):
-        gate = _slice(work, b * width + step[SOURCE] + low, count)
-        up = _slice(work, b * width + step[AUX] + low, count)
-        to = _slice(work, b * width + step[TARGET] + low, count)
+        gate = _slice(work, b * width + step[op.SOURCE] + low, count)
+        up = _slice(work, b * width + step[op.AUX] + low, count)
+        to = _slice(work, b * width + step[op.TARGET] + low, count)
         for i in range(count):
             to[i] = gate[i] * sigmoid(gate[i]) * up[i]
 
@@ -210,7 +189,7 @@ def _swiglu(step: Any, work: Any, width: int, batch: int, part: int, parts: int)
 def _head(step: Any, x: Any, scale: Any, angles: Any) -> None:
     """Normalise (with FLAG), scale and turn one head x of INNER numbers, in place."""
     half = x.size // 2
-    if step[FLAG]:
+    if step[op.FLAG]:
         scale = scale / max(np.sqrt(_dot(x, x)), _TINY)
     for i in range(half):
         cos, sin = angles[i], angles[half + i]
@@ -224,9 +203,9 @@ def _append(
     step: Any, work: Any, width: int, unit: int, place: int, capacity: int, like: Any
 ) -> None:
     """A key and a value of one head (SOURCE, AUX) to their place in the cache (ADDRESS, AUX2)."""
-    heads, inner = step[SIZE], step[INNER]
+    heads, inner = step[op.SIZE], step[op.INNER]
     b, head = unit // heads, unit % heads
-    for source, address in ((step[SOURCE], step[ADDRESS]), (step[AUX], step[AUX2])):
+    for source, address in ((step[op.SOURCE], step[op.ADDRESS]), (step[op.AUX], step[op.AUX2])):
         x = _slice(work, b * width + source + head * inner, inner)
         at = (unit * capacity + place) * inner
         kept = _slice(carray(_pointer(address, like), (at + inner,)), at, inner)
@@ -247,14 +226,14 @@ def _attend(
     like: Any,
 ) -> None:
     """One query head against the keys `first` to `last` of the cache; AUX key heads."""
-    heads, inner = step[SIZE], step[INNER]
+    heads, inner = step[op.SIZE], step[op.INNER]
     b, head = unit // heads, unit % heads
-    begin = (b * step[AUX] + head * step[AUX] // heads) * capacity * inner
+    begin = (b * step[op.AUX] + head * step[op.AUX] // heads) * capacity * inner
     end = begin + last * inner
-    keys = carray(_pointer(step[ADDRESS], like), (end,))
-    values = carray(_pointer(step[AUX2], like), (end,))
-    query = _slice(work, b * width + step[SOURCE] + head * inner, inner)
-    to = _slice(work, b * width + step[TARGET] + head * inner, inner)
+    keys = carray(_pointer(step[op.ADDRESS], like), (end,))
+    values = carray(_pointer(step[op.AUX2], like), (end,))
+    query = _slice(work, b * width + step[op.SOURCE] + head * inner, inner)
+    to = _slice(work, b * width + step[op.TARGET] + head * inner, inner)
     largest = _LEAST
     for s in range(first, last):
         scores[s] = _dot(_slice(keys, begin + s * inner, inner), query)
@@ -309,33 +288,33 @@ def run(
     waits = 0
     for number in range(steps.shape[0]):
         step = steps[number]
-        op = step[OP]
-        if op == LINEAR:
+        kind = step[op.OP]
+        if kind == op.LINEAR:
             _linear(step, work, width, batch, part, parts, like)
-        elif op == GATE:
+        elif kind == op.GATE:
             _gate(step, work, width, batch, part, parts, constants)
-        elif op == SWIGLU:
+        elif kind == op.SWIGLU:
             _swiglu(step, work, width, batch, part, parts)
-        elif op == NORM:
+        elif kind == op.NORM:
             for b in range(part, batch, parts):
                 _norm(step, work, width, b, constants)
-        elif op == ADD:
+        elif kind == op.ADD:
             for b in range(part, batch, parts):
                 _add(step, work, width, b, constants)
         else:
-            heads = step[SIZE]
+            heads = step[op.SIZE]
             for unit in range(part, batch * heads, parts):
                 b, head = unit // heads, unit % heads
-                if op == HEADS:
-                    inner = step[INNER]
-                    x = _slice(work, b * width + step[SOURCE] + head * inner, inner)
+                if kind == op.HEADS:
+                    inner = step[op.INNER]
+                    x = _slice(work, b * width + step[op.SOURCE] + head * inner, inner)
                     angles = _slice(rotary, b * inner, inner)
-                    _head(step, x, constants[step[FIRST] + head], angles)
-                elif op == APPEND:
+                    _head(step, x, constants[step[op.FIRST] + head], angles)
+                elif kind == op.APPEND:
                     _append(step, work, width, unit, place, capacity, like)
-                elif op == ATTEND:
+                elif kind == op.ATTEND:
                     _attend(step, work, width, unit, starts[b], place + 1, capacity, scores, like)
-        if step[WAIT] and parts > 1:
+        if step[op.WAIT] and parts > 1:
             waits += 1
             _wait(counter, waits * parts)
     # Each thread rounds what it made itself. Left to torch, this would wake threads of its own,
@@ -344,7 +323,7 @@ def run(
     low = size * part // parts
     count = size * (part + 1) // parts - low
     for b in range(batch):
-        made = _slice(work, b * width + steps[-1, TARGET] + low, count)
+        made = _slice(work, b * width + steps[-1, op.TARGET] + low, count)
         given = _slice(logits, b * size + low, count)
         for i in range(count):
             given[i] = narrow(made[i], given[i])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -50,23 +49,6 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
 
 class _Inexpressible(Exception):  # noqa: N818 - never leaves this module
     """Some part of the model has no instructions."""
-
-
-@dataclass
-class Past:
-    """What the model has kept of the tokens so far.
-
-    Attributes:
-        keys: layer -> keys and values (B, G, capacity, K), of which the first `length` count.
-        states: layer -> (B, n) float32; overwritten.
-        length: tokens seen so far, and the place of the new one.
-        starts: (B,) int64, the first place that each sequence attends to.
-    """
-
-    keys: Mapping[int, tuple[Tensor, Tensor]]
-    states: Mapping[int, Tensor]
-    length: int
-    starts: Tensor
 
 
 def make_decoder(backbone: Backbone, head: nn.Module, batch: int) -> Decoder | None:
@@ -145,20 +127,31 @@ class Decoder:
         """Whether the model is still what the instructions were made of."""
         return self.plain.holds() and self.same(*self._small)
 
-    def step(self, x_Bd: Tensor, rotary: tuple[Tensor, Tensor], past: Past) -> Tensor:
+    def step(
+        self,
+        x_Bd: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        keys: Mapping[int, tuple[Tensor, Tensor]],
+        states: Mapping[int, Tensor],
+        length: int,
+        starts: Tensor,
+    ) -> Tensor:
         """Logits (B, V) in the dtype of the weights after one more token, which joins the past.
 
         Args:
             x_Bd: scaled embeddings of the tokens, (B, d).
             rotary: cosine and sine (B or 1, 1, K / 2) of their positions.
-            past: what came before.
+            keys: layer -> keys and values (B, G, capacity, K), of which the first `length` count.
+            states: layer -> (B, n) float32; overwritten.
+            length: tokens seen so far, and the place of the new one.
+            starts: (B,) int64, the first place that each sequence attends to.
         """
         capacity = 0
         for number, what, layer in self._patches:
             if what == "state":
-                self.steps[number, op.ADDRESS] = past.states[layer].data_ptr()
+                self.steps[number, op.ADDRESS] = states[layer].data_ptr()
             else:
-                key, value = past.keys[layer]
+                key, value = keys[layer]
                 capacity = key.shape[2]
                 self.steps[number, op.ADDRESS] = key.data_ptr()
                 self.steps[number, op.AUX2] = value.data_ptr()
@@ -169,13 +162,13 @@ class Decoder:
             self.run,
             self.threads,
             self.batch,
-            past.length,
+            length,
             capacity,
             self.steps,
             self.constants,
             self.work.view(-1).numpy(),
             angles.contiguous().view(-1).numpy(),
-            past.starts.numpy(),
+            starts.numpy(),
             np.zeros(1, np.int64),
             _array(logits),
         )

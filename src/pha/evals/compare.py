@@ -23,7 +23,7 @@ import numpy as np
 
 from pha.data.store import TokenStore
 from pha.data.tokenizer import tokenizer_sha256
-from pha.evals.perplexity import token_losses
+from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
 from pha.evals.where import Bins, Passage, divisions, passages
 from pha.loading import LoadedModel
@@ -55,12 +55,12 @@ class Interval:
 
     @property
     def low(self) -> float:
-        """Lower end; minus infinity where there is no interval."""
+        """Minus infinity where there is no interval."""
         return -math.inf if self.half_width is None else self.mean - self.half_width
 
     @property
     def high(self) -> float:
-        """Upper end; infinity where there is no interval."""
+        """Infinity where there is no interval."""
         return math.inf if self.half_width is None else self.mean + self.half_width
 
     @property
@@ -199,11 +199,11 @@ def compare_models(
     Memory: 8 bytes a token for the losses, and some 60 while tokens are put into bins.
 
     Args:
-        a: first model.
-        b: second model, with the same tokenizer.
-        store: tokens made by that tokenizer.
-        split: which split.
-        protocol: the windows, the same for both.
+        a: one model.
+        b: the other.
+        store: tokens made by the tokenizer of both.
+        split: of the store.
+        protocol: the windows.
         precision: fp32, or bf16 for autocast.
         block: tokens per block of the intervals; as many as `grown_block` finds when absent.
         progress: called with (A or B, windows done, windows in all).
@@ -222,13 +222,15 @@ def compare_models(
     size = first_block(count, protocol.stride, block)
     evaluations, losses = [], []
     for name, loaded in (("A", a), ("B", b)):
-        evaluation, nats = token_losses(
+        nats = np.empty(count, dtype=np.float32)
+        evaluation = evaluate(
             loaded.model,
             store,
             split,
             protocol,
             precision=precision,
             progress=None if progress is None else partial(progress, name),
+            losses=nats,
         )
         if not np.isfinite(nats).all():
             raise PHAError(f"{loaded.path} has losses that are not finite; its weights are unfit")
@@ -258,11 +260,6 @@ def compare_models(
 def first_block(tokens: int, stride: int, requested: int | None = None) -> int:
     """Tokens per block: as requested, else as many whole windows as have `BLOCK_TOKENS`.
 
-    Args:
-        tokens: in all.
-        stride: tokens that a window scores.
-        requested: a size of one's own.
-
     Raises:
         PHAError: a size below 1, or one that gives fewer than `MIN_BLOCKS` blocks.
     """
@@ -279,11 +276,9 @@ def first_block(tokens: int, stride: int, requested: int | None = None) -> int:
 
 
 def grown_block(difference: np.ndarray, size: int) -> int:
-    """`size`, doubled while neighbouring blocks are alike and `MIN_BLOCKS` would remain.
+    """`size` tokens, doubled while neighbouring blocks are alike and `MIN_BLOCKS` would remain.
 
-    Args:
-        difference: (N,) differences in loss, in the order of the text.
-        size: tokens per block to begin with.
+    `difference` is that of the losses, (N,), in the order of the text.
     """
     while len(difference) // (2 * size) >= MIN_BLOCKS:
         sums, counts = block_sums(difference, block_numbers(len(difference), size))
@@ -349,11 +344,7 @@ def bootstrap_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, flo
 def break_down(a: np.ndarray, b: np.ndarray, blocks: np.ndarray, bins: Bins) -> list[BinDifference]:
     """The difference A - B in each bin that has tokens.
 
-    Args:
-        a: (N,) losses of A.
-        b: (N,) losses of B.
-        blocks: (N,) from `block_numbers`.
-        bins: a division of the tokens.
+    `a` and `b` are (N,) losses, and `blocks` (N,) is from `block_numbers`.
     """
     found = []
     for number, label in enumerate(bins.labels):

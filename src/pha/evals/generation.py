@@ -121,11 +121,8 @@ class _Request:
 class GumbelNoise(LogitsProcessor):
     """Adds Gumbel noise to logits: the largest sum is then a draw from their softmax.
 
-    The noise of a row depends on its key alone, and not on the other rows. It is drawn on the CPU,
-    whatever the device.
-
-    Args:
-        keys: for each row, non-negative integers.
+    The noise of a row depends on its key alone, non-negative integers, and not on the other rows.
+    It is drawn on the CPU, whatever the device.
     """
 
     def __init__(self, keys: Sequence[Sequence[int]]) -> None:
@@ -175,7 +172,7 @@ class _Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-class Writer(TextStreamer):
+class _Writer(TextStreamer):
     """Passes the text of one row on, word by word."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, write: Callable[[str], None]) -> None:
@@ -183,7 +180,6 @@ class Writer(TextStreamer):
         self.write = write
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Write text that no further token changes."""
         self.write(text)
 
 
@@ -206,7 +202,7 @@ def generate(
 
     Args:
         loaded: model and tokenizer.
-        prompts: any texts; an empty one starts from the end-of-text token.
+        prompts: an empty one starts from the end-of-text token.
         sampling: how tokens are chosen.
         num_samples: texts for each prompt.
         batch_size: texts at a time; shorter prompts are padded on the left.
@@ -242,29 +238,6 @@ def generate(
             loaded, requests[first : first + batch_size], sampling, piece, speed, write
         )
     )
-
-
-def sample(
-    loaded: LoadedModel,
-    prompt: str,
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Continue one prompt; the arguments are those of `Sampling`.
-
-    Returns:
-        `prompt`, `text` (the continuation alone), and the settings.
-
-    Raises:
-        PHAError: settings out of range.
-    """
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
-    [continuation] = generate(loaded, [prompt], sampling)
-    settings = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    return {"prompt": prompt, "text": continuation.text, **settings}
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
@@ -309,7 +282,7 @@ def _continue(
         ),
         logits_processor=draws(keys, sampling),
         stopping_criteria=criteria,
-        streamer=Writer(tokenizer, write) if write and not sampling.stop else None,
+        streamer=_Writer(tokenizer, write) if write and not sampling.stop else None,
     )
     texts = [
         Continuation(r.prompt, text, r.index, r.sample, len(r.ids), count, finish)
@@ -331,10 +304,8 @@ def ended(
 ) -> tuple[str, int, str]:
     """Where a text ends: the text, its tokens, and why, as `Continuation` has them.
 
-    Args:
-        tokenizer: that reads them.
-        row: new tokens, and any padding after the end.
-        stop: the text ends before the one of these that is complete first.
+    `row` has new tokens, and any padding after the end. A text ends before the string of `stop`
+    that is complete first.
     """
 
     def text(count: int) -> str:

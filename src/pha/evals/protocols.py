@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import yaml
+from typing import Any, NamedTuple
 
 from pha.runs import RunFolder
 from pha.utils.errors import PHAError
 
 DEFAULT_LENGTH = 1024
 NAMES = ("non-overlapping", "strided", "long")
+
+
+class Window(NamedTuple):
+    """A stretch of tokens to score.
+
+    Inputs are `tokens[start:end]` and targets `tokens[start + 1 : end + 1]`; the loss counts from
+    position `first_scored` of the window (0-based) to its end.
+    """
+
+    start: int
+    end: int
+    first_scored: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,20 @@ class Protocol:
             raise PHAError(f"the sequence length is {self.sequence_length}; it must be at least 1")
         if not 1 <= self.stride <= self.sequence_length:
             raise PHAError(f"stride is {self.stride}; it must be from 1 to {self.sequence_length}")
+
+    def windows(self, tokens: int) -> Iterator[Window]:
+        """Windows that score each of the tokens 1 .. `tokens` - 1 exactly once, in order.
+
+        Window j starts at j times the stride and has `sequence_length` inputs, the last one fewer
+        if the tokens end.
+        """
+        scored = 0
+        for start in range(0, tokens - 1, self.stride):
+            end = min(start + self.sequence_length, tokens - 1)
+            yield Window(start, end, scored - start)
+            scored = end
+            if scored == tokens - 1:
+                return
 
     def describe(self) -> dict[str, Any]:
         """The protocol as data, for a result to carry."""
@@ -72,10 +96,7 @@ def parse_protocols(
     for spec in specs:
         for name in NAMES if spec == "all" else (spec,):
             length, stride = _windows(name, sequence_length)
-            try:
-                protocol = Protocol(length, stride, packed_documents, name)
-            except PHAError as error:
-                raise PHAError(f"protocol {spec}: {error}") from error
+            protocol = Protocol(length, stride, packed_documents, name)
             found.setdefault((length, stride), protocol)
     return list(found.values())
 
@@ -104,13 +125,13 @@ def trained_protocol(run: RunFolder | None) -> Protocol | None:
     Raises:
         PHAError: the configuration cannot be read.
     """
-    if run is None or not run.config.is_file():
+    config = run.read_config() if run else {}
+    if run is None or not config:
         return None
     try:
-        data = yaml.safe_load(run.config.read_text(encoding="utf-8"))["data"]
-        length, packed = int(data["sequence_length"]), bool(data["packed_documents"])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        length, packed = int(config["data"]["sequence_length"]), config["data"]["packed_documents"]
+    except (KeyError, TypeError, ValueError) as error:
         raise PHAError(
             f"{run.config} is damaged: it does not say how long the run's sequences are"
         ) from error
-    return Protocol(length, length, packed)
+    return Protocol(length, length, bool(packed))

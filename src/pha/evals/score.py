@@ -5,22 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from pha.data.encoding import TextEncoder
+from pha.data.encoding import TextEncoder, cut
 from pha.evals.perplexity import figures
 from pha.loading import LoadedModel
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, peak_memory
 
-READ_CHARACTERS = 1 << 20
-EARLY_TOKENS = 8192
-"""Where memory is looked at a first time, to be compared with the end of the document."""
+_EARLY_TOKENS = 8192  # where memory is first looked at, to be compared with the end
 
 
 @dataclass(frozen=True)
@@ -43,19 +40,12 @@ class Surprisal:
 class Score:
     """What a model makes of a document.
 
+    The figures are those of `pha.results.Scores`.
+
     Attributes:
-        name: of the document.
         tokens: scored, so all but the first.
         words: whitespace words and line ends.
         bytes: of UTF-8.
-        loss: mean -log p, nats per token.
-        perplexity: exp(loss).
-        word_perplexity: exp(total / words).
-        byte_perplexity: exp(total / bytes).
-        bits_per_byte: total / bytes, in bits.
-        accuracy: fraction of tokens that were the top prediction.
-        seconds: wall time.
-        tokens_per_second: over the whole document.
         memory_early: most bytes held after 8,192 tokens.
         memory_end: most bytes held at the end.
         protocol: how it was measured.
@@ -76,26 +66,6 @@ class Score:
     memory_early: int
     memory_end: int
     protocol: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain mapping for JSON."""
-        return asdict(self)
-
-
-def read_text(path: Path) -> Iterator[str]:
-    """Yield a UTF-8 file in parts of a megabyte or so, line ends untouched.
-
-    Raises:
-        PHAError: not there, or not UTF-8.
-    """
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            while part := file.read(READ_CHARACTERS):
-                yield part
-    except UnicodeDecodeError as error:
-        raise PHAError(f"{path} is not UTF-8 text; convert it to UTF-8") from error
-    except OSError as error:
-        raise PHAError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def _regroup(arrays: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
@@ -160,29 +130,18 @@ def score(
     precision: str = "fp32",
     each: Callable[[Surprisal], None] | None = None,
 ) -> Score:
-    """Score a document and sum up.
-
-    Args:
-        loaded: model and tokenizer.
-        name: of the document.
-        parts: its text, in any division.
-        piece: tokens per forward pass.
-        precision: fp32, or bf16 for autocast.
-        each: called with every piece as it is done.
+    """Score a document and sum up; `each` is called with every piece, as `stream` yields it.
 
     Raises:
         PHAError: fewer than two tokens.
     """
-    words = size = tokens = seen = hits = early = 0
+    words = size = seen = hits = early = 0
     total = 0.0
-    in_word = False
 
     def counted() -> Iterator[str]:
-        nonlocal words, size, in_word
-        for part in parts:
-            # A word that crosses two parts counts once.
-            words += len(part.split()) - (in_word and not part[0].isspace()) + part.count("\n")
-            in_word = not part[-1].isspace()
+        nonlocal words, size
+        for part in cut(parts):  # not within a word
+            words += len(part.split()) + part.count("\n")
             size += len(part.encode())
             yield part
 
@@ -193,7 +152,7 @@ def score(
         total += float(known.sum(dtype=np.float64))
         hits += int(surprisal.hits.sum())
         seen += len(surprisal.ids)
-        if early == 0 and seen >= EARLY_TOKENS:
+        if early == 0 and seen >= _EARLY_TOKENS:
             early = peak_memory(device)
         if each is not None:
             each(surprisal)
@@ -201,7 +160,6 @@ def score(
     if tokens < 1:
         raise PHAError(f"{name} has {seen} tokens; at least 2 are needed to predict anything")
     seconds = time.perf_counter() - begin
-    window = loaded.model.config.attention_window
     return Score(
         name=name,
         tokens=tokens,
@@ -215,7 +173,7 @@ def score(
         protocol={
             "windows": "one document, state carried from piece to piece",
             "piece": piece,
-            "attention_window": window,
+            "attention_window": loaded.model.config.attention_window,
             "first_token": "not scored",
             "precision": precision,
         },

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pha.data.store import TokenStore
-from pha.evals.perplexity import split_windows
 from pha.evals.protocols import Protocol
 
 RECENT_TOKENS = 64
@@ -78,13 +77,10 @@ def context_starts(store: TokenStore, split: str, protocol: Protocol) -> np.ndar
 
     It is the first of the window, or of the document that token i is in where documents are kept
     apart.
-
-    Raises:
-        PHAError: see `split_windows`.
     """
-    windows, total = split_windows(store, split, protocol)
+    total = store.counts(split).tokens
     first = np.empty(total - 1, dtype=np.int64)
-    for window in windows:
+    for window in protocol.windows(total):
         first[window.start + window.first_scored : window.end] = window.start
     if protocol.packed_documents:
         starts = store.document_starts(split)
@@ -96,9 +92,7 @@ def context_starts(store: TokenStore, split: str, protocol: Protocol) -> np.ndar
 def context_bins(lengths: np.ndarray, longest: int) -> Bins:
     """Eight equal bins (fewer below eight tokens) of 1 to `longest` tokens of context.
 
-    Args:
-        lengths: (N,) tokens that each prediction sees.
-        longest: the sequence length.
+    `lengths` (N,) is how many tokens each prediction sees.
     """
     count = min(POSITION_BINS, longest)
     last = np.arange(1, count + 1) * longest // count
@@ -106,12 +100,9 @@ def context_bins(lengths: np.ndarray, longest: int) -> Bins:
 
 
 def frequency_bins(targets: np.ndarray, counts: np.ndarray, split: str) -> Bins:
-    """Bins by the rank of a token among all, the commonest first; ties in the order of ids.
+    """Bins by the rank of each of `targets` (N,), the commonest first; ties in the order of ids.
 
-    Args:
-        targets: (N,) token ids.
-        counts: (V,) how often each id occurs.
-        split: where they were counted, for the name.
+    `counts` (V,) is how often each id occurs in `split`.
     """
     from scipy import stats
 
@@ -125,9 +116,7 @@ def frequency_bins(targets: np.ndarray, counts: np.ndarray, split: str) -> Bins:
 def recall_bins(tokens: np.ndarray, contexts: np.ndarray) -> Bins:
     """Bins by where a token last occurred in the context it is predicted from.
 
-    Args:
-        tokens: (N,) token ids.
-        contexts: (N - 1,) the first token that the prediction of token i + 1 sees.
+    `contexts` (N - 1,) is the first token that the prediction of token i + 1 of `tokens` (N,) sees.
     """
     order = np.argsort(tokens, kind="stable")
     same = tokens[order[1:]] == tokens[order[:-1]]

@@ -14,7 +14,7 @@ from pha.model.branches import Branch, Context, StateCache
 from pha.model.config import ArchitectureConfig
 from pha.model.mixing import LearnableMixing
 from pha.model.norm import RMSNorm
-from pha.ops.attention import attention_mask, placed_attention_mask
+from pha.ops.attention import attention_mask
 from pha.ops.precision import compute_type
 
 
@@ -100,15 +100,14 @@ class Backbone(nn.Module):
         T, device, config = inputs_embeds.shape[1], inputs_embeds.device, self.config
         past, (keys, first) = (0, (T, 0)) if cache is None else (cache.length(), cache.key_range(T))
         query = torch.arange(T, device=device) + past
-        window = config.attention_window
+        key = torch.arange(keys, device=device) + first
+        window, mask = config.attention_window, None
         new: Tensor | slice = slice(-T, None)
-        mask: Tensor | None
-        if cache is not None and cache.is_static:
-            key = torch.arange(keys, device=device) + first
-            mask = placed_attention_mask(query, key, document_starts, token_mask, window)
+        if cache is not None and cache.is_static:  # whose keys have fixed places, filled or not
+            mask = attention_mask(query, key, document_starts, token_mask, window)
             window, new = None, query
-        else:
-            mask = attention_mask(T, keys, device, document_starts, token_mask)
+        elif document_starts is not None or token_mask is not None:
+            mask = attention_mask(query, key, document_starts, token_mask)
         return Context(
             rotary=rotary_angles(
                 query[None] if positions is None else positions, config.head_dim, config.rope_theta

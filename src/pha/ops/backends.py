@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -90,3 +91,21 @@ class Op:
 def in_use(device_type: str) -> dict[str, str]:
     """Op -> what runs on tensors of `device_type`: for the log of a run and rows of benchmarks."""
     return {op.name: op.describe(device_type) for op in OPS.values()}
+
+
+def find_fault(largest_error: Callable[[], float], limit: float, slower: str) -> str | None:
+    """Why a kernel cannot be used, found by trying it; None if it can.
+
+    Args:
+        largest_error: of the kernel on a small problem.
+        limit: of that error.
+        slower: what is slower without the kernel, for the warning that gives the reason.
+    """
+    try:
+        error = largest_error()
+        reason = None if error <= limit else f"it is off by {error:.1g}"
+    except Exception as failure:  # Whatever it is, torch can compute the same.
+        reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+    if reason is not None:
+        warnings.warn(f"{slower} ({reason}); see pha doctor", RuntimeWarning, stacklevel=2)
+    return reason

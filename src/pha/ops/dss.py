@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
 from pha.ops.backends import Op
@@ -142,20 +141,6 @@ def _convolution_gradients(dy_BTH: Tensor, v_BTH: Tensor, K_TH: Tensor) -> tuple
     return dv, torch.fft.irfft((dy_f * v_f.conj()).sum(0), n, dim=0)[:T]
 
 
-class _CausalConvolution(torch.autograd.Function):
-    """Saved are v and K: transforming them again costs less than their transforms would hold."""
-
-    @staticmethod
-    def forward(ctx: Any, v_BTH: Tensor, K_TH: Tensor) -> Tensor:
-        ctx.save_for_backward(v_BTH, K_TH)
-        return _convolution(v_BTH, K_TH)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_BTH: Tensor) -> tuple[Tensor, Tensor]:
-        return _convolution_gradients(dy_BTH, *ctx.saved_tensors)
-
-
 def _documents(starts: Tensor) -> list[list[tuple[int, int]]]:
     """(place in the flattened batch, length) of every document, those of similar length together.
 
@@ -181,10 +166,13 @@ def _put(y_BTH: Tensor, spans: list[tuple[int, int]], padded: Tensor) -> None:
         rows[begin : begin + size] = row[:size]
 
 
-# Operators, for how documents lie is nothing that a graph of torch.compile could hold.
-@torch.library.custom_op("pha::convolve_documents", mutates_args=())
-def _convolve_documents(v_BTH: Tensor, K_TH: Tensor, starts: Tensor) -> Tensor:
-    """The causal convolution of each document by itself."""
+# Operators, for how documents lie is nothing that a graph of torch.compile could hold. Saved are v
+# and K: transforming them again costs less than their transforms would hold.
+@torch.library.custom_op("pha::convolve", mutates_args=())
+def _convolve(v_BTH: Tensor, K_TH: Tensor, starts: Tensor | None) -> Tensor:
+    """Causal convolution over time, of each document by itself."""
+    if starts is None:
+        return _convolution(v_BTH, K_TH).contiguous()
     y = torch.empty_like(v_BTH, memory_format=torch.contiguous_format)
     for spans in _documents(starts):
         v = _padded(v_BTH, spans)
@@ -192,10 +180,13 @@ def _convolve_documents(v_BTH: Tensor, K_TH: Tensor, starts: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("pha::convolve_documents_backward", mutates_args=())
-def _document_gradients(
-    dy_BTH: Tensor, v_BTH: Tensor, K_TH: Tensor, starts: Tensor
+@torch.library.custom_op("pha::convolve_backward", mutates_args=())
+def _gradients(
+    dy_BTH: Tensor, v_BTH: Tensor, K_TH: Tensor, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    if starts is None:
+        dv, dK = _convolution_gradients(dy_BTH, v_BTH, K_TH)
+        return dv.contiguous(), dK.contiguous()
     dv = torch.empty_like(v_BTH, memory_format=torch.contiguous_format)
     dK = torch.zeros_like(K_TH)
     for spans in _documents(starts):
@@ -207,34 +198,25 @@ def _document_gradients(
     return dv, dK
 
 
-@_convolve_documents.register_fake
-def _like_v(v_BTH: Tensor, K_TH: Tensor, starts: Tensor) -> Tensor:
-    return torch.empty_like(v_BTH, memory_format=torch.contiguous_format)
+@_convolve.register_fake
+def _like_v(v_BTH: Tensor, *_: Any) -> Tensor:
+    return v_BTH.new_empty(v_BTH.shape)
 
 
-@_document_gradients.register_fake
-def _like_v_and_k(
-    dy_BTH: Tensor, v_BTH: Tensor, K_TH: Tensor, starts: Tensor
-) -> tuple[Tensor, Tensor]:
-    return _like_v(v_BTH, K_TH, starts), torch.empty_like(K_TH)
+@_gradients.register_fake
+def _like_v_and_k(dy_BTH: Tensor, v_BTH: Tensor, K_TH: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return v_BTH.new_empty(v_BTH.shape), K_TH.new_empty(K_TH.shape)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _differentiate(ctx: Any, dy_BTH: Tensor) -> tuple[Tensor, Tensor, None]:
-    return (*_document_gradients(dy_BTH, *ctx.saved_tensors), None)
+    return (*_gradients(dy_BTH, *ctx.saved_tensors), None)
 
 
-_convolve_documents.register_autograd(_differentiate, setup_context=_save)
-
-
-def _convolve(v_BTH: Tensor, K_TH: Tensor, starts: Tensor | None) -> Tensor:
-    """Causal convolution over time of each document by itself."""
-    if starts is None:
-        return _CausalConvolution.apply(v_BTH, K_TH)
-    return _convolve_documents(v_BTH, K_TH, starts)
+_convolve.register_autograd(_differentiate, setup_context=_save)
 
 
 def _from_state(h0: Tensor, C: Tensor, Lambda: Tensor, modes: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,8 +35,13 @@ def relative_error(
         )
         gradients = torch.autograd.grad(total, leaves)
         results.append([x.detach().double() for x in (*outputs, *gradients)])
+    return largest_error(*results)
+
+
+def largest_error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """Largest error, each tensor's relative to its expected magnitude; NaN where there is one."""
     errors = [
-        ((x - y).abs().max() / y.abs().max().clamp_min(1e-30)).item()
-        for x, y in zip(*results, strict=True)
+        (x.double() - y).abs().max() / y.abs().max().clamp_min(1e-30)
+        for x, y in zip(actual, expected, strict=True)
     ]
-    return max(errors)
+    return float(torch.stack(errors).max())  # which keeps NaN, unlike Python's own `max`

@@ -77,7 +77,7 @@ class BatchFeed:
         return tensors
 
     def _read(self, place: tuple[int, int]) -> dict[str, Any]:
-        batch = self.sampler.rows(place[0], *self.pieces[place[1]])
+        batch = self.sampler.batch(place[0], *self.pieces[place[1]])
         tensors = {
             "input_ids": batch.inputs,
             "shift_labels": batch.targets,

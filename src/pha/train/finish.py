@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from pha.data.store import TokenStore
-from pha.evals.generation import sample
+from pha.evals.generation import Sampling, generate
 from pha.evals.perplexity import evaluate
-from pha.loading import load_model
+from pha.evals.protocols import Protocol
+from pha.loading import LoadedModel, load_model
 from pha.model.parameters import count_parameters
 from pha.results import (
     Candidate,
@@ -40,7 +41,7 @@ def finish(session: Session, progress: Progress) -> RunResult:
     if config.run.sample_tokens:
         with console.status(f"{run.name}: sampling"):
             samples = [
-                Sample(**sample(loaded, prompt, max_new_tokens=config.run.sample_tokens, seed=i))
+                _sample(loaded, prompt, Sampling(config.run.sample_tokens, seed=i))
                 for i, prompt in enumerate(_prompts(store))
             ]
     components = count_parameters(config.model)
@@ -79,7 +80,7 @@ def finish(session: Session, progress: Progress) -> RunResult:
 def _candidates(session: Session, progress: Progress, split: str) -> list[tuple[Candidate, Path]]:
     """The best checkpoint and, where the run asks for one, the average; each with its folder."""
     config, run, store, console = session.config, session.run, session.store, session.console
-    device = session.accelerator.device
+    device, data = session.accelerator.device, config.data
 
     def score(name: str, folder: Path, which: str) -> Evaluation:
         with console.status(f"{run.name}: evaluating the {name} on the {which} split"):
@@ -87,8 +88,7 @@ def _candidates(session: Session, progress: Progress, split: str) -> list[tuple[
                 load_model(folder, device).model,
                 store,
                 which,
-                sequence_length=config.data.sequence_length,
-                packed_documents=config.data.packed_documents,
+                Protocol(data.sequence_length, data.sequence_length, data.packed_documents),
                 precision=config.run.precision,
             )
 
@@ -106,6 +106,11 @@ def _candidates(session: Session, progress: Progress, split: str) -> list[tuple[
         validation = score(name, folder, "validation").perplexity
         found.append((Candidate(name, steps, validation, score(name, folder, split)), folder))
     return found
+
+
+def _sample(loaded: LoadedModel, prompt: str, sampling: Sampling) -> Sample:
+    [made] = generate(loaded, [prompt], sampling)
+    return Sample(prompt, made.text, sampling.temperature, sampling.top_p, sampling.seed)
 
 
 def _prompts(store: TokenStore) -> list[str]:

@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerFast
 
 from pha.data.sampler import WindowSampler
 from pha.data.store import TokenStore
-from pha.evals.perplexity import Evaluation, evaluate
+from pha.evals.perplexity import evaluate
+from pha.evals.protocols import Protocol
 from pha.modeling import PHAForCausalLM
-from pha.results import EvalRecord, LayerMixing, MixingRecord, Scores, TrainRecord
+from pha.results import EvalRecord, Evaluation, LayerMixing, MixingRecord, Scores, TrainRecord
 from pha.runs import RunFolder
 from pha.train.batches import BatchFeed
 from pha.train.checkpoint import Progress, load_checkpoint, save_checkpoint, save_model
@@ -252,14 +253,13 @@ class Trainer:
         )
 
     def evaluate(self, split: str, max_tokens: int | None = None) -> Evaluation:
-        """Evaluate the current weights by the run's own protocol, shared between processes."""
+        """Evaluate the current weights in the run's own windows, shared between processes."""
         accelerator, data = self.accelerator, self.config.data
         return evaluate(
             self.plain_model,
             self.store,
             split,
-            sequence_length=data.sequence_length,
-            packed_documents=data.packed_documents,
+            Protocol(data.sequence_length, data.sequence_length, data.packed_documents),
             precision=self.config.run.precision,
             max_tokens=max_tokens,
             share=(accelerator.process_index, accelerator.num_processes),

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,15 @@ def synchronise(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """How long `work` takes, from an idle device to an idle device."""
+    synchronise(device)
+    begin = time.perf_counter()
+    work()
+    synchronise(device)
+    return time.perf_counter() - begin
+
+
 @functools.cache
 def matmul_rate(device: torch.device, precision: str) -> float:
     """Measured rate of a square matrix product, in FLOP/s, the best of a few short runs."""
@@ -48,14 +58,7 @@ def matmul_rate(device: torch.device, precision: str) -> float:
     # Not constant: a GPU multiplies zeros and ones faster than it ever will real weights.
     a = torch.arange(size * size, device=device).sin().view(size, size).to(dtype)
     b = a.flip(0)
-    best = float("inf")
-    for _ in range(8):
-        synchronise(device)
-        begin = time.perf_counter()
-        a @ b
-        synchronise(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+    return 2 * size**3 / min(seconds_of(lambda: a @ b, device) for _ in range(8))
 
 
 def choose_precision(requested: str, device: torch.device) -> str:

@@ -43,54 +43,22 @@ def attention(
 
 
 def attention_mask(
-    queries: int,
-    keys: int,
-    device: torch.device,
-    document_starts: Tensor | None = None,
-    token_mask: Tensor | None = None,
-) -> Tensor | None:
-    """Which of `keys` positions each of the last `queries` positions may attend to.
-
-    Args:
-        queries: T, the number of new tokens.
-        keys: S >= T, the number of cached and new tokens that have keys.
-        device: where the mask lives.
-        document_starts: (B, S or more) bool, true where a document begins; attention stays within
-            it. The last S of its columns are those of the keys.
-        token_mask: (B, S or more) bool, false at padding, which nobody attends to. A padding
-            position may still attend to itself, since a softmax over nothing is not a number.
-
-    Returns:
-        (B or 1, 1, T, S) bool, or None for plain causal attention.
-    """
-    if document_starts is None and token_mask is None:
-        return None
-    key = torch.arange(keys, device=device)
-    query = key[keys - queries :, None]
-    mask = (key <= query)[None]
-    if document_starts is not None:
-        document = document_starts.cumsum(-1)[:, -keys:]
-        mask = mask & (document[:, keys - queries :, None] == document[:, None, :])
-    if token_mask is not None:
-        mask = mask & (token_mask[:, None, -keys:] | (key == query)[None])
-    return mask[:, None]
-
-
-def placed_attention_mask(
     query: Tensor,
     key: Tensor,
     document_starts: Tensor | None = None,
     token_mask: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """The mask of a cache whose keys have fixed places, filled or not.
+    """Which keys each query may attend to, causally.
 
     Args:
         query: (T,) positions of the new tokens.
-        key: (S,) positions of the places.
-        document_starts: (B, N) bool over positions 0 .. N - 1.
-        token_mask: (B, N) bool over the same, false at padding.
-        window: how many keys a query may see.
+        key: (S,) positions of cached and new keys; below zero where a place is not filled.
+        document_starts: (B, N) bool over positions 0 .. N - 1, true where a document begins;
+            attention stays within it.
+        token_mask: (B, N) bool over the same, false at padding, which nobody attends to. A padding
+            position may still attend to itself, since a softmax over nothing is not a number.
+        window: how many keys a query may see, its own included.
 
     Returns:
         (B or 1, 1, T, S) bool.
@@ -125,7 +93,8 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     shapes = ((2, 6, T, 20), (2, 2, T, 20), (2, 2, T, 20))
     q, k, v = (torch.randn(*s, generator=generator).to(device_type) for s in shapes)
     starts = (torch.rand(2, T, generator=generator) < 0.1).to(device_type)
-    mask = attention_mask(T, T, q.device, starts)
+    places = torch.arange(T, device=q.device)
+    mask = attention_mask(places, places, starts)
     return max(
         relative_error(
             lambda *x, o=options: backend(*x, *o), lambda *x, o=options: oracle(*x, *o), q, k, v

@@ -7,13 +7,15 @@ FlexAttention compiles a kernel that visits only the blocks in which some query 
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from pha.ops.backends import find_fault
+from pha.ops.testing import largest_error
 
 SHORTEST = 128  # tokens, the size of a block; with fewer there is nothing to skip
 
@@ -27,7 +29,7 @@ def serves(q: Tensor, k: Tensor, mask: Tensor | None, window: int | None) -> boo
     if not bounded or T < SHORTEST or S != T or q.device.type != "cuda":
         return False
     # A graph of torch.compile cannot hold the trial, and stands or falls with its compiler.
-    return torch.compiler.is_compiling() or usable()
+    return torch.compiler.is_compiling() or fault() is None
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
@@ -90,35 +92,20 @@ def _make(
     return create_block_mask(visible, None if rows == 1 else rows, None, queries, keys, device)
 
 
-def usable() -> bool:
-    """Whether it compiles here and agrees with the plain formula; if not, a warning says why."""
-    return fault() is None
-
-
 @functools.cache
 def fault() -> str | None:
-    """Why it is not usable here; None if it is."""
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.autocast("cuda", enabled=False),
-        ):
-            error = _trial(torch.device("cuda"))
-        reason = "" if error < 1e-2 else f"its relative error is {error:.1e}"
-    except Exception as failure:  # Whatever it is, scaled dot-product attention does the same.
-        reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
-    if reason:
-        warnings.warn(
-            f"attention within documents and windows is slower than it could be: {reason}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return reason or None
+    """Why it cannot be used here, found by trying it; None if it can."""
+    return find_fault(
+        _largest_error, 1e-2, "attention within documents and windows is slower than it could be"
+    )
 
 
-def _trial(device: torch.device) -> float:
-    """Largest relative error of values and gradients in bfloat16 on a small problem."""
+@torch.inference_mode(False)
+@torch.enable_grad()
+@torch.autocast("cuda", enabled=False)
+def _largest_error() -> float:
+    """Relative, of values and gradients in bfloat16 on a small problem."""
+    device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
     shapes = ((2, 4, 160, 60), (2, 2, 160, 60), (2, 2, 160, 60))
     leaves = [torch.randn(s, generator=generator, device=device) for s in shapes]
@@ -135,7 +122,4 @@ def _trial(device: torch.device) -> float:
             y = weights @ v.repeat_interleave(2, 1)
         gradients = torch.autograd.grad(y.float().square().sum(), (q, k, v))
         results.append([x.detach().float() for x in (y, *gradients)])
-    return max(
-        float((x - exact).abs().max() / exact.abs().max())
-        for x, exact in zip(*results, strict=True)
-    )
+    return largest_error(*results)

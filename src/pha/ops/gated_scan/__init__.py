@@ -20,9 +20,8 @@ from torch import Tensor
 
 from pha.ops.backends import Op
 from pha.ops.gated_scan import triton_runtime
-from pha.ops.gated_scan.closed_form import gated_scan_torch
 from pha.ops.gated_scan.naive import gated_scan_naive
-from pha.ops.gated_scan.operator import gated_scan_triton
+from pha.ops.gated_scan.operator import gated_scan_operator
 from pha.ops.testing import relative_error
 from pha.utils.errors import PHAError
 
@@ -83,18 +82,24 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     )
 
 
+def _fault(backend: str, device_type: str) -> str | None:
+    if not backend.startswith("triton"):
+        return None
+    return triton_runtime.fault(torch.empty(0, device=device_type).device)
+
+
 _OP = Op(
     "gated_scan",
     {
         "naive": gated_scan_naive,
-        "torch": gated_scan_torch,
-        "triton": gated_scan_triton,
-        "triton-sequential": functools.partial(gated_scan_triton, form="sequential"),
-        "triton-chunked": functools.partial(gated_scan_triton, form="chunked"),
+        "torch": gated_scan_operator,
+        "triton": functools.partial(gated_scan_operator, form="auto"),
+        "triton-sequential": functools.partial(gated_scan_operator, form="sequential"),
+        "triton-chunked": functools.partial(gated_scan_operator, form="chunked"),
     },
     {"cuda": "triton", "default": "torch"},
     _check,
     only_on=dict.fromkeys(("triton", "triton-sequential", "triton-chunked"), "cuda"),
-    fault=triton_runtime.fault,
+    fault=_fault,
     limits=dict.fromkeys(("torch", "triton"), "naive for one step"),
 )

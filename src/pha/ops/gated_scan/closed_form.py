@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +11,7 @@ from torch import Tensor
 from pha.ops.precision import accumulation_type
 
 
-# An operator, so that a graph of torch.compile holds one node and not one for each block of time.
-@torch.library.custom_op(
-    "pha::gated_scan",
-    mutates_args=(),
-    schema="(Tensor gate, Tensor value, Tensor a, Tensor b, Tensor? h0, Tensor? starts, "
-    "Tensor? mask) -> (Tensor, Tensor)",
-)
-def _forward(
+def torch_forward(
     gate: Tensor,
     value: Tensor,
     a: Tensor,
@@ -28,6 +20,7 @@ def _forward(
     starts: Tensor | None,
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """h and the last state, blocks of time side by side. See `gated_scan`."""
     dtype = accumulation_type(value)
     if not value.numel():
         last = value.new_zeros(value.shape[0], value.shape[2], dtype=dtype)
@@ -44,26 +37,6 @@ def _forward(
     return h.to(value.dtype), last
 
 
-@_forward.register_fake
-def _outputs(
-    gate: Tensor,
-    value: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h0: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    B, _, n = value.shape
-    return value.new_empty(value.shape), value.new_empty(B, n, dtype=accumulation_type(value))
-
-
-@torch.library.custom_op(
-    "pha::gated_scan_backward",
-    mutates_args=(),
-    schema="(Tensor dh, Tensor dh_last, Tensor h, Tensor gate, Tensor value, Tensor a, Tensor b, "
-    "Tensor? h0, Tensor? starts, Tensor? mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
 def torch_backward(
     dh: Tensor,
     dh_last: Tensor,
@@ -78,12 +51,10 @@ def torch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dgate, dvalue, da, db and dh0 (that of zeros without h0), in torch's own operations."""
     dtype = accumulation_type(h)
-    outputs = _gradients(dh, dh_last, h, gate, value, a, b, h0, starts, mask)
+    state = dtype if h0 is None else h0.dtype
     if not h.numel():
-        for x in outputs[:-1]:
-            x.zero_()
-        outputs[-1].copy_(dh_last)
-        return outputs
+        dgate, dvalue, da, db = (x.new_zeros(x.shape) for x in (gate, value, a, b))
+        return dgate, dvalue, da, db, dh_last.to(state, copy=True)
     decay, scale = a.to(dtype), b.to(dtype)
     g = dh.to(dtype, copy=True, memory_format=torch.contiguous_format)
     g[:, -1] += dh_last
@@ -93,7 +64,7 @@ def torch_backward(
     da = (into[:, 1:] * h[:, :-1]).sum((0, 1))
     if h0 is not None:
         da += (into[:, 0] * h0).sum(0)
-    dh0 = (into[:, 0] * decay).to(outputs[-1].dtype)
+    dh0 = (into[:, 0] * decay).to(state)
     if mask is not None:
         g.mul_(mask.unsqueeze(-1))
     s = gate.to(dtype).sigmoid()
@@ -102,49 +73,6 @@ def torch_backward(
     dgate = (dvalue * value).mul_(1 - s)
     db = g.mul_(value).sum((0, 1))
     return dgate.to(gate.dtype), dvalue.to(value.dtype), da.to(a.dtype), db.to(b.dtype), dh0
-
-
-@torch_backward.register_fake
-def _gradients(
-    dh: Tensor,
-    dh_last: Tensor,
-    h: Tensor,
-    gate: Tensor,
-    value: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h0: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dh0 = h.new_empty(dh_last.shape, dtype=accumulation_type(h) if h0 is None else h0.dtype)
-    dgate, dvalue = gate.new_empty(gate.shape), value.new_empty(value.shape)
-    return dgate, dvalue, a.new_empty(a.shape), b.new_empty(b.shape), dh0
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[0], *inputs)
-
-
-def _differentiate(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor | None, ...]:
-    *gradients, dh0 = torch_backward(dh, dh_last, *ctx.saved_tensors)
-    return *gradients, dh0 if ctx.needs_input_grad[4] else None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def gated_scan_torch(
-    gate: Tensor,
-    value: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h0: Tensor | None = None,
-    starts: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Torch's own operations, blocks of time side by side. See `gated_scan`."""
-    return _forward(gate, value, a, b, h0, starts, mask)
 
 
 def _recur_(x: Tensor, a: Tensor, kept: Tensor | None, back: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The gated scan by Triton as an operator of torch; where Triton cannot run, torch does."""
+"""The gated scan as one operator of torch: a graph of torch.compile holds it as one node."""
 
 from __future__ import annotations
 
@@ -9,54 +9,77 @@ from torch import Tensor
 
 from pha.ops.gated_scan import triton as triton_scan
 from pha.ops.gated_scan import triton_runtime
-from pha.ops.gated_scan.closed_form import gated_scan_torch, torch_backward
+from pha.ops.gated_scan.closed_form import torch_backward, torch_forward
+from pha.ops.precision import accumulation_type
 
-
-@torch.library.custom_op(
-    "pha::gated_scan_triton",
-    mutates_args=(),
-    schema="(Tensor gate, Tensor value, Tensor a, Tensor b, Tensor? h0, Tensor? starts, "
-    "Tensor? mask, str form) -> (Tensor, Tensor)",
+_INPUTS = (
+    "Tensor gate, Tensor value, Tensor a, Tensor b, Tensor? h0, Tensor? starts, Tensor? mask, "
+    "str form"
 )
-def _triton_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    if triton_runtime.usable(arguments[1].device):
-        return triton_scan.scan_forward(*arguments)
-    return gated_scan_torch(*arguments[:-1])
-
-
-_triton_forward.register_fake(triton_scan.forward_outputs)
 
 
 @torch.library.custom_op(
-    "pha::gated_scan_triton_backward",
+    "pha::gated_scan", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
+)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    if _by_triton(arguments[-1], arguments[1]):
+        return triton_scan.scan_forward(*arguments)
+    return torch_forward(*arguments[:-1])
+
+
+@_forward.register_fake
+def _outputs(gate: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    B, _, n = value.shape
+    return value.new_empty(value.shape), value.new_empty(B, n, dtype=accumulation_type(value))
+
+
+@torch.library.custom_op(
+    "pha::gated_scan_backward",
     mutates_args=(),
-    schema="(Tensor dh, Tensor dh_last, Tensor h, Tensor gate, Tensor value, Tensor a, Tensor b, "
-    "Tensor? h0, Tensor? starts, Tensor? mask, str form) -> "
+    schema=f"(Tensor dh, Tensor dh_last, Tensor h, {_INPUTS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _triton_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    if triton_runtime.usable(arguments[2].device):
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    if _by_triton(arguments[-1], arguments[2]):
         return triton_scan.scan_backward(*arguments)
     return torch_backward(*arguments[:-1])
 
 
-_triton_backward.register_fake(triton_scan.backward_outputs)
+@_backward.register_fake
+def _gradients(
+    dh: Tensor,
+    dh_last: Tensor,
+    h: Tensor,
+    gate: Tensor,
+    value: Tensor,
+    a: Tensor,
+    b: Tensor,
+    h0: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    dh0 = dh_last.new_empty(dh_last.shape, dtype=accumulation_type(h) if h0 is None else h0.dtype)
+    return *(x.new_empty(x.shape) for x in (gate, value, a, b)), dh0
 
 
-def _save_triton(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _by_triton(form: str, x: Tensor) -> bool:
+    """Whether Triton computes; where it cannot run, torch takes over, with a warning."""
+    return form != "torch" and x.numel() > 0 and triton_runtime.usable(x.device)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.form = inputs
     ctx.save_for_backward(output[0], *tensors)
 
 
-def _differentiate_triton(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor | None, ...]:
-    *gradients, dh0 = _triton_backward(dh, dh_last, *ctx.saved_tensors, ctx.form)
+def _differentiate(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor | None, ...]:
+    *gradients, dh0 = _backward(dh, dh_last, *ctx.saved_tensors, ctx.form)
     return *gradients, dh0 if ctx.needs_input_grad[4] else None, None, None, None
 
 
-_triton_forward.register_autograd(_differentiate_triton, setup_context=_save_triton)
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
-def gated_scan_triton(
+def gated_scan_operator(
     gate: Tensor,
     value: Tensor,
     a: Tensor,
@@ -64,10 +87,7 @@ def gated_scan_triton(
     h0: Tensor | None = None,
     starts: Tensor | None = None,
     mask: Tensor | None = None,
-    form: str = "auto",
+    form: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Triton's kernels, on a GPU. See `gated_scan` and, for `form`, `triton_scan.chunk_length`.
-
-    Where Triton fails, or its first use finds it wrong, torch takes over, with a warning.
-    """
-    return _triton_forward(gate.to(value.dtype), value, a, b, h0, starts, mask, form)
+    """See `gated_scan`. `form` is "torch" or, for Triton, one that `chunk_length` knows."""
+    return _forward(gate, value, a, b, h0, starts, mask, form)

@@ -1,9 +1,9 @@
 """The gated scan on a GPU: what Triton's kernels are given, and in which form they run.
 
-`operator.py` makes opaque operators of torch of these functions. There is nothing around a scan to
-fuse with it, and an operator goes into a graph of torch.compile whole, may check itself at its
-first use, and may leave the work to torch. Grids follow from shapes alone and nothing waits for the
-device, so that CUDA graphs can record them.
+`operator.py` makes an opaque operator of torch of these functions. There is nothing around a scan
+to fuse with it, and an operator may check itself at its first use and may leave the work to torch.
+Grids follow from shapes alone and nothing waits for the device, so that CUDA graphs can record
+them.
 
 Bytes moved, in units of B * T * n elements: the sequential form reads gate and value and writes h
 (3); its backward reads dh, h, gate and value and writes dgate and dvalue (6). The chunked form
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from pha.ops.precision import accumulation_type
 
-FORMS = ("auto", "sequential", "chunked")
 BLOCK = 64  # States of a program, by one warp: two neighbours a thread, a transaction of bf16.
 UNROLL = 8  # Steps whose loads are issued together.
 STAGES = 3  # Of the pipeline of loads: those of two more groups of UNROLL steps are under way.
@@ -41,8 +40,8 @@ def chunk_length(B: int, T: int, n: int, processors: int, form: str = "auto") ->
         T: steps.
         n: states.
         processors: SMs of the device.
-        form: one of `FORMS`; `"auto"` takes the chunked form where the programs of the sequential
-            one, B * ceil(n / BLOCK), are fewer than ENOUGH a processor.
+        form: `"sequential"`, `"chunked"` or `"auto"`, which takes the chunked form where the
+            programs of the sequential one, B * ceil(n / BLOCK), are fewer than ENOUGH a processor.
     """
     programs = B * -(-n // BLOCK)
     if form == "sequential" or (form == "auto" and programs >= ENOUGH * processors):
@@ -129,60 +128,37 @@ def scan_forward(
     """h and the last state, as `gated_scan` says."""
     from pha.ops.gated_scan import triton_kernels
 
-    h, h_last = forward_outputs(gate, value, a, b, h0, starts, mask, form)
-    if not value.numel():
-        return h, h_last.zero_() if h0 is None else h_last.copy_(h0)
-    launch, dtype = _Launch(value, form), h_last.dtype
+    launch, dtype = _Launch(value, form), accumulation_type(value)
+    h = value.new_empty(value.shape)
+    h_last = value.new_empty(launch.B, launch.n, dtype=dtype)
     gate, value = _rows(gate), _rows(value)
     a, b = (x.to(dtype).contiguous() for x in (a, b))
     initial = None if h0 is None else h0.to(dtype).contiguous()
     inputs = gate, *gate.stride()[:2], value, *value.stride()[:2], a, b
     flags = _flags(starts, h), _flags(mask, h)
-    present = {"HAS_STARTS": starts is not None, "HAS_MASK": mask is not None}
-    with _on(value):
-        if launch.chunks > 1:
-            last, product = launch.partial(value), launch.partial(value)
-            launch.run(
-                triton_kernels.forward,
-                *inputs,
-                a,
-                *flags,
-                h,
-                last,
-                product,
-                HAS_INITIAL=False,
-                SUMMARY=True,
-                **present,
-            )
-            initial = launch.combine(initial, last, product, reverse=False)
+
+    def walk(initial: Tensor | None, last: Tensor, product: Tensor, summary: bool) -> None:
         launch.run(
             triton_kernels.forward,
             *inputs,
             a if initial is None else initial,
             *flags,
             h,
-            h_last,
-            h_last,
+            last,
+            product,
             HAS_INITIAL=initial is not None,
-            SUMMARY=False,
-            **present,
+            HAS_STARTS=starts is not None,
+            HAS_MASK=mask is not None,
+            SUMMARY=summary,
         )
+
+    with _on(value):
+        if launch.chunks > 1:
+            last, product = launch.partial(value), launch.partial(value)
+            walk(None, last, product, True)
+            initial = launch.combine(initial, last, product, reverse=False)
+        walk(initial, h_last, h_last, False)
     return h, h_last
-
-
-def forward_outputs(
-    gate: Tensor,
-    value: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h0: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    form: str,
-) -> tuple[Tensor, Tensor]:
-    """What `scan_forward` returns, not filled."""
-    B, _, n = value.shape
-    return value.new_empty(value.shape), value.new_empty(B, n, dtype=accumulation_type(value))
 
 
 def scan_backward(
@@ -204,11 +180,7 @@ def scan_backward(
     """
     from pha.ops.gated_scan import triton_kernels
 
-    dgate, dvalue, da, db, dh0 = backward_outputs(
-        dh, dh_last, h, gate, value, a, b, h0, starts, mask, form
-    )
-    if not h.numel():
-        return dgate, dvalue, da.zero_(), db.zero_(), dh0.copy_(dh_last)
+    dgate, dvalue = gate.new_empty(gate.shape), value.new_empty(value.shape)
     launch, dtype = _Launch(h, form), dh_last.dtype
     dh, gate, value = _rows(dh), _rows(gate), _rows(value)
     decay, scale = (x.to(dtype).contiguous() for x in (a, b))
@@ -256,23 +228,4 @@ def scan_backward(
             HAS_MASK=mask is not None,
         )
     da, db = (parts.sum((0, 1)).to(x.dtype) for parts, x in ((parts_a, a), (parts_b, b)))
-    return dgate, dvalue, da, db, leaving.to(dh0.dtype)
-
-
-def backward_outputs(
-    dh: Tensor,
-    dh_last: Tensor,
-    h: Tensor,
-    gate: Tensor,
-    value: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h0: Tensor | None,
-    starts: Tensor | None,
-    mask: Tensor | None,
-    form: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `scan_backward` returns, not filled."""
-    dh0 = dh_last.new_empty(dh_last.shape, dtype=dh_last.dtype if h0 is None else h0.dtype)
-    dgate, dvalue, da, db = (x.new_empty(x.shape) for x in (gate, value, a, b))
-    return dgate, dvalue, da, db, dh0
+    return dgate, dvalue, da, db, leaving if h0 is None else leaving.to(h0.dtype)

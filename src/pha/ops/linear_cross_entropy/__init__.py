@@ -8,7 +8,6 @@ logits are at hand, so the logits are computed once and only dx and dW are kept.
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pha.ops.backends import Op
+from pha.ops.backends import Op, find_fault
 from pha.ops.precision import accumulation_type, compute_type
-from pha.ops.testing import relative_error
+from pha.ops.testing import largest_error, relative_error
 from pha.utils.errors import PHAError
 
 IGNORE_INDEX = -100
@@ -113,24 +112,17 @@ def _by_triton(
 
 @functools.cache
 def _triton_fault(device: torch.device) -> str | None:
-    """Why Triton's kernel cannot be used, by a trial; a warning says so too. None where it can."""
+    """Why Triton's kernel cannot be used, found by trying it; None if it can."""
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(7, 16, generator=generator), torch.randn(4100, 16, generator=generator)
     y = torch.tensor([0, 4099, IGNORE_INDEX, 4096, 17, 5, 6])
     x, w, y = x.to(device), w.to(device), y.to(device)
-    try:
+
+    def error() -> float:
         results = [f(x, w, y, x.new_empty(7, 4100), True) for f in (_by_triton, _by_torch)]
-        error = max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))
-        reason = "" if error < 1e-3 else f"it is wrong by {error:.1e}"
-    except Exception as failure:  # Whatever it is, the same can be computed with torch.
-        reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
-    if reason:
-        warnings.warn(
-            f"the loss runs slower, by torch, because Triton's kernel fails ({reason})",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return reason or None
+        return largest_error(*results)
+
+    return find_fault(error, 1e-3, "the loss runs slower, as Triton's kernel fails")
 
 
 def _chunk_by_chunk(
@@ -217,14 +209,14 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None)
 
 
-def linear_cross_entropy_chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Chunks of about `chunk_logits` logits. See `linear_cross_entropy`."""
-    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, False)
+def linear_cross_entropy_chunked(
+    x: Tensor, weight: Tensor, targets: Tensor, triton: bool = False
+) -> Tensor:
+    """Chunks of about `chunk_logits` logits. See `linear_cross_entropy`.
 
-
-def linear_cross_entropy_triton(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Such chunks, with softmax and gradient in one kernel on logits of the compute type."""
-    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, True)
+    With `triton` softmax and gradient are one kernel on logits of the compute type.
+    """
+    return _ChunkedLinearCrossEntropy.apply(x, weight, targets, triton)
 
 
 @torch.no_grad()
@@ -280,7 +272,7 @@ _OP = Op(
     {
         "naive": linear_cross_entropy_naive,
         "chunked": linear_cross_entropy_chunked,
-        "triton": linear_cross_entropy_triton,
+        "triton": functools.partial(linear_cross_entropy_chunked, triton=True),
     },
     {"cuda": "triton", "default": "chunked"},
     _check,
