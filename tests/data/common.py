@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-COMPRESS = {
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
     ".xz": lzma.compress,
@@ -37,7 +37,9 @@ def write_records(path: Path, texts: Sequence[Any], field: str = "text") -> Path
     return path
 
 
-def write_hub(folder: Path, config: str, splits: dict[str, Sequence[str]], files: int = 1) -> Path:
+def write_hub(
+    folder: Path, config: str, splits: Mapping[str, Sequence[str]], files: int = 1
+) -> Path:
     """Write a data set folder in the Hub's layout, with a number of files for each split."""
     card = ["---", "configs:", f"- config_name: {config}", "  data_files:"]
     for split, texts in splits.items():

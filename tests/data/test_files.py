@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,11 +13,12 @@ from pha.data.documents import Document
 from pha.data.readers import Meter
 from pha.data.splits import TextSplit
 from tests.data.common import COMPRESS, RECORDS, write_records
+from tests.data.conftest import Refuses
 
 TEXTS = [f"text number {number} é\n" for number in range(300)]
 
 
-def read(spec: Path | str, split: str | None = None, **options) -> list[Document]:
+def read(spec: Path | str, split: str | None = None, **options: Any) -> list[Document]:
     return list(open_source(str(spec), SourceOptions(**options)).documents(split))
 
 
@@ -113,7 +115,7 @@ def test_folders_of_records_are_read_recursively(tmp_path: Path) -> None:
     assert found[-1].split == TextSplit(0, Fraction(1, 20)).split_of("a packed text")
 
 
-def test_patterns(tmp_path: Path, refuses, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patterns(tmp_path: Path, refuses: Refuses, monkeypatch: pytest.MonkeyPatch) -> None:
     write_records(tmp_path / "b" / "c" / "deep.jsonl", TEXTS[:100])
     write_records(tmp_path / "b" / "top.jsonl", TEXTS[100:200])
     (tmp_path / "b" / "note.md").write_text("a note")
@@ -139,7 +141,7 @@ def test_a_path_with_a_star_in_its_name_is_a_path(tmp_path: Path, suffix: str) -
     assert len(read(tmp_path / f"rows[2]*{suffix}")) == 20
 
 
-def test_folders_that_leave_open_what_is_meant(tmp_path: Path, refuses) -> None:
+def test_folders_that_leave_open_what_is_meant(tmp_path: Path, refuses: Refuses) -> None:
     write_records(tmp_path / "a" / "train.jsonl", TEXTS)
     write_records(tmp_path / "a" / "extra.jsonl", TEXTS)
     with refuses("train.jsonl", "extra.jsonl", "pattern"):
@@ -158,7 +160,7 @@ def test_folders_that_leave_open_what_is_meant(tmp_path: Path, refuses) -> None:
 
 @pytest.mark.parametrize("options", [{"holdout": Fraction(1, 10)}, {"split_seed": 0}])
 def test_a_split_that_is_not_by_text_takes_no_options(
-    document_folder: Path, split_folder: Path, options: dict, refuses
+    document_folder: Path, split_folder: Path, options: dict, refuses: Refuses
 ) -> None:
     for spec in ("stdlib", document_folder, split_folder, split_folder / "train.txt"):
         with refuses("another rule", "--holdout"):
@@ -166,14 +168,14 @@ def test_a_split_that_is_not_by_text_takes_no_options(
 
 
 @pytest.mark.parametrize("holdout", ["0", "0.5", "-0.1", "1"])
-def test_options_out_of_range(holdout: str, refuses) -> None:
+def test_options_out_of_range(holdout: str, refuses: Refuses) -> None:
     with refuses(str(Fraction(holdout)), "between 0 and 0.5"):
         SourceOptions(holdout=Fraction(holdout))
     with refuses("split seed is -1"):
         SourceOptions(split_seed=-1)
 
 
-def test_one_compressed_text_is_refused(tmp_path: Path, refuses) -> None:
+def test_one_compressed_text_is_refused(tmp_path: Path, refuses: Refuses) -> None:
     (tmp_path / "text.txt.gz").write_bytes(COMPRESS[".gz"](b"text\n" * 1000))
     with refuses("text.txt.gz", "decompress", "train.txt.gz"):
         read(tmp_path / "text.txt.gz")
@@ -182,7 +184,7 @@ def test_one_compressed_text_is_refused(tmp_path: Path, refuses) -> None:
 def test_identity_follows_files_and_options(tmp_path: Path) -> None:
     path = write_records(tmp_path / "rows.jsonl", TEXTS)
 
-    def identity(**options) -> str:
+    def identity(**options: Any) -> str:
         return open_source(str(path), SourceOptions(**options)).identity
 
     first = identity()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -14,6 +15,7 @@ from pha.data import SPLITS, SourceOptions, TokenStore, cached_store, open_sourc
 from pha.data.hub import HubUnreachableError
 from pha.data.splits import TextSplit
 from tests.data.common import write_hub, write_records
+from tests.data.conftest import Refuses
 
 TEXTS = [f"web page {number} é\n\nwith two lines" for number in range(400)]
 LINES = [" \n", " = Title = \n", " \n", " One line of text . \n", " \n", " \n", " Twö . \n"]
@@ -25,7 +27,7 @@ def wikitext_rows(text: str) -> list[str]:
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, answer: Exception | str) -> None:
-    def dataset_info(self, name, **options):
+    def dataset_info(self: Any, name: str, **options: Any) -> huggingface_hub.DatasetInfo:
         if isinstance(answer, Exception):
             raise answer
         return huggingface_hub.DatasetInfo(id=name, sha=answer)
@@ -86,7 +88,7 @@ def test_one_store_from_the_hubs_layout_and_from_json_lines(tmp_path: Path) -> N
     assert first.describe()["split"] == second.describe()["split"]
 
 
-def test_the_text_field(tmp_path: Path, refuses) -> None:
+def test_the_text_field(tmp_path: Path, refuses: Refuses) -> None:
     folder = tmp_path / "web"
     write_records(folder / "data" / "train.parquet", ["a"], field="body")
     write_records(folder / "data" / "validation.parquet", ["b"], field="body")
@@ -98,7 +100,7 @@ def test_the_text_field(tmp_path: Path, refuses) -> None:
         list(open_source(f"hf:{folder}", SourceOptions(text_field="number")).documents())
 
 
-def test_data_sets_that_lack_something(tmp_path: Path, refuses) -> None:
+def test_data_sets_that_lack_something(tmp_path: Path, refuses: Refuses) -> None:
     folder = write_hub(tmp_path / "web", "plain_text", {"train": TEXTS})
     with refuses("cannot be opened", "nope", "plain_text"):
         open_source(f"hf:{folder}:nope")
@@ -115,7 +117,7 @@ def test_data_sets_that_lack_something(tmp_path: Path, refuses) -> None:
         open_source("hf:/no/where:config")
 
 
-def test_damaged_rows_are_named(tmp_path: Path, refuses) -> None:
+def test_damaged_rows_are_named(tmp_path: Path, refuses: Refuses) -> None:
     folder = write_hub(tmp_path / "web", "c", {"train": TEXTS, "validation": ["a"]}, files=2)
     path = folder / "c" / "train-00001-of-00002.parquet"
     data = bytearray(path.read_bytes())
@@ -126,29 +128,31 @@ def test_damaged_rows_are_named(tmp_path: Path, refuses) -> None:
 
 
 @pytest.mark.parametrize("spec", ["openwebtext", "wikitext-103", "wikitext-2", "hf:a/b:c"])
-def test_no_network_is_one_line(spec: str, offline, refuses) -> None:
+def test_no_network_is_one_line(spec: str, offline: None, refuses: Refuses) -> None:
     with refuses("does not answer", "Name or service", "hf:FOLDER:CONFIG"):
         open_source(spec)
     with pytest.raises(HubUnreachableError):
         open_source(spec)
 
 
-def test_offline_mode_asks_nobody(monkeypatch: pytest.MonkeyPatch, refuses) -> None:
+def test_offline_mode_asks_nobody(monkeypatch: pytest.MonkeyPatch, refuses: Refuses) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with refuses("does not answer", "Skylion007/openwebtext", "offline mode"):
         open_source("openwebtext")
 
 
-def test_a_data_set_that_the_hub_does_not_have(monkeypatch, refuses) -> None:
+def test_a_data_set_that_the_hub_does_not_have(
+    monkeypatch: pytest.MonkeyPatch, refuses: Refuses
+) -> None:
     response = SimpleNamespace(headers={}, request=None)
-    error = huggingface_hub.errors.RepositoryNotFoundError("404", response=response)
+    error = huggingface_hub.errors.RepositoryNotFoundError("404", response=response)  # type: ignore[arg-type]
     answers(monkeypatch, error)
     with refuses("no public data set 'owner/nothing'", "log in"):
         open_source("hf:owner/nothing")
 
 
 def test_a_path_comes_before_a_short_name(
-    split_folder: Path, monkeypatch: pytest.MonkeyPatch, offline
+    split_folder: Path, monkeypatch: pytest.MonkeyPatch, offline: None
 ) -> None:
     monkeypatch.chdir(split_folder.parent)
     split_folder.rename("wikitext-2")
@@ -156,7 +160,7 @@ def test_a_path_comes_before_a_short_name(
 
 
 def test_a_cached_store_of_the_hub_is_used_offline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: Refuses
 ) -> None:
     """The data set itself is a local folder here; what the Hub says is its revision."""
     folder = write_hub(tmp_path / "web", "c", {"train": ["one"], "validation": ["two"]})

@@ -22,6 +22,7 @@ from pha.data.encoding import byte_vocabulary
 from pha.data.sources import open_source
 from pha.data.tokenizer import load_tokenizer, tokenizer_sha256
 from tests.data.common import write_records
+from tests.data.conftest import Refuses
 
 WORDS = "the state of the café is a state <|endoftext|>\n\n  of 中 😀 states, it's said "
 
@@ -213,7 +214,9 @@ def test_failure_in_the_middle_leaves_nothing(split_folder: Path, tmp_path: Path
     assert [path.name for path in out.parent.iterdir()] == ["store"]
 
 
-def test_other_folders_are_not_overwritten(split_folder: Path, tmp_path: Path, refuses) -> None:
+def test_other_folders_are_not_overwritten(
+    split_folder: Path, tmp_path: Path, refuses: Refuses
+) -> None:
     before = sorted(split_folder.iterdir())
     with refuses(str(split_folder), "not a token store"):
         prepare(str(split_folder), "bytes", split_folder)
@@ -261,7 +264,7 @@ def test_a_tokenizer_is_trained_on_the_beginning_of_a_large_corpus(
     assert plain.describe()["tokenizer_training_bytes"] is None
 
 
-def test_a_split_that_stays_empty(split_folder: Path, tmp_path: Path, refuses) -> None:
+def test_a_split_that_stays_empty(split_folder: Path, tmp_path: Path, refuses: Refuses) -> None:
     rows = write_records(tmp_path / "rows.jsonl", ["one", "two", "three"])
     with refuses("falls into the", "larger --holdout"):
         prepare(str(rows), "bytes", tmp_path / "store")

@@ -10,6 +10,7 @@ import zstandard
 
 from pha.data.readers import Meter, kind_of, read_records, read_text
 from tests.data.common import COMPRESS, RECORDS, write_records
+from tests.data.conftest import Refuses
 
 AWKWARD = [
     "plain",
@@ -67,7 +68,7 @@ def test_packed_files_in_several_pieces(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", [s for s in RECORDS if s != ".jsonl"])
-def test_files_cut_short_are_refused(tmp_path: Path, suffix: str, refuses) -> None:
+def test_files_cut_short_are_refused(tmp_path: Path, suffix: str, refuses: Refuses) -> None:
     path = write_records(tmp_path / f"rows{suffix}", [f"row {number}" * 9 for number in range(200)])
     whole = path.read_bytes()
     for size in sorted({1, 2, 5, 11, len(whole) // 3, len(whole) // 2, len(whole) - 9}):
@@ -77,7 +78,7 @@ def test_files_cut_short_are_refused(tmp_path: Path, suffix: str, refuses) -> No
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
-def test_damaged_archives_are_refused(tmp_path: Path, suffix: str, refuses) -> None:
+def test_damaged_archives_are_refused(tmp_path: Path, suffix: str, refuses: Refuses) -> None:
     path = tmp_path / f"text.txt{suffix}"
     data = bytearray(COMPRESS[suffix](b"some text " * 99))
     data[-30 if suffix == ".xz" else -6] ^= 1  # in the checksum; .zst has none, so in the text
@@ -87,7 +88,9 @@ def test_damaged_archives_are_refused(tmp_path: Path, suffix: str, refuses) -> N
             list(read_text(path, Meter()))
 
 
-def test_an_archive_that_takes_gigabytes_to_unpack_is_refused(tmp_path: Path, refuses) -> None:
+def test_an_archive_that_takes_gigabytes_to_unpack_is_refused(
+    tmp_path: Path, refuses: Refuses
+) -> None:
     parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
     path = tmp_path / "text.txt.zst"
     stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
@@ -112,7 +115,9 @@ def test_an_archive_that_takes_gigabytes_to_unpack_is_refused(tmp_path: Path, re
         (b'{"text": "\\ud800"}', ("line 2", "surrogate")),
     ],
 )
-def test_bad_lines_are_named(tmp_path: Path, line: bytes, parts: tuple[str, ...], refuses) -> None:
+def test_bad_lines_are_named(
+    tmp_path: Path, line: bytes, parts: tuple[str, ...], refuses: Refuses
+) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
     rows = read_records(path, "text", Meter())
@@ -121,7 +126,7 @@ def test_bad_lines_are_named(tmp_path: Path, line: bytes, parts: tuple[str, ...]
         next(rows)
 
 
-def test_fields_of_parquet(tmp_path: Path, refuses) -> None:
+def test_fields_of_parquet(tmp_path: Path, refuses: Refuses) -> None:
     path = write_records(tmp_path / "rows.parquet", ["a", "b"], field="body")
     assert list(read_records(path, "body", Meter())) == ["a", "b"]
     with refuses("rows.parquet", "no field 'text'", "number, body"):
@@ -136,7 +141,7 @@ def test_fields_of_parquet(tmp_path: Path, refuses) -> None:
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
-def test_text_that_is_not_utf8(tmp_path: Path, suffix: str, refuses) -> None:
+def test_text_that_is_not_utf8(tmp_path: Path, suffix: str, refuses: Refuses) -> None:
     path = tmp_path / f"text.txt{suffix}"
     for data in (b"caf\xe9 ", b"cut in a character \xc3"):
         path.write_bytes(COMPRESS[suffix](data))
@@ -144,14 +149,14 @@ def test_text_that_is_not_utf8(tmp_path: Path, suffix: str, refuses) -> None:
             list(read_text(path, Meter()))
 
 
-def test_files_that_cannot_be_opened(tmp_path: Path, refuses) -> None:
+def test_files_that_cannot_be_opened(tmp_path: Path, refuses: Refuses) -> None:
     for name in ("gone.jsonl", "gone.jsonl.zst"):
         with refuses(name, "cannot be read"):
             list(read_records(tmp_path / name, "text", Meter()))
 
 
 def test_libraries_that_are_missing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: Refuses
 ) -> None:
     for name, suffix in (("datasets", ".parquet"), ("pyarrow", ".jsonl.zst")):
         path = write_records(tmp_path / f"rows{suffix}", ["a"])

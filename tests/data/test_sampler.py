@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pha.data.sampler import WindowSampler
+from tests.data.conftest import Refuses
 
 
 def test_windows_cover_every_target_once_per_epoch() -> None:
@@ -85,7 +86,7 @@ def test_document_starts_mark_first_tokens(total: int, length: int, others: set[
         assert torch.equal(batch.document_starts, expected)
 
 
-def test_sampler_refuses_what_it_cannot_do(refuses) -> None:
+def test_sampler_refuses_what_it_cannot_do(refuses: Refuses) -> None:
     tokens = np.arange(41)
     with refuses("41 tokens", "4 windows of 10", "global batch of 5", "lower"):
         WindowSampler(tokens, 10, 5, seed=0)

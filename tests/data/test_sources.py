@@ -13,6 +13,7 @@ from pha.data import SPLITS
 from pha.data.readers import Meter
 from pha.data.sources import open_source
 from pha.utils.errors import PHAError
+from tests.data.conftest import Refuses
 
 
 def texts(spec: Path | str, split: str | None = None) -> list[str]:
@@ -42,7 +43,7 @@ def test_folder_of_documents(document_folder: Path, tmp_path: Path) -> None:
     assert source.split_rule["rule"] == "hash of the path"
 
 
-def test_folder_with_too_few_documents(tmp_path: Path, refuses) -> None:
+def test_folder_with_too_few_documents(tmp_path: Path, refuses: Refuses) -> None:
     (tmp_path / "doc-0.txt").write_text("train alone")
     with refuses(str(tmp_path), "validation", "train.txt"):
         open_source(str(tmp_path))
@@ -68,7 +69,7 @@ def test_files_named_for_splits_are_the_splits(tmp_path: Path, names: tuple[str,
         assert texts(tmp_path, split) == [f" = {name} = \r\n \n"]
 
 
-def test_splits_that_are_missing(split_folder: Path, refuses) -> None:
+def test_splits_that_are_missing(split_folder: Path, refuses: Refuses) -> None:
     (split_folder / "test.txt").unlink()
     source = open_source(str(split_folder))
     assert source.splits == ("train", "validation")
@@ -118,14 +119,14 @@ def test_text_file_is_partitioned_or_refused(
 
 
 @pytest.mark.parametrize("text", ["one line and no end", "a\nb\n", "x" * 1000 + "\n"])
-def test_text_file_too_short_to_cut(tmp_path: Path, text: str, refuses) -> None:
+def test_text_file_too_short_to_cut(tmp_path: Path, text: str, refuses: Refuses) -> None:
     path = tmp_path / "short.txt"
     path.write_text(text)
     with refuses("short.txt", "too few lines"):
         open_source(str(path))
 
 
-def test_sources_that_are_not_there(tmp_path: Path, refuses) -> None:
+def test_sources_that_are_not_there(tmp_path: Path, refuses: Refuses) -> None:
     with refuses("no file or folder", "nowhere", "stdlib"):
         open_source(str(tmp_path / "nowhere"))
     with refuses("no file or folder"):
@@ -171,7 +172,9 @@ def test_stdlib_leaves_out_what_is_not_the_library(fake_library: Path) -> None:
     assert "101 files" in source.description
 
 
-def test_stdlib_without_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses) -> None:
+def test_stdlib_without_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: Refuses
+) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / "python311.zip"))
     with refuses("standard library", "python311.zip"):
         open_source("stdlib")

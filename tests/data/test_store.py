@@ -8,6 +8,7 @@ import pytest
 
 from pha.data import SPLITS, Counts, TokenStore, prepare
 from pha.data.tokenizer import load_tokenizer
+from tests.data.conftest import Refuses
 
 
 @pytest.fixture
@@ -43,13 +44,13 @@ def test_opening_gives_the_same_store(store: TokenStore) -> None:
     assert json.loads(json.dumps(opened.describe())) == opened.describe()
 
 
-def test_model_with_another_tokenizer(store: TokenStore, refuses) -> None:
+def test_model_with_another_tokenizer(store: TokenStore, refuses: Refuses) -> None:
     store.require_tokenizer(store.tokenizer_sha256)
     with refuses("tokenizer bytes", "abcdef", "prepare"):
         store.require_tokenizer("abcdef" * 10)
 
 
-def test_split_that_is_absent(split_folder: Path, tmp_path: Path, refuses) -> None:
+def test_split_that_is_absent(split_folder: Path, tmp_path: Path, refuses: Refuses) -> None:
     (split_folder / "test.txt").unlink()
     store = prepare(str(split_folder), "bytes", tmp_path / "store")
     assert TokenStore.open(store.path).splits == ("train", "validation")
@@ -67,7 +68,7 @@ def test_stores_without_a_split_rule_are_read(store: TokenStore) -> None:
     assert older.describe()["split"] is None
 
 
-def test_truncated_tokens(store: TokenStore, refuses) -> None:
+def test_truncated_tokens(store: TokenStore, refuses: Refuses) -> None:
     path = store.path / "train.bin"
     path.write_bytes(path.read_bytes()[:-2])
     with refuses("train.bin", "truncated", "prepare"):
@@ -77,7 +78,7 @@ def test_truncated_tokens(store: TokenStore, refuses) -> None:
         TokenStore.open(store.path)
 
 
-def test_flipped_bit_in_tokens(store: TokenStore, refuses) -> None:
+def test_flipped_bit_in_tokens(store: TokenStore, refuses: Refuses) -> None:
     path = store.path / "validation.bin"
     data = bytearray(path.read_bytes())
     data[6] ^= 1
@@ -87,13 +88,13 @@ def test_flipped_bit_in_tokens(store: TokenStore, refuses) -> None:
 
 
 @pytest.mark.parametrize("starts", [[1], [0, 5], [0.0]])
-def test_altered_document_starts(store: TokenStore, starts: list[float], refuses) -> None:
+def test_altered_document_starts(store: TokenStore, starts: list[float], refuses: Refuses) -> None:
     np.save(store.path / "test.documents.npy", np.array(starts))
     with refuses("test.documents.npy", "prepare"):
         TokenStore.open(store.path)
 
 
-def test_document_starts_are_never_unpickled(store: TokenStore, refuses) -> None:
+def test_document_starts_are_never_unpickled(store: TokenStore, refuses: Refuses) -> None:
     np.save(store.path / "test.documents.npy", np.array([{}], dtype=object), allow_pickle=True)
     with refuses("test.documents.npy", "damaged"):
         TokenStore.open(store.path)
@@ -102,7 +103,7 @@ def test_document_starts_are_never_unpickled(store: TokenStore, refuses) -> None
         TokenStore.open(store.path)
 
 
-def test_swapped_tokenizer(store: TokenStore, refuses) -> None:
+def test_swapped_tokenizer(store: TokenStore, refuses: Refuses) -> None:
     load_tokenizer("bpe:258", ["abab"]).save_pretrained(str(store.path / "tokenizer"))
     with refuses("tokenizer", "prepare"):
         TokenStore.open(store.path)
@@ -111,13 +112,13 @@ def test_swapped_tokenizer(store: TokenStore, refuses) -> None:
         TokenStore.open(store.path)
 
 
-def test_ids_beyond_the_vocabulary(store: TokenStore, refuses) -> None:
+def test_ids_beyond_the_vocabulary(store: TokenStore, refuses: Refuses) -> None:
     change_record(store, vocab_size=100)
     with refuses("train.bin", "id 195", "100"):
         TokenStore.open(store.path)
 
 
-def test_folders_that_are_no_store(store: TokenStore, tmp_path: Path, refuses) -> None:
+def test_folders_that_are_no_store(store: TokenStore, tmp_path: Path, refuses: Refuses) -> None:
     with refuses("not a token store", "store.json"):
         TokenStore.open(tmp_path)
     change_record(store, format=2)

@@ -19,6 +19,7 @@ from pha.data.tokenizer import (
     tokenizer_sha256,
     vocabulary_size,
 )
+from tests.data.conftest import Refuses
 
 CORPUS = ["def scan(u, a):\n    return a * h + u\n", "the state of the scan is a state\n"] * 4
 
@@ -89,12 +90,12 @@ def test_every_text_survives(
 
 
 @pytest.mark.parametrize("spec", ["bpe:", "bpe:256", "bpe:4k", "bpe:-5", "bpe:²"])
-def test_bpe_sizes_that_make_no_sense(spec: str, refuses) -> None:
+def test_bpe_sizes_that_make_no_sense(spec: str, refuses: Refuses) -> None:
     with refuses(spec, "SIZE", "257"):
         load_tokenizer(spec, CORPUS)
 
 
-def test_bpe_needs_enough_text(refuses) -> None:
+def test_bpe_needs_enough_text(refuses: Refuses) -> None:
     with refuses("too small for bpe:4096", "entries"):
         load_tokenizer("bpe:4096", CORPUS)
     with refuses("bpe:4096", "corpus"):
@@ -136,7 +137,7 @@ def test_folder_with_vocabulary_and_merges(
 
 
 def test_folders_that_hold_no_good_tokenizer(
-    bpe: PreTrainedTokenizerFast, tmp_path: Path, refuses
+    bpe: PreTrainedTokenizerFast, tmp_path: Path, refuses: Refuses
 ) -> None:
     with refuses("nowhere", "bpe:SIZE", "gpt2:FOLDER"):
         load_tokenizer(str(tmp_path / "nowhere"))
@@ -164,7 +165,7 @@ def test_folders_that_hold_no_good_tokenizer(
         saved_tokenizer_sha256(folder)
 
 
-def test_saved_tokenizer_that_loses_text(tmp_path: Path, refuses) -> None:
+def test_saved_tokenizer_that_loses_text(tmp_path: Path, refuses: Refuses) -> None:
     tokenizer = load_tokenizer("bytes")
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.save_pretrained(str(tmp_path / "lower"))
@@ -176,7 +177,7 @@ def test_saved_tokenizer_that_loses_text(tmp_path: Path, refuses) -> None:
         load_tokenizer(str(tmp_path / "words"))
 
 
-def test_gpt2_without_the_hub(monkeypatch: pytest.MonkeyPatch, refuses) -> None:
+def test_gpt2_without_the_hub(monkeypatch: pytest.MonkeyPatch, refuses: Refuses) -> None:
     def unreachable(repository: str, name: str) -> str:
         raise OSError("We couldn't connect\nto the Hub")
 

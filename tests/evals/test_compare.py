@@ -15,6 +15,7 @@ from pha.data import TokenStore
 from pha.data.tokenizer import load_tokenizer
 from pha.evals.compare import (
     MIN_BLOCKS,
+    Interval,
     PairedComparison,
     are_alike,
     block_numbers,
@@ -44,7 +45,7 @@ def noise(rng: np.random.Generator, tokens: int, memory: float) -> np.ndarray:
     return signal.lfilter([1.0], [1.0, -memory], steps, zi=start)[0]
 
 
-def interval_of(values: np.ndarray, size: int):
+def interval_of(values: np.ndarray, size: int) -> Interval:
     return mean_interval(*block_sums(values, block_numbers(len(values), size)))
 
 
@@ -142,6 +143,7 @@ def test_bootstrap_agrees_repeats_and_mirrors() -> None:
     sums, counts = block_sums(values, block_numbers(len(values), 30))
     interval = mean_interval(sums, counts)
     low, high = bootstrap_interval(sums, counts)
+    assert interval.half_width is not None
     assert low == pytest.approx(interval.low, abs=0.1 * interval.half_width)
     assert high == pytest.approx(interval.high, abs=0.1 * interval.half_width)
     assert bootstrap_interval(sums, counts) == (low, high)

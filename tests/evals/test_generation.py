@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from transformers import StopStringCriteria
+from transformers import PreTrainedTokenizerFast, StopStringCriteria
 
 from pha.data.tokenizer import load_tokenizer
 from pha.evals.generation import (
@@ -169,7 +169,9 @@ def cut(text: str, stop: list[str]) -> tuple[str, bool]:
     text=st.text("ab é", min_size=1, max_size=30),
     stop=st.lists(st.text("ab é", min_size=1, max_size=4), max_size=3),
 )
-def test_a_text_ends_before_its_stop_string(tokenizer, text: str, stop: list[str]) -> None:
+def test_a_text_ends_before_its_stop_string(
+    tokenizer: PreTrainedTokenizerFast, text: str, stop: list[str]
+) -> None:
     row = tokenizer(text)["input_ids"]
     found, count, finish = ended(tokenizer, row, stop)
     assert (found, finish == "stop") == cut(text, stop)

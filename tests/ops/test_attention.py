@@ -202,9 +202,9 @@ def test_gradcheck(T: int, S: int, masked: bool) -> None:
 @pytest.mark.parametrize("padding", [False, True])
 def test_mask_by_its_definition(T: int, S: int, documents: bool, padding: bool) -> None:
     starts, tokens = starts_and_padding(3, S)
-    key = torch.arange(S)
+    keys = torch.arange(S)
     flags = starts if documents else None, tokens if padding else None
-    mask = attention_mask(key[S - T :], key, *flags).expand(3, 1, T, S)
+    mask = attention_mask(keys[S - T :], keys, *flags).expand(3, 1, T, S)
     for b in range(3):
         for row in range(T):
             query = S - T + row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pha.utils.plain import Plain, is_plain_linear, nothing_intercepts
 
-FORWARDS = {kind: kind.forward for kind in (nn.Sequential, nn.Linear, nn.Dropout)}
+FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
+    kind: kind.forward for kind in (nn.Sequential, nn.Linear, nn.Dropout)
+}
 
 
 def network() -> nn.Sequential:
@@ -30,7 +33,7 @@ def no_longer(linear: nn.Linear) -> nn.Linear:
 
 def replaced(linear: nn.Linear) -> nn.Linear:
     original = linear.forward
-    linear.forward = lambda x: 2 * original(x)  # type: ignore[method-assign]
+    linear.forward = lambda input: 2 * original(input)  # type: ignore[method-assign]
     return linear
 
 
@@ -75,10 +78,11 @@ def test_what_stands_in_between_is_seen(what: str) -> None:
     model = network()
     watched = Plain([model], FORWARDS, {})
     assert watched.holds()
-    assert is_plain_linear(model[0])
-    linear = OBSTACLES[what](model[0])
-    assert not is_plain_linear(linear)
-    model[0] = linear
+    linear = model[0]
+    assert isinstance(linear, nn.Linear)
+    assert is_plain_linear(linear)
+    model[0] = OBSTACLES[what](linear)
+    assert not is_plain_linear(model[0])
     assert not watched.holds()
     assert not Plain([model], FORWARDS, {}).holds()
 
@@ -113,7 +117,9 @@ def test_what_was_exchanged_is_seen(how: str) -> None:
     elif how == "data":
         model[0].weight.data = torch.ones(3, 3)
     elif how == "setting":
-        model[1].p = 0.25
+        dropout = model[1]
+        assert isinstance(dropout, nn.Dropout)
+        dropout.p = 0.25
     else:
         del model[1]
     assert not watched.holds()
