@@ -95,8 +95,8 @@ def test_numbers_read_well():
         "50,257",
         "–",
     ]
-    counts = [count(v) for v in (999, 97_012, 3_104_256, 999_960, 1.5e12)]
-    assert counts == ["999", "97.0k", "3.10M", "1.00M", "1.50T"]
+    counts = [count(v) for v in (999, 97_012, 3_104_256, 999_960, 1.5e12, 1.068e18)]
+    assert counts == ["999", "97.0k", "3.10M", "1.00M", "1.50T", "1.07E"]
     assert [duration(v) for v in (8.24, 59.97, 195, 7440, 97200)] == [
         "8.2 s",
         "1 min 00 s",
