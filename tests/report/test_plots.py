@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from xml.etree import ElementTree
 
@@ -62,15 +63,15 @@ def test_any_run_name_may_be_in_a_legend(label):
     assert printable(label) in texts
 
 
-def test_thin_keeps_ends_and_spikes():
-    points = [(float(i), 1.0) for i in range(10_000)]
+def test_long_lines_are_short_in_the_file_and_keep_their_spikes():
+    noise = random.Random(0)
+    points = [(float(i), 1.0 + 0.1 * noise.random()) for i in range(10_000)]
     points[4321] = (4321.0, 99.0)
-    points[7777] = (7777.0, -99.0)
-    kept = figures.thin(points)
-    assert len(kept) <= figures.CURVE_POINTS
-    assert kept == sorted(kept)
-    assert {points[0], points[-1], points[4321], points[7777]} <= set(kept)
-    assert figures.thin(points[:300]) == points[:300]
+    svg = plots.to_svg(figures.history([figures.Series("a", points, 0)], "tokens", "y"), "long")
+    (line,) = re.findall(r'd="(M [^"z]*L [^"z]{1000,})"', svg)
+    heights = [float(y) for y in line.replace("M", "L").split("L")[1:] for y in [y.split()[1]]]
+    assert len(heights) < 3000
+    assert sorted(heights)[1] - min(heights) > 50
 
 
 def test_heat_map_prints_every_share_and_the_means():

@@ -17,21 +17,13 @@ from pha.utils.text import shorten
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder.
+    """One run folder."""
 
-    Attributes:
-        path: of the folder.
-        label: tells it apart from the other runs of the page.
-        result: None while the run is unfinished.
-        metrics: its history; all lists are empty where it has none.
-        config: empty where there is none.
-    """
-
-    path: Path
-    label: str
-    result: RunResult | None
-    metrics: Metrics
-    config: Mapping[str, Any]
+    path: Path  # of the folder
+    label: str  # tells it apart from the other runs of the page
+    result: RunResult | None  # None while the run is unfinished
+    metrics: Metrics  # its history; all lists are empty where it has none
+    config: Mapping[str, Any]  # empty where there is none
 
     @classmethod
     def of(cls, result: RunResult) -> Run:

@@ -18,21 +18,14 @@ Basis = Literal["tokenizer", "data", "protocol", "hardware", "work"]
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure that runs are compared by.
+    """A figure that runs are compared by."""
 
-    Attributes:
-        name: with the unit.
-        of: its value for a row; None where there is none.
-        show: how it is printed.
-        best: `min`, `max`, or None where neither is better.
-        basis: what runs must have in common before their values may be ranked.
-    """
-
-    name: str
-    of: Callable[[Row], float | None]
-    show: Callable[[float | None], str]
+    name: str  # with the unit
+    of: Callable[[Row], float | None]  # its value for a row; None where there is none
+    show: Callable[[float | None], str]  # how it is printed
+    # `min`, `max`, or None where neither is better
     best: Callable[[Iterable[float]], float] | None = None
-    basis: Basis = "data"
+    basis: Basis = "data"  # what runs must have in common before their values may be ranked
 
     def value(self, row: Row) -> float | None:
         """What a row has, if that is a finite number."""

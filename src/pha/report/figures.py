@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from pha.report import plots
@@ -14,9 +13,6 @@ from pha.utils import text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-CURVE_POINTS = 500
-FAINT_POINTS = 100
 
 Axis = Literal["tokens", "seconds"]
 Kind = Literal["weights", "effective"]
@@ -134,22 +130,6 @@ def mean_share(layers: Sequence[Mapping[str, float]], branch: str) -> float | No
     return sum(shares) / len(shares) if shares else None
 
 
-def thin(
-    points: Sequence[tuple[float, float]], limit: int = CURVE_POINTS
-) -> list[tuple[float, float]]:
-    """At most `limit` points that keep the ends and the extremes in between, spikes included."""
-    if len(points) <= limit:
-        return list(points)
-    inner = points[1:-1]
-    buckets = (limit - 2) // 2
-    edges = [index * len(inner) // buckets for index in range(buckets + 1)]
-    kept = [points[0]]
-    for start, stop in pairwise(edges):
-        order = sorted(range(start, stop), key=lambda index: inner[index][1])
-        kept += [inner[index] for index in sorted({order[0], order[-1]})]
-    return [*kept, points[-1]]
-
-
 def _sorted_values(series: Sequence[Series]) -> list[float]:
     return sorted(y for line in series for _, y in line.points)
 
@@ -165,15 +145,16 @@ def _lines(
     factor, unit = _unit(axis, max((line.points[-1][0] for line in shown), default=0.0))
     handles = []
     for line in shown:
-        points = thin(line.points, FAINT_POINTS if line.faint and len(shown) > 12 else CURVE_POINTS)
-        marked = not line.faint and len(points) <= 60
+        marked = not line.faint and len(line.points) <= 60
         style = plots.look(line.color, marked)
         if line.faint:
             style |= {"alpha": 0.32, "linewidth": 0.8, "linestyle": "-", "zorder": 2}
         else:
             style |= {"linewidth": 1.6 if marked else 1.2, "zorder": 3}
             style |= {"markeredgewidth": 0.4, "markeredgecolor": plots.LIGHT["paper"]}
-        (handle,) = axes.plot([x / factor for x, _ in points], [y for _, y in points], **style)
+        (handle,) = axes.plot(
+            [x / factor for x, _ in line.points], [y for _, y in line.points], **style
+        )
         if not line.faint:
             handles.append(handle)
     plots.label_axes(axes, unit, y_label)

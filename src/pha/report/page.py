@@ -59,17 +59,9 @@ def _visible(value: Any) -> Any:
 
 
 def write_report(runs: Sequence[Path], out: Path, title: str | None = None) -> Path:
-    """Write one self-contained HTML page that compares training runs.
+    """Write one self-contained HTML page that compares runs, finished or not, in their order.
 
-    The page depends on the run folders alone: the same folders give the same bytes.
-
-    Args:
-        runs: run folders (`pha.runs.RunFolder`), finished or not, in the order to show.
-        out: the file to write; an existing one is replaced in one step.
-        title: heading of the page; by default the names of the runs.
-
-    Returns:
-        `out`.
+    The same run folders give the same bytes. `title` is by default the names of the runs.
 
     Raises:
         PHAError: a path is not a run folder or holds a damaged file, or `out` cannot be written.

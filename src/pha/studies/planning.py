@@ -19,18 +19,12 @@ from pha.utils.errors import PHAError
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """A study at a scale, with all of its runs.
+    """A study at a scale, with all of its runs."""
 
-    Attributes:
-        study: what is asked.
-        scale: how large.
-        seeds: of every variant.
-        runs: variant -> its runs, in the order of the seeds; some may share a folder.
-    """
-
-    study: Study
-    scale: Scale
-    seeds: Sequence[int]
+    study: Study  # what is asked
+    scale: Scale  # how large
+    seeds: Sequence[int]  # of every variant
+    # variant -> its runs, in the order of the seeds; some may share a folder
     runs: dict[str, list[Job]]
 
     def jobs(self) -> list[Job]:
@@ -44,14 +38,8 @@ def plan_study(
     """Settle the settings of every run and the folder that it has.
 
     Settings are taken from the protocol, the scale, the model, the study at this scale, the variant
-    and `asked`, each over what comes before it.
-
-    Args:
-        study: what is asked.
-        scale: how large.
-        seeds: of every variant.
-        folder: of all runs; a run lies in `PRESET-DIGEST/seed-N`, by the content of its settings.
-        asked: settings of every run.
+    and `asked`, each over what comes before it. A run lies in `folder/PRESET-DIGEST/seed-N`, by the
+    content of its settings.
 
     Raises:
         PHAError: no data named, a bad store, an impossible setting.

@@ -25,9 +25,6 @@ def average_weights(folders: Sequence[Path]) -> dict[str, Tensor]:
     Sums are formed in float64, so the order of the models does not matter. One tensor of each
     model is in memory at a time.
 
-    Args:
-        folders: saved models of one shape, at least one.
-
     Raises:
         PHAError: weights that are missing, damaged or of different shapes.
     """

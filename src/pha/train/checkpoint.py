@@ -26,36 +26,25 @@ FORMAT = 3
 class Progress:
     """Where a run stands. Data order and dropout are pure functions of seed and step, so with the
     weights and the optimiser's moments this is all that an exact continuation needs.
-
-    Attributes:
-        step: optimiser steps taken.
-        tokens: tokens seen.
-        seconds: time spent training, evaluations apart.
-        data_seconds: of these, what the main process waited for data.
-        peak_memory: most bytes held, over all parts of an interrupted run.
-        schedule: state of the learning rate's schedule.
-        best: (validation perplexity, step) of the best evaluations, best first; `model/` holds
-            the weights of the first, `best/` those of all where several are kept.
-        metrics_bytes: length of metrics.jsonl, to which it is cut on resuming.
-        data_sha256: of the token store, which must not change under a run.
     """
 
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
-    peak_memory: int = 0
-    schedule: dict[str, Any] = field(default_factory=dict)
+    step: int = 0  # optimiser steps taken
+    tokens: int = 0  # tokens seen
+    seconds: float = 0.0  # time spent training, evaluations apart
+    data_seconds: float = 0.0  # of these, what the main process waited for data
+    peak_memory: int = 0  # most bytes held, over all parts of an interrupted run
+    schedule: dict[str, Any] = field(default_factory=dict)  # state of the learning rate's schedule
+    # (validation perplexity, step) of the best evaluations, best first; `model/` holds the weights
+    # of the first, `best/` those of all where several are kept
     best: list[tuple[float, int]] = field(default_factory=list)
-    metrics_bytes: int = 0
-    data_sha256: str = ""
+    metrics_bytes: int = 0  # length of metrics.jsonl, to which it is cut on resuming
+    data_sha256: str = ""  # of the token store, which must not change under a run
 
     def rank(self, perplexity: float, keep: int) -> int | None:
         """Enter the evaluation at the present step into `best`.
 
-        Returns:
-            its place there, 0 for the best; None if it is not among the best `keep`. Of equal
-            perplexities the earlier is better.
+        Its place there, 0 for the best; None if it is not among the best `keep`. Of equal
+        perplexities the earlier is better.
         """
         entry = (perplexity, self.step)
         self.best = sorted([*self.best, entry])[:keep]

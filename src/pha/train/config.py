@@ -140,16 +140,7 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Everything about a run.
-
-    Attributes:
-        recipe: name of the recipe it came from, for the record.
-        model: shape of the model.
-        data: what it reads.
-        optimizer: AdamW, or Muon beside it.
-        schedule: learning rate.
-        run: length, batch, precision, evaluation.
-    """
+    """Everything about a run; `recipe` is the name of what it came from, for the record."""
 
     recipe: str | None = None
     model: ArchitectureConfig = field(default_factory=ArchitectureConfig)

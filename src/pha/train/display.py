@@ -11,14 +11,7 @@ from pha.utils.text import count, duration
 
 
 class TrainingDisplay(ProgressLine):
-    """Progress of one run; a context manager.
-
-    Args:
-        console: where to write.
-        name: of the run.
-        total: optimiser steps in all.
-        done: steps taken before this process began.
-    """
+    """Progress of one run over `total` steps, of which `done` were taken before."""
 
     def __init__(self, console: Console, name: str, total: int, done: int) -> None:
         super().__init__(console)
@@ -26,15 +19,7 @@ class TrainingDisplay(ProgressLine):
         self.show(name, f"step {done}/{total}", done / total)
 
     def step(self, done: int, loss: float, rate: float, utilisation: float, left: float) -> None:
-        """Show the state after `done` steps.
-
-        Args:
-            done: steps taken.
-            loss: nats per token.
-            rate: tokens per second.
-            utilisation: fraction of the measured matmul rate.
-            left: seconds still to go.
-        """
+        """Show the state: loss in nats per token, rate in tokens per second, and seconds left."""
         perplexity = f"{math.exp(loss):.1f}" if loss < 20 else "-"
         status = (
             f"step {done}/{self.total}  loss {loss:.3f}  ppl {perplexity}  {count(rate)} tok/s  "

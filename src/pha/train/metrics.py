@@ -15,12 +15,9 @@ from pha.results import KINDS, Record
 
 
 class MetricsWriter:
-    """Appends records to metrics.jsonl from the main process; a context manager.
+    """Appends records to metrics.jsonl from the main process, and to trackers; a context manager.
 
-    Args:
-        path: the file.
-        keep_bytes: it is cut to this length first, so that a resumed run repeats no line.
-        accelerator: tells the main process, and feeds TensorBoard and W&B.
+    The file is cut to `keep_bytes` first, so that a resumed run repeats no line.
     """
 
     def __init__(self, path: Path, keep_bytes: int, accelerator: Accelerator) -> None:

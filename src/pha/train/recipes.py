@@ -146,8 +146,7 @@ def load_recipe(
 
     Args:
         recipe: `PRESET.PROTOCOL`, or the path of a YAML file.
-        overrides: command-line arguments such as `["--run.steps", "100"]`, or settings such as
-            `{"run.steps": 100}`.
+        overrides: command-line arguments such as `["--run.steps", "100"]`, or settings.
 
     Raises:
         PHAError: no such recipe, an unknown key, a wrong type, an impossible value.

@@ -34,12 +34,9 @@ def run_training(
     console: Console,
     resume: Literal["auto", "never"] = "auto",
 ) -> RunResult | None:
-    """Train, evaluate and write `out/result.json`.
+    """Train, evaluate and write `out/result.json`; None but in the main process.
 
     A finished run with the same configuration is returned as it is.
-
-    Returns:
-        The result; None but in the main process.
 
     Raises:
         PHAError: bad data, a run folder in the way, numbers that went bad.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -77,8 +77,8 @@ def resolve(
         )
     model = replace(config.model, vocab_size=store.vocab_size)
     settings = replace(config.run)
-    saved = _saved_config(run)
-    if saved is not None:
+    saved = run.read_config()
+    if saved:
         before = saved.get("run", {})
         if settings.precision == "auto":
             settings.precision = before.get("precision", "auto")
@@ -87,23 +87,18 @@ def resolve(
     settings.precision = choose_precision(settings.precision, device)  # type: ignore[assignment]
     resolved = replace(config, model=model, run=settings)
     resolved.check()
-    if saved is not None:
-        _require_same(run, saved, resolved.to_dict())
+    _require_same(run, saved, resolved.to_dict())
     return resolved
 
 
-def _saved_config(run: RunFolder) -> dict[str, Any] | None:
-    return run.read_config() if run.config.is_file() else None
-
-
 def _require_same(run: RunFolder, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse another configuration; a key that is not in `saved` had its default then.
+    """Refuse another configuration, if one was saved; a key that it lacks had its default then.
 
     Raises:
         PHAError: naming the first key that differs.
     """
     defaults = TrainConfig().to_dict()
-    for section, values in now.items():
+    for section, values in now.items() if saved else ():
         if section in FREE_KEYS:
             continue
         for key, value in values.items():
@@ -121,8 +116,7 @@ def require_same_run(run: RunFolder, config: TrainConfig) -> None:
     Raises:
         PHAError: naming the first key that differs.
     """
-    if (saved := _saved_config(run)) is not None:
-        _require_same(run, saved, config.to_dict())
+    _require_same(run, run.read_config(), config.to_dict())
 
 
 def finished_result(run: RunFolder, config: TrainConfig) -> RunResult | None:
@@ -136,8 +130,8 @@ def finished_result(run: RunFolder, config: TrainConfig) -> RunResult | None:
     """
     if not run.result.is_file():
         return None
-    saved = _saved_config(run)
-    if saved is None:
+    saved = run.read_config()
+    if not saved:
         raise PHAError(f"{run.path} has a result without a config.yaml; choose another folder")
     asked = config.to_dict()
     asked["model"]["vocab_size"] = saved.get("model", {}).get("vocab_size")
@@ -150,11 +144,12 @@ def finished_result(run: RunFolder, config: TrainConfig) -> RunResult | None:
     return run.read_result()
 
 
-def describe_plan(config: TrainConfig, plan: Plan, device: torch.device) -> list[str]:
-    """The plan in lines for people."""
-    run = config.run
+def print_plan(session: Session) -> None:
+    """Say what the run will take."""
+    config, plan, run = session.config, session.plan, session.config.run
+    device = session.accelerator.device
     cut = f"{plan.micro_batch} at a time" if plan.accumulation > 1 else "at once"
-    return [
+    lines = [
         f"model      {config.model.preset or 'custom'}, {count(plan.parameters)} parameters",
         f"device     {device_name(device)}, {run.precision}, matrix products at "
         f"{count(plan.matmul_flops)}FLOP/s measured",
@@ -167,6 +162,8 @@ def describe_plan(config: TrainConfig, plan: Plan, device: torch.device) -> list
         "ops        " + ", ".join(f"{op} {what}" for op, what in in_use(device.type).items()),
         f"time       about {duration(plan.seconds)} if 40% of that rate is reached",
     ]
+    for line in lines:
+        session.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -251,20 +248,11 @@ def open_session(
 def plan_training(
     config: TrainConfig, out: Path, console: Console, resume: Literal["auto", "never"] = "auto"
 ) -> dict[str, Any]:
-    """Only say what a run would take.
-
-    Returns:
-        The plan and the configuration as a mapping.
+    """Only say what a run would take: the plan and the configuration as a mapping.
 
     Raises:
         PHAError: bad data, or a run folder in the way.
     """
     session = open_session(config, out, console, resume)
     print_plan(session)
-    return {"plan": session.plan.to_dict(), "config": session.config.to_dict()}
-
-
-def print_plan(session: Session) -> None:
-    """Say what the run will take."""
-    for line in describe_plan(session.config, session.plan, session.accelerator.device):
-        session.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return {"plan": asdict(session.plan), "config": session.config.to_dict()}
