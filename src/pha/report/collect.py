@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +42,6 @@ class Run:
         if self.result:
             return self.result.seconds
         return self.metrics.train[-1].seconds if self.metrics.train else None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Training speed."""
-        if self.result:
-            return self.result.tokens_per_second
-        speeds = [record.tokens_per_second for record in self.metrics.train]
-        return statistics.median(speeds) if speeds else None
 
     @property
     def mixing(self) -> Sequence[LayerMixing]:
@@ -105,12 +96,8 @@ def _run_folder(path: Path) -> RunFolder:
 
 
 def _labels(folders: Sequence[RunFolder], results: Sequence[RunResult | None]) -> list[str]:
-    """The shortest kind of name that tells all runs apart."""
-    own = [folder.name for folder in folders]
-    names = [r.name if r else name for r, name in zip(results, own, strict=True)]
-    parents = [f"{folder.path.resolve().parent.name}/{folder.name}" for folder in folders]
-    for labels in (names, own, parents):
-        clean = [shorten(label, 80) or "run" for label in labels]
-        if len(set(clean)) == len(clean):
-            return clean
-    return [f"{shorten(label, 80)} ({index})" for index, label in enumerate(parents, start=1)]
+    """Names of the runs, or where two are the same, their paths."""
+    names = [r.name if r else folder.name for r, folder in zip(results, folders, strict=True)]
+    if len(set(names)) < len(names):
+        names = [str(folder.path) for folder in folders]
+    return [shorten(name, 80) or "run" for name in names]

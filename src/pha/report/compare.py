@@ -81,7 +81,7 @@ SIZE = (
     Measure("tokens seen", lambda row: row.run.tokens_seen, _whole),
 )
 COST = (
-    Measure("training tokens/s", lambda row: row.run.tokens_per_second, _whole, max, "hardware"),
+    Measure("training tokens/s", _final(lambda r: r.tokens_per_second), _whole, max, "hardware"),
     Measure("of measured matmul rate", _final(lambda r: r.utilisation), _percent, max, "hardware"),
     Measure("peak memory", _final(lambda r: r.peak_memory_bytes), memory, min, "hardware"),
     Measure("training time", lambda row: row.run.seconds, duration, min, "work"),

@@ -51,14 +51,6 @@ def learning_curves(series: Sequence[Series], axis: Axis, y_label: str) -> Figur
 
 
 @plots.styled()
-def history(series: Sequence[Series], axis: Axis, y_label: str) -> Figure:
-    """Any other quantity over training, from zero up, in a low panel."""
-    figure, axes = _lines(series, axis, y_label, height=2.1)
-    axes.set_ylim(bottom=0)
-    return figure
-
-
-@plots.styled()
 def mixing_heat_map(layers: Sequence[Mapping[str, float]], color: int) -> Figure:
     """Shares of the branches (columns) in every layer (rows), and their mean over layers.
 

@@ -12,10 +12,9 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from pha.train.recipes import Settings
 from pha.utils.errors import PHAError
+from pha.utils.files import read_yaml
 from pha.utils.records import record_from
 
 KINDS = ("training", "mixing", "efficiency")
@@ -220,20 +219,6 @@ def make(record: type[Record], where: str, content: dict[str, Any]) -> Record:
     for key in content:
         closest(key, names, f"key in {where}")
     return record_from(record, content, where)
-
-
-def read_yaml(file: Traversable) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        PHAError: it cannot be read, or holds no mapping.
-    """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PHAError(f"{file} cannot be read ({' '.join(str(error).split())})") from error
-    _require(isinstance(content, dict), f"{file} does not hold a mapping")
-    return dict(content)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -8,7 +8,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from pha.studies.definition import closest, make, read_yaml
+from pha.studies.definition import closest, make
+from pha.utils.files import read_yaml
 
 DAGGERS = "†‡§¶#"
 

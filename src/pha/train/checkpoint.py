@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers.utils import logging
 from pha.modeling import PHAForCausalLM
 from pha.runs import RunFolder
 from pha.utils.errors import PHAError
-from pha.utils.files import atomic_folder, read_json, sha256_file
+from pha.utils.files import atomic_folder, read_json, sha256_file, write_json
 
 FORMAT = 3
 
@@ -78,7 +77,7 @@ def save_checkpoint(
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         files = {f.name: sha256_file(f) for f in sorted(folder.iterdir()) if f.is_file()}
         content = {"format": FORMAT, "progress": asdict(progress), "sha256": files}
-        (folder / "trainer.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+        write_json(folder / "trainer.json", content)
     for step in run.checkpoint_steps()[:-keep]:
         shutil.rmtree(run.checkpoint(step))
 
@@ -94,11 +93,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PHAError(f"{folder} was written by another version of pha; {remedy}")
     for name, expected in content["sha256"].items():
-        file = folder / name
-        if not file.is_file():
-            raise PHAError(f"checkpoint {folder} is damaged: {name} is missing; {remedy}")
-        if sha256_file(file) != expected:
-            raise PHAError(f"checkpoint {folder} is damaged: {name} was altered or cut; {remedy}")
+        if not (folder / name).is_file() or sha256_file(folder / name) != expected:
+            raise PHAError(f"checkpoint {folder} is damaged: {name} is lost or altered; {remedy}")
     weights = load_file(folder / "model.safetensors")
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)

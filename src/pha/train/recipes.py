@@ -17,6 +17,7 @@ import yaml
 from pha.model.presets import PRESETS, preset
 from pha.train.config import TrainConfig
 from pha.utils.errors import PHAError
+from pha.utils.files import read_yaml
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -46,32 +47,20 @@ def describe(text: str) -> str:
 
 def _read(recipe: str) -> tuple[str, dict[str, Any]]:
     if recipe.endswith((".yaml", ".yml")) or Path(recipe).is_file():
-        try:
-            text = Path(recipe).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PHAError(f"recipe {recipe} cannot be read ({error})") from error
-        name, model = Path(recipe).stem, None
-    else:
-        model, dot, protocol = recipe.rpartition(".")
-        known = protocols()
-        if not dot or protocol not in known or model not in PRESETS:
-            names = [f"{m}.{p}" for p in known for m in PRESETS]
-            close = difflib.get_close_matches(recipe, names, n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(close)}? " if close else ""
-            raise PHAError(
-                f"there is no recipe {recipe!r}; {hint}`pha recipes` lists them, and a path to a "
-                ".yaml file works too"
-            )
-        name, text = recipe, known[protocol]
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PHAError(f"recipe {recipe} is not YAML: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise PHAError(f"recipe {recipe} must be a mapping with {', '.join(SECTIONS)}")
-    if model is not None:
-        content["model"] = {"preset": model} | (content.get("model") or {})
-    return name, content
+        return Path(recipe).stem, read_yaml(Path(recipe))
+    model, dot, protocol = recipe.rpartition(".")
+    known = protocols()
+    if not dot or protocol not in known or model not in PRESETS:
+        names = [f"{m}.{p}" for p in known for m in PRESETS]
+        close = difflib.get_close_matches(recipe, names, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise PHAError(
+            f"there is no recipe {recipe!r}; {hint}`pha recipes` lists them, and a path to a "
+            ".yaml file works too"
+        )
+    content = yaml.safe_load(known[protocol])
+    content["model"] = {"preset": model} | content.get("model", {})
+    return recipe, content
 
 
 # Pairs of which a configuration gives one: naming either drops the other.

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pha.data.sampler import WindowSampler
 from pha.data.store import TokenStore
-from pha.evals.perplexity import Evaluation, evaluate
+from pha.evals.perplexity import evaluate
 from pha.modeling import PHAForCausalLM
 from pha.results import EvalRecord, LayerMixing, MixingRecord, Scores, TrainRecord
 from pha.runs import RunFolder
@@ -251,24 +251,19 @@ class Trainer:
             f"updated, {kept}. Lower optimizer.learning_rate or lengthen schedule.warmup_steps"
         )
 
-    def evaluate(self, split: str, max_tokens: int | None = None) -> Evaluation:
-        """Evaluate the current weights by the run's own protocol, shared between processes."""
-        accelerator, data = self.accelerator, self.config.data
-        return evaluate(
+    def _evaluate(self, metrics: MetricsWriter, display: TrainingDisplay) -> None:
+        progress, accelerator, data = self.progress, self.accelerator, self.config.data
+        result = evaluate(
             self.plain_model,
             self.store,
-            split,
+            "validation",
             sequence_length=data.sequence_length,
             packed_documents=data.packed_documents,
             precision=self.config.run.precision,
-            max_tokens=max_tokens,
+            max_tokens=self.config.run.evaluate_tokens,
             share=(accelerator.process_index, accelerator.num_processes),
             reduce=lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum").cpu(),
         )
-
-    def _evaluate(self, metrics: MetricsWriter, display: TrainingDisplay) -> None:
-        progress = self.progress
-        result = self.evaluate("validation", self.config.run.evaluate_tokens)
         scores = {each.name: getattr(result, each.name) for each in fields(Scores)}
         metrics.write(
             EvalRecord(step=progress.step, tokens=progress.tokens, seconds=result.seconds, **scores)
