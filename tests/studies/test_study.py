@@ -299,7 +299,7 @@ def test_a_study_file_is_checked(change: dict[str, Any], message: str) -> None:
         "variants": {"full": {"model": "pha"}, "other": {"model": "gss-only"}},
         "baseline": "full",
     }
-    assert parse_study("x", content).variant("other").model == "gss-only"
+    assert [each.model for each in parse_study("x", content).variants] == ["pha", "gss-only"]
     changed = {key: value for key, value in (content | change).items() if value is not None}
     with pytest.raises(PHAError, match=message):
         parse_study("x", changed)

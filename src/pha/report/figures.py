@@ -39,9 +39,10 @@ def learning_curves(series: Sequence[Series], axis: Axis, y_label: str) -> Figur
     would otherwise flatten all that the curves differ by.
     """
     figure, axes = _lines(series, axis, y_label, height=3.1)
-    main = _sorted_values([s for s in series if not s.faint] or series)
+    faint = sorted(y for line in series if line.faint for _, y in line.points)
+    main = sorted(y for line in series if not line.faint for _, y in line.points) or faint
     if main:
-        context = _sorted_values([s for s in series if s.faint]) or main
+        context = faint or main
         # Noise dips below any curve; what is under the lowest 2% is noise.
         low = min(main[0], context[round(0.02 * (len(context) - 1))])
         top = main[round(0.8 * (len(main) - 1))]
@@ -120,10 +121,6 @@ def mean_share(layers: Sequence[Mapping[str, float]], branch: str) -> float | No
     """Mean share of a branch over the layers that mix it with others."""
     shares = [layer[branch] for layer in layers if branch in layer and len(layer) > 1]
     return sum(shares) / len(shares) if shares else None
-
-
-def _sorted_values(series: Sequence[Series]) -> list[float]:
-    return sorted(y for line in series for _, y in line.points)
 
 
 def _lines(

@@ -91,14 +91,6 @@ class Study:
     # scale -> lengths, batch and modes of an efficiency study
     benchmark: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def variant(self, name: str) -> Variant:
-        """The variant of that name.
-
-        Raises:
-            PHAError: there is none; the closest names are suggested.
-        """
-        return closest(name, {each.name: each for each in self.variants}, "variant")
-
 
 Named = TypeVar("Named")
 
@@ -178,7 +170,7 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
         study.variants.extend(grid(make(Variant, f"{where}, variant {key}", named), axes))
     _require(study.kind in KINDS, f"{where}: kind is {study.kind!r}; choose {', '.join(KINDS)}")
     if study.baseline:
-        study.variant(study.baseline)
+        closest(study.baseline, {each.name: each for each in study.variants}, "variant")
     for plot in study.plots:
         _require(plot in PLOTS, f"{where} has no plot {plot!r}; choose {', '.join(PLOTS)}")
     for scale in (*study.scales, *study.benchmark):

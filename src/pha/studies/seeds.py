@@ -110,11 +110,11 @@ def sentence(
     digits: int,
     circumstance: str = "",
 ) -> str:
-    """What the data support, in plain words.
+    """What the data support of A minus B, in plain words.
 
     Args:
-        difference: A minus B.
-        labels: of A and B by name.
+        difference: of A and B.
+        labels: name -> what they are called.
         words: the measure, such as `test perplexity per token`.
         digits: after the point.
         circumstance: such as `at equal tokens`.

@@ -84,14 +84,10 @@ def run_study(
     parallel: int = 1,
     partition: str | None = None,
 ) -> dict[str, Any]:
-    """Run a study that trains, and write its files; the content of `study.json`.
+    """Run a study that trains; write `study.json` (returned), `table.*` and the plots to `folder`.
 
-    Args:
-        plan: the study; it says where the runs lie.
-        folder: for `study.json`, `table.*` and the plots.
-        console: for progress, the table and the sentences.
-        parallel: runs side by side.
-        partition: of a Slurm cluster to run on instead; needs submitit.
+    The runs lie where the plan says, `parallel` of them side by side, or on the nodes of a Slurm
+    partition, which needs submitit.
 
     Raises:
         PHAError: a bad configuration, or a training that failed.

@@ -84,14 +84,10 @@ def make_plan(
     precision: str,
     processes: int,
 ) -> Plan:
-    """Work out a run.
+    """Work out a run whose training split has `train_windows` sequences.
 
-    Args:
-        config: the run; `model.vocab_size` must be that of the data.
-        train_windows: sequences in the training split.
-        device: where it will run.
-        precision: fp32 or bf16, resolved.
-        processes: devices that share a global batch.
+    `config.model.vocab_size` must be that of the data, `precision` resolved; `processes` share a
+    global batch.
 
     Raises:
         PHAError: the batch cannot be divided as asked, or too little data for one step.

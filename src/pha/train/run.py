@@ -117,7 +117,6 @@ def make_model(config: TrainConfig) -> PHAForCausalLM:
     if config.run.init_from is None:
         return PHAForCausalLM(model_config)
     model = load_model(Path(config.run.init_from)).model
-    model.config.dropout = config.model.dropout
     fresh = PHAForCausalLM(model_config)
     fresh.load_state_dict(model.state_dict())
     return fresh

@@ -92,11 +92,7 @@ def resolve(
 
 
 def _require_same(run: RunFolder, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse another configuration, if one was saved; a key that it lacks had its default then.
-
-    Raises:
-        PHAError: naming the first key that differs.
-    """
+    """Refuse another configuration, if one was saved; a key that it lacks had its default then."""
     defaults = TrainConfig().to_dict()
     for section, values in now.items() if saved else ():
         if section in FREE_KEYS:
@@ -179,11 +175,7 @@ class Session:
 
 
 def _require_compiler(device: torch.device) -> None:
-    """Refuse, before anything is spent, a machine that has nothing for torch.compile to work with.
-
-    Raises:
-        PHAError: no Triton for a GPU, or no C++ compiler for a CPU.
-    """
+    """Refuse, before anything is spent, a machine without what torch.compile needs."""
     if device.type == "cuda":
         missing = None if find_spec("triton") else "Triton"
     else:

@@ -38,15 +38,8 @@ from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
 class Trainer:
     """One run, from its first or last step to its end.
 
-    Args:
-        config: checked and resolved: precision and micro-batch are no longer automatic.
-        plan: its sizes.
-        run: where it writes.
-        model: initialised, in float32, on any device.
-        tokenizer: saved with the weights.
-        store: the data.
-        accelerator: devices and processes.
-        console: for progress.
+    In `config` precision and micro-batch are no longer automatic. The model is initialised, in
+    float32, on any device; its tokenizer is saved with it.
     """
 
     def __init__(
