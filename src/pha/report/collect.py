@@ -78,9 +78,12 @@ def collect(paths: Sequence[Path]) -> list[Run]:
         seen.add(path.resolve())
     folders = [_run_folder(path) for path in paths]
     results = [folder.read_result() if folder.result.is_file() else None for folder in folders]
+    names = [r.name if r else folder.name for r, folder in zip(results, folders, strict=True)]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
     return [
-        Run(folder.path, label, result, folder.read_metrics(), folder.read_config())
-        for folder, result, label in zip(folders, results, _labels(folders, results), strict=True)
+        Run(path, shorten(name, 80) or "run", result, folder.read_metrics(), folder.read_config())
+        for path, name, result, folder in zip(paths, names, results, folders, strict=True)
     ]
 
 
@@ -93,11 +96,3 @@ def _run_folder(path: Path) -> RunFolder:
             f"{path} is not a run folder: it has no config.yaml, metrics.jsonl or result.json"
         )
     return folder
-
-
-def _labels(folders: Sequence[RunFolder], results: Sequence[RunResult | None]) -> list[str]:
-    """Names of the runs, or where two are the same, their paths."""
-    names = [r.name if r else folder.name for r, folder in zip(results, folders, strict=True)]
-    if len(set(names)) < len(names):
-        names = [str(folder.path) for folder in folders]
-    return [shorten(name, 80) or "run" for name in names]

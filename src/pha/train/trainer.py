@@ -25,7 +25,6 @@ from pha.train.batches import BatchFeed
 from pha.train.checkpoint import Progress, load_checkpoint, save_checkpoint, save_model
 from pha.train.config import TrainConfig
 from pha.train.diagnose import first_bad_gradient, first_bad_value
-from pha.train.display import TrainingDisplay
 from pha.train.metrics import MetricsWriter
 from pha.train.optim import Schedule, make_optimizer, set_rate
 from pha.train.plan import Plan
@@ -33,6 +32,8 @@ from pha.train.signals import on_stop_signals
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.files import copy_folder, write_json
 from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
+from pha.utils.progress import ProgressLine
+from pha.utils.text import count, duration
 
 
 class Trainer:
@@ -132,8 +133,9 @@ class Trainer:
             metrics,
             self.feed,
             on_stop_signals(self._request_stop),
-            TrainingDisplay(self.console, self.run.name, plan.steps, progress.step) as display,
+            ProgressLine(self.console) as display,
         ):
+            self._show(display, "")
             if progress.step == 0:
                 metrics.write(self._mixing())
             while progress.step < plan.steps:
@@ -170,7 +172,12 @@ class Trainer:
                     )
                     metrics.write(record)
                     left = (plan.steps - progress.step) * tokens_per_step / speed
-                    display.step(progress.step, mean, speed, use, left)
+                    perplexity = f"{math.exp(mean):.1f}" if mean < 20 else "-"
+                    status = (
+                        f"  loss {mean:.3f}  ppl {perplexity}  {count(speed)} tok/s  "
+                        f"{use:.0%} of matmul  {duration(left)} left"
+                    )
+                    self._show(display, status)
                     losses, logged_at = [], progress.seconds
                     data_logged_at = progress.data_seconds
                 if evaluation:
@@ -184,6 +191,11 @@ class Trainer:
                         "written, the same command continues from it"
                     )
         return progress
+
+    def _show(self, display: ProgressLine, status: str) -> None:
+        done, total = self.progress.step, self.plan.steps
+        last = done == total
+        display.show(self.run.name, f"step {done}/{total}{status}", done / total, is_last=last)
 
     def _step(self, step: int, rate: float) -> tuple[Tensor, Tensor]:
         """One optimiser step: the mean loss over the global batch and the gradient's norm.
@@ -244,7 +256,7 @@ class Trainer:
             f"updated, {kept}. Lower optimizer.learning_rate or lengthen schedule.warmup_steps"
         )
 
-    def _evaluate(self, metrics: MetricsWriter, display: TrainingDisplay) -> None:
+    def _evaluate(self, metrics: MetricsWriter, display: ProgressLine) -> None:
         progress, accelerator, data = self.progress, self.accelerator, self.config.data
         result = evaluate(
             self.plain_model,
@@ -262,9 +274,9 @@ class Trainer:
             EvalRecord(step=progress.step, tokens=progress.tokens, seconds=result.seconds, **scores)
         )
         metrics.write(self._mixing())
-        display.note(
-            f"step {progress.step}: validation perplexity {result.perplexity:.2f}, "
-            f"accuracy {result.accuracy:.1%}"
+        display.line(
+            f"{self.run.name}: step {progress.step}: validation perplexity "
+            f"{result.perplexity:.2f}, accuracy {result.accuracy:.1%}"
         )
         if not math.isfinite(result.loss):
             raise PHAError(f"step {progress.step}: the validation loss is {result.loss}")
