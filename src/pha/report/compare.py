@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pha.report.collect import Run
 from pha.results import Evaluation, RunResult, Scores
-from pha.utils.text import count, duration, fixed, memory, percent, perplexity, plain
+from pha.utils.text import count, duration, fixed, memory, percent, perplexity
 
 Basis = Literal["tokenizer", "data", "protocol", "hardware", "work"]
 """What runs may have in common; `work` is hardware and tokens seen."""
@@ -130,13 +130,13 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     if differ(runs, "tokenizer"):
         found.append(
             "Token perplexities are not comparable: these runs were evaluated with different "
-            f"tokenizers ({_listing(runs, 'tokenizer')}). Loss and accuracy per token are not "
+            "tokenizers (see their data below). Loss and accuracy per token are not "
             f"either{'' if differ(runs, 'data') else '; per-word and per-byte figures are'}."
         )
     if differ(runs, "data"):
         found.append(
-            "Perplexities are not comparable: these runs were evaluated on different data "
-            f"({_listing(runs, 'sha256')}). The same holds for every other figure of quality."
+            "Perplexities are not comparable: these runs were evaluated on different data (see "
+            "below). The same holds for every other figure of quality."
         )
     elif names := _protocol_differences(runs):
         found.append(
@@ -245,18 +245,6 @@ def _best(measure: Measure, rows: Sequence[Row]) -> set[int]:
         return set()
     best = measure.best(value for value in values if value is not None)
     return {row.index for row, value in zip(rows, values, strict=True) if value == best}
-
-
-def _listing(runs: Sequence[Run], key: str) -> str:
-    """`A: value; B: value`, hashes cut to what tells them apart at a glance."""
-    values = []
-    for run in runs:
-        data = run.result.data if run.result else {}
-        value = plain(data.get(key))[: None if key == "tokenizer" else 12]
-        if key == "tokenizer":
-            value = f"{value} {plain(data.get('tokenizer_sha256'))[:12]}"
-        values.append(f"{run.label}: {value}")
-    return "; ".join(values)
 
 
 def _distinct(values: Iterable[Any]) -> int:

@@ -58,7 +58,7 @@ def _plan(job: Job, plan: StudyPlan) -> Plan | None:
     config = load_recipe(job.recipe, job.settings)
     length = config.data.sequence_length
     if config.data.store is not None:
-        store = TokenStore.open(Path(config.data.store))
+        store = TokenStore.open(Path(config.data.store), verify=False)
         windows, vocabulary = (len(store.tokens("train")) - 1) // length, store.vocab_size
     else:
         tokens = None  # of a source of one's own

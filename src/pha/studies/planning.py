@@ -50,7 +50,6 @@ def plan_study(
             "--tokenizer bpe:8192 --out STORE` and add --data STORE"
         )
     protocol = study.protocol or scale.protocol
-    stores: dict[str, str] = {}
     runs: dict[str, list[Job]] = {}
     for variant in study.variants:
         model = scale.models[variant.model]
@@ -59,14 +58,14 @@ def plan_study(
         settings.pop("run.seed", None)
         recipe = f"{model.preset}.{protocol}" if protocol else model.preset
         config = load_recipe(recipe, settings)
-        home = folder / f"{config.model.preset or 'custom'}-{_digest(config, stores)}"
+        home = folder / f"{config.model.preset or 'custom'}-{_digest(config)}"
         runs[variant.name] = [
             Job(recipe, home / f"seed-{seed}", settings | {"run.seed": seed}) for seed in seeds
         ]
     return StudyPlan(study, scale, seeds, runs)
 
 
-def _digest(config: TrainConfig, stores: dict[str, str]) -> str:
+def _digest(config: TrainConfig) -> str:
     """A short name of all settings that touch the weights: those that are not the default.
 
     A setting that a later version adds, with the old behaviour as its default, changes no name.
@@ -80,9 +79,8 @@ def _digest(config: TrainConfig, stores: dict[str, str]) -> str:
         if value != defaults[section][key] and f"{section}.{key}" not in FREE_KEYS
     }
     if config.data.store is not None:
-        if config.data.store not in stores:
-            stores[config.data.store] = TokenStore.open(Path(config.data.store)).sha256
-        content["data"] = stores[config.data.store]
+        # Every run checks the tokens themselves before it trains.
+        content["data"] = TokenStore.open(Path(config.data.store), verify=False).sha256
     else:
         content["data"] = [config.data.source, config.data.tokenizer]
     text = json.dumps(content, sort_keys=True)

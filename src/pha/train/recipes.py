@@ -80,7 +80,7 @@ def merge(*layers: Mapping[str, Any]) -> Settings:
 
 
 @cache
-def make_parser(program: str = "pha train RECIPE") -> jsonargparse.ArgumentParser:
+def make_parser() -> jsonargparse.ArgumentParser:
     """A parser of `--section.key value` for every key of `TrainConfig`.
 
     Raises:
@@ -94,7 +94,11 @@ def make_parser(program: str = "pha train RECIPE") -> jsonargparse.ArgumentParse
             "`pip install 'pha[train]'`"
         ) from error
     parser = jsonargparse.ArgumentParser(
-        prog=program, exit_on_error=False, add_help=False, allow_abbrev=False, default_env=False
+        prog="pha train RECIPE",
+        exit_on_error=False,
+        add_help=False,
+        allow_abbrev=False,
+        default_env=False,
     )
     for name, section in SECTIONS.items():
         factory = section.default_factory

@@ -75,7 +75,7 @@ def _alone(session: Session) -> Iterator[None]:
         if session.accelerator.is_main_process:
             try:
                 held.enter_context(session.run.lock())
-                require_same_run(session.run, session.config)
+                require_same_run(session.run, session.config.to_dict())
             except PHAError as error:
                 refused = [str(error)]
         broadcast_object_list(refused)

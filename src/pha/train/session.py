@@ -77,23 +77,27 @@ def resolve(
         )
     model = replace(config.model, vocab_size=store.vocab_size)
     settings = replace(config.run)
-    saved = run.read_config()
-    if saved:
-        before = saved.get("run", {})
-        if settings.precision == "auto":
-            settings.precision = before.get("precision", "auto")
-        if settings.micro_batch is None:
-            settings.micro_batch = before.get("micro_batch")
+    before = run.read_config().get("run", {})
+    if settings.precision == "auto":
+        settings.precision = before.get("precision", "auto")
+    if settings.micro_batch is None:
+        settings.micro_batch = before.get("micro_batch")
     settings.precision = choose_precision(settings.precision, device)  # type: ignore[assignment]
     resolved = replace(config, model=model, run=settings)
     resolved.check()
-    _require_same(run, saved, resolved.to_dict())
+    require_same_run(run, resolved.to_dict())
     return resolved
 
 
-def _require_same(run: RunFolder, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse another configuration, if one was saved; a key that it lacks had its default then."""
-    defaults = TrainConfig().to_dict()
+def require_same_run(run: RunFolder, now: dict[str, Any]) -> None:
+    """Refuse a folder that holds a run with another, resolved configuration.
+
+    A key that is not in its config.yaml had its default then.
+
+    Raises:
+        PHAError: naming the first key that differs.
+    """
+    saved, defaults = run.read_config(), TrainConfig().to_dict()
     for section, values in now.items() if saved else ():
         if section in FREE_KEYS:
             continue
@@ -104,15 +108,6 @@ def _require_same(run: RunFolder, saved: dict[str, Any], now: dict[str, Any]) ->
                     f"{run.path} holds a run with {section}.{key} {before!r}, not {value!r}; "
                     "choose another --out, or ask for the same settings to continue it"
                 )
-
-
-def require_same_run(run: RunFolder, config: TrainConfig) -> None:
-    """Refuse a folder that holds a run with another, resolved configuration.
-
-    Raises:
-        PHAError: naming the first key that differs.
-    """
-    _require_same(run, run.read_config(), config.to_dict())
 
 
 def finished_result(run: RunFolder, config: TrainConfig) -> RunResult | None:
@@ -136,7 +131,7 @@ def finished_result(run: RunFolder, config: TrainConfig) -> RunResult | None:
     for key, unsettled in (("precision", "auto"), ("micro_batch", None)):
         if asked["run"][key] == unsettled:
             asked["run"][key] = saved.get("run", {}).get(key)
-    _require_same(run, saved, asked)
+    require_same_run(run, asked)
     return run.read_result()
 
 
@@ -185,11 +180,6 @@ def _require_compiler(device: torch.device) -> None:
         raise PHAError(f"run.compile needs {missing}, which is not here; leave run.compile out")
 
 
-def _processes() -> int:
-    """How many processes whoever started this one says there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def open_session(
     config: TrainConfig, out: Path, console: Console, resume: Literal["auto", "never"] = "auto"
 ) -> Session:
@@ -204,17 +194,18 @@ def open_session(
     for tracker in config.run.trackers:
         if find_spec(tracker) is None:
             raise PHAError(f"{tracker} is not installed; run `pip install 'pha[{tracker}]'`")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # says whoever started this one
     accelerator = Accelerator(
         # Processes that torchrun started on a machine without a GPU are joined only if told so.
-        cpu=_processes() > 1 and not torch.accelerator.is_available(),
+        cpu=processes > 1 and not torch.accelerator.is_available(),
         # Autocast is the trainer's own: Accelerate fixes one precision for the whole process.
         mixed_precision="no",
         log_with=config.run.trackers or None,
         project_dir=str(out) if config.run.trackers else None,
     )
-    if accelerator.num_processes != _processes():
+    if accelerator.num_processes != processes:
         raise PHAError(
-            f"{_processes()} processes were started and {accelerator.num_processes} joined into "
+            f"{processes} processes were started and {accelerator.num_processes} joined into "
             "one run; start them with torchrun, or just one"
         )
     if config.run.compile:
