@@ -121,7 +121,7 @@ class RunFolder:
         for number, line in enumerate(filter(None, lines), start=1):
             where = f"{self.metrics}, line {number}"
             try:
-                record = json.loads(line)
+                record = json.loads(line.decode())
                 kind = record.get("kind")
             except (ValueError, AttributeError) as error:
                 if line is lines[-1]:
