@@ -147,17 +147,7 @@ def run(command: list[str], folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "block",
-    [
-        pytest.param(
-            block,
-            id=f"{page.name}-{block[0][1]}",
-            marks=pytest.mark.xfail(reason="studies are named, not files")
-            if "windows.yaml" in block[0]
-            else (),
-        )
-        for page, block in SHELL
-    ],
+    "block", [pytest.param(block, id=f"{page.name}-{block[0][1]}") for page, block in SHELL]
 )
 def test_shell_blocks_run(block: list[list[str]], workplace: Path) -> None:
     for command in block:

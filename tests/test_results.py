@@ -75,7 +75,7 @@ def test_only_a_cut_last_line_is_skipped(tmp_path: Path) -> None:
     assert (len(metrics.train), len(metrics.eval), len(metrics.mixing)) == (1, 0, 1)
     assert metrics.train[0].data_wait is None
     run = write_lines(tmp_path, MIXING, end='{"kind": "tr\n{}\n')
-    with pytest.raises(PHAError, match="line 2, is not JSON"):
+    with pytest.raises(PHAError, match="line 2, is not a JSON object"):
         run.read_metrics()
 
 
@@ -96,5 +96,5 @@ def test_a_bad_record_is_refused_in_one_line(tmp_path: Path, line: Any, message:
 
 def test_bytes_that_are_not_text_are_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(PHAError, match="cannot be read as text"):
+    with pytest.raises(PHAError, match="line 1, is not a JSON object"):
         RunFolder(tmp_path).read_metrics()

@@ -19,44 +19,26 @@ VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What a model scores on a split.
+    """What a model scores on a split."""
 
-    Attributes:
-        split: name of the split.
-        loss: mean negative log-likelihood (NLL) per token, in nats.
-        perplexity: exp(loss), per token.
-        word_perplexity: exp(total NLL / (whitespace words + line ends)).
-        byte_perplexity: exp(total NLL / UTF-8 bytes).
-        bits_per_byte: total NLL / UTF-8 bytes, in bits.
-        accuracy: fraction of tokens that were the top prediction.
-    """
-
-    split: str
-    loss: float
-    perplexity: float
-    word_perplexity: float
-    byte_perplexity: float
-    bits_per_byte: float
-    accuracy: float
+    split: str  # name of the split
+    loss: float  # mean negative log-likelihood (NLL) per token, in nats
+    perplexity: float  # exp(loss), per token
+    word_perplexity: float  # exp(total NLL / (whitespace words + line ends))
+    byte_perplexity: float  # exp(total NLL / UTF-8 bytes)
+    bits_per_byte: float  # total NLL / UTF-8 bytes, in bits
+    accuracy: float  # fraction of tokens that were the top prediction
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Scores):
-    """Scores with what they are of.
+    """Scores with what they are of."""
 
-    Attributes:
-        tokens: tokens scored.
-        words: words and line ends they spell.
-        bytes: UTF-8 bytes they spell.
-        seconds: wall time.
-        protocol: how it was measured.
-    """
-
-    tokens: int
-    words: float
-    bytes: float
-    seconds: float
-    protocol: dict[str, Any]
+    tokens: int  # tokens scored
+    words: float  # words and line ends they spell
+    bytes: float  # UTF-8 bytes they spell
+    seconds: float  # wall time
+    protocol: dict[str, Any]  # how it was measured
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mapping for JSON."""
@@ -73,19 +55,13 @@ class LayerMixing:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Weights that a run may end with.
+    """Weights that a run may end with."""
 
-    Attributes:
-        name: `best checkpoint` or `average`.
-        steps: the optimiser steps they come from, best first.
-        validation_perplexity: what decides: of the whole split where there is something to decide.
-        evaluation: on the test split.
-    """
-
-    name: str
-    steps: list[int]
+    name: str  # `best checkpoint` or `average`
+    steps: list[int]  # the optimiser steps they come from, best first
+    # what decides: of the whole split where there is something to decide
     validation_perplexity: float
-    evaluation: Evaluation
+    evaluation: Evaluation  # on the test split
 
 
 @dataclass(frozen=True)
@@ -119,43 +95,31 @@ class ModelSize:
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """`result.json`: what a finished run came to.
-
-    Attributes:
-        recipe: PRESET.PROTOCOL or the recipe's file.
-        seconds: of training, evaluations apart, as is `tokens_per_second`.
-        data_wait: fraction of the time that waited for data; older runs do not say.
-        utilisation: of `matmul_flops`, the measured rate of matrix products in FLOP/s.
-        chosen: name of the candidate whose weights are in `model/`; older runs do not say.
-        chosen_step: its step, if it is of one.
-        evaluations: of the chosen weights.
-        best_validation_perplexity: on what is evaluated during training.
-        mixing: of every layer.
-        data: what the token store says of itself, hashes included.
-        provenance: versions, hardware, commit, date and command.
-    """
+    """`result.json`: what a finished run came to."""
 
     name: str
-    recipe: str | None
+    recipe: str | None  # PRESET.PROTOCOL or the recipe's file
     seed: int
     steps: int
     tokens_seen: int
-    seconds: float
+    seconds: float  # of training, evaluations apart, as is `tokens_per_second`
     tokens_per_second: float
+    # fraction of the time that waited for data; older runs do not say
     data_wait: float | None = None
-    utilisation: float
+    utilisation: float  # of `matmul_flops`, the measured rate of matrix products in FLOP/s
     matmul_flops: float
     peak_memory_bytes: int
+    # name of the candidate whose weights are in `model/`; older runs do not say
     chosen: str | None = None
-    chosen_step: int | None
+    chosen_step: int | None  # its step, if it is of one
     candidates: list[Candidate] = field(default_factory=list)
     model: ModelSize
-    evaluations: list[Evaluation]
-    best_validation_perplexity: float
-    mixing: list[LayerMixing]
+    evaluations: list[Evaluation]  # of the chosen weights
+    best_validation_perplexity: float  # on what is evaluated during training
+    mixing: list[LayerMixing]  # of every layer
     samples: list[Sample]
-    data: dict[str, Any]
-    provenance: dict[str, Any]
+    data: dict[str, Any]  # what the token store says of itself, hashes included
+    provenance: dict[str, Any]  # versions, hardware, commit, date and command
 
     def evaluation(self, split: str) -> Evaluation | None:
         """The first evaluation of the chosen weights on `split`."""

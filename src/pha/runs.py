@@ -10,46 +10,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from pha.results import KINDS, Metrics, RunResult
 from pha.utils.errors import PHAError
-from pha.utils.files import write_text
+from pha.utils.files import read_yaml, write_text
 from pha.utils.records import record_from
 
 
 class RunFolder:
-    """Names inside `runs/NAME/`.
-
-    Attributes:
-        path: of the folder.
-        config: `config.yaml`, the fully resolved configuration.
-        metrics: `metrics.jsonl`, a JSON object per line; its `kind` is one of `KINDS`.
-        checkpoints: `checkpoints/step-N/`: weights, optimiser state and position, enough to
-            resume exactly.
-        best: `best/step-N/`: the weights of the best evaluations, where several are kept.
-        averaged: the mean of the best of them.
-        model: the chosen weights. All of these load with `from_pretrained`.
-        result: `result.json`; present only when finished.
-        diverged: `diverged.json`: the step and the place where a number was not finite, if the
-            run ended so.
-        report: `report.html`.
-        owner: `.owner`: which process holds the lock, `.lock`.
-    """
+    """Names inside `runs/NAME/`. All folders of weights load with `from_pretrained`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = path / "config.yaml"
-        self.metrics = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
-        self.best = path / "best"
-        self.averaged = path / "averaged"
-        self.model = path / "model"
-        self.result = path / "result.json"
-        self.diverged = path / "diverged.json"
-        self.report = path / "report.html"
-        self.owner = path / ".owner"
+        self.config = path / "config.yaml"  # the fully resolved configuration
+        self.metrics = path / "metrics.jsonl"  # a JSON object per line; its `kind` is of `KINDS`
+        self.checkpoints = path / "checkpoints"  # `step-N/`: enough to resume exactly
+        self.best = path / "best"  # `step-N/`: weights of the best evaluations, if several are kept
+        self.averaged = path / "averaged"  # the mean of the best of them
+        self.model = path / "model"  # the chosen weights
+        self.result = path / "result.json"  # present only when finished
+        self.diverged = path / "diverged.json"  # the step and the place, if the run ended so
+        self.owner = path / ".owner"  # which process holds the lock, `.lock`
 
     @property
     def name(self) -> str:
@@ -111,19 +93,7 @@ class RunFolder:
         Raises:
             PHAError: the file is damaged.
         """
-        if not self.config.is_file():
-            return {}
-        try:
-            config = yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}
-        except (OSError, UnicodeDecodeError) as error:
-            raise PHAError(f"{self.config} cannot be read as text") from error
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f", line {mark.line + 1}," if mark else ""
-            raise PHAError(f"{self.config}{where} is not YAML") from error
-        if not isinstance(config, dict):
-            raise PHAError(f"{self.config} holds no names and values")
-        return config
+        return read_yaml(self.config) if self.config.is_file() else {}
 
     def read_result(self) -> RunResult:
         """The run's result.
@@ -144,31 +114,22 @@ class RunFolder:
             PHAError: a line that is no record.
         """
         found: dict[str, list[Any]] = {kind: [] for kind in KINDS}
-        for where, line in self._metric_lines():
-            if not isinstance(line, dict):
-                raise PHAError(f"{where}, is not a JSON object")
-            kind = line.get("kind")
-            if kind in KINDS:
-                found[kind].append(record_from(KINDS[kind], line, where))
-        return Metrics(**found)
-
-    def _metric_lines(self) -> Iterator[tuple[str, Any]]:
-        if not self.metrics.is_file():
-            return
         try:
-            lines = self.metrics.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PHAError(f"{self.metrics} cannot be read as text") from error
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+            lines = self.metrics.read_bytes().split(b"\n") if self.metrics.is_file() else []
+        except OSError as error:
+            raise PHAError(f"{self.metrics} cannot be read ({error.strerror})") from error
+        for number, line in enumerate(filter(None, lines), start=1):
             where = f"{self.metrics}, line {number}"
             try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                if number == len(lines):
-                    return
-                raise PHAError(f"{where}, is not JSON") from error
+                record = json.loads(line.decode())
+                kind = record.get("kind")
+            except (ValueError, AttributeError) as error:
+                if line is lines[-1]:
+                    break
+                raise PHAError(f"{where}, is not a JSON object") from error
+            if kind in KINDS:
+                found[kind].append(record_from(KINDS[kind], record, where))
+        return Metrics(**found)
 
 
 def _steps(folder: Path) -> list[int]:

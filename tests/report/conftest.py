@@ -21,41 +21,39 @@ MakeRun = Callable[..., Path]
 
 
 def train_records(floor: float, speed: float, steps: int) -> list[dict[str, Any]]:
-    records = []
     noise = random.Random(f"{floor} {speed}")
-    for step in range(1, steps + 1):
-        wobble = noise.gauss(0, 0.06)
-        records.append(
-            {
-                "kind": "train",
-                "step": step,
-                "tokens": step * TOKENS_PER_STEP,
-                "loss": floor + 4.6 * math.exp(-step / 43) + 0.6 * 0.994**step + wobble,
-                "learning_rate": 2e-3 * min(1, step / 33) * (1 + math.cos(2.6 * step / steps)) / 2,
-                "grad_norm": (0.8 + 2 * math.exp(-step / 20)) * math.exp(noise.gauss(0, 0.15)),
-                "tokens_per_second": speed,
-                "utilisation": 0.31,
-                "seconds": step * TOKENS_PER_STEP / speed,
-            }
-        )
-    return records
+    return [
+        {
+            "kind": "train",
+            "step": step,
+            "tokens": step * TOKENS_PER_STEP,
+            "loss": loss_at(floor, step) + noise.gauss(0, 0.06),
+            "learning_rate": 2e-3,
+            "grad_norm": 0.8,
+            "tokens_per_second": speed,
+            "utilisation": 0.31,
+            "seconds": step * TOKENS_PER_STEP / speed,
+        }
+        for step in range(1, steps + 1)
+    ]
+
+
+def loss_at(floor: float, step: int) -> float:
+    return floor + 4.6 * math.exp(-step / 43) + 0.6 * 0.994**step
 
 
 def eval_records(floor: float, steps: int) -> list[dict[str, Any]]:
-    records = []
-    for step in range(0, steps + 1, 20):
-        loss = floor + 0.02 + 4.6 * math.exp(-step / 43) + 0.6 * 0.994**step
-        records.append(
-            {
-                "kind": "eval",
-                "step": step,
-                "tokens": step * TOKENS_PER_STEP,
-                "split": "validation",
-                **scores(loss),
-                "seconds": 2.5,
-            }
-        )
-    return records
+    return [
+        {
+            "kind": "eval",
+            "step": step,
+            "tokens": step * TOKENS_PER_STEP,
+            "split": "validation",
+            **scores(loss_at(floor + 0.02, step)),
+            "seconds": 2.5,
+        }
+        for step in range(0, steps + 1, 20)
+    ]
 
 
 def scores(loss: float) -> dict[str, float]:
@@ -108,13 +106,7 @@ def result_of(name: str, floor: float, speed: float) -> dict[str, Any]:
                 "total": 3_104_256,
                 "embedding": 786_432,
                 "non_embedding": 2_317_824,
-                "components": {
-                    "gss": 983_040,
-                    "attention": 368_640,
-                    "auxiliary_ffn": 294_912,
-                    "primary_ffn": 663_552,
-                    "norms_and_mixing": 7_680,
-                },
+                "components": {"gss": 983_040, "attention": 368_640, "primary_ffn": 966_144},
             },
         },
         "evaluations": [
@@ -142,14 +134,6 @@ def result_of(name: str, floor: float, speed: float) -> dict[str, Any]:
                 "top_p": 0.95,
                 "seed": 7,
             },
-            {
-                "prompt": "import ",
-                "text": "os\nimport sys\n\n\nclass Reader:\n    def __init__(self, path):\n"
-                "        self.path = path",
-                "temperature": 0.8,
-                "top_p": 0.95,
-                "seed": 7,
-            },
         ],
         "data": {
             "source": "stdlib",
@@ -158,11 +142,7 @@ def result_of(name: str, floor: float, speed: float) -> dict[str, Any]:
             "tokenizer": "byte-level BPE, 4096",
             "tokenizer_sha256": "9bc1" * 16,
             "vocab_size": 4096,
-            "counts": {
-                "train": {"tokens": 9_120_331, "bytes": 31_204_112},
-                "validation": {"tokens": 240_119, "bytes": 812_334},
-                "test": {"tokens": 286_221, "bytes": 1_290_590},
-            },
+            "counts": {"train": {"tokens": 9_120_331}, "test": {"tokens": 286_221}},
         },
         "provenance": {
             "pha": "0.1.0",

@@ -65,7 +65,6 @@ def test_an_unfinished_run_says_how_far_it_came(make_run):
     (run,) = collect([make_run("a", finished=False, steps=200, speed=5000.0)])
     assert run.result is None
     assert run.tokens_seen == 200 * 12288
-    assert run.tokens_per_second == 5000.0
     assert run.mixing == run.metrics.mixing[-1].layers
     latest = run.latest_eval("validation")
     assert latest is not None
@@ -85,12 +84,9 @@ def test_divergence_is_found(tmp_path):
     assert run.diverged_at() == 2
 
 
-def test_labels_tell_runs_apart(make_run, tmp_path):
+def test_labels_tell_runs_apart(make_run):
     def rename(result: dict[str, Any]) -> None:
         result["name"] = "same"
 
     runs = collect([make_run("a", change=rename), make_run("b", change=rename)])
-    assert [run.label for run in runs] == ["a", "b"]
-    paths = [write_metrics(tmp_path / parent / "run", 2.0) for parent in ("x", "y")]
-    runs = collect(paths)
-    assert [run.label for run in runs] == ["x/run", "y/run"]
+    assert [run.label for run in runs] == [str(run.path) for run in runs]

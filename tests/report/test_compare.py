@@ -66,7 +66,6 @@ def test_other_tokenizers_warn_and_are_ranked_per_byte_only(make_run):
     runs = collect([make_run("a"), make_run("b", floor=3.0, change=change)])
     (warning,) = warnings(runs)
     assert warning.startswith("Token perplexities are not comparable")
-    assert "(a: byte-level BPE, 4096 9bc19bc19bc1; b: bytes ffffffffffff)" in warning
     best = best_cells(runs)
     assert best["perplexity per token"] == []
     assert best["accuracy"] == []
@@ -92,7 +91,6 @@ def test_other_data_warn_and_are_not_ranked_at_all(make_run):
     runs = collect([make_run("a"), make_run("b", floor=3.0, change=set_data(sha256="00" * 32))])
     (warning,) = warnings(runs)
     assert warning.startswith("Perplexities are not comparable")
-    assert "(a: 3f0a3f0a3f0a; b: 000000000000)" in warning
     best = best_cells(runs)
     assert best["bits per byte"] == []
     assert best["training tokens/s"] == []

@@ -204,13 +204,6 @@ def test_the_write_is_atomic(two, tmp_path, monkeypatch):
     assert out.read_text(encoding="utf-8") == "old"
 
 
-def test_a_bad_run_leaves_no_page(two, tmp_path):
-    out = tmp_path / "report.html"
-    with pytest.raises(PHAError, match="not a run folder"):
-        write_report([*two, tmp_path / "absent"], out)
-    assert not out.exists()
-
-
 def test_out_must_be_a_file(two, tmp_path):
     with pytest.raises(PHAError, match="is a folder"):
         write_report(two, tmp_path)

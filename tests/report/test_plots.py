@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from xml.etree import ElementTree
 
@@ -62,15 +63,15 @@ def test_any_run_name_may_be_in_a_legend(label):
     assert printable(label) in texts
 
 
-def test_thin_keeps_ends_and_spikes():
-    points = [(float(i), 1.0) for i in range(10_000)]
-    points[4321] = (4321.0, 99.0)
-    points[7777] = (7777.0, -99.0)
-    kept = figures.thin(points)
-    assert len(kept) <= figures.CURVE_POINTS
-    assert kept == sorted(kept)
-    assert {points[0], points[-1], points[4321], points[7777]} <= set(kept)
-    assert figures.thin(points[:300]) == points[:300]
+def test_long_lines_are_short_in_the_file_and_keep_their_spikes():
+    noise = random.Random(0)
+    points = [(float(i), 1.0 + 0.1 * noise.random()) for i in range(10_000)]
+    points[4321] = (4321.0, -99.0)
+    svg = svg_of(figures.Series("a", points, 0))
+    (line,) = re.findall(r'd="(M [^"z]*L [^"z]{1000,})"', svg)
+    heights = [float(y) for y in line.replace("M", "L").split("L")[1:] for y in [y.split()[1]]]
+    assert len(heights) < 3000
+    assert max(heights) - sorted(heights)[-2] > 50
 
 
 def test_heat_map_prints_every_share_and_the_means():
@@ -95,8 +96,8 @@ def test_numbers_read_well():
         "50,257",
         "–",
     ]
-    counts = [count(v) for v in (999, 97_012, 3_104_256, 999_960, 1.5e12)]
-    assert counts == ["999", "97.0k", "3.10M", "1.00M", "1.50T"]
+    counts = [count(v) for v in (999, 97_012, 3_104_256, 999_960, 1.5e12, 1.068e18)]
+    assert counts == ["999", "97.0k", "3.10M", "1.00M", "1.50T", "1.07E"]
     assert [duration(v) for v in (8.24, 59.97, 195, 7440, 97200)] == [
         "8.2 s",
         "1 min 00 s",

@@ -174,24 +174,26 @@ def test_architecture_in_words(config: dict[str, Any], expected: str) -> None:
     assert expected in card.text
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_export_loads_as_the_card_says(run: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    out = tmp_path / "shared" / "small"
-    exported = export_model(run, out, dtype=dtype, license_id="apache-2.0")
-    assert (exported.results, exported.note) == (1, None)
-    for name, weight in load_file(out / "model.safetensors").items():
-        kept = name.rpartition(".")[2] in FLOAT32_PARAMETERS
-        assert weight.dtype == (torch.float32 if kept else dtype)
-    block = ModelCard.load(out / "README.md").text.split("```python\n")[1].split("```")[0]
-    block += "import torch, json\nids = torch.tensor([[1, 2, 3]])\n"
-    block += "print(json.dumps([model.config.eos_token_id, model(ids).logits.float().tolist()]))\n"
+def test_an_export_loads_as_the_card_says(run: Path, tmp_path: Path) -> None:
+    code = "import json, torch\n"
+    dtypes = {"full": torch.float32, "half": torch.bfloat16}
+    for folder, dtype in dtypes.items():
+        out = tmp_path / folder
+        exported = export_model(run, out, dtype=dtype, license_id="apache-2.0")
+        assert (exported.results, exported.note) == (1, None)
+        for name, weight in load_file(out / "model.safetensors").items():
+            kept = name.rpartition(".")[2] in FLOAT32_PARAMETERS
+            assert weight.dtype == (torch.float32 if kept else dtype)
+        code += ModelCard.load(out / "README.md").text.split("```python\n")[1].split("```")[0]
+        code += "logits = model(torch.tensor([[1, 2, 3]])).logits.float().tolist()\n"
+        code += "print('\\n' + json.dumps([model.config.eos_token_id, logits]))\n"
     done = subprocess.run(
-        [sys.executable, "-c", block], cwd=out.parent, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    eos, logits = json.loads(done.stdout.splitlines()[-1])
-    assert eos == 256
-    ours = load_model(run, dtype=dtype).model(torch.tensor([[1, 2, 3]])).logits.float()
-    torch.testing.assert_close(torch.tensor(logits), ours, rtol=0, atol=1e-6)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[256, ")]
+    for (_, logits), dtype in zip(found, dtypes.values(), strict=True):
+        ours = load_model(run, dtype=dtype).model(torch.tensor([[1, 2, 3]])).logits.float()
+        torch.testing.assert_close(torch.tensor(logits), ours, rtol=0, atol=1e-6)
     again = load_model(out)
     assert again.tokenizer("é")["input_ids"] == [195, 169]
     assert again.model.generation_config.eos_token_id == 256

@@ -129,32 +129,32 @@ def start(store: TokenStore, out: Path, **changes: Any) -> subprocess.Popen[str]
 
 
 def wait_for_checkpoint(run: RunFolder, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not run.checkpoint_steps():
+    deadline, before = time.monotonic() + 120, run.checkpoint_steps()
+    while run.checkpoint_steps() == before:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_killed_run_resumes_bit_for_bit(
-    train_small: Train, store: TokenStore, tmp_path: Path, number: int
+def test_a_run_killed_in_every_way_resumes_bit_for_bit(
+    train_small: Train, store: TokenStore, tmp_path: Path
 ) -> None:
-    changes = {"run__steps": 60, "run__checkpoint_every": 5, "run__evaluate_every": 30}
+    changes = {"run__steps": 150, "run__checkpoint_every": 5, "run__evaluate_every": 75}
     train_small("whole", **changes)
     run = RunFolder(tmp_path / "killed")
-    process = start(store, run.path, **changes)
-    wait_for_checkpoint(run, process)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    if number != signal.SIGKILL:
-        assert process.returncode == 130
-        assert "continues from it" in errors
-        assert "Traceback" not in errors
-    assert not run.result.exists()
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+        process = start(store, run.path, **changes)
+        wait_for_checkpoint(run, process)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        if number != signal.SIGKILL:
+            assert process.returncode == 130
+            assert "continues from it" in errors
+            assert "Traceback" not in errors
+        assert not run.result.exists()
     train_small("killed", **changes)
     whole = RunFolder(tmp_path / "whole")
-    assert_same_weights(whole.checkpoint(60), run.checkpoint(60))
+    assert_same_weights(whole.checkpoint(150), run.checkpoint(150))
     assert timeless(whole) == timeless(run)
 
 
@@ -321,12 +321,6 @@ def test_init_from_starts_from_its_weights(
     other = prepare(str(text_folder), "bpe:280", tmp_path / "bpe")
     with pytest.raises(PHAError, match="tokenizer"):
         train_small("third", run__init_from=str(tmp_path / "first"), data__store=str(other.path))
-
-
-def test_muon_learns(train_small: Train, tmp_path: Path) -> None:
-    train_small(run__steps=60, run__evaluate_every=60, optimizer__kind="muon")
-    losses = [r.loss for r in RunFolder(tmp_path / "run").read_metrics().train]
-    assert losses[-1] < 0.75 * losses[0]
 
 
 def test_a_key_that_a_run_does_not_have_yet_had_its_default(

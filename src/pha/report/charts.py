@@ -42,21 +42,13 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Point:
-    """A model in a plot against size.
+    """A model in a plot against size."""
 
-    Attributes:
-        label: beside the point.
-        x: parameters.
-        values: one for each seed, or a published one.
-        error: half the height of its bar; None for none.
-        grey: a figure that does not compare.
-    """
-
-    label: str
-    x: float
-    values: Sequence[float]
-    error: float | None = None
-    grey: bool = False
+    label: str  # beside the point
+    x: float  # parameters
+    values: Sequence[float]  # one for each seed, or a published one
+    error: float | None = None  # half the height of its bar; None for none
+    grey: bool = False  # a figure that does not compare
 
 
 @dataclass(frozen=True)
@@ -86,12 +78,7 @@ def estimates(rows: Sequence[Estimate], x_label: str, reference: float | None = 
 
 @plots.styled()
 def against_parameters(panels: Sequence[tuple[str, Sequence[Point]]], y_label: str) -> Figure:
-    """A panel for each source, one above the other; models that do not compare in hollow grey.
-
-    Args:
-        panels: title and points.
-        y_label: of all panels.
-    """
+    """A panel for each title and its points, one above the other."""
     from matplotlib.ticker import FuncFormatter
 
     heights = [2.9 if len(points) < 8 else 4.8 for _, points in panels]
@@ -206,19 +193,10 @@ def over_lengths(lines: Lines, y_label: str) -> Figure:
 
 
 def save_speed_plots(mode: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Write the pictures of the rows of `pha.bench.runner.run_benchmark`.
+    """Write a picture for each measure, precision, batch size and compiled or not.
 
-    There is one for each measure, precision, batch size and compiled or not, as
-    `MODE-MEASURE-PRECISION-bB[-compiled]` in SVG and PNG, where at least two lengths were measured;
-    failed rows are left out.
-
-    Args:
-        mode: what was measured.
-        rows: of the benchmark.
-        folder: where they go.
-
-    Returns:
-        The files.
+    It is `MODE-MEASURE-PRECISION-bB[-compiled]`, in SVG and PNG, of the rows of `run_benchmark`
+    that did not fail, where at least two lengths were measured.
     """
     groups: dict[tuple[str, int, bool], list[Mapping[str, Any]]] = {}
     for row in rows:

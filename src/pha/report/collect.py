@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +16,13 @@ from pha.utils.text import shorten
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder.
+    """One run folder."""
 
-    Attributes:
-        path: of the folder.
-        label: tells it apart from the other runs of the page.
-        result: None while the run is unfinished.
-        metrics: its history; all lists are empty where it has none.
-        config: empty where there is none.
-    """
-
-    path: Path
-    label: str
-    result: RunResult | None
-    metrics: Metrics
-    config: Mapping[str, Any]
+    path: Path  # of the folder
+    label: str  # tells it apart from the other runs of the page
+    result: RunResult | None  # None while the run is unfinished
+    metrics: Metrics  # its history; all lists are empty where it has none
+    config: Mapping[str, Any]  # empty where there is none
 
     @classmethod
     def of(cls, result: RunResult) -> Run:
@@ -51,14 +42,6 @@ class Run:
         if self.result:
             return self.result.seconds
         return self.metrics.train[-1].seconds if self.metrics.train else None
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Training speed."""
-        if self.result:
-            return self.result.tokens_per_second
-        speeds = [record.tokens_per_second for record in self.metrics.train]
-        return statistics.median(speeds) if speeds else None
 
     @property
     def mixing(self) -> Sequence[LayerMixing]:
@@ -95,9 +78,12 @@ def collect(paths: Sequence[Path]) -> list[Run]:
         seen.add(path.resolve())
     folders = [_run_folder(path) for path in paths]
     results = [folder.read_result() if folder.result.is_file() else None for folder in folders]
+    names = [r.name if r else folder.name for r, folder in zip(results, folders, strict=True)]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
     return [
-        Run(folder.path, label, result, folder.read_metrics(), folder.read_config())
-        for folder, result, label in zip(folders, results, _labels(folders, results), strict=True)
+        Run(path, shorten(name, 80) or "run", result, folder.read_metrics(), folder.read_config())
+        for path, name, result, folder in zip(paths, names, results, folders, strict=True)
     ]
 
 
@@ -110,15 +96,3 @@ def _run_folder(path: Path) -> RunFolder:
             f"{path} is not a run folder: it has no config.yaml, metrics.jsonl or result.json"
         )
     return folder
-
-
-def _labels(folders: Sequence[RunFolder], results: Sequence[RunResult | None]) -> list[str]:
-    """The shortest kind of name that tells all runs apart."""
-    own = [folder.name for folder in folders]
-    names = [r.name if r else name for r, name in zip(results, own, strict=True)]
-    parents = [f"{folder.path.resolve().parent.name}/{folder.name}" for folder in folders]
-    for labels in (names, own, parents):
-        clean = [shorten(label, 80) or "run" for label in labels]
-        if len(set(clean)) == len(clean):
-            return clean
-    return [f"{shorten(label, 80)} ({index})" for index, label in enumerate(parents, start=1)]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pha.report.collect import Run
 from pha.results import Evaluation, RunResult, Scores
-from pha.utils.text import count, duration, fixed, memory, percent, perplexity, plain
+from pha.utils.text import count, duration, fixed, memory, percent, perplexity
 
 Basis = Literal["tokenizer", "data", "protocol", "hardware", "work"]
 """What runs may have in common; `work` is hardware and tokens seen."""
@@ -18,21 +18,14 @@ Basis = Literal["tokenizer", "data", "protocol", "hardware", "work"]
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure that runs are compared by.
+    """A figure that runs are compared by."""
 
-    Attributes:
-        name: with the unit.
-        of: its value for a row; None where there is none.
-        show: how it is printed.
-        best: `min`, `max`, or None where neither is better.
-        basis: what runs must have in common before their values may be ranked.
-    """
-
-    name: str
-    of: Callable[[Row], float | None]
-    show: Callable[[float | None], str]
+    name: str  # with the unit
+    of: Callable[[Row], float | None]  # its value for a row; None where there is none
+    show: Callable[[float | None], str]  # how it is printed
+    # `min`, `max`, or None where neither is better
     best: Callable[[Iterable[float]], float] | None = None
-    basis: Basis = "data"
+    basis: Basis = "data"  # what runs must have in common before their values may be ranked
 
     def value(self, row: Row) -> float | None:
         """What a row has, if that is a finite number."""
@@ -88,7 +81,7 @@ SIZE = (
     Measure("tokens seen", lambda row: row.run.tokens_seen, _whole),
 )
 COST = (
-    Measure("training tokens/s", lambda row: row.run.tokens_per_second, _whole, max, "hardware"),
+    Measure("training tokens/s", _final(lambda r: r.tokens_per_second), _whole, max, "hardware"),
     Measure("of measured matmul rate", _final(lambda r: r.utilisation), _percent, max, "hardware"),
     Measure("peak memory", _final(lambda r: r.peak_memory_bytes), memory, min, "hardware"),
     Measure("training time", lambda row: row.run.seconds, duration, min, "work"),
@@ -137,13 +130,13 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     if differ(runs, "tokenizer"):
         found.append(
             "Token perplexities are not comparable: these runs were evaluated with different "
-            f"tokenizers ({_listing(runs, 'tokenizer')}). Loss and accuracy per token are not "
+            "tokenizers (see their data below). Loss and accuracy per token are not "
             f"either{'' if differ(runs, 'data') else '; per-word and per-byte figures are'}."
         )
     if differ(runs, "data"):
         found.append(
-            "Perplexities are not comparable: these runs were evaluated on different data "
-            f"({_listing(runs, 'sha256')}). The same holds for every other figure of quality."
+            "Perplexities are not comparable: these runs were evaluated on different data (see "
+            "below). The same holds for every other figure of quality."
         )
     elif names := _protocol_differences(runs):
         found.append(
@@ -252,18 +245,6 @@ def _best(measure: Measure, rows: Sequence[Row]) -> set[int]:
         return set()
     best = measure.best(value for value in values if value is not None)
     return {row.index for row, value in zip(rows, values, strict=True) if value == best}
-
-
-def _listing(runs: Sequence[Run], key: str) -> str:
-    """`A: value; B: value`, hashes cut to what tells them apart at a glance."""
-    values = []
-    for run in runs:
-        data = run.result.data if run.result else {}
-        value = plain(data.get(key))[: None if key == "tokenizer" else 12]
-        if key == "tokenizer":
-            value = f"{value} {plain(data.get('tokenizer_sha256'))[:12]}"
-        values.append(f"{run.label}: {value}")
-    return "; ".join(values)
 
 
 def _distinct(values: Iterable[Any]) -> int:

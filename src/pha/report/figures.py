@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from pha.report import plots
@@ -14,9 +13,6 @@ from pha.utils import text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-CURVE_POINTS = 500
-FAINT_POINTS = 100
 
 Axis = Literal["tokens", "seconds"]
 Kind = Literal["weights", "effective"]
@@ -43,22 +39,15 @@ def learning_curves(series: Sequence[Series], axis: Axis, y_label: str) -> Figur
     would otherwise flatten all that the curves differ by.
     """
     figure, axes = _lines(series, axis, y_label, height=3.1)
-    main = _sorted_values([s for s in series if not s.faint] or series)
+    faint = sorted(y for line in series if line.faint for _, y in line.points)
+    main = sorted(y for line in series if not line.faint for _, y in line.points) or faint
     if main:
-        context = _sorted_values([s for s in series if s.faint]) or main
+        context = faint or main
         # Noise dips below any curve; what is under the lowest 2% is noise.
         low = min(main[0], context[round(0.02 * (len(context) - 1))])
         top = main[round(0.8 * (len(main) - 1))]
         margin = 0.05 * (top - low) or 0.05 * abs(top) or 1.0
         axes.set_ylim(low - margin, top + margin)
-    return figure
-
-
-@plots.styled()
-def history(series: Sequence[Series], axis: Axis, y_label: str) -> Figure:
-    """Any other quantity over training, from zero up, in a low panel."""
-    figure, axes = _lines(series, axis, y_label, height=2.1)
-    axes.set_ylim(bottom=0)
     return figure
 
 
@@ -134,26 +123,6 @@ def mean_share(layers: Sequence[Mapping[str, float]], branch: str) -> float | No
     return sum(shares) / len(shares) if shares else None
 
 
-def thin(
-    points: Sequence[tuple[float, float]], limit: int = CURVE_POINTS
-) -> list[tuple[float, float]]:
-    """At most `limit` points that keep the ends and the extremes in between, spikes included."""
-    if len(points) <= limit:
-        return list(points)
-    inner = points[1:-1]
-    buckets = (limit - 2) // 2
-    edges = [index * len(inner) // buckets for index in range(buckets + 1)]
-    kept = [points[0]]
-    for start, stop in pairwise(edges):
-        order = sorted(range(start, stop), key=lambda index: inner[index][1])
-        kept += [inner[index] for index in sorted({order[0], order[-1]})]
-    return [*kept, points[-1]]
-
-
-def _sorted_values(series: Sequence[Series]) -> list[float]:
-    return sorted(y for line in series for _, y in line.points)
-
-
 def _lines(
     series: Sequence[Series], axis: Axis, y_label: str, height: float
 ) -> tuple[Figure, Axes]:
@@ -165,15 +134,16 @@ def _lines(
     factor, unit = _unit(axis, max((line.points[-1][0] for line in shown), default=0.0))
     handles = []
     for line in shown:
-        points = thin(line.points, FAINT_POINTS if line.faint and len(shown) > 12 else CURVE_POINTS)
-        marked = not line.faint and len(points) <= 60
+        marked = not line.faint and len(line.points) <= 60
         style = plots.look(line.color, marked)
         if line.faint:
             style |= {"alpha": 0.32, "linewidth": 0.8, "linestyle": "-", "zorder": 2}
         else:
             style |= {"linewidth": 1.6 if marked else 1.2, "zorder": 3}
             style |= {"markeredgewidth": 0.4, "markeredgecolor": plots.LIGHT["paper"]}
-        (handle,) = axes.plot([x / factor for x, _ in points], [y for _, y in points], **style)
+        (handle,) = axes.plot(
+            [x / factor for x, _ in line.points], [y for _, y in line.points], **style
+        )
         if not line.faint:
             handles.append(handle)
     plots.label_axes(axes, unit, y_label)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -20,13 +20,10 @@ from pha.report.collect import Run, collect
 from pha.report.compare import comparisons, limits, warnings
 from pha.report.facts import fact_groups
 from pha.report.figures import Axis, Series
-from pha.results import Sample, TrainRecord
+from pha.results import Sample
 from pha.utils.errors import PHAError
 from pha.utils.files import write_text
 from pha.utils.text import percent, plain, printable
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -59,17 +56,9 @@ def _visible(value: Any) -> Any:
 
 
 def write_report(runs: Sequence[Path], out: Path, title: str | None = None) -> Path:
-    """Write one self-contained HTML page that compares training runs.
+    """Write one self-contained HTML page that compares runs, finished or not, in their order.
 
-    The page depends on the run folders alone: the same folders give the same bytes.
-
-    Args:
-        runs: run folders (`pha.runs.RunFolder`), finished or not, in the order to show.
-        out: the file to write; an existing one is replaced in one step.
-        title: heading of the page; by default the names of the runs.
-
-    Returns:
-        `out`.
+    The same run folders give the same bytes. `title` is by default the names of the runs.
 
     Raises:
         PHAError: a path is not a run folder or holds a damaged file, or `out` cannot be written.
@@ -98,7 +87,6 @@ def _render(runs: Sequence[Run], title: str | None) -> str:
             colors=[i % plots.SERIES_COUNT for i in range(len(runs))],
             comparisons=comparisons(runs),
             curves=_learning_curves(runs),
-            histories=_histories(runs),
             mixing=[_mixing(run, index) for index, run in enumerate(runs)],
             prompts=_prompts(runs),
             fact_groups=fact_groups(runs),
@@ -135,40 +123,19 @@ def _learning_curves(runs: Sequence[Run]) -> list[Plot]:
                     series.append(Series(run.label, points, index, faint))
         if any(line.points for line in series):
             figure = figures.learning_curves(series, axis, "loss (nats per token)")
-            found.append(_plot(figure, f"Loss against {words}.", series))
+            ends = "; ".join(
+                f"{line.label}: from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}"
+                for line in series
+                if line.points and not line.faint
+            )
+            caption = f"Loss against {words}."
+            found.append(Plot(Markup(plots.to_svg(figure, f"{caption} {ends}.")), caption))
     return found
 
 
 def _seconds_at(times: dict[int, float], step: int) -> float:
     """Training seconds after `step` steps, from the training records around it."""
     return float(np.interp(step, [0, *times], [0.0, *times.values()]))
-
-
-def _histories(runs: Sequence[Run]) -> list[Plot]:
-    """Learning rate and gradient norm against tokens, where recorded."""
-    found = []
-    values: dict[str, Callable[[TrainRecord], float]] = {
-        "learning rate": lambda record: record.learning_rate,
-        "gradient norm": lambda record: record.grad_norm,
-    }
-    for name, value in values.items():
-        series = []
-        for index, run in enumerate(runs):
-            known = [(r.tokens, value(r)) for r in run.metrics.train if math.isfinite(value(r))]
-            series.append(Series(run.label, known, index))
-        if any(line.points for line in series):
-            figure = figures.history(series, "tokens", name)
-            found.append(_plot(figure, f"{name.capitalize()} against tokens seen.", series))
-    return found
-
-
-def _plot(figure: Figure, caption: str, series: Sequence[Series]) -> Plot:
-    ends = "; ".join(
-        f"{line.label}: from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}"
-        for line in series
-        if line.points and not line.faint
-    )
-    return Plot(Markup(plots.to_svg(figure, f"{caption} {ends}.")), caption)
 
 
 def _mixing(run: Run, color: int) -> list[Plot] | str:

@@ -66,6 +66,8 @@ _SVG = "{http://www.w3.org/2000/svg}"
 _VARIABLES = {color: f"var(--{name}, {color})" for name, color in LIGHT.items()}
 _STYLE = {
     "svg.fonttype": "none",
+    # Points that no eye tells apart are left out of long lines.
+    "path.simplify_threshold": 1.0,
     # Bundled with matplotlib, so that the layout does not depend on the machine's fonts.
     "font.family": ["DejaVu Sans"],
     "font.size": 10,
@@ -76,7 +78,6 @@ _STYLE = {
     "ytick.labelsize": 9.5,
     "legend.fontsize": 10,
     "legend.frameon": False,
-    "legend.borderpad": 0,
     "legend.handlelength": 1.6,
     "legend.columnspacing": 1.4,
     "text.color": LIGHT["ink"],
@@ -89,11 +90,9 @@ _STYLE = {
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.unicode_minus": True,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
     "ytick.major.size": 0,
-    "xtick.major.width": 0.7,
     "grid.color": LIGHT["grid"],
     "grid.linewidth": 0.7,
     "lines.linewidth": 1.4,
@@ -120,12 +119,7 @@ def styled() -> Iterator[None]:
 
 
 def new_figure(height: float, legend: Sequence[str] = ()) -> tuple[Figure, Axes]:
-    """An empty figure of the width that all have.
-
-    Args:
-        height: in inches, of the axes.
-        legend: names that will be given to `add_legend`, for which there has to be room.
-    """
+    """An empty figure of axes `height` inches high, with room for a legend of these names."""
     from matplotlib.figure import Figure
 
     rows = math.ceil(len(legend) / _columns(legend)) if len(legend) > 1 else 0
@@ -186,10 +180,8 @@ def look(index: int, marked: bool = True) -> dict[str, Any]:
 def to_svg(figure: Figure, title: str) -> str:
     """The figure as one `<svg>` element, the same bytes every time.
 
-    Args:
-        figure: drawn with this module.
-        title: what the figure shows, in words, for readers who do not see it. Figures that share
-            a page need different titles: the ids of their elements depend on it.
+    `title` says what it shows, for readers who do not see it. Figures that share a page need
+    different ones: the ids of their elements depend on it.
     """
     import matplotlib
 
@@ -225,13 +217,7 @@ def to_svg(figure: Figure, title: str) -> str:
 
 
 def save_picture(figure: Figure, stem: Path, title: str) -> list[Path]:
-    """Write a figure as `stem`.svg and `stem`.png (on white, 200 dots per inch).
-
-    Args:
-        figure: drawn with this module.
-        stem: path without suffix.
-        title: what is seen, in words, for those who do not see it.
-    """
+    """Write a figure as `stem`.svg and `stem`.png (on white, 200 dots per inch); see `to_svg`."""
     svg, png = stem.with_name(f"{stem.name}.svg"), stem.with_name(f"{stem.name}.png")
     write_text(svg, to_svg(figure, title) + "\n")
     temporary = png.with_name(f".{png.name}.tmp")

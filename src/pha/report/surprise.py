@@ -27,18 +27,11 @@ BITS_PER_SHADE = 3.0  # a shade darker for every three bits; the last from 15 bi
 
 @dataclass(frozen=True)
 class Word:
-    """White space and what follows it up to the next.
+    """White space and what follows it up to the next."""
 
-    Attributes:
-        space: before it, as it stands.
-        text: the word.
-        bits: the sum over its tokens; None where no token was scored.
-        shade: 0 to `SHADES` - 1.
-    """
-
-    space: str
-    text: str
-    bits: float | None
+    space: str  # before it, as it stands
+    text: str  # the word
+    bits: float | None  # the sum over its tokens; None where no token was scored
 
     @property
     def shade(self) -> int:
@@ -48,16 +41,11 @@ class Word:
 
 @dataclass
 class Collector:
-    """Takes pieces as they are scored and keeps what the page and the JSON need.
+    """Takes pieces as they are scored and keeps what the page and the JSON need."""
 
-    Attributes:
-        shown: so many tokens of the beginning are shown as text.
-        ids: of those.
-        nats: float32, of every token; 4 bytes a token are all that grows with the document.
-    """
-
-    shown: int = 20_000
-    ids: list[int] = field(default_factory=list)
+    shown: int = 20_000  # so many tokens of the beginning are shown as text
+    ids: list[int] = field(default_factory=list)  # of those
+    # float32, of every token; 4 bytes a token are all that grows with the document
     nats: list[np.ndarray] = field(default_factory=list)
 
     def __call__(self, piece: Surprisal) -> None:
@@ -75,13 +63,7 @@ class Collector:
 def words(
     ids: Sequence[int], nats: np.ndarray, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Word]:
-    """Tokens grouped into words of the text, each with its bits.
-
-    Args:
-        ids: tokens.
-        nats: of as many tokens or more.
-        tokenizer: a byte-level one, so that tokens join to the text.
-    """
+    """Tokens of a byte-level tokenizer grouped into words of the text, each with its bits."""
     start = 0
     pieces = [tokenizer.decode([token]) for token in ids]
     for end in range(1, len(ids) + 1):
@@ -97,15 +79,7 @@ def words(
 def write_page(
     path: Path, model: str, score: Score, collected: Collector, tokenizer: PreTrainedTokenizerFast
 ) -> Path:
-    """Write one self-contained HTML page.
-
-    Args:
-        path: the file.
-        model: its name, for the heading.
-        score: the document's.
-        collected: what was kept while scoring.
-        tokenizer: the model's.
-    """
+    """Write one self-contained HTML page on a document that was scored."""
     nats = collected.all_nats()
     shown = list(words(collected.ids, nats, tokenizer))
     scored = sorted((w for w in shown if w.bits is not None), key=lambda w: -(w.bits or 0))

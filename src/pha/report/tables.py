@@ -44,19 +44,12 @@ _LATEX = {
 
 @dataclass(frozen=True)
 class Section:
-    """Rows that belong together, under a line that says where they come from, if there is one.
+    """Rows that belong together, under a line that says where they come from, if there is one."""
 
-    Attributes:
-        title: in a word or two, such as `ours`; empty for a section without a line.
-        about: such as `scale tiny, 983k tokens seen`.
-        rows: a cell for each heading.
-        grey: of each row, whether it is only context.
-    """
-
-    title: str
-    about: str
-    rows: Sequence[Sequence[str]]
-    grey: Sequence[bool] = ()
+    title: str  # in a word or two, such as `ours`; empty for a section without a line
+    about: str  # such as `scale tiny, 983k tokens seen`
+    rows: Sequence[Sequence[str]]  # a cell for each heading
+    grey: Sequence[bool] = ()  # of each row, whether it is only context
 
     @property
     def line(self) -> str:
@@ -70,19 +63,12 @@ class Section:
 
 @dataclass(frozen=True)
 class TextTable:
-    """Headings, sections of rows, and notes below. `console.print` shows it.
+    """Headings, sections of rows, and notes below. `console.print` shows it."""
 
-    Attributes:
-        title: what is shown.
-        headings: of the columns; the first column names the rows.
-        sections: at least one.
-        notes: a line each.
-    """
-
-    title: str
-    headings: Sequence[str]
-    sections: Sequence[Section]
-    notes: Sequence[str] = ()
+    title: str  # what is shown
+    headings: Sequence[str]  # of the columns; the first column names the rows
+    sections: Sequence[Section]  # at least one
+    notes: Sequence[str] = ()  # a line each
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions

@@ -19,8 +19,6 @@ from pha.modeling import PHAConfig
 from pha.results import Evaluation, RunResult
 from pha.utils.text import count, duration, fixed, percent, perplexity, plain, shorten
 
-LIBRARY = "pha"
-
 _TEMPLATE = Path(__file__).with_name("card.md")
 _TAGS = ["pha", "pytorch", "safetensors", "hybrid", "state-space-model"]
 # What the Hub calls a score -> in words, and how it is printed.
@@ -54,8 +52,8 @@ def model_card(
         settings: the run's configuration; empty where it is not known.
         no_results: why the card gives no results; None gives those of the run.
         weights: type of the weights, `fp32` or `bf16`.
-        license_id: licence as the Hub names it, such as `apache-2.0`; left out if absent.
-        datasets: data sets by their names on the Hub.
+        license_id: as the Hub names it, such as `apache-2.0`.
+        datasets: as the Hub names them.
     """
     tables = []
     if result is not None and no_results is None:
@@ -63,7 +61,7 @@ def model_card(
         tables = [scores for scores in tables if scores]
     results = [score for scores in tables for score in scores]
     data = ModelCardData(
-        library_name=LIBRARY,
+        library_name="pha",
         pipeline_tag="text-generation",
         license=license_id,
         datasets=list(datasets) or None,

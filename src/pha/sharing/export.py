@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from pha.loading import LoadedModel, load_model, model_folder
 from pha.results import RunResult
-from pha.sharing.card import LIBRARY, model_card
+from pha.sharing.card import model_card
 from pha.utils.errors import PHAError
 from pha.utils.files import atomic_folder
 
@@ -31,17 +31,11 @@ _FILES = {
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """What was written."""
 
-    Attributes:
-        path: the folder.
-        results: evaluations on its card.
-        note: why there are none, if so.
-    """
-
-    path: Path
-    results: int
-    note: str | None
+    path: Path  # the folder
+    results: int  # evaluations on its card
+    note: str | None  # why there are none, if so
 
 
 def export_model(
@@ -108,18 +102,10 @@ def _require_replaceable(out: Path, force: bool) -> None:
     names = {path.name for path in out.iterdir()}
     if not names:
         return
-    if not (names <= _FILES and _is_export(out)):
+    if not (CARD in names and names <= _FILES):  # a saved model has no card
         raise PHAError(f"{out} is not empty and is no earlier export; name another folder")
     if not force:
         raise PHAError(f"{out} holds an earlier export; give --force to replace it")
-
-
-def _is_export(folder: Path) -> bool:
-    try:
-        card = ModelCard.load(folder / CARD)
-    except (OSError, ValueError):
-        return False
-    return card.data.get("library_name") == LIBRARY
 
 
 def _write(loaded: LoadedModel, card: ModelCard, out: Path) -> None:

@@ -12,10 +12,9 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from pha.train.recipes import Settings
 from pha.utils.errors import PHAError
+from pha.utils.files import read_yaml
 from pha.utils.records import record_from
 
 KINDS = ("training", "mixing", "efficiency")
@@ -32,27 +31,17 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How large the runs of a study are.
+    """How large the runs of a study are."""
 
-    Attributes:
-        name: tiny, small or paper; of a sweep, its recipe.
-        about: in a line, for people.
-        protocol: the recipe's protocol, unless a study names its own; empty for a sweep.
-        seeds: how many, unless asked for otherwise.
-        needs_data: whether a token store must be named, there being no source by default.
-        train_tokens: protocol -> tokens of its training split, to plan with before it is there.
-        set: recipe key -> value, for every run.
-        models: name in studies -> preset and changes.
-    """
-
-    name: str
-    about: str
-    protocol: str
-    seeds: int
-    needs_data: bool
+    name: str  # tiny, small or paper; of a sweep, its recipe
+    about: str  # in a line, for people
+    protocol: str  # the recipe's protocol, unless a study names its own; empty for a sweep
+    seeds: int  # how many, unless asked for otherwise
+    needs_data: bool  # whether a token store must be named, there being no source by default
+    # protocol -> tokens of its training split, to plan with before it is there
     train_tokens: dict[str, float]
-    set: Settings
-    models: dict[str, Model]
+    set: Settings  # recipe key -> value, for every run
+    models: dict[str, Model]  # name in studies -> preset and changes
 
     @property
     def words(self) -> str:
@@ -62,72 +51,45 @@ class Scale:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One row of a study: a model and its settings, trained once for each seed.
+    """One row of a study: a model and its settings, trained once for each seed."""
 
-    Attributes:
-        name: key in the study, unique.
-        label: in tables and plots.
-        model: name in `Scale.models`.
-        set: recipe key -> value.
-        places: axis -> value, where the study goes over a grid.
-        published: ids of published rows that report the same thing.
-    """
-
-    name: str
-    label: str
-    model: str
-    set: Settings = field(default_factory=dict)
+    name: str  # key in the study, unique
+    label: str  # in tables and plots
+    model: str  # name in `Scale.models`
+    set: Settings = field(default_factory=dict)  # recipe key -> value
+    # axis -> value, where the study goes over a grid
     places: dict[str, str] = field(default_factory=dict)
+    # ids of published rows that report the same thing
     published: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """One table or figure of the paper, or a question of one's own.
+    """One table or figure of the paper, or a question of one's own."""
 
-    Attributes:
-        name: of the file.
-        title: what is compared.
-        question: what is asked, in a sentence.
-        paper: the tables and figures it answers to, in words; empty for a question of ours.
-        variants: what is compared.
-        kind: `training`, `mixing` (reads the shares of the runs too) or `efficiency` (no training).
-        protocol: in place of the scale's; empty for that.
-        baseline: the variant that the others are compared with.
-        contrasts: pairs of measures compared inside each run, such as average and best checkpoint.
-        columns: measures in the table.
-        published: ids of published rows or tables shown below.
-        plots: names in `PLOTS`.
-        axis: of the grid, along the plot `settings`.
-        scales: scale -> recipe key -> value, on top of the scale's own.
-        benchmark: scale -> lengths, batch and modes of an efficiency study.
-    """
-
-    name: str
-    title: str
-    question: str
-    paper: str = ""
-    variants: list[Variant] = field(default_factory=list)
+    name: str  # of the file
+    title: str  # what is compared
+    question: str  # what is asked, in a sentence
+    paper: str = ""  # the tables and figures it answers to, in words; empty for a question of ours
+    variants: list[Variant] = field(default_factory=list)  # what is compared
+    # `training`, `mixing` (reads the shares of the runs too) or `efficiency` (no training)
     kind: str = "training"
-    protocol: str = ""
-    baseline: str = ""
+    protocol: str = ""  # in place of the scale's; empty for that
+    baseline: str = ""  # the variant that the others are compared with
+    # pairs of measures compared inside each run, such as average and best checkpoint
     contrasts: list[list[str]] = field(default_factory=list)
+    # measures in the table
     columns: list[str] = field(
         default_factory=lambda: ["validation", "test", "accuracy", "word", "byte"]
     )
+    # ids of published rows or tables shown below
     published: list[str] = field(default_factory=list)
-    plots: list[str] = field(default_factory=lambda: ["dots"])
-    axis: str = ""
+    plots: list[str] = field(default_factory=lambda: ["dots"])  # names in `PLOTS`
+    axis: str = ""  # of the grid, along the plot `settings`
+    # scale -> recipe key -> value, on top of the scale's own
     scales: dict[str, Settings] = field(default_factory=dict)
+    # scale -> lengths, batch and modes of an efficiency study
     benchmark: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def variant(self, name: str) -> Variant:
-        """The variant of that name.
-
-        Raises:
-            PHAError: there is none; the closest names are suggested.
-        """
-        return closest(name, {each.name: each for each in self.variants}, "variant")
 
 
 Named = TypeVar("Named")
@@ -208,7 +170,7 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
         study.variants.extend(grid(make(Variant, f"{where}, variant {key}", named), axes))
     _require(study.kind in KINDS, f"{where}: kind is {study.kind!r}; choose {', '.join(KINDS)}")
     if study.baseline:
-        study.variant(study.baseline)
+        closest(study.baseline, {each.name: each for each in study.variants}, "variant")
     for plot in study.plots:
         _require(plot in PLOTS, f"{where} has no plot {plot!r}; choose {', '.join(PLOTS)}")
     for scale in (*study.scales, *study.benchmark):
@@ -249,20 +211,6 @@ def make(record: type[Record], where: str, content: dict[str, Any]) -> Record:
     for key in content:
         closest(key, names, f"key in {where}")
     return record_from(record, content, where)
-
-
-def read_yaml(file: Traversable) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        PHAError: it cannot be read, or holds no mapping.
-    """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PHAError(f"{file} cannot be read ({' '.join(str(error).split())})") from error
-    _require(isinstance(content, dict), f"{file} does not hold a mapping")
-    return dict(content)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -20,15 +20,8 @@ PROTOCOL = "stdlib"
 def run_demo(out: Path, console: Console, steps: int | None = None) -> list[RunResult]:
     """Train both twins, each in a process of its own, and show what came of it.
 
-    A process each makes peak memory a figure of one model. Whatever is finished is reused.
-
-    Args:
-        out: folder of the two runs and of report.html.
-        console: for the tables.
-        steps: optimiser steps per model; the recipe's when absent.
-
-    Returns:
-        The two results.
+    A process each makes peak memory a figure of one model. Whatever is finished is reused. Without
+    `steps` the recipe's are taken.
 
     Raises:
         PHAError: a training failed; its own message has been printed.

@@ -122,16 +122,14 @@ def _summarise(study: Study, scale: Scale, folder: Path) -> Measured:
             rows += kept["rows"]
             origins.append({"mode": mode, "length": length, **kept["provenance"]})
     labels = _labels(study, scale)
-    tables, sentences = [], []
+    tables = []
     for mode in dict.fromkeys(row["mode"] for row in rows):
         groups: dict[int, dict[str, Row]] = {}
         for row in rows:
             if row["mode"] == mode:
                 groups.setdefault(row["length"], {})[row["model"]] = row
         tables.append(_table(study, scale, mode, groups, labels))
-        sentences += _sentences(MEANING.get(mode, mode).capitalize(), groups, labels)
-    if missing:
-        sentences.append(f"Not measured yet: {', '.join(missing)} tokens.")
+    sentences = [f"Not measured yet: {', '.join(missing)} tokens."] if missing else []
     return Measured(tables, sentences, {"rows": rows, "measured": origins, "missing": missing})
 
 
@@ -170,7 +168,7 @@ def _table(
                 continue
             gain = None if model == base else _gain(group[base], row)
             line.append(f"{row['tokens_per_second']['median']:,.0f}")
-            line.append(DASH if gain is None else f"{gain.mean:+.1f}%")
+            line.append(DASH if gain is None else _percent(gain))
             lines.append([*line, *(f"{row[f'{k}_memory'] / 1e9:.2f}" for k in ("peak", "work"))])
     rows = [row for group in groups.values() for row in group.values()]
     first = next((row for row in rows if row["error"] is None), None)
@@ -187,7 +185,13 @@ def _table(
     if paper:
         sections.append(Section("paper", "180M models, one A100, mode and batch not stated", paper))
     headings = ["length", "model", "tokens/s", "against the first", "memory, GB", "of it work"]
-    return TextTable(f"{study.title}: {MEANING.get(mode, mode)}", headings, sections)
+    note = "Percent with the 95% interval over the turns that the processes of the models took."
+    return TextTable(f"{study.title}: {MEANING.get(mode, mode)}", headings, sections, [note])
+
+
+def _percent(gain: Summary) -> str:
+    half = "" if gain.interval is None else f" ± {gain.interval:.1f}"
+    return f"{gain.mean:+.1f}{half}%"
 
 
 def _gain(base: Row, row: Row) -> Summary | None:
@@ -196,39 +200,3 @@ def _gain(base: Row, row: Row) -> Summary | None:
         return None
     speeds = [each["tokens_per_second"]["values"] for each in (row, base)]
     return summarise([100 * (own / other - 1) for own, other in zip(*speeds, strict=False)])
-
-
-def _sentences(what: str, groups: dict[int, dict[str, Row]], labels: dict[str, str]) -> list[str]:
-    base, *others = labels
-    found = []
-    for model in others:
-        gains = {
-            length: gain
-            for length, group in sorted(groups.items())
-            if base in group and model in group and (gain := _gain(group[base], group[model]))
-        }
-        for length, gain in gains.items():
-            found.append(
-                f"{what} at {length:,} tokens: {_speed(labels[model], labels[base], gain)}"
-            )
-        ends = []
-        for length in dict.fromkeys([*gains][:1] + [*gains][-1:]):
-            saved = groups[length][base]["peak_memory"] - groups[length][model]["peak_memory"]
-            size = f"{abs(saved) / 1e9:.2f} GB {'less' if saved > 0 else 'more'}"
-            ends.append(f"{size} memory than {labels[base]} at {length:,} tokens")
-        if ends:
-            found.append(f"{what}: {labels[model]} takes {' and '.join(ends)}.")
-    return found
-
-
-def _speed(model: str, base: str, gain: Summary) -> str:
-    if gain.interval is None:
-        return f"{model} does {gain.mean:+.1f}% of {base}'s tokens/s more, in one process."
-    half = f"{gain.interval:.1f}"
-    if abs(gain.mean) <= gain.interval:
-        return f"not decided between {model} and {base} ({gain.mean:+.1f} ± {half}%)."
-    faster = "faster" if gain.mean > 0 else "slower"
-    return (
-        f"{model} is {faster} than {base} by {abs(gain.mean):.1f} ± {half}% "
-        f"(95% interval, {gain.n} turns)."
-    )

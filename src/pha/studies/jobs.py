@@ -30,17 +30,11 @@ CLUSTER_MINUTES = 24 * 60
 
 @dataclass(frozen=True)
 class Job:
-    """One run to train.
+    """One run to train."""
 
-    Attributes:
-        recipe: PRESET.PROTOCOL or a YAML file.
-        out: its run folder.
-        settings: what is changed in the recipe.
-    """
-
-    recipe: str
-    out: Path
-    settings: Settings = field(default_factory=dict)
+    recipe: str  # PRESET.PROTOCOL or a YAML file
+    out: Path  # its run folder
+    settings: Settings = field(default_factory=dict)  # what is changed in the recipe
 
     @property
     def run(self) -> RunFolder:
@@ -95,15 +89,11 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], console: Console, parallel: int = 1) -> None:
-    """Train what is not finished.
+    """Train what is not finished, `parallel` runs at a time.
 
-    A process each makes peak memory and the state of random generators a matter of one run. A run
-    that diverges is an outcome, not a failure.
-
-    Args:
-        jobs: runs with folders of their own.
-        console: for progress. Runs side by side write to `OUT.log` instead.
-        parallel: how many run at once. They share the cores, or get a GPU each in turn.
+    A process each makes peak memory and the state of random generators a matter of one run. Runs
+    side by side share the cores, or get a GPU each in turn, and write to `OUT.log`. A run that
+    diverges is an outcome, not a failure.
 
     Raises:
         PHAError: a bad configuration, found before anything is trained; or a training failed.
@@ -140,14 +130,8 @@ def _unfinished(jobs: Sequence[Job], console: Console) -> list[Job]:
 def run_on_cluster(jobs: Sequence[Job], partition: str, folder: Path, console: Console) -> None:
     """Submit every run that is not finished, a GPU each, and wait for all.
 
-    Stopping this leaves the submitted runs in the queue; the same call later takes up what they
-    have finished.
-
-    Args:
-        jobs: runs with folders of their own, on a file system that all nodes see.
-        partition: of the cluster.
-        folder: for the logs.
-        console: for progress.
+    All nodes must see the folders. Stopping this leaves the submitted runs in the queue; the same
+    call later takes up what they have finished.
 
     Raises:
         PHAError: submitit or Slurm is not there, or a training failed.

@@ -12,21 +12,13 @@ from pha.utils.text import DASH, count
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure of a finished run.
+    """A figure of a finished run."""
 
-    Attributes:
-        heading: of its column, with the unit.
-        words: in a sentence.
-        value: None where the run does not have it.
-        digits: after the point.
-        lower_is_better: None where neither is better.
-    """
-
-    heading: str
-    words: str
-    value: Callable[[RunResult], float | None]
-    digits: int
-    lower_is_better: bool | None = True
+    heading: str  # of its column, with the unit
+    words: str  # in a sentence
+    value: Callable[[RunResult], float | None]  # None where the run does not have it
+    digits: int  # after the point
+    lower_is_better: bool | None = True  # None where neither is better
 
     def show(self, summary: Summary | None) -> str:
         """Mean and deviation, or a dash."""

@@ -27,21 +27,13 @@ MAIN = "test"
 
 @dataclass(frozen=True)
 class Seed:
-    """One run of a variant.
+    """One run of a variant."""
 
-    Attributes:
-        seed: of weights and data order.
-        folder: of the run.
-        result: None where it diverged.
-        measures: name -> value; empty where it diverged.
-        diverged_at: the step, if it did.
-    """
-
-    seed: int
-    folder: Path
-    result: RunResult | None
-    measures: dict[str, float]
-    diverged_at: int | None
+    seed: int  # of weights and data order
+    folder: Path  # of the run
+    result: RunResult | None  # None where it diverged
+    measures: dict[str, float]  # name -> value; empty where it diverged
+    diverged_at: int | None  # the step, if it did
 
     @classmethod
     def of(cls, seed: int, job: Job) -> Seed:
@@ -82,17 +74,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A study that has been run.
+    """A study that has been run."""
 
-    Attributes:
-        plan: what was asked.
-        rows: one for each variant.
-        differences: of variants from the baseline, and of measures inside runs.
-    """
-
-    plan: StudyPlan
-    rows: Sequence[Row]
-    differences: Sequence[Difference]
+    plan: StudyPlan  # what was asked
+    rows: Sequence[Row]  # one for each variant
+    differences: Sequence[Difference]  # of variants from the baseline, and of measures inside runs
 
     @property
     def results(self) -> list[RunResult]:

@@ -19,18 +19,12 @@ from pha.utils.errors import PHAError
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """A study at a scale, with all of its runs.
+    """A study at a scale, with all of its runs."""
 
-    Attributes:
-        study: what is asked.
-        scale: how large.
-        seeds: of every variant.
-        runs: variant -> its runs, in the order of the seeds; some may share a folder.
-    """
-
-    study: Study
-    scale: Scale
-    seeds: Sequence[int]
+    study: Study  # what is asked
+    scale: Scale  # how large
+    seeds: Sequence[int]  # of every variant
+    # variant -> its runs, in the order of the seeds; some may share a folder
     runs: dict[str, list[Job]]
 
     def jobs(self) -> list[Job]:
@@ -44,14 +38,8 @@ def plan_study(
     """Settle the settings of every run and the folder that it has.
 
     Settings are taken from the protocol, the scale, the model, the study at this scale, the variant
-    and `asked`, each over what comes before it.
-
-    Args:
-        study: what is asked.
-        scale: how large.
-        seeds: of every variant.
-        folder: of all runs; a run lies in `PRESET-DIGEST/seed-N`, by the content of its settings.
-        asked: settings of every run.
+    and `asked`, each over what comes before it. A run lies in `folder/PRESET-DIGEST/seed-N`, by the
+    content of its settings.
 
     Raises:
         PHAError: no data named, a bad store, an impossible setting.
@@ -62,7 +50,6 @@ def plan_study(
             "--tokenizer bpe:8192 --out STORE` and add --data STORE"
         )
     protocol = study.protocol or scale.protocol
-    stores: dict[str, str] = {}
     runs: dict[str, list[Job]] = {}
     for variant in study.variants:
         model = scale.models[variant.model]
@@ -71,14 +58,14 @@ def plan_study(
         settings.pop("run.seed", None)
         recipe = f"{model.preset}.{protocol}" if protocol else model.preset
         config = load_recipe(recipe, settings)
-        home = folder / f"{config.model.preset or 'custom'}-{_digest(config, stores)}"
+        home = folder / f"{config.model.preset or 'custom'}-{_digest(config)}"
         runs[variant.name] = [
             Job(recipe, home / f"seed-{seed}", settings | {"run.seed": seed}) for seed in seeds
         ]
     return StudyPlan(study, scale, seeds, runs)
 
 
-def _digest(config: TrainConfig, stores: dict[str, str]) -> str:
+def _digest(config: TrainConfig) -> str:
     """A short name of all settings that touch the weights: those that are not the default.
 
     A setting that a later version adds, with the old behaviour as its default, changes no name.
@@ -92,9 +79,8 @@ def _digest(config: TrainConfig, stores: dict[str, str]) -> str:
         if value != defaults[section][key] and f"{section}.{key}" not in FREE_KEYS
     }
     if config.data.store is not None:
-        if config.data.store not in stores:
-            stores[config.data.store] = TokenStore.open(Path(config.data.store)).sha256
-        content["data"] = stores[config.data.store]
+        # Every run checks the tokens themselves before it trains.
+        content["data"] = TokenStore.open(Path(config.data.store), verify=False).sha256
     else:
         content["data"] = [config.data.source, config.data.tokenizer]
     text = json.dumps(content, sort_keys=True)

@@ -15,30 +15,16 @@ Verdict = Literal["lower", "higher", "undecided", "one seed", "equal"]
 
 @dataclass(frozen=True)
 class Summary:
-    """A figure over several seeds.
+    """A figure over several seeds."""
 
-    Attributes:
-        n: how many seeds.
-        mean: arithmetic mean.
-        std: sample standard deviation (n - 1); None for one seed.
-        interval: half width of the 95% interval of the mean, by Student's t; None for one seed.
-    """
-
-    n: int
-    mean: float
-    std: float | None
+    n: int  # how many seeds
+    mean: float  # arithmetic mean
+    std: float | None  # sample standard deviation (n - 1); None for one seed
+    # half width of the 95% interval of the mean, by Student's t; None for one seed
     interval: float | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain mapping for JSON."""
-        return asdict(self)
-
     def show(self, digits: int = 2) -> str:
-        """`16.51 ± 0.12`, the mean and the standard deviation, as the paper writes it.
-
-        Args:
-            digits: after the point; fewer from a thousand on.
-        """
+        """`16.51 ± 0.12`, the mean and the standard deviation; fewer digits from a thousand on."""
         kept = digits if abs(self.mean) < 1000 else max(0, digits - 2)
         mean = f"{self.mean:,.{kept}f}" if abs(self.mean) < 1e7 else f"{self.mean:.3g}"
         if self.std is None:
@@ -70,38 +56,23 @@ def p_of_mean(values: Sequence[float]) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference(Summary):
-    """A minus B, over the seeds that both have.
+    """A minus B, over the seeds that both have."""
 
-    Attributes:
-        a: name of the first.
-        b: name of the second.
-        measure: what is compared.
-        seeds: that both have finished.
-        p: of the paired two-sided t-test; None for one seed.
-        p_adjusted: by Holm, over the comparisons of the study.
-        verdict: what the interval says of A.
-    """
-
-    a: str
-    b: str
-    measure: str
-    seeds: list[int]
-    p: float | None
-    p_adjusted: float | None
-    verdict: Verdict
+    a: str  # name of the first
+    b: str  # name of the second
+    measure: str  # what is compared
+    seeds: list[int]  # that both have finished
+    p: float | None  # of the paired two-sided t-test; None for one seed
+    p_adjusted: float | None  # by Holm, over the comparisons of the study
+    verdict: Verdict  # what the interval says of A
 
 
 def paired_difference(
     a: str, b: str, measure: str, of_a: Mapping[int, float], of_b: Mapping[int, float]
 ) -> Difference | None:
-    """Compare two variants by the seeds that both have; None if there is no such seed.
+    """Compare the values of A and B, seed -> value, by the seeds that both have.
 
-    Args:
-        a: name of the first.
-        b: name of the second.
-        measure: what is compared.
-        of_a: seed -> value.
-        of_b: seed -> value.
+    None if there is no such seed.
     """
     seeds = sorted(of_a.keys() & of_b.keys())
     if not seeds:
@@ -116,7 +87,7 @@ def paired_difference(
     elif abs(over.mean) > over.interval:
         verdict = "lower" if over.mean < 0 else "higher"
     names: dict[str, Any] = {"a": a, "b": b, "measure": measure, "seeds": seeds}
-    return Difference(**over.to_dict(), **names, p=p, p_adjusted=p, verdict=verdict)
+    return Difference(**asdict(over), **names, p=p, p_adjusted=p, verdict=verdict)
 
 
 def adjust(differences: Sequence[Difference]) -> list[Difference]:
@@ -139,11 +110,11 @@ def sentence(
     digits: int,
     circumstance: str = "",
 ) -> str:
-    """What the data support, in plain words.
+    """What the data support of A minus B, in plain words.
 
     Args:
-        difference: A minus B.
-        labels: of A and B by name.
+        difference: of A and B.
+        labels: name -> what they are called.
         words: the measure, such as `test perplexity per token`.
         digits: after the point.
         circumstance: such as `at equal tokens`.

@@ -34,25 +34,15 @@ EXPECTED: dict[str, Sign] = {"gss": "positive", "attention": "negative"}
 
 @dataclass(frozen=True)
 class Contrast:
-    """Outer minus inner layers, of one branch.
+    """Outer minus inner layers, of one branch."""
 
-    Attributes:
-        branch: name.
-        expected: what a sandwich predicts of the sign.
-        points: percentage points for each seed.
-        summary: over seeds.
-        p_seeds: two-sided, that the mean over seeds is zero; None for one seed.
-        p_layers: two-sided, of the mean over seeds, over the ways to choose the outer layers.
-        smallest_p_layers: the smallest value that this test can give with so many layers.
-    """
-
-    branch: str
-    expected: Sign
-    points: list[float]
-    summary: Summary
-    p_seeds: float | None
-    p_layers: float
-    smallest_p_layers: float
+    branch: str  # name
+    expected: Sign  # what a sandwich predicts of the sign
+    points: list[float]  # percentage points for each seed
+    summary: Summary  # over seeds
+    p_seeds: float | None  # two-sided, that the mean over seeds is zero; None for one seed
+    p_layers: float  # two-sided, of the mean over seeds, over the ways to choose the outer layers
+    smallest_p_layers: float  # the smallest value that this test can give with so many layers
 
     @property
     def verdict(self) -> Literal["holds", "against", "undecided"]:
@@ -89,12 +79,9 @@ def outer_layers(layers: int) -> np.ndarray:
 
 
 def sandwich(models: Sequence[Layers], branch: str, expected: Sign) -> Contrast | None:
-    """Test the shares of a branch; None where a stack has fewer than four layers that mix it.
+    """Test the shares of a branch, given the layers of each seed.
 
-    Args:
-        models: for each seed the layers' shares.
-        branch: name.
-        expected: the sign of outer minus inner in a sandwich.
+    None where a stack has fewer than four layers that mix it.
     """
     from scipy import stats
 
@@ -119,15 +106,7 @@ def sandwich(models: Sequence[Layers], branch: str, expected: Sign) -> Contrast 
 
 
 def settled(history: Sequence[Layers], branch: str) -> float:
-    """How far the share of a branch moved over the last checkpoints: the largest range of a layer.
-
-    Args:
-        history: layers' shares at successive checkpoints.
-        branch: name.
-
-    Returns:
-        Percentage points.
-    """
+    """Points that the share of a branch moved over the last checkpoints: the most of any layer."""
     last = history[-LAST:]
     moved = [
         np.ptp([layers[i][branch] for layers in last])

@@ -41,11 +41,7 @@ class Files:
     def write(
         self, tables: Sequence[TextTable], sentences: Sequence[str], content: dict[str, Any]
     ) -> dict[str, Any]:
-        """Write `study.json`, `table.md`, `table.tex`, and a CSV for each table.
-
-        Returns:
-            The content of `study.json`.
-        """
+        """Write `study.json` (returned), `table.md`, `table.tex`, and a CSV for each table."""
         content = {
             "kind": "study",
             "study": self.study.name,
@@ -88,17 +84,10 @@ def run_study(
     parallel: int = 1,
     partition: str | None = None,
 ) -> dict[str, Any]:
-    """Run a study that trains, and write its files.
+    """Run a study that trains; write `study.json` (returned), `table.*` and the plots to `folder`.
 
-    Args:
-        plan: the study.
-        folder: for `study.json`, `table.*` and the plots; the runs lie where the plan says.
-        console: for progress, the table and the sentences.
-        parallel: runs side by side.
-        partition: of a Slurm cluster to run on instead; needs submitit.
-
-    Returns:
-        The content of `study.json`.
+    The runs lie where the plan says, `parallel` of them side by side, or on the nodes of a Slurm
+    partition, which needs submitit.
 
     Raises:
         PHAError: a bad configuration, or a training that failed.
@@ -151,7 +140,7 @@ def record(outcome: Outcome) -> dict[str, Any]:
                 "settings": {k: v for k, v in job.settings.items() if k != "run.seed"},
                 "recipe": job.recipe,
                 "diverged": row.diverged,
-                "measures": {name: s.to_dict() for name, s in summaries.items() if s is not None},
+                "measures": {name: asdict(s) for name, s in summaries.items() if s is not None},
                 "seeds": list(map(_seed_record, row.seeds)),
             }
         )
@@ -159,7 +148,7 @@ def record(outcome: Outcome) -> dict[str, Any]:
         "seeds": list(plan.seeds),
         "best": None if outcome.best is None else outcome.best.variant.name,
         "variants": rows,
-        "differences": [each.to_dict() for each in outcome.differences],
+        "differences": [asdict(each) for each in outcome.differences],
     }
 
 

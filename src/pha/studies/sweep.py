@@ -13,12 +13,9 @@ from pha.utils.errors import PHAError
 
 
 def make_sweep(recipe: str, over: Sequence[str], asked: Settings) -> tuple[Study, Scale]:
-    """The study of a recipe at all combinations of values.
+    """The study of a recipe at all combinations of the axes' values.
 
-    Args:
-        recipe: PRESET.PROTOCOL or a YAML file.
-        over: axes as `SECTION.KEY=V1,V2`; none for seeds alone.
-        asked: settings of all runs.
+    An axis is `SECTION.KEY=V1,V2`; without any, seeds alone are compared.
 
     Raises:
         PHAError: no such recipe or key, an axis of another form, a value given twice.

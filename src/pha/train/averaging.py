@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pha.utils.errors import PHAError
-from pha.utils.files import atomic_folder
+from pha.utils.files import atomic_folder, read_json, write_json
 
 WEIGHTS = "model.safetensors"
 
@@ -24,9 +23,6 @@ def average_weights(folders: Sequence[Path]) -> dict[str, Tensor]:
 
     Sums are formed in float64, so the order of the models does not matter. One tensor of each
     model is in memory at a time.
-
-    Args:
-        folders: saved models of one shape, at least one.
 
     Raises:
         PHAError: weights that are missing, damaged or of different shapes.
@@ -71,17 +67,12 @@ def average_models(folders: Sequence[Path], out: Path) -> None:
             # Of a checkpoint only the model: not its optimiser, nor where it stood.
             if file.is_file() and file.name not in (WEIGHTS, "optimizer.pt", "trainer.json"):
                 shutil.copy2(file, temporary / file.name)
-        (temporary / "config.json").write_text(
-            json.dumps(shape | {"dtype": "float32"}, indent=2), encoding="utf-8"
-        )
+        write_json(temporary / "config.json", shape | {"dtype": "float32"})
         save_file(mean, temporary / WEIGHTS, metadata={"format": "pt"})
 
 
 def _shape(folder: Path) -> dict[str, object]:
     """The configuration of a saved model, but for the type of its weights."""
-    try:
-        config: dict[str, object] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PHAError(f"{folder} is not a saved model (no readable config.json)") from error
+    config: dict[str, object] = read_json(folder / "config.json")
     config.pop("dtype", None)
     return config

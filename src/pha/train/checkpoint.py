@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers.utils import logging
 from pha.modeling import PHAForCausalLM
 from pha.runs import RunFolder
 from pha.utils.errors import PHAError
-from pha.utils.files import atomic_folder, read_json, sha256_file
+from pha.utils.files import atomic_folder, read_json, sha256_file, write_json
 
 FORMAT = 3
 
@@ -26,36 +25,25 @@ FORMAT = 3
 class Progress:
     """Where a run stands. Data order and dropout are pure functions of seed and step, so with the
     weights and the optimiser's moments this is all that an exact continuation needs.
-
-    Attributes:
-        step: optimiser steps taken.
-        tokens: tokens seen.
-        seconds: time spent training, evaluations apart.
-        data_seconds: of these, what the main process waited for data.
-        peak_memory: most bytes held, over all parts of an interrupted run.
-        schedule: state of the learning rate's schedule.
-        best: (validation perplexity, step) of the best evaluations, best first; `model/` holds
-            the weights of the first, `best/` those of all where several are kept.
-        metrics_bytes: length of metrics.jsonl, to which it is cut on resuming.
-        data_sha256: of the token store, which must not change under a run.
     """
 
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
-    peak_memory: int = 0
-    schedule: dict[str, Any] = field(default_factory=dict)
+    step: int = 0  # optimiser steps taken
+    tokens: int = 0  # tokens seen
+    seconds: float = 0.0  # time spent training, evaluations apart
+    data_seconds: float = 0.0  # of these, what the main process waited for data
+    peak_memory: int = 0  # most bytes held, over all parts of an interrupted run
+    schedule: dict[str, Any] = field(default_factory=dict)  # state of the learning rate's schedule
+    # (validation perplexity, step) of the best evaluations, best first; `model/` holds the weights
+    # of the first, `best/` those of all where several are kept
     best: list[tuple[float, int]] = field(default_factory=list)
-    metrics_bytes: int = 0
-    data_sha256: str = ""
+    metrics_bytes: int = 0  # length of metrics.jsonl, to which it is cut on resuming
+    data_sha256: str = ""  # of the token store, which must not change under a run
 
     def rank(self, perplexity: float, keep: int) -> int | None:
         """Enter the evaluation at the present step into `best`.
 
-        Returns:
-            its place there, 0 for the best; None if it is not among the best `keep`. Of equal
-            perplexities the earlier is better.
+        Its place there, 0 for the best; None if it is not among the best `keep`. Of equal
+        perplexities the earlier is better.
         """
         entry = (perplexity, self.step)
         self.best = sorted([*self.best, entry])[:keep]
@@ -89,7 +77,7 @@ def save_checkpoint(
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         files = {f.name: sha256_file(f) for f in sorted(folder.iterdir()) if f.is_file()}
         content = {"format": FORMAT, "progress": asdict(progress), "sha256": files}
-        (folder / "trainer.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+        write_json(folder / "trainer.json", content)
     for step in run.checkpoint_steps()[:-keep]:
         shutil.rmtree(run.checkpoint(step))
 
@@ -105,11 +93,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise PHAError(f"{folder} was written by another version of pha; {remedy}")
     for name, expected in content["sha256"].items():
-        file = folder / name
-        if not file.is_file():
-            raise PHAError(f"checkpoint {folder} is damaged: {name} is missing; {remedy}")
-        if sha256_file(file) != expected:
-            raise PHAError(f"checkpoint {folder} is damaged: {name} was altered or cut; {remedy}")
+        if not (folder / name).is_file() or sha256_file(folder / name) != expected:
+            raise PHAError(f"checkpoint {folder} is damaged: {name} is lost or altered; {remedy}")
     weights = load_file(folder / "model.safetensors")
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)

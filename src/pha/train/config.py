@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -138,18 +139,32 @@ class RunConfig:
     sample_tokens: int = 96
 
 
+_ALLOWED: dict[str, Callable[[float], bool]] = {
+    "at least 1": lambda value: value >= 1,
+    "at least 0": lambda value: value >= 0,
+    "above 0": lambda value: value > 0,
+    "in [0, 1]": lambda value: 0 <= value <= 1,
+}
+# Section and rule -> keys; a key that may be null may always be so.
+_RULES = {
+    ("data", "at least 1"): "sequence_length",
+    ("run", "at least 1"): (
+        "steps global_batch micro_batch evaluate_every evaluations evaluate_tokens "
+        "checkpoint_every keep_checkpoints keep_best average_best log_every"
+    ),
+    ("run", "at least 0"): "sample_tokens seed",
+    ("run", "above 0"): "epochs",
+    ("schedule", "at least 0"): "warmup_steps plateau_patience",
+    ("schedule", "in [0, 1]"): "floor warmup_fraction decay_fraction plateau_factor",
+    ("optimizer", "at least 0"): "weight_decay gradient_clip",
+    ("optimizer", "above 0"): "learning_rate muon_learning_rate state_space_learning_rate epsilon",
+    ("optimizer", "in [0, 1]"): "beta1 beta2 muon_momentum",
+}
+
+
 @dataclass(kw_only=True)
 class TrainConfig:
-    """Everything about a run.
-
-    Attributes:
-        recipe: name of the recipe it came from, for the record.
-        model: shape of the model.
-        data: what it reads.
-        optimizer: AdamW, or Muon beside it.
-        schedule: learning rate.
-        run: length, batch, precision, evaluation.
-    """
+    """Everything about a run; `recipe` is the name of what it came from, for the record."""
 
     recipe: str | None = None
     model: ArchitectureConfig = field(default_factory=ArchitectureConfig)
@@ -169,56 +184,19 @@ class TrainConfig:
             PHAError: naming the key and what would be right.
         """
         self.model.check()
-        data, optimizer, schedule, run = self.data, self.optimizer, self.schedule, self.run
+        data, optimizer, run = self.data, self.optimizer, self.run
         _require(
             (data.store is None) != (data.source is None),
             "name the data: --data STORE (made by `pha prepare`), or data.source, not both",
         )
         _require((run.steps is None) != (run.epochs is None), "give either run.steps or run.epochs")
-        for key, value, least in (
-            ("data.sequence_length", data.sequence_length, 1),
-            ("run.steps", run.steps, 1),
-            ("run.global_batch", run.global_batch, 1),
-            ("run.micro_batch", run.micro_batch, 1),
-            ("run.evaluate_every", run.evaluate_every, 1),
-            ("run.evaluations", run.evaluations, 1),
-            ("run.evaluate_tokens", run.evaluate_tokens, 1),
-            ("run.checkpoint_every", run.checkpoint_every, 1),
-            ("run.keep_checkpoints", run.keep_checkpoints, 1),
-            ("run.keep_best", run.keep_best, 1),
-            ("run.average_best", run.average_best, 1),
-            ("run.log_every", run.log_every, 1),
-            ("run.sample_tokens", run.sample_tokens, 0),
-            ("run.seed", run.seed, 0),
-            ("schedule.warmup_steps", schedule.warmup_steps, 0),
-            ("schedule.plateau_patience", schedule.plateau_patience, 0),
-        ):
-            _require(value is None or value >= least, f"{key} is {value}; at least {least}")
-        for key, number, low, high in (
-            ("optimizer.beta1", optimizer.beta1, 0.0, 1.0),
-            ("optimizer.beta2", optimizer.beta2, 0.0, 1.0),
-            ("optimizer.muon_momentum", optimizer.muon_momentum, 0.0, 1.0),
-            ("schedule.floor", schedule.floor, 0.0, 1.0),
-            ("schedule.warmup_fraction", schedule.warmup_fraction, 0.0, 1.0),
-            ("schedule.decay_fraction", schedule.decay_fraction, 0.0, 1.0),
-            ("schedule.plateau_factor", schedule.plateau_factor, 0.0, 1.0),
-        ):
-            _require(low <= number <= high, f"{key} is {number}; it must be in [{low}, {high}]")
-        muon_rate = optimizer.muon_learning_rate
-        for key, number in (
-            ("optimizer.learning_rate", optimizer.learning_rate),
-            ("optimizer.muon_learning_rate", 1.0 if muon_rate is None else muon_rate),
-            ("optimizer.state_space_learning_rate", optimizer.state_space_learning_rate),
-            ("optimizer.epsilon", optimizer.epsilon),
-        ):
-            _require(number > 0, f"{key} is {number}; it must be above 0")
-        for key, number in (
-            ("optimizer.weight_decay", optimizer.weight_decay),
-            ("optimizer.gradient_clip", optimizer.gradient_clip),
-        ):
-            _require(number >= 0, f"{key} is {number}; it must not be negative")
+        for (section, rule), keys in _RULES.items():
+            for key in keys.split():
+                value = getattr(getattr(self, section), key)
+                allowed = value is None or _ALLOWED[rule](value)
+                _require(allowed, f"{section}.{key} is {value}; it must be {rule}")
         _require(
-            muon_rate is None or optimizer.kind == "muon",
+            optimizer.muon_learning_rate is None or optimizer.kind == "muon",
             "optimizer.muon_learning_rate is set, but optimizer.kind is adamw; set it to muon, or "
             "leave the rate out",
         )
@@ -227,7 +205,6 @@ class TrainConfig:
             f"run.average_best is {run.average_best}, more than the run.keep_best "
             f"({run.keep_best}) that are kept; raise run.keep_best",
         )
-        _require(run.epochs is None or run.epochs > 0, f"run.epochs is {run.epochs}; above 0")
         unknown = set(run.trackers) - {"tensorboard", "wandb"}
         _require(
             not unknown,

@@ -19,9 +19,7 @@ def first_bad_gradient(model: nn.Module) -> str | None:
 def first_bad_value(model: nn.Module, **inputs: Any) -> str | None:
     """Name of the first parameter, or else of the first module's output, that is not finite.
 
-    Args:
-        model: the model as it was when the loss went bad.
-        inputs: of the forward pass, which is repeated without gradients.
+    The forward pass is repeated without gradients, on the model as it was when the loss went bad.
     """
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):

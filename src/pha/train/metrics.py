@@ -6,7 +6,6 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from accelerate import Accelerator
@@ -15,12 +14,9 @@ from pha.results import KINDS, Record
 
 
 class MetricsWriter:
-    """Appends records to metrics.jsonl from the main process; a context manager.
+    """Appends records to metrics.jsonl from the main process, and to trackers; a context manager.
 
-    Args:
-        path: the file.
-        keep_bytes: it is cut to this length first, so that a resumed run repeats no line.
-        accelerator: tells the main process, and feeds TensorBoard and W&B.
+    The file is cut to `keep_bytes` first, so that a resumed run repeats no line.
     """
 
     def __init__(self, path: Path, keep_bytes: int, accelerator: Accelerator) -> None:
@@ -34,12 +30,7 @@ class MetricsWriter:
             self.file = self.path.open("a", encoding="utf-8")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.file is not None:
             self.file.close()
 

@@ -15,13 +15,9 @@ from pha.utils.errors import PHAError
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon and AdamW as one optimiser: one list of groups, one state, one checkpoint.
+    """Muon, for matrices, and AdamW as one optimiser: one list of groups, one checkpoint.
 
     The two share its groups and its state, each steps its own.
-
-    Args:
-        muon: for matrices.
-        adamw: for the rest.
     """
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:

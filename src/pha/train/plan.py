@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,39 +28,20 @@ PROBE_TOKENS = 23  # a prime, so that no size of a model's own is taken for it
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes, memory, work and time of a run.
+    """Sizes, memory, work and time of a run."""
 
-    Attributes:
-        parameters: all of them, the tied head once.
-        steps: optimiser steps.
-        tokens: tokens seen in all.
-        steps_per_epoch: optimiser steps in a pass over the training split.
-        micro_batch: sequences per forward pass and device.
-        accumulation: forward passes per optimiser step and device.
-        flops: 6 x parameters x tokens.
-        weights_bytes: weights, gradients and two moments.
-        activation_bytes: what a micro-batch keeps for its backward pass.
-        free_bytes: what is free now.
-        matmul_flops: measured rate of matrix products, FLOP/s.
-        seconds: expected time of the training alone, at `ASSUMED_UTILISATION`.
-    """
-
-    parameters: int
-    steps: int
-    tokens: int
-    steps_per_epoch: int
-    micro_batch: int
-    accumulation: int
-    flops: float
-    weights_bytes: int
-    activation_bytes: int
-    free_bytes: int
-    matmul_flops: float
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain mapping for JSON."""
-        return asdict(self)
+    parameters: int  # all of them, the tied head once
+    steps: int  # optimiser steps
+    tokens: int  # tokens seen in all
+    steps_per_epoch: int  # optimiser steps in a pass over the training split
+    micro_batch: int  # sequences per forward pass and device
+    accumulation: int  # forward passes per optimiser step and device
+    flops: float  # 6 x parameters x tokens
+    weights_bytes: int  # weights, gradients and two moments
+    activation_bytes: int  # what a micro-batch keeps for its backward pass
+    free_bytes: int  # what is free now
+    matmul_flops: float  # measured rate of matrix products, FLOP/s
+    seconds: float  # expected time of the training alone, at `ASSUMED_UTILISATION`
 
 
 def activation_bytes_per_token(config: ArchitectureConfig, precision: str) -> float:
@@ -103,14 +84,10 @@ def make_plan(
     precision: str,
     processes: int,
 ) -> Plan:
-    """Work out a run.
+    """Work out a run whose training split has `train_windows` sequences.
 
-    Args:
-        config: the run; `model.vocab_size` must be that of the data.
-        train_windows: sequences in the training split.
-        device: where it will run.
-        precision: fp32 or bf16, resolved.
-        processes: devices that share a global batch.
+    `config.model.vocab_size` must be that of the data, `precision` resolved; `processes` share a
+    global batch.
 
     Raises:
         PHAError: the batch cannot be divided as asked, or too little data for one step.

@@ -17,6 +17,7 @@ import yaml
 from pha.model.presets import PRESETS, preset
 from pha.train.config import TrainConfig
 from pha.utils.errors import PHAError
+from pha.utils.files import read_yaml
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -46,32 +47,20 @@ def describe(text: str) -> str:
 
 def _read(recipe: str) -> tuple[str, dict[str, Any]]:
     if recipe.endswith((".yaml", ".yml")) or Path(recipe).is_file():
-        try:
-            text = Path(recipe).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PHAError(f"recipe {recipe} cannot be read ({error})") from error
-        name, model = Path(recipe).stem, None
-    else:
-        model, dot, protocol = recipe.rpartition(".")
-        known = protocols()
-        if not dot or protocol not in known or model not in PRESETS:
-            names = [f"{m}.{p}" for p in known for m in PRESETS]
-            close = difflib.get_close_matches(recipe, names, n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(close)}? " if close else ""
-            raise PHAError(
-                f"there is no recipe {recipe!r}; {hint}`pha recipes` lists them, and a path to a "
-                ".yaml file works too"
-            )
-        name, text = recipe, known[protocol]
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise PHAError(f"recipe {recipe} is not YAML: {_one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise PHAError(f"recipe {recipe} must be a mapping with {', '.join(SECTIONS)}")
-    if model is not None:
-        content["model"] = {"preset": model} | (content.get("model") or {})
-    return name, content
+        return Path(recipe).stem, read_yaml(Path(recipe))
+    model, dot, protocol = recipe.rpartition(".")
+    known = protocols()
+    if not dot or protocol not in known or model not in PRESETS:
+        names = [f"{m}.{p}" for p in known for m in PRESETS]
+        close = difflib.get_close_matches(recipe, names, n=2, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        raise PHAError(
+            f"there is no recipe {recipe!r}; {hint}`pha recipes` lists them, and a path to a "
+            ".yaml file works too"
+        )
+    content = yaml.safe_load(known[protocol])
+    content["model"] = {"preset": model} | content.get("model", {})
+    return recipe, content
 
 
 # Pairs of which a configuration gives one: naming either drops the other.
@@ -91,7 +80,7 @@ def merge(*layers: Mapping[str, Any]) -> Settings:
 
 
 @cache
-def make_parser(program: str = "pha train RECIPE") -> jsonargparse.ArgumentParser:
+def make_parser() -> jsonargparse.ArgumentParser:
     """A parser of `--section.key value` for every key of `TrainConfig`.
 
     Raises:
@@ -105,7 +94,11 @@ def make_parser(program: str = "pha train RECIPE") -> jsonargparse.ArgumentParse
             "`pip install 'pha[train]'`"
         ) from error
     parser = jsonargparse.ArgumentParser(
-        prog=program, exit_on_error=False, add_help=False, allow_abbrev=False, default_env=False
+        prog="pha train RECIPE",
+        exit_on_error=False,
+        add_help=False,
+        allow_abbrev=False,
+        default_env=False,
     )
     for name, section in SECTIONS.items():
         factory = section.default_factory
@@ -146,8 +139,7 @@ def load_recipe(
 
     Args:
         recipe: `PRESET.PROTOCOL`, or the path of a YAML file.
-        overrides: command-line arguments such as `["--run.steps", "100"]`, or settings such as
-            `{"run.steps": 100}`.
+        overrides: command-line arguments such as `["--run.steps", "100"]`, or settings.
 
     Raises:
         PHAError: no such recipe, an unknown key, a wrong type, an impossible value.

@@ -34,12 +34,9 @@ def run_training(
     console: Console,
     resume: Literal["auto", "never"] = "auto",
 ) -> RunResult | None:
-    """Train, evaluate and write `out/result.json`.
+    """Train, evaluate and write `out/result.json`; None but in the main process.
 
     A finished run with the same configuration is returned as it is.
-
-    Returns:
-        The result; None but in the main process.
 
     Raises:
         PHAError: bad data, a run folder in the way, numbers that went bad.
@@ -78,7 +75,7 @@ def _alone(session: Session) -> Iterator[None]:
         if session.accelerator.is_main_process:
             try:
                 held.enter_context(session.run.lock())
-                require_same_run(session.run, session.config)
+                require_same_run(session.run, session.config.to_dict())
             except PHAError as error:
                 refused = [str(error)]
         broadcast_object_list(refused)
@@ -120,7 +117,6 @@ def make_model(config: TrainConfig) -> PHAForCausalLM:
     if config.run.init_from is None:
         return PHAForCausalLM(model_config)
     model = load_model(Path(config.run.init_from)).model
-    model.config.dropout = config.model.dropout
     fresh = PHAForCausalLM(model_config)
     fresh.load_state_dict(model.state_dict())
     return fresh

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -77,33 +77,28 @@ def resolve(
         )
     model = replace(config.model, vocab_size=store.vocab_size)
     settings = replace(config.run)
-    saved = _saved_config(run)
-    if saved is not None:
-        before = saved.get("run", {})
-        if settings.precision == "auto":
-            settings.precision = before.get("precision", "auto")
-        if settings.micro_batch is None:
-            settings.micro_batch = before.get("micro_batch")
+    before = run.read_config().get("run", {})
+    if settings.precision == "auto":
+        settings.precision = before.get("precision", "auto")
+    if settings.micro_batch is None:
+        settings.micro_batch = before.get("micro_batch")
     settings.precision = choose_precision(settings.precision, device)  # type: ignore[assignment]
     resolved = replace(config, model=model, run=settings)
     resolved.check()
-    if saved is not None:
-        _require_same(run, saved, resolved.to_dict())
+    require_same_run(run, resolved.to_dict())
     return resolved
 
 
-def _saved_config(run: RunFolder) -> dict[str, Any] | None:
-    return run.read_config() if run.config.is_file() else None
+def require_same_run(run: RunFolder, now: dict[str, Any]) -> None:
+    """Refuse a folder that holds a run with another, resolved configuration.
 
-
-def _require_same(run: RunFolder, saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse another configuration; a key that is not in `saved` had its default then.
+    A key that is not in its config.yaml had its default then.
 
     Raises:
         PHAError: naming the first key that differs.
     """
-    defaults = TrainConfig().to_dict()
-    for section, values in now.items():
+    saved, defaults = run.read_config(), TrainConfig().to_dict()
+    for section, values in now.items() if saved else ():
         if section in FREE_KEYS:
             continue
         for key, value in values.items():
@@ -113,16 +108,6 @@ def _require_same(run: RunFolder, saved: dict[str, Any], now: dict[str, Any]) ->
                     f"{run.path} holds a run with {section}.{key} {before!r}, not {value!r}; "
                     "choose another --out, or ask for the same settings to continue it"
                 )
-
-
-def require_same_run(run: RunFolder, config: TrainConfig) -> None:
-    """Refuse a folder that holds a run with another, resolved configuration.
-
-    Raises:
-        PHAError: naming the first key that differs.
-    """
-    if (saved := _saved_config(run)) is not None:
-        _require_same(run, saved, config.to_dict())
 
 
 def finished_result(run: RunFolder, config: TrainConfig) -> RunResult | None:
@@ -136,8 +121,8 @@ def finished_result(run: RunFolder, config: TrainConfig) -> RunResult | None:
     """
     if not run.result.is_file():
         return None
-    saved = _saved_config(run)
-    if saved is None:
+    saved = run.read_config()
+    if not saved:
         raise PHAError(f"{run.path} has a result without a config.yaml; choose another folder")
     asked = config.to_dict()
     asked["model"]["vocab_size"] = saved.get("model", {}).get("vocab_size")
@@ -146,15 +131,16 @@ def finished_result(run: RunFolder, config: TrainConfig) -> RunResult | None:
     for key, unsettled in (("precision", "auto"), ("micro_batch", None)):
         if asked["run"][key] == unsettled:
             asked["run"][key] = saved.get("run", {}).get(key)
-    _require_same(run, saved, asked)
+    require_same_run(run, asked)
     return run.read_result()
 
 
-def describe_plan(config: TrainConfig, plan: Plan, device: torch.device) -> list[str]:
-    """The plan in lines for people."""
-    run = config.run
+def print_plan(session: Session) -> None:
+    """Say what the run will take."""
+    config, plan, run = session.config, session.plan, session.config.run
+    device = session.accelerator.device
     cut = f"{plan.micro_batch} at a time" if plan.accumulation > 1 else "at once"
-    return [
+    lines = [
         f"model      {config.model.preset or 'custom'}, {count(plan.parameters)} parameters",
         f"device     {device_name(device)}, {run.precision}, matrix products at "
         f"{count(plan.matmul_flops)}FLOP/s measured",
@@ -167,6 +153,8 @@ def describe_plan(config: TrainConfig, plan: Plan, device: torch.device) -> list
         "ops        " + ", ".join(f"{op} {what}" for op, what in in_use(device.type).items()),
         f"time       about {duration(plan.seconds)} if 40% of that rate is reached",
     ]
+    for line in lines:
+        session.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -182,11 +170,7 @@ class Session:
 
 
 def _require_compiler(device: torch.device) -> None:
-    """Refuse, before anything is spent, a machine that has nothing for torch.compile to work with.
-
-    Raises:
-        PHAError: no Triton for a GPU, or no C++ compiler for a CPU.
-    """
+    """Refuse, before anything is spent, a machine without what torch.compile needs."""
     if device.type == "cuda":
         missing = None if find_spec("triton") else "Triton"
     else:
@@ -194,11 +178,6 @@ def _require_compiler(device: torch.device) -> None:
         missing = None if any(map(shutil.which, compilers)) else "a C++ compiler"
     if missing is not None:
         raise PHAError(f"run.compile needs {missing}, which is not here; leave run.compile out")
-
-
-def _processes() -> int:
-    """How many processes whoever started this one says there are."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def open_session(
@@ -215,17 +194,18 @@ def open_session(
     for tracker in config.run.trackers:
         if find_spec(tracker) is None:
             raise PHAError(f"{tracker} is not installed; run `pip install 'pha[{tracker}]'`")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # says whoever started this one
     accelerator = Accelerator(
         # Processes that torchrun started on a machine without a GPU are joined only if told so.
-        cpu=_processes() > 1 and not torch.accelerator.is_available(),
+        cpu=processes > 1 and not torch.accelerator.is_available(),
         # Autocast is the trainer's own: Accelerate fixes one precision for the whole process.
         mixed_precision="no",
         log_with=config.run.trackers or None,
         project_dir=str(out) if config.run.trackers else None,
     )
-    if accelerator.num_processes != _processes():
+    if accelerator.num_processes != processes:
         raise PHAError(
-            f"{_processes()} processes were started and {accelerator.num_processes} joined into "
+            f"{processes} processes were started and {accelerator.num_processes} joined into "
             "one run; start them with torchrun, or just one"
         )
     if config.run.compile:
@@ -251,20 +231,11 @@ def open_session(
 def plan_training(
     config: TrainConfig, out: Path, console: Console, resume: Literal["auto", "never"] = "auto"
 ) -> dict[str, Any]:
-    """Only say what a run would take.
-
-    Returns:
-        The plan and the configuration as a mapping.
+    """Only say what a run would take: the plan and the configuration as a mapping.
 
     Raises:
         PHAError: bad data, or a run folder in the way.
     """
     session = open_session(config, out, console, resume)
     print_plan(session)
-    return {"plan": session.plan.to_dict(), "config": session.config.to_dict()}
-
-
-def print_plan(session: Session) -> None:
-    """Say what the run will take."""
-    for line in describe_plan(session.config, session.plan, session.accelerator.device):
-        session.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return {"plan": asdict(session.plan), "config": session.config.to_dict()}

@@ -20,13 +20,12 @@ from pha.data.store import TokenStore
 from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
 from pha.modeling import PHAForCausalLM
-from pha.results import EvalRecord, Evaluation, LayerMixing, MixingRecord, Scores, TrainRecord
+from pha.results import EvalRecord, LayerMixing, MixingRecord, Scores, TrainRecord
 from pha.runs import RunFolder
 from pha.train.batches import BatchFeed
 from pha.train.checkpoint import Progress, load_checkpoint, save_checkpoint, save_model
 from pha.train.config import TrainConfig
 from pha.train.diagnose import first_bad_gradient, first_bad_value
-from pha.train.display import TrainingDisplay
 from pha.train.metrics import MetricsWriter
 from pha.train.optim import Schedule, make_optimizer, set_rate
 from pha.train.plan import Plan
@@ -34,20 +33,15 @@ from pha.train.signals import on_stop_signals
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.files import copy_folder, write_json
 from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
+from pha.utils.progress import ProgressLine
+from pha.utils.text import count, duration
 
 
 class Trainer:
     """One run, from its first or last step to its end.
 
-    Args:
-        config: checked and resolved: precision and micro-batch are no longer automatic.
-        plan: its sizes.
-        run: where it writes.
-        model: initialised, in float32, on any device.
-        tokenizer: saved with the weights.
-        store: the data.
-        accelerator: devices and processes.
-        console: for progress.
+    In `config` precision and micro-batch are no longer automatic. The model is initialised, in
+    float32, on any device; its tokenizer is saved with it.
     """
 
     def __init__(
@@ -140,8 +134,9 @@ class Trainer:
             metrics,
             self.feed,
             on_stop_signals(self._request_stop),
-            TrainingDisplay(self.console, self.run.name, plan.steps, progress.step) as display,
+            ProgressLine(self.console) as display,
         ):
+            self._show(display, "")
             if progress.step == 0:
                 metrics.write(self._mixing())
             while progress.step < plan.steps:
@@ -178,7 +173,12 @@ class Trainer:
                     )
                     metrics.write(record)
                     left = (plan.steps - progress.step) * tokens_per_step / speed
-                    display.step(progress.step, mean, speed, use, left)
+                    perplexity = f"{math.exp(mean):.1f}" if mean < 20 else "-"
+                    status = (
+                        f"  loss {mean:.3f}  ppl {perplexity}  {count(speed)} tok/s  "
+                        f"{use:.0%} of matmul  {duration(left)} left"
+                    )
+                    self._show(display, status)
                     losses, logged_at = [], progress.seconds
                     data_logged_at = progress.data_seconds
                 if evaluation:
@@ -192,6 +192,11 @@ class Trainer:
                         "written, the same command continues from it"
                     )
         return progress
+
+    def _show(self, display: ProgressLine, status: str) -> None:
+        done, total = self.progress.step, self.plan.steps
+        last = done == total
+        display.show(self.run.name, f"step {done}/{total}{status}", done / total, is_last=last)
 
     def _step(self, step: int, rate: float) -> tuple[Tensor, Tensor]:
         """One optimiser step: the mean loss over the global batch and the gradient's norm.
@@ -252,31 +257,26 @@ class Trainer:
             f"updated, {kept}. Lower optimizer.learning_rate or lengthen schedule.warmup_steps"
         )
 
-    def evaluate(self, split: str, max_tokens: int | None = None) -> Evaluation:
-        """Evaluate the current weights in the run's own windows, shared between processes."""
-        accelerator, data = self.accelerator, self.config.data
-        return evaluate(
+    def _evaluate(self, metrics: MetricsWriter, display: ProgressLine) -> None:
+        progress, accelerator, data = self.progress, self.accelerator, self.config.data
+        result = evaluate(
             self.plain_model,
             self.store,
-            split,
+            "validation",
             Protocol(data.sequence_length, data.sequence_length, data.packed_documents),
             precision=self.config.run.precision,
-            max_tokens=max_tokens,
+            max_tokens=self.config.run.evaluate_tokens,
             share=(accelerator.process_index, accelerator.num_processes),
             reduce=lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum").cpu(),
         )
-
-    def _evaluate(self, metrics: MetricsWriter, display: TrainingDisplay) -> None:
-        progress = self.progress
-        result = self.evaluate("validation", self.config.run.evaluate_tokens)
         scores = {each.name: getattr(result, each.name) for each in fields(Scores)}
         metrics.write(
             EvalRecord(step=progress.step, tokens=progress.tokens, seconds=result.seconds, **scores)
         )
         metrics.write(self._mixing())
-        display.note(
-            f"step {progress.step}: validation perplexity {result.perplexity:.2f}, "
-            f"accuracy {result.accuracy:.1%}"
+        display.line(
+            f"{self.run.name}: step {progress.step}: validation perplexity "
+            f"{result.perplexity:.2f}, accuracy {result.accuracy:.1%}"
         )
         if not math.isfinite(result.loss):
             raise PHAError(f"step {progress.step}: the validation loss is {result.loss}")

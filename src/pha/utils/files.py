@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,25 @@ def read_json(path: Path) -> Any:
         raise PHAError(f"{path} does not exist") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise PHAError(f"{path} cannot be read as JSON ({error})") from error
+
+
+def read_yaml(file: Traversable) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty one where the file is empty.
+
+    Raises:
+        PHAError: it is absent, unreadable, not YAML or no mapping.
+    """
+    import yaml  # an extra, which loading a model does not need
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        kind = "is not YAML" if isinstance(error, yaml.YAMLError) else "cannot be read"
+        raise PHAError(f"{file} {kind} ({reason})") from error
+    if not isinstance(content, dict):
+        raise PHAError(f"{file} does not hold a mapping")
+    return content
 
 
 def fsync_folder(folder: Path) -> None:

@@ -48,10 +48,11 @@ def percent(fraction: float | None, decimals: int = 1) -> str:
 
 
 def count(value: float | None) -> str:
-    """Three significant figures with k, M, G or T: 812, 97.0k, 4.10M."""
+    """Three significant figures with k, M, G, T, P or E: 812, 97.0k, 4.10M."""
     if not _known(value):
         return DASH
-    for factor, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for power, suffix in zip((18, 15, 12, 9, 6, 3), "EPTGMk", strict=True):
+        factor = 10.0**power
         # 999.6k rounds to 1.00M, so the step up comes at half a unit of the third figure.
         if abs(value) >= 0.9995 * factor:
             return f"{_three_figures(value / factor)}{suffix}"
