@@ -98,8 +98,10 @@ def test_blocks_grow_until_they_are_independent() -> None:
     size = grown_block(long, 2048)
     assert size > 2048
     assert tokens // size >= MIN_BLOCKS
-    widths = [interval_of(long, block).half_width for block in (2048, size)]
-    assert widths[1] > 1.5 * widths[0]
+    narrow, wide = (interval_of(long, block).half_width for block in (2048, size))
+    assert narrow is not None
+    assert wide is not None
+    assert wide > 1.5 * narrow
 
 
 def test_whole_windows_make_a_block() -> None:

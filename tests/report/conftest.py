@@ -18,6 +18,7 @@ from pha.report.page import write_report
 STEPS = 400
 TOKENS_PER_STEP = 12288
 MakeRun = Callable[..., Path]
+Change = Callable[[dict[str, Any]], object]
 
 
 def train_records(floor: float, speed: float, steps: int) -> list[dict[str, Any]]:
@@ -182,7 +183,7 @@ def build_run(
     finished: bool = True,
     steps: int = STEPS,
     metrics: bool = True,
-    change: Callable[[dict[str, Any]], object] = lambda result: None,
+    change: Change = lambda result: None,
 ) -> Path:
     """Write a run folder; `change` edits its result, a run without one is unfinished."""
     folder = root / "runs" / name

@@ -9,6 +9,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 
 from pha.evals.compare import BinDifference, Interval, PairedComparison
 from pha.report import charts
@@ -20,13 +22,12 @@ def paired(differences: np.ndarray, **changes: Any) -> PairedComparison:
     def entry(label: str, mean: float, half_width: float | None) -> BinDifference:
         return BinDifference(label, 0.25, 4.0 + mean, 4.0, Interval(mean, half_width, 40, 1000))
 
-    names = [each.name for each in fields(Evaluation)]
+    scores: dict[str, Any] = dict.fromkeys((each.name for each in fields(Evaluation)), 1.0)
     values: dict[str, Any] = {
         "a": "runs/one",
         "b": "runs/$x_2$ <&>",
         "evaluations": tuple(
-            Evaluation(**dict.fromkeys(names, 1.0) | {"perplexity": perplexity})
-            for perplexity in (58.5, 60.3)
+            Evaluation(**scores | {"perplexity": perplexity}) for perplexity in (58.5, 60.3)
         ),
         "difference": Interval(-0.03, 0.006, len(differences), 90_000),
         "bootstrap": (-0.036, -0.024),
@@ -45,11 +46,15 @@ def paired(differences: np.ndarray, **changes: Any) -> PairedComparison:
     return PairedComparison(**values | changes)
 
 
+def bars(axes: Axes) -> list[Rectangle]:
+    return [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+
+
 def test_every_bin_with_an_interval_is_drawn() -> None:
     figure = charts.paired_figure(paired(np.random.default_rng(0).normal(-0.03, 0.02, 60)))
     blocks, context, recall = figure.axes
-    assert sum(bar.get_height() for bar in blocks.patches) == 60
-    for bar in blocks.patches:  # none lies on both sides of zero
+    assert sum(bar.get_height() for bar in bars(blocks)) == 60
+    for bar in bars(blocks):  # none lies on both sides of zero
         left = bar.get_x()
         assert left + bar.get_width() <= 1e-9 or left >= -1e-9
     labels = [label.get_text() for label in context.get_yticklabels()]
@@ -78,7 +83,7 @@ def test_names_and_verdict_are_in_picture_and_words() -> None:
 def test_any_differences_can_be_drawn(differences: np.ndarray) -> None:
     figure = charts.paired_figure(paired(differences, breakdowns={}))
     (blocks,) = figure.axes
-    assert sum(bar.get_height() for bar in blocks.patches) == len(differences)
+    assert sum(bar.get_height() for bar in bars(blocks)) == len(differences)
     low, high = blocks.get_xlim()
     assert low < 0 < high
 
@@ -93,7 +98,7 @@ def test_names_cover_no_other() -> None:
     heights = sorted(text.get_position()[1] for text in axes.texts)
     assert [text.get_text() for text in axes.texts] == names
     assert min(np.diff(heights)) >= 0.032 - 1e-9
-    rings = [line for line in axes.lines if len(line.get_xdata()) == 2]
+    rings = [line for line in axes.lines if np.size(line.get_xdata()) == 2]
     assert len(rings) == len(points)
 
 
@@ -106,9 +111,9 @@ def test_seeds_means_and_divergence_over_a_setting() -> None:
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1e-3", "1e-2"]
     mean, seeds, lost, *_ = axes.get_lines()
-    assert list(mean.get_ydata()) == [3.5]
-    assert list(seeds.get_ydata()) == [3.0, 4.0]
-    assert (lost.get_marker(), len(lost.get_xdata())) == ("x", 1)
+    assert np.asarray(mean.get_ydata()).tolist() == [3.5]
+    assert np.asarray(seeds.get_ydata()).tolist() == [3.0, 4.0]
+    assert (lost.get_marker(), np.size(lost.get_xdata())) == ("x", 1)
     assert [entry.get_text() for entry in figure.legends[0].get_texts()] == ["pha", "gss"]
 
 

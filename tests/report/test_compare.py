@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from pha.report.collect import collect
+from pha.report.collect import Run, collect
 from pha.report.compare import Best, comparisons, limits, main_split, warnings
-from tests.report.conftest import train_records
+from tests.report.conftest import Change, MakeRun, train_records
 
 
-def set_data(**values: Any):
+def set_data(**values: Any) -> Change:
     return lambda result: result["data"].update(values)
 
 
-def best_cells(runs) -> dict[str, list[str]]:
+def best_cells(runs: list[Run]) -> dict[str, list[str]]:
     """Measure -> labels of the runs with the emphasised value."""
     table = comparisons(runs)[0]
     return {
@@ -26,7 +26,7 @@ def best_cells(runs) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("swap", [False, True])
-def test_each_measure_has_its_own_best_wherever_it_stands(make_run, swap):
+def test_each_measure_has_its_own_best_wherever_it_stands(make_run: MakeRun, swap: bool) -> None:
     paths = [
         make_run("a", speed=9000.0),
         make_run("b", floor=3.0, change=lambda result: result.update(peak_memory_bytes=2**30)),
@@ -39,13 +39,13 @@ def test_each_measure_has_its_own_best_wherever_it_stands(make_run, swap):
     assert best["parameters"] == []
 
 
-def test_unequal_tokens_are_said(make_run):
+def test_unequal_tokens_are_said(make_run: MakeRun) -> None:
     runs = collect([make_run("a"), make_run("b", change=lambda r: r.update(tokens_seen=1_000_000))])
     assert "1.00M to 4.92M training tokens, so this is not a comparison at equal" in limits(runs)
     assert best_cells(runs)["training time"] == []
 
 
-def test_seeds_are_counted_by_recipe(make_run):
+def test_seeds_are_counted_by_recipe(make_run: MakeRun) -> None:
     def change(result: dict[str, Any]) -> None:
         result.update(recipe="same", seed=ord(result["name"]))
         result["model"]["preset"] = "same"
@@ -60,7 +60,7 @@ def test_seeds_are_counted_by_recipe(make_run):
     assert limits(begun) == "Unfinished, and not ranked: d."
 
 
-def test_other_tokenizers_warn_and_are_ranked_per_byte_only(make_run):
+def test_other_tokenizers_warn_and_are_ranked_per_byte_only(make_run: MakeRun) -> None:
     # The hash of a token store covers its ids, so it changes with the tokenizer.
     change = set_data(tokenizer="bytes", tokenizer_sha256="ff" * 32, sha256="00" * 32)
     runs = collect([make_run("a"), make_run("b", floor=3.0, change=change)])
@@ -72,7 +72,7 @@ def test_other_tokenizers_warn_and_are_ranked_per_byte_only(make_run):
     assert best["bits per byte"] == ["a"]
 
 
-def test_other_tokenizers_on_another_text_are_not_ranked(make_run):
+def test_other_tokenizers_on_another_text_are_not_ranked(make_run: MakeRun) -> None:
     def change(result: dict[str, Any]) -> None:
         result["data"].update(tokenizer_sha256="ff" * 32, sha256="00" * 32)
         result["evaluations"][0]["bytes"] += 1
@@ -82,12 +82,12 @@ def test_other_tokenizers_on_another_text_are_not_ranked(make_run):
     assert best_cells(runs)["bits per byte"] == []
 
 
-def test_a_tokenizer_known_by_name_only_still_warns(make_run):
+def test_a_tokenizer_known_by_name_only_still_warns(make_run: MakeRun) -> None:
     change = set_data(tokenizer="gpt2", tokenizer_sha256=None)
     assert warnings(collect([make_run("a"), make_run("b", change=change)]))
 
 
-def test_other_data_warn_and_are_not_ranked_at_all(make_run):
+def test_other_data_warn_and_are_not_ranked_at_all(make_run: MakeRun) -> None:
     runs = collect([make_run("a"), make_run("b", floor=3.0, change=set_data(sha256="00" * 32))])
     (warning,) = warnings(runs)
     assert warning.startswith("Perplexities are not comparable")
@@ -97,14 +97,14 @@ def test_other_data_warn_and_are_not_ranked_at_all(make_run):
 
 
 @pytest.mark.parametrize("change", [lambda result: None, lambda r: r.update(data={})])
-def test_equal_or_unknown_hashes_do_not_warn(make_run, change):
+def test_equal_or_unknown_hashes_do_not_warn(make_run: MakeRun, change: Change) -> None:
     unfinished = make_run("c", finished=False, steps=60)
     runs = collect([make_run("a"), make_run("b", floor=3.0, change=change), unfinished])
     assert warnings(runs) == []
     assert best_cells(runs)["perplexity per token"] == ["a"]
 
 
-def test_another_protocol_warns_and_is_not_ranked(make_run):
+def test_another_protocol_warns_and_is_not_ranked(make_run: MakeRun) -> None:
     def stride(result: dict[str, Any]) -> None:
         result["evaluations"][0]["protocol"]["stride"] = 64
 
@@ -114,7 +114,7 @@ def test_another_protocol_warns_and_is_not_ranked(make_run):
     assert best_cells(runs)["perplexity per token"] == []
 
 
-def test_speeds_of_other_hardware_are_not_compared(make_run):
+def test_speeds_of_other_hardware_are_not_compared(make_run: MakeRun) -> None:
     def change(result: dict[str, Any]) -> None:
         result["provenance"].update(device="cuda", cpu=None)
 
@@ -123,7 +123,7 @@ def test_speeds_of_other_hardware_are_not_compared(make_run):
 
 
 @pytest.mark.parametrize("change", [lambda result: None, lambda r: r.update(evaluations=[])])
-def test_figures_from_training_are_marked_and_not_ranked(make_run, change):
+def test_figures_from_training_are_marked_and_not_ranked(make_run: MakeRun, change: Change) -> None:
     runs = collect([make_run("a", change=change), make_run("b", floor=3.0, change=change)])
     tables = comparisons(runs)
     assert tables[0].split == main_split(runs)
@@ -138,7 +138,7 @@ def test_figures_from_training_are_marked_and_not_ranked(make_run, change):
     )
 
 
-def test_divergence_is_a_warning(make_run):
+def test_divergence_is_a_warning(make_run: MakeRun) -> None:
     path = make_run("a", finished=False, steps=10)
     [record] = train_records(3.0, 1.0, 1)
     with (path / "metrics.jsonl").open("a", encoding="utf-8") as file:

@@ -16,7 +16,7 @@ from pha.report.collect import collect
 from pha.report.facts import fact_groups
 from pha.report.page import write_report
 from pha.utils.errors import PHAError
-from tests.report.conftest import scores
+from tests.report.conftest import MakeRun, scores
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> & \x00\x1b[31m {{ 7 * 7 }}"
 
@@ -57,7 +57,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def two(make_run) -> list[Path]:
+def two(make_run: MakeRun) -> list[Path]:
     """Two finished runs with nothing to plot, which makes a page quick."""
     return [make_run(name, branches=("attention",), metrics=False) for name in ("pha", "twin")]
 
@@ -66,7 +66,7 @@ def written(runs: list[Path], out: Path, title: str | None = None) -> str:
     return write_report(runs, out, title).read_text(encoding="utf-8")
 
 
-def test_numbers_equal_the_inputs(two_runs, two_page):
+def test_numbers_equal_the_inputs(two_runs: list[Path], two_page: str) -> None:
     page = Page(two_page)
     (row,) = [row for row in page.rows if row[0].endswith("pha") and len(row) == 12]
     test = json.loads((two_runs[0] / "result.json").read_text())["evaluations"][0]
@@ -94,7 +94,7 @@ def test_numbers_equal_the_inputs(two_runs, two_page):
     assert "optimizer, learning rate" not in facts
 
 
-def test_the_page_is_well_formed_and_self_contained(two_page):
+def test_the_page_is_well_formed_and_self_contained(two_page: str) -> None:
     html = two_page
     page = Page(html)
     assert page.open == []
@@ -112,7 +112,7 @@ def test_the_page_is_well_formed_and_self_contained(two_page):
             assert attributes.get("scope") in ("col", "row", "rowgroup")
 
 
-def test_texts_are_escaped(make_run, tmp_path):
+def test_texts_are_escaped(make_run: MakeRun, tmp_path: Path) -> None:
     def inject(result: dict[str, Any]) -> None:
         result["name"] = HOSTILE
         result["samples"][0].update(prompt=HOSTILE, text=HOSTILE)
@@ -134,7 +134,7 @@ def test_texts_are_escaped(make_run, tmp_path):
     assert "\u2400\u241b[31m {{ 7 * 7 }}" in sample
 
 
-def test_mixing_is_shown_where_there_is_something_to_mix(two_page):
+def test_mixing_is_shown_where_there_is_something_to_mix(two_page: str) -> None:
     assert two_page.count("Heat map: softplus weights of pha in 4 layers") == 1
     assert two_page.count("Heat map: effective shares of pha in 4 layers") == 1
     assert "Heat map: softplus weights of twin" not in two_page
@@ -142,14 +142,14 @@ def test_mixing_is_shown_where_there_is_something_to_mix(two_page):
     assert two_page.count("over training: mean over layers") == 2
 
 
-def test_branches_may_have_any_name(make_run, tmp_path):
+def test_branches_may_have_any_name(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("a", branches=("gss", "attention", "retrieval"), metrics=False)
     html = written([run], tmp_path / "report.html")
     assert ">retrieval<" in html
     assert "over training" not in html
 
 
-def test_an_unfinished_run_is_shown(make_run, tmp_path):
+def test_an_unfinished_run_is_shown(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("begun", branches=("attention",), finished=False, steps=130)
     html = written([run], tmp_path / "report.html")
     assert '<span class="state">unfinished</span>' in html
@@ -157,7 +157,7 @@ def test_an_unfinished_run_is_shown(make_run, tmp_path):
     assert "Loss against tokens seen. begun: from" in html
 
 
-def test_values_that_a_run_lacks_are_dashes(make_run, tmp_path):
+def test_values_that_a_run_lacks_are_dashes(make_run: MakeRun, tmp_path: Path) -> None:
     def lose(result: dict[str, Any]) -> None:
         result["evaluations"][0].update(dict.fromkeys(scores(1.0), float("nan")))
 
@@ -167,12 +167,14 @@ def test_values_that_a_run_lacks_are_dashes(make_run, tmp_path):
     assert row[3:8] == ["–"] * 5
 
 
-def test_only_a_config_is_enough(tmp_path):
+def test_only_a_config_is_enough(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("", encoding="utf-8")
     assert "unfinished" in written([tmp_path], tmp_path / "report.html")
 
 
-def test_the_warning_is_on_the_page_exactly_when_hashes_differ(two, make_run, tmp_path):
+def test_the_warning_is_on_the_page_exactly_when_hashes_differ(
+    two: list[Path], make_run: MakeRun, tmp_path: Path
+) -> None:
     def change(result: dict[str, Any]) -> None:
         result["data"]["tokenizer_sha256"] = "00" * 32
 
@@ -182,16 +184,20 @@ def test_the_warning_is_on_the_page_exactly_when_hashes_differ(two, make_run, tm
     assert re.search(r'class="warning"[^>]*>.*Token perplexities are not comparable', html)
 
 
-def test_the_same_runs_give_the_same_bytes(two_runs, two_page, tmp_path):
+def test_the_same_runs_give_the_same_bytes(
+    two_runs: list[Path], two_page: str, tmp_path: Path
+) -> None:
     assert written(two_runs, tmp_path / "again.html") == two_page
 
 
-def test_the_title_is_given_or_made_of_the_names(two, tmp_path):
+def test_the_title_is_given_or_made_of_the_names(two: list[Path], tmp_path: Path) -> None:
     assert "<h1>pha and twin</h1>" in written(two, tmp_path / "a.html")
     assert "<h1>Ours &amp; theirs</h1>" in written(two, tmp_path / "a.html", "Ours & theirs")
 
 
-def test_the_write_is_atomic(two, tmp_path, monkeypatch):
+def test_the_write_is_atomic(
+    two: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "report.html"
     out.write_text("old", encoding="utf-8")
 
@@ -204,12 +210,12 @@ def test_the_write_is_atomic(two, tmp_path, monkeypatch):
     assert out.read_text(encoding="utf-8") == "old"
 
 
-def test_out_must_be_a_file(two, tmp_path):
+def test_out_must_be_a_file(two: list[Path], tmp_path: Path) -> None:
     with pytest.raises(PHAError, match="is a folder"):
         write_report(two, tmp_path)
 
 
-def test_the_weights_that_were_chosen_among_are_shown(make_run):
+def test_the_weights_that_were_chosen_among_are_shown(make_run: MakeRun) -> None:
     def average(result: dict) -> None:
         evaluation = result["evaluations"][0]
         result["chosen"] = "average"

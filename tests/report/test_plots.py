@@ -25,13 +25,13 @@ def texts_of(svg: str) -> list[str | None]:
     return [e.text for e in ElementTree.fromstring(svg).iter() if e.tag.endswith("}text")]
 
 
-def test_svg_is_the_same_every_time_and_ignores_user_styles():
+def test_svg_is_the_same_every_time_and_ignores_user_styles() -> None:
     first = svg_of(curve())
     with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "svg.fonttype": "path"}):
         assert svg_of(curve()) == first
 
 
-def test_svg_has_a_title_and_nothing_that_leaks_or_loads():
+def test_svg_has_a_title_and_nothing_that_leaks_or_loads() -> None:
     svg = svg_of(curve(), title="Loss of <a> & b")
     root = ElementTree.fromstring(svg)
     assert root[0].text == "Loss of <a> & b"
@@ -41,14 +41,14 @@ def test_svg_has_a_title_and_nothing_that_leaks_or_loads():
     assert not re.search(r'(href|src)="(?!#)', svg)
 
 
-def test_colours_are_variables_with_the_light_palette_as_fallback():
+def test_colours_are_variables_with_the_light_palette_as_fallback() -> None:
     svg = svg_of(curve(color=1))
     assert f"var(--series-1, {plots.LIGHT['series-1']})" in svg
     assert not re.search(r"(fill|stroke): #", svg)
     assert plots.LIGHT.keys() == plots.DARK.keys()
 
 
-def test_ids_of_two_figures_never_collide():
+def test_ids_of_two_figures_never_collide() -> None:
     svgs = [svg_of(curve(), title=title) for title in ("first", "second")]
     ids = [re.findall(r'\bid="([^"]+)"', svg) for svg in svgs]
     assert not set(ids[0]) & set(ids[1])
@@ -57,13 +57,13 @@ def test_ids_of_two_figures_never_collide():
 
 
 @pytest.mark.parametrize("label", ["$x^2$ & <b>", "\x00\x1b[31m", "_hidden", "#0072b2", "$"])
-def test_any_run_name_may_be_in_a_legend(label):
+def test_any_run_name_may_be_in_a_legend(label: str) -> None:
     svg = svg_of(curve(label=label), curve(1, "other"))
     texts = texts_of(svg)
     assert printable(label) in texts
 
 
-def test_long_lines_are_short_in_the_file_and_keep_their_spikes():
+def test_long_lines_are_short_in_the_file_and_keep_their_spikes() -> None:
     noise = random.Random(0)
     points = [(float(i), 1.0 + 0.1 * noise.random()) for i in range(10_000)]
     points[4321] = (4321.0, -99.0)
@@ -74,7 +74,7 @@ def test_long_lines_are_short_in_the_file_and_keep_their_spikes():
     assert max(heights) - sorted(heights)[-2] > 50
 
 
-def test_heat_map_prints_every_share_and_the_means():
+def test_heat_map_prints_every_share_and_the_means() -> None:
     layers = [{"gss": 0.5, "attention": 0.5}, {"gss": 0.25, "attention": 0.5, "other": 0.25}]
     svg = plots.to_svg(figures.mixing_heat_map(layers, 0), "mixing")
     texts = texts_of(svg)
@@ -82,13 +82,13 @@ def test_heat_map_prints_every_share_and_the_means():
         assert shown in texts
 
 
-def test_constant_and_single_points_can_be_drawn():
+def test_constant_and_single_points_can_be_drawn() -> None:
     flat = figures.Series("flat", [(0.0, 0.0), (1.0, 0.0)], 0)
     assert "<svg" in svg_of(flat)
     assert "<svg" in svg_of(figures.Series("one", [(5.0, 2.0)], 0))
 
 
-def test_numbers_read_well():
+def test_numbers_read_well() -> None:
     assert [perplexity(v) for v in (2.3141, 18.234, 164.94, 50257.4, None)] == [
         "2.314",
         "18.23",
@@ -108,6 +108,6 @@ def test_numbers_read_well():
     assert [memory(v) for v in (1.5e9, 9.996e8, 6.4e8)] == ["1.50 GB", "1.00 GB", "640 MB"]
 
 
-def test_control_characters_are_drawn():
+def test_control_characters_are_drawn() -> None:
     assert printable("a\tb\nc\x00\x1b\x7f\x85\ud800") == "a\tb\nc\u2400\u241b\u2421\ufffd\ufffd"
     assert shorten("a" * 30 + "b" * 30, 11) == "aaaaa…bbbbb"

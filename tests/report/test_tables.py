@@ -18,6 +18,7 @@ from pha.report.tables import (
     results_table,
 )
 from pha.results import LayerMixing, MixingRecord
+from tests.report.conftest import MakeRun
 
 TABLE = TextTable(
     "A & [b]",
@@ -101,7 +102,7 @@ def test_layers_with_different_branches_share_a_table() -> None:
     ]
 
 
-def test_results_stand_side_by_side_with_the_best_in_bold(make_run) -> None:
+def test_results_stand_side_by_side_with_the_best_in_bold(make_run: MakeRun) -> None:
     def change(result: dict[str, Any]) -> None:
         evaluation = result["evaluations"][0]
         result |= {"name": "[b]", "chosen": "average"}
@@ -111,7 +112,7 @@ def test_results_stand_side_by_side_with_the_best_in_bold(make_run) -> None:
         ]
 
     runs = collect([make_run("a", change=change), make_run("b", floor=3.0)])
-    table = results_table([run.result for run in runs])
+    table = results_table([run.result for run in runs if run.result is not None])
     by_name = {row[0]: row[1:] for row in table.sections[0].rows}
     assert table.headings == ["", "[b]", "b"]
     assert by_name["perplexity per token"] == ["20.29", "22.42"]

@@ -24,6 +24,7 @@ from pha.sharing import export_model
 from pha.sharing.card import model_card
 from pha.utils.errors import PHAError
 from tests.modeling.common import FLOAT32_PARAMETERS, scrambled, small_config
+from tests.report.conftest import MakeRun
 
 KINDS = ["perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "accuracy"]
 
@@ -48,13 +49,13 @@ def header(card: ModelCard) -> dict[str, Any]:
 
 
 @pytest.fixture
-def run(make_run) -> Path:
+def run(make_run: MakeRun) -> Path:
     folder = make_run("pha")
     save_model(folder / "model")
     return folder
 
 
-def test_header_holds_every_metric_with_its_protocol(make_run) -> None:
+def test_header_holds_every_metric_with_its_protocol(make_run: MakeRun) -> None:
     run = make_run("pha")
     [evaluation] = json.loads((run / "result.json").read_text())["evaluations"]
     found = header(card_of(run, license_id="apache-2.0", datasets=["me/texts"]))
@@ -76,7 +77,7 @@ def test_header_holds_every_metric_with_its_protocol(make_run) -> None:
         assert "286,220 tokens scored" in metric["name"]
 
 
-def test_body_tells_how_to_load_and_to_repeat(make_run) -> None:
+def test_body_tells_how_to_load_and_to_repeat(make_run: MakeRun) -> None:
     run = make_run("pha")
     result = json.loads((run / "result.json").read_text())
     text = card_of(run).text
@@ -98,7 +99,7 @@ def test_body_tells_how_to_load_and_to_repeat(make_run) -> None:
     assert "rounded to bf16" in card_of(run, weights="bf16").text
 
 
-def test_several_evaluations_and_values_that_are_no_numbers(make_run) -> None:
+def test_several_evaluations_and_values_that_are_no_numbers(make_run: MakeRun) -> None:
     def change(result: dict[str, Any]) -> None:
         first = result["evaluations"][0]
         first["word_perplexity"] = float("inf")
@@ -120,7 +121,7 @@ def test_several_evaluations_and_values_that_are_no_numbers(make_run) -> None:
     assert "with changes that were not committed" in card.text
 
 
-def test_strings_from_a_run_stay_in_their_place(make_run) -> None:
+def test_strings_from_a_run_stay_in_their_place(make_run: MakeRun) -> None:
     def change(result: dict[str, Any]) -> None:
         result["data"]["description"] = "folder /home/me/my texts | <b>*bold*</b>\n# heading: 'x'"
         result["data"]["tokenizer"] = "gpt2:/home/me/gpt2"
@@ -138,7 +139,7 @@ def test_strings_from_a_run_stay_in_their_place(make_run) -> None:
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_card_without_results_says_why(make_run, finished: bool) -> None:
+def test_a_card_without_results_says_why(make_run: MakeRun, finished: bool) -> None:
     run = make_run("pha", finished=finished)
     reason = None if finished else "The run had not finished."
     if finished:

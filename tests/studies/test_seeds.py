@@ -61,6 +61,7 @@ def test_a_difference_is_that_of_a_paired_t_test() -> None:
     low, high = oracle.confidence_interval(0.95)
     assert found.mean == pytest.approx(-0.35)
     assert found.p == pytest.approx(oracle.pvalue)
+    assert found.interval is not None
     assert found.mean - found.interval == pytest.approx(low)
     assert found.mean + found.interval == pytest.approx(high)
     assert found.verdict == ("lower" if oracle.pvalue < 0.05 else "undecided")

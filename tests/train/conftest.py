@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from rich.console import Console
@@ -34,6 +34,9 @@ SMALL = {
     "run.sample_tokens": 4,
 }
 
+Train = Callable[..., RunResult]
+"""(name="run", resume="auto", **changes): train the small run, changed, in a folder of that name."""
+
 
 def arguments(store: TokenStore, **changes: Any) -> list[str]:
     """Command-line overrides for a small run; dots in keys are written as double underscores."""
@@ -57,11 +60,13 @@ def _no_epochs(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def train_small(
-    small_config: Callable[..., TrainConfig], tmp_path: Path
-) -> Callable[..., RunResult]:
-    def train(name: str = "run", resume: Any = "auto", **changes: Any) -> RunResult | None:
+def train_small(small_config: Callable[..., TrainConfig], tmp_path: Path) -> Train:
+    def train(
+        name: str = "run", resume: Literal["auto", "never"] = "auto", **changes: Any
+    ) -> RunResult:
         console = Console(file=io.StringIO())
-        return run_training(small_config(**changes), tmp_path / name, console, resume)
+        result = run_training(small_config(**changes), tmp_path / name, console, resume)
+        assert result is not None  # this is the main process
+        return result
 
     return train

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,13 @@ from pha.data import TokenStore
 from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
 from pha.loading import load_model
-from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train.averaging import average_models, average_weights
 from pha.train.checkpoint import Progress
 from pha.train.trainer import Trainer
 from pha.utils.errors import PHAError, TrainingInterruptedError
+from tests.train.conftest import Train
 
-Train = Callable[..., RunResult]
 AVERAGING = {
     "run__steps": 12,
     "run__evaluate_every": 2,

@@ -30,6 +30,7 @@ def test_pieces_come_as_the_sampler_has_them_in_any_order(
             inputs, batch = feed.get(step, piece), sampler.batch(step, *PIECES[piece])
             assert torch.equal(inputs["input_ids"], batch.inputs)
             assert torch.equal(inputs["shift_labels"], batch.targets)
+            assert batch.document_starts is not None
             assert torch.equal(inputs["document_starts"], batch.document_starts)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -11,14 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from pha.data import TokenStore
-from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.utils.errors import TrainingInterruptedError
+from tests.train.conftest import Train
 from tests.train.test_runs import assert_same_weights, start, stop_after, timeless
 
 pytestmark = pytest.mark.gpu
-
-Train = Callable[..., RunResult]
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pha.data import TokenStore, prepare
-from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train import trainer as trainer_module
 from pha.utils.errors import PHAError, TrainingInterruptedError
-from tests.train.conftest import arguments
+from tests.train.conftest import Train, arguments
 
-Train = Callable[..., RunResult]
 TIMES = {"seconds", "tokens_per_second", "utilisation", "data_wait"}
 
 
@@ -62,7 +59,7 @@ def test_a_run_learns_and_writes_what_it_promises(train_small: Train, tmp_path: 
     run = RunFolder(tmp_path / "run")
     losses = [r.loss for r in run.read_metrics().train]
     assert len(losses) == 60
-    shares = [r.data_wait for r in run.read_metrics().train]
+    shares = [r.data_wait or 0.0 for r in run.read_metrics().train]
     ends = [r.seconds for r in run.read_metrics().train]
     waits = [s * (b - a) for s, a, b in zip(shares, [0.0, *ends], ends, strict=False)]
     assert 0 < min(shares) < max(shares) < 1
@@ -249,7 +246,8 @@ def test_a_bad_step_updates_nothing(
     train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_step: int
 ) -> None:
     original = trainer_module.Trainer._backward
-    trainers, before = [], {}
+    trainers: list[Any] = []
+    before: dict[str, torch.Tensor] = {}
 
     def backward(self: Any, inputs: Any) -> torch.Tensor:
         loss = original(self, inputs)
