@@ -35,7 +35,7 @@ SMALL = {
 }
 
 Train = Callable[..., RunResult]
-"""(name="run", resume="auto", **changes): train the small run, changed, in a folder of that name."""
+"""(name="run", resume="auto", **changes): train the small run, changed, in the folder `name`."""
 
 
 def arguments(store: TokenStore, **changes: Any) -> list[str]:
