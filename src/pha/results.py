@@ -189,7 +189,45 @@ class MixingRecord(Record):
     layers: list[LayerMixing]
 
 
-KINDS: dict[str, type[Record]] = {"train": TrainRecord, "eval": EvalRecord, "mixing": MixingRecord}
+@dataclass(frozen=True)
+class LayerWatch:
+    """A layer at some tokens of one step."""
+
+    rms: float  # of what enters it
+    largest: float  # absolute value in that
+    gradient: float  # rms over the gradient of its parameters, before clipping
+    # branch -> named numbers: rms and largest of its output before any norm, and as it has them
+    # half_life_* in tokens, saturated_states, saturated_gates, temperature_*, clamped
+    branches: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchRecord(Record):
+    """What the numerics watch saw in that step, before its update."""
+
+    layers: list[LayerWatch]
+    leaving: float  # rms of what leaves the last layer
+    mixing: list[LayerMixing]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarningRecord(Record):
+    """Something that began to be wrong, as the numerics watch noticed at that step."""
+
+    what: str  # such as `loss spike` or `dead branch`
+    layer: int | None = None  # in which it began
+    branch: str | None = None
+    began: int  # at which step
+    message: str
+
+
+KINDS: dict[str, type[Record]] = {
+    "train": TrainRecord,
+    "eval": EvalRecord,
+    "mixing": MixingRecord,
+    "watch": WatchRecord,
+    "warning": WarningRecord,
+}
 """`kind` of a line -> its record."""
 
 
@@ -197,6 +235,8 @@ KINDS: dict[str, type[Record]] = {"train": TrainRecord, "eval": EvalRecord, "mix
 class Metrics:
     """`metrics.jsonl`, by kind, each in the order of steps."""
 
-    train: list[TrainRecord]
-    eval: list[EvalRecord]
-    mixing: list[MixingRecord]
+    train: list[TrainRecord] = field(default_factory=list)
+    eval: list[EvalRecord] = field(default_factory=list)
+    mixing: list[MixingRecord] = field(default_factory=list)
+    watch: list[WatchRecord] = field(default_factory=list)
+    warning: list[WarningRecord] = field(default_factory=list)

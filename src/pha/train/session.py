@@ -40,6 +40,7 @@ FREE_KEYS = {
     "run.trackers",
     "run.sample_tokens",
     "run.log_every",
+    "run.watch_every",
     "run.gradient_checkpointing",
 }
 
