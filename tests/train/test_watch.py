@@ -93,8 +93,8 @@ def test_a_look_measures_what_the_model_computes() -> None:
         hidden = model.model(inputs["input_ids"], output_hidden_states=True).hidden_states
     for layer, x in enumerate(hidden[:-1]):
         entering = found[Place("entering", layer)]
-        assert entering["rms"] == pytest.approx(float(x.square().mean().sqrt()), rel=1e-6)
-        assert entering["largest"] == float(x.abs().max())
+        assert entering["rms"] == pytest.approx(float(x.square().mean().sqrt()), rel=1e-4)
+        assert entering["largest"] == pytest.approx(float(x.abs().max()), rel=1e-4)
     second: Any = model.model.layers[1]
     gss = second.branches["gss"]
     numbers = found[Place("output", 1, "gss")]
@@ -114,7 +114,7 @@ def test_the_gradient_of_a_layer_is_over_all_its_parameters() -> None:
     record, warnings = looked(model)
     for layer, seen in zip(model.model.layers, record.layers, strict=True):
         grads = torch.cat([p.grad.flatten() for p in layer.parameters() if p.grad is not None])
-        assert seen.gradient == pytest.approx(float(grads.square().mean().sqrt()), rel=1e-5)
+        assert seen.gradient == pytest.approx(float(grads.square().mean().sqrt()), rel=1e-4)
     assert warnings == []
 
 
@@ -169,7 +169,7 @@ def test_a_branch_of_ones_own_is_watched(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(BRANCHES, "average", Average)
     record, _ = looked(small_model(branches=["average", "aux_ffn"]))
     average = record.layers[1].branches["average"]
-    assert average["half_life_max"] == pytest.approx(1)
+    assert average["half_life_max"] == pytest.approx(1, rel=1e-4)
     assert average["half_life_min"] == 0
     assert average["saturated_states"] == 0.25
     assert record.layers[1].branches["aux_ffn"].keys() == {"rms", "largest"}

@@ -126,6 +126,8 @@ def layer_sizes(records: Sequence[WatchRecord], spikes: Sequence[int], color: in
         for step in spikes:
             axes.axvline(step, color=plots.MUTED, linewidth=0.9, linestyle="--")
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
         plots.label_axes(axes, "steps" if field == "gradient" else "", f"rms of the {name}")
     return figure
 

@@ -195,7 +195,7 @@ class Watch:
         for layer, parameters in enumerate(self._layers):
             sizes = [p.numel() for p in parameters if p.grad is not None]
             squares = math.fsum(next(norms) ** 2 for _ in sizes)
-            found.append(math.sqrt(squares / max(1, sum(sizes))))
+            found.append(float(f"{math.sqrt(squares / max(1, sum(sizes))):.5g}"))
             self._add(step, Place("gradient", layer), found[-1])
         return found
 
@@ -259,8 +259,8 @@ def measure(model: PHAForCausalLM, **inputs: Any) -> Values:
     finally:
         for handle in handles:
             handle.remove()
-    # One wait for all of them.
-    flat = iter(torch.stack([x.float() for each in found.values() for x in each.values()]).tolist())
+    numbers = torch.stack([x.float() for each in found.values() for x in each.values()])
+    flat = (float(f"{number:.5g}") for number in numbers.tolist())  # one wait for all of them
     return {place: {name: next(flat) for name in each} for place, each in found.items()}
 
 
