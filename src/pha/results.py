@@ -9,12 +9,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pha.utils.errors import PHAError
 from pha.utils.files import read_json, write_json
 from pha.utils.records import record_from
+from pha.utils.versions import check_format
 
 VERSION = 1
 """Of `result.json`. Files of before it was counted have none."""
+
+CONFIG_FORMAT = 1
+"""Of `config.yaml` and other recipes, which may leave it out. A key that is added leaves it."""
+
+METRICS_FORMAT = 1
+"""Of `metrics.jsonl`, in its first line. A kind of record or a field that is added leaves it."""
+
+JSON_FORMAT = 1
+"""Of what studies, benchmarks, comparisons and scores write as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,11 +155,7 @@ class RunResult:
         """
         content = read_json(path)
         version = content.get("version", 0) if isinstance(content, dict) else 0
-        if isinstance(version, int) and version > VERSION:
-            raise PHAError(
-                f"{path} has version {version} of this format and this pha reads up to {VERSION}; "
-                "update pha"
-            )
+        check_format(path, version, VERSION)
         return record_from(cls, content, str(path))
 
 

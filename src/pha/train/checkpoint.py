@@ -17,8 +17,9 @@ from pha.modeling import PHAForCausalLM
 from pha.runs import RunFolder
 from pha.utils.errors import PHAError
 from pha.utils.files import atomic_folder, read_json, sha256_file, write_json
+from pha.utils.versions import check_format
 
-FORMAT = 3
+FORMAT = 4  # 3 had no state of the numerics watch
 
 
 @dataclass
@@ -91,8 +92,9 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     """
     content = read_json(folder / "trainer.json")
     remedy = f"delete {folder} to resume from the checkpoint before it"
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise PHAError(f"{folder} was written by another version of pha; {remedy}")
+    if not isinstance(content, dict):
+        raise PHAError(f"checkpoint {folder} is damaged: trainer.json; {remedy}")
+    check_format(folder, content.get("format"), FORMAT, oldest=3)
     for name, expected in content["sha256"].items():
         if not (folder / name).is_file() or sha256_file(folder / name) != expected:
             raise PHAError(f"checkpoint {folder} is damaged: {name} is lost or altered; {remedy}")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pha.model import ArchitectureConfig
+from pha.results import CONFIG_FORMAT
 from pha.utils.errors import PHAError
 
 
@@ -176,8 +177,8 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested mapping, as written to config.yaml."""
-        return asdict(self)
+        """Plain nested mapping, as written to config.yaml, with its format."""
+        return {"format": CONFIG_FORMAT, **asdict(self)}
 
     def check(self) -> None:
         """Refuse impossible values and combinations.
