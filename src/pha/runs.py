@@ -12,10 +12,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pha.results import KINDS, Metrics, RunResult
+from pha.results import CONFIG_FORMAT, KINDS, METRICS_FORMAT, Metrics, RunResult
 from pha.utils.errors import PHAError
 from pha.utils.files import read_yaml, write_text
 from pha.utils.records import record_from
+from pha.utils.versions import check_format
 
 
 class RunFolder:
@@ -91,9 +92,11 @@ class RunFolder:
         """The content of `config.yaml`; empty where there is none.
 
         Raises:
-            PHAError: the file is damaged.
+            PHAError: the file is damaged or of a newer format.
         """
-        return read_yaml(self.config) if self.config.is_file() else {}
+        content = read_yaml(self.config) if self.config.is_file() else {}
+        check_format(self.config, content.get("format", 0), CONFIG_FORMAT)
+        return content
 
     def read_result(self) -> RunResult:
         """The run's result.
@@ -127,6 +130,8 @@ class RunFolder:
                 if line is lines[-1]:
                     break
                 raise PHAError(f"{where}, is not a JSON object") from error
+            if kind == "format":
+                check_format(self.metrics, record.get("format"), METRICS_FORMAT)
             if kind in KINDS:
                 found[kind].append(record_from(KINDS[kind], record, where))
         return Metrics(**found)

@@ -17,8 +17,9 @@ from pha.modeling import PHAForCausalLM
 from pha.runs import RunFolder
 from pha.utils.errors import PHAError
 from pha.utils.files import atomic_folder, read_json, sha256_file, write_json
+from pha.utils.versions import check_format
 
-FORMAT = 3
+FORMAT = 4  # 3 had no state of the numerics watch
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Progress:
     # (validation perplexity, step) of the best evaluations, best first; `model/` holds the weights
     # of the first, `best/` those of all where several are kept
     best: list[tuple[float, int]] = field(default_factory=list)
+    watch: dict[str, Any] = field(default_factory=dict)  # state of the numerics watch
     metrics_bytes: int = 0  # length of metrics.jsonl, to which it is cut on resuming
     data_sha256: str = ""  # of the token store, which must not change under a run
 
@@ -90,8 +92,9 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     """
     content = read_json(folder / "trainer.json")
     remedy = f"delete {folder} to resume from the checkpoint before it"
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise PHAError(f"{folder} was written by another version of pha; {remedy}")
+    if not isinstance(content, dict):
+        raise PHAError(f"checkpoint {folder} is damaged: trainer.json; {remedy}")
+    check_format(folder, content.get("format"), FORMAT, oldest=3)
     for name, expected in content["sha256"].items():
         if not (folder / name).is_file() or sha256_file(folder / name) != expected:
             raise PHAError(f"checkpoint {folder} is damaged: {name} is lost or altered; {remedy}")
