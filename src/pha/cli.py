@@ -12,10 +12,12 @@ import difflib
 import functools
 import importlib
 import inspect
+import io
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import NoneType
@@ -23,6 +25,7 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_
 
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.extras import remedy
+from pha.utils.text import printable
 
 Verb = Callable[..., None]
 
@@ -84,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # kernels between two pieces need. Read when torch is imported, which verbs do later.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     program = "pha"
+    _open_streams()
     try:
         parser, options = _read_start(arguments)
         if options.version:
@@ -104,17 +108,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run = read_verb(verb, words)
             _import(options.modules)
             run()
-    except (PHAError, ModuleNotFoundError) as error:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Nobody reads on, as after `| head`; Python would write once more when it ends.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (PHAError, ModuleNotFoundError, OSError) as error:
         what = remedy(error) if isinstance(error, ModuleNotFoundError) else str(error)
         if what is None:
             raise
-        print(f"{program}: error: {' '.join(what.split())}", file=sys.stderr)
+        line = printable(" ".join(what.split()))
+        print(f"{program}: error: {line}", file=sys.stderr)
         sys.exit(2)
     except (TrainingInterruptedError, KeyboardInterrupt) as error:
         print(f"{program}: {str(error) or 'interrupted'}", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
+
+
+def _open_streams() -> None:
+    """Let output go nowhere where it is closed, and escape what it cannot show."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _read_start(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:

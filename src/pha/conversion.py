@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pha.utils.errors import PHAError
-from pha.utils.files import atomic_folder, read_json
+from pha.utils.files import atomic_folder
+from pha.utils.formats import read_json
 
 _RENAMED = {"input_scale": "input_scaling"}
 _BRANCH = re.compile(r"(\.(?:branches|norms|residuals))\.ffn\.")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pha.utils.errors import PHAError
-from pha.utils.files import read_json, write_json
+from pha.utils.files import write_json
+from pha.utils.formats import read_json
 from pha.utils.records import record_from
 
 VERSION = 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Iterator
@@ -14,7 +13,8 @@ from filelock import FileLock, Timeout
 
 from pha.results import KINDS, Metrics, RunResult
 from pha.utils.errors import PHAError
-from pha.utils.files import read_yaml, write_text
+from pha.utils.files import write_text
+from pha.utils.formats import parse_json, read_yaml
 from pha.utils.records import record_from
 
 
@@ -121,13 +121,13 @@ class RunFolder:
         for number, line in enumerate(filter(None, lines), start=1):
             where = f"{self.metrics}, line {number}"
             try:
-                record = json.loads(line.decode())
+                record = parse_json(line.decode())
                 kind = record.get("kind")
             except (ValueError, AttributeError) as error:
                 if line is lines[-1]:
                     break
                 raise PHAError(f"{where}, is not a JSON object") from error
-            if kind in KINDS:
+            if isinstance(kind, str) and kind in KINDS:
                 found[kind].append(record_from(KINDS[kind], record, where))
         return Metrics(**found)
 

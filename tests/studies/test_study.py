@@ -268,7 +268,7 @@ def test_mistakes_are_one_line(
     assert "study mine: question is missing" in fails(
         ["study", f"{tmp_path}/mine.yaml", *out], capsys
     )
-    assert "cannot be read" in fails(["study", f"{tmp_path}/none.yaml", *out], capsys)
+    assert "does not exist" in fails(["study", f"{tmp_path}/none.yaml", *out], capsys)
     assert not (tmp_path / "out" / "runs").exists()
 
 

@@ -312,7 +312,7 @@ def _bins_table(result: PairedComparison) -> Table:
     table = figures_table(title, "", "share", "loss A", "loss B", "A - B", "± 95%", "")
     for name, bins in result.breakdowns.items():
         table.add_section()
-        table.add_row(f"[bold]{name}[/]")
+        table.add_row(Text(name, style="bold"))
         for entry in bins:
             width = entry.difference.half_width
             table.add_row(

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 
 from pha.commands.common import (
@@ -22,6 +22,7 @@ from pha.commands.common import (
     figures_table,
 )
 from pha.utils.errors import PHAError
+from pha.utils.progress import make_console
 
 
 def demo(*, out: Folder = Path("runs/demo"), steps: int | None = None) -> None:
@@ -36,7 +37,7 @@ def demo(*, out: Folder = Path("runs/demo"), steps: int | None = None) -> None:
     """
     from pha.studies.demo import run_demo
 
-    run_demo(out, Console(), steps)
+    run_demo(out, make_console(), steps)
 
 
 def prepare(
@@ -201,7 +202,7 @@ def recipes(recipe: Recipe | None = None, *, keys: bool = False) -> None:
         config = load_recipe(recipe, [] if "source:" in text else ["--data.store", "STORE"])
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return
-    console = Console()
+    console = make_console()
     table = Table(title="RECIPE = PRESET.PROTOCOL", title_justify="left")
     table.add_column("protocol", no_wrap=True)
     table.add_column("what it is")

@@ -22,7 +22,8 @@ import numpy as np
 from pha.data.splits import SPLITS
 from pha.data.tokenizer import load_tokenizer, saved_tokenizer_sha256
 from pha.utils.errors import PHAError
-from pha.utils.files import read_json, sha256_file
+from pha.utils.files import sha256_file
+from pha.utils.formats import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -20,7 +20,7 @@ from pha.train.recipes import Settings, as_words, load_recipe
 from pha.train.session import finished_result
 from pha.train.signals import on_stop_signals
 from pha.utils.errors import PHAError, TrainingInterruptedError
-from pha.utils.files import read_json
+from pha.utils.formats import read_json
 from pha.utils.processes import Command, run_processes
 
 INTERRUPTED = 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,8 @@ from transformers.utils import logging
 from pha.modeling import PHAForCausalLM
 from pha.runs import RunFolder
 from pha.utils.errors import PHAError
-from pha.utils.files import atomic_folder, read_json, sha256_file, write_json
+from pha.utils.files import atomic_folder, sha256_file, write_json
+from pha.utils.formats import read_json
 
 FORMAT = 3
 
@@ -108,5 +110,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
             f"checkpoint {folder} belongs to another model ({str(error).splitlines()[0]})"
         ) from error
     progress = Progress(**content["progress"])
-    progress.best = [(perplexity, step) for perplexity, step in progress.best]
+    # JSON has no infinity: what is none is no better than any number.
+    best = [(math.inf if value is None else value, step) for value, step in progress.best]
+    progress.best = best
     return progress

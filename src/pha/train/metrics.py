@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import IO
 from accelerate import Accelerator
 
 from pha.results import KINDS, Record
+from pha.utils.formats import to_json
 
 
 class MetricsWriter:
@@ -40,7 +40,7 @@ class MetricsWriter:
             return
         values = asdict(record)
         [kind] = [kind for kind, of in KINDS.items() if isinstance(record, of)]
-        self.file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self.file.write(to_json({"kind": kind, **values}) + "\n")
         self.file.flush()
         del values["step"], values["tokens"]
         scalars = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}

@@ -17,7 +17,7 @@ import yaml
 from pha.model.presets import PRESETS, preset
 from pha.train.config import TrainConfig
 from pha.utils.errors import PHAError
-from pha.utils.files import read_yaml
+from pha.utils.formats import read_yaml
 
 if TYPE_CHECKING:
     import jsonargparse

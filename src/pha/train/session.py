@@ -28,6 +28,7 @@ from pha.train.plan import Plan, make_plan, vars_of
 from pha.utils.errors import PHAError
 from pha.utils.files import cache_folder
 from pha.utils.hardware import choose_precision, device_name
+from pha.utils.progress import make_console
 from pha.utils.text import count, duration, memory
 
 # Keys that may change when a run is resumed: they touch neither the weights nor the order of data.
@@ -210,7 +211,7 @@ def open_session(
         )
     if config.run.compile:
         _require_compiler(accelerator.device)
-    console = console if accelerator.is_main_process else Console(quiet=True)
+    console = console if accelerator.is_main_process else make_console(quiet=True)
     with accelerator.main_process_first():
         store = open_data(config, console)
     used = out.exists() and any(not entry.name.startswith(".") for entry in out.iterdir())

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import platform
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 from pha.utils.errors import PHAError
+from pha.utils.formats import to_json
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` with `text` in one step (readers see the old file or the new one)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    # Half a surrogate pair stands for a byte of a file's name that is not UTF-8.
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -30,41 +30,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        PHAError: the file is absent, unreadable or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise PHAError(f"{path} does not exist") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PHAError(f"{path} cannot be read as JSON ({error})") from error
-
-
-def read_yaml(file: Traversable) -> dict[str, Any]:
-    """The mapping in a YAML file; an empty one where the file is empty.
-
-    Raises:
-        PHAError: it is absent, unreadable, not YAML or no mapping.
-    """
-    import yaml  # an extra, which loading a model does not need
-
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        kind = "is not YAML" if isinstance(error, yaml.YAMLError) else "cannot be read"
-        raise PHAError(f"{file} {kind} ({reason})") from error
-    if not isinstance(content, dict):
-        raise PHAError(f"{file} does not hold a mapping")
-    return content
+    """Write `value` as indented JSON, atomically; what is no finite number becomes null."""
+    write_text(path, to_json(value, indent=2) + "\n")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -150,7 +117,24 @@ def sha256_file(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """Where prepared token stores are kept: `$PHA_CACHE`, else `pha` in the user's cache folder."""
+    """Where prepared token stores are kept: `$PHA_CACHE`, else `pha` in the user's cache folder.
+
+    Raises:
+        PHAError: neither says where, and the user has no home folder.
+    """
     if chosen := os.environ.get("PHA_CACHE"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pha"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pha"
+    except RuntimeError as error:
+        raise PHAError(
+            "there is no home folder to keep prepared texts in: set PHA_CACHE to a folder"
+        ) from error
+
+
+def user_path(text: str) -> Path:
+    """A path that a user wrote, which may begin with `~`; one of nobody stands for itself."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)

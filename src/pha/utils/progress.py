@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 PLAIN_SECONDS = 15.0  # between lines where there is no terminal to redraw
+
+
+def make_console(**options: Any) -> Console:
+    """A console that shows texts as they are: brackets and colons in them are no markup."""
+    return Console(markup=False, emoji=False, **options)
 
 
 class ProgressLine(Progress):
@@ -19,9 +25,9 @@ class ProgressLine(Progress):
 
     def __init__(self, console: Console) -> None:
         super().__init__(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
