@@ -97,7 +97,8 @@ def _replaced(folder: str, name: str, read: Callable[[Path], Any]) -> Reader:
         target = path.parent / "folder"
         if not target.exists():
             shutil.copytree(home, target)
-        shutil.copyfile(path, target / name)
+            (target / name).unlink()
+            (target / name).symlink_to(path)
         return read(target)
 
     return Reader(with_file, (home / name).read_bytes(), Path(name).name)

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from pha.data.encoding import CUT
 from pha.utils.errors import PHAError
 from pha.utils.formats import parse_json, require_encodable, require_text
 
@@ -32,6 +33,7 @@ KINDS = ".jsonl or .txt (also as .gz, .xz or .zst), .parquet"
 _BLOCK = 1 << 20  # bytes read at once
 _BUFFER = 1 << 16  # the same of a file with lines
 _LINE = 1 << 27  # bytes of a line of records at most, which memory holds several times
+_STRETCH = 1 << 24  # characters at most that nothing can be cut in, so that memory holds them
 _ROWS = 64  # rows turned into Python strings at once
 
 
@@ -98,9 +100,10 @@ def read_text(path: Path, meter: Meter, start: int = 0, end: int | None = None) 
         end: the byte after the last, both of an uncompressed file.
 
     Raises:
-        PHAError: it cannot be read, is damaged, is not UTF-8 or holds zero bytes.
+        PHAError: it cannot be read, is damaged, is not UTF-8, holds zero bytes or endless words.
     """
     decoder = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()
+    stretch = 0
     left = sys.maxsize if end is None else end - start
     with _open_bytes(path, meter) as file:
         if start:
@@ -108,7 +111,14 @@ def read_text(path: Path, meter: Meter, start: int = 0, end: int | None = None) 
         try:
             while left and (block := file.read(min(_BLOCK, left))):
                 left -= len(block)
-                yield require_text(decoder.decode(block), str(path))
+                text = require_text(decoder.decode(block), str(path))
+                stretch = 0 if CUT.search(text) else stretch + len(text)
+                if stretch > _STRETCH:
+                    raise PHAError(
+                        f"{path} has over {_STRETCH:,} characters without a blank or line end: it "
+                        "is no text, or needs lines"
+                    )
+                yield text
             yield decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             raise PHAError(
@@ -260,6 +270,8 @@ def _open_bytes(path: Path, meter: Meter) -> Iterator[IO[bytes]]:
         raise PHAError(f"{path} is cut short: get the file again") from error
     except (lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise PHAError(f"{path} is damaged ({error}): get the file again") from error
+    except MemoryError as error:
+        raise PHAError(f"{path} takes more memory to unpack than there is") from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise PHAError(f"{path} cannot be read ({reason}): get the file again") from error
