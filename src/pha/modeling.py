@@ -19,11 +19,13 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from pha import mixers as mixers  # which makes them known
 from pha.caching import CacheAdapter, PHACache
 from pha.conversion import is_old
+from pha.inputs import check_rows, packed_starts, token_mask
 from pha.model import BRANCHES, ArchitectureConfig, Backbone, Branch
 from pha.model.backbone import initialise
 from pha.model.presets import preset
@@ -196,48 +198,66 @@ class PHAModel(Backbone, PHAPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         document_starts: Tensor | None = None,
-        **_: Any,
+        **others: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the last norm.
 
         Args:
             input_ids: (B, T) tokens, or
-            attention_mask: (B, S) over cached and new tokens, 0 at padding on either side.
-            position_ids: (B, T); may be left out, since positions enter only as differences.
+            attention_mask: (B, S) over cached and new tokens, 0 where there is no token: padding on
+                either side, or holes. What comes out in these places means nothing.
+            position_ids: (B, T); may be left out, since positions enter only as differences. Where
+                they do not grow, a new document begins.
             past_key_values: the model's whole state: keys, values and recurrent states; updated.
             inputs_embeds: (B, T, d) in place of `input_ids`.
             use_cache: return the state; off while training.
             output_hidden_states: return what enters each layer, and what leaves the last norm.
+            output_attentions: return the weights (B, H, T, S) of each layer with attention.
             document_starts: (B, S) bool, true where a packed document begins.
+            others: ignored, but for other ways to pack rows, which are refused.
 
         Returns:
-            last_hidden_state (B, T, d), past_key_values, hidden_states.
+            last_hidden_state (B, T, d), past_key_values, hidden_states, attentions.
 
         Raises:
-            PHAError: both inputs or none, or a cache of other sequences or another model.
+            PHAError: both inputs or none, a cache of other sequences or another model, or a mask
+                of other tokens.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise PHAError("give exactly one of input_ids and inputs_embeds")
         past_key_values = self.cache_for(past_key_values, use_cache)
-        cache = None
+        (batch, new), cache = tokens.shape[:2], None
+        past: int | Tensor = 0
         if past_key_values is not None:
             cache = CacheAdapter(past_key_values, self.config)
-            cache.enter(tokens.shape[0])
+            cache.enter(batch)
+            past = cache.length()
+        total = past + new if isinstance(past, int) else None
+        check_rows("attention_mask", attention_mask, batch, total)
+        check_rows("document_starts", document_starts, batch, total)
+        mask = token_mask(
+            attention_mask, cache is not None, self.config.attention_window is not None
+        )
+        if document_starts is None:
+            document_starts = packed_starts(position_ids, mask, past, others)
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         layer_inputs: list[Tensor] | None = [] if output_hidden_states else None
+        weights: list[Tensor] | None = [] if output_attentions else None
         x = Backbone.forward(
             self,
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
             positions=position_ids,
             document_starts=document_starts,
-            token_mask=_token_mask(attention_mask),
+            token_mask=mask,
             cache=cache,
             attention_backend=_BACKENDS.get(self.config._attn_implementation),
             layer_inputs=layer_inputs,
+            attention_weights=weights,
         )
         if cache is not None:
             if not self.config.keeps_keys:
@@ -247,6 +267,7 @@ class PHAModel(Backbone, PHAPreTrainedModel):
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=None if layer_inputs is None else (*layer_inputs, x),
+            attentions=None if weights is None else tuple(weights),
         )
 
     def cache_for(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
@@ -280,11 +301,11 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         document_starts: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        **_: Any,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given.
 
@@ -297,20 +318,24 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
             labels: (B, T) aligned with `input_ids`; -100 is ignored. Gives the loss.
             use_cache: return the state; off while training.
             output_hidden_states: return what enters each layer, and what leaves the last norm.
+            output_attentions: return the weights of attention.
             logits_to_keep: how many last positions get logits (0: all), or which.
             document_starts: (B, S) bool.
-            shift_labels: (B, T) the token that follows each one, instead of `labels`.
             num_items_in_batch: what the summed loss is divided by; the number of labels if absent.
+            others: `shift_labels` (B, T), the token that follows each one, in place of `labels`.
+                Trainer would look for it in every batch if it were an argument of its own.
 
         Returns:
-            loss (nats per token), logits (B, T', V), past_key_values, hidden_states. While training
-            with labels there are no logits: the loss never forms them all.
+            loss (nats per token), logits (B, T', V), past_key_values, hidden_states, attentions.
+            While training with labels there are no logits: the loss never forms them all.
 
         Raises:
             PHAError: as `PHAModel.forward`, or labels of another batch.
         """
         past_key_values = self.model.cache_for(past_key_values, use_cache)
-        if not (output_hidden_states or self.config.output_hidden_states or self.training) and all(
+        shift_labels: Tensor | None = others.pop("shift_labels", None)
+        wanted = output_attentions, output_hidden_states, self.config.output_hidden_states
+        if not (any(wanted) or self.training) and all(
             x is None for x in (inputs_embeds, document_starts, labels, shift_labels)
         ):
             logits = self._decode(input_ids, past_key_values, attention_mask, position_ids)
@@ -324,7 +349,9 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             document_starts=document_starts,
+            **others,
         )
         x = body.last_hidden_state
         assert x is not None
@@ -351,6 +378,7 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=body.past_key_values,
             hidden_states=body.hidden_states,
+            attentions=body.attentions,
         )
 
     def _summed_loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -397,18 +425,10 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
 _BACKENDS = {"eager": "naive"}
 
 
-def _token_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """(B, S) bool with false at padding, or None where nothing is padded."""
-    if attention_mask is None:
-        return None
-    if attention_mask.dim() != 2:
-        raise PHAError("attention_mask must be (batch, tokens); documents go in document_starts")
-    mask = attention_mask.bool()
-    return None if bool(mask.all()) else mask
-
-
 if decode is not None:
     stand_for(PHAModel)
 AutoConfig.register("pha", PHAConfig)
 AutoModel.register(PHAConfig, PHAModel)
 AutoModelForCausalLM.register(PHAConfig, PHAForCausalLM)
+# By this table Trainer knows that labels have to be shifted where it forms the loss itself.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["pha"] = PHAForCausalLM.__name__

@@ -105,8 +105,13 @@ def starts_of(lengths: list[int]) -> Tensor:
 
 
 def padded_batch(lengths: tuple[int, ...], width: int, side: str = "left") -> tuple[Tensor, Tensor]:
-    """Rows of their own lengths, the rest filled with random tokens that the mask hides."""
-    columns = torch.arange(width)
-    rows = torch.tensor(lengths)[:, None]
+    """Rows of their own lengths, the rest filled with random tokens that the mask hides.
+
+    They are on the left, on the right, or anywhere ("holes").
+    """
+    columns, rows = torch.arange(width), torch.tensor(lengths)[:, None]
+    if side == "holes":
+        generator = torch.Generator().manual_seed(3)
+        columns = torch.rand(len(lengths), width, generator=generator).argsort(-1)
     mask = columns >= width - rows if side == "left" else columns < rows
     return tokens(len(lengths), width), mask.long()

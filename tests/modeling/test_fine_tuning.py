@@ -85,6 +85,21 @@ def test_the_trainer_of_transformers_lowers_the_loss(
     assert 3 < losses[0] < 5.5
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_losses_of_the_trainer_are_of_the_next_token(smoothing: float, tmp_path: Path) -> None:
+    model, ids = small_model(), tokens(4, 20)
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids]
+    arguments = TrainingArguments(
+        str(tmp_path), label_smoothing_factor=smoothing, report_to=[], use_cpu=True
+    )
+    # It knows what is a label from the names of arguments, and counts those before it evaluates.
+    result = Trainer(model=model, args=arguments, eval_dataset=rows).evaluate()
+    log_p = model(ids).logits[:, :-1].log_softmax(-1)
+    nats = -log_p.gather(-1, ids[:, 1:, None]).mean()
+    expected = (1 - smoothing) * nats - smoothing * log_p.mean()
+    assert result["eval_loss"] == pytest.approx(float(expected), abs=1e-4)
+
+
 def test_lora_trains_adapters_alone_and_merges(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = small_model()

@@ -141,7 +141,7 @@ def test_packed_rows_have_boundaries_of_their_own(block: str, branches: tuple[st
 
 
 @each_main_kind
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_a_ragged_padded_batch_equals_its_rows(
     block: str, branches: tuple[str, ...], side: str
 ) -> None:
@@ -170,8 +170,45 @@ def test_a_mask_of_ones_is_no_mask() -> None:
     model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
     ids = tokens(2, 9)
     assert torch.equal(model(ids, attention_mask=torch.ones(2, 9)).logits, model(ids).logits)
-    with pytest.raises(PHAError, match=r"attention_mask must be \(batch, tokens\)"):
-        model(ids, attention_mask=torch.ones(2, 1, 9, 9))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 9, 9), (1, 9), (2, 8), (2, 10)])
+def test_rows_of_other_tokens_are_refused(shape: tuple[int, ...]) -> None:
+    model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
+    for name in ("attention_mask", "document_starts"):
+        with pytest.raises(PHAError, match=rf"{name} is .*; it must be \(2, 9\)"):
+            model(tokens(2, 9), **{name: torch.ones(shape, dtype=torch.bool)})
+    # One over the new token alone would take what was padding for context.
+    cache = model(tokens(2, 9), use_cache=True).past_key_values
+    with pytest.raises(PHAError, match=r"it must be \(2, 10\)"):
+        model(tokens(2, 1), attention_mask=torch.ones(2, 1), past_key_values=cache)
+
+
+@each_main_kind
+def test_rows_packed_by_position_ids(block: str, branches: tuple[str, ...]) -> None:
+    model, lengths = cached_model(block, branches), [4, 1, 9, 1, 3]
+    ids = tokens(1, sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    expected = model(ids, document_starts=starts_of(lengths)).logits
+    assert_same(model(ids, position_ids=positions).logits, expected)
+    assert_same(model(ids, position_ids=positions, use_cache=False).logits, expected)
+    # Positions that start late or are those of padding begin no document.
+    assert_same(model(ids, position_ids=torch.arange(18)[None] + 7).logits, model(ids).logits)
+    padded, mask = padded_batch((18, 5, 11), 18, "holes")
+    counted, seen = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1), mask.bool()
+    given = model(padded, attention_mask=mask, position_ids=counted).logits
+    assert_same(given[seen], model(padded, attention_mask=mask).logits[seen])
+
+
+def test_other_ways_to_pack_rows_are_refused() -> None:
+    model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
+    cache = model(tokens(1, 4), use_cache=True).past_key_values
+    positions = torch.tensor([[4, 5, 0, 1]])
+    with pytest.raises(PHAError, match="give document_starts over all of them"):
+        model(tokens(1, 4), position_ids=positions, past_key_values=cache)
+    for name in ("seq_idx", "cu_seq_lens_q"):
+        with pytest.raises(PHAError, match=f"packed by {name}; give position_ids"):
+            model(tokens(1, 4), **{name: torch.tensor([[0, 0, 1, 1]])})
 
 
 # The cached state
@@ -237,12 +274,12 @@ def test_any_split_of_packed_documents(
 @each_main_kind
 @given(split=splits(), data=st.data())
 @few_examples
-def test_any_split_of_a_left_padded_batch(
+def test_any_split_of_a_padded_batch(
     block: str, branches: tuple[str, ...], split: tuple[int, list[int]], data: st.DataObject
 ) -> None:
     model, (T, cuts) = cached_model(block, branches), split
     lengths = data.draw(st.tuples(st.just(T), st.integers(1, T), st.integers(1, T)))
-    ids, mask = padded_batch(lengths, T)
+    ids, mask = padded_batch(lengths, T, data.draw(st.sampled_from(["left", "right", "holes"])))
     starts = None
     if data.draw(st.booleans()):
         starts = torch.zeros(3, T, dtype=torch.bool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -176,6 +177,54 @@ def test_attention_implementations_agree(block: str, branches: tuple[str, ...]) 
     fused = model(ids).logits
     model.set_attn_implementation("eager")
     assert_same(model(ids).logits, fused)
+
+
+@each_main_kind
+def test_attention_weights_of_each_layer_that_has_them(
+    block: str, branches: tuple[str, ...]
+) -> None:
+    model = cached_model(block, branches)
+    ids, mask = padded_batch((9, 4), 9)
+    whole = model(ids, attention_mask=mask, output_attentions=True).attentions
+    names = [model.config.layer_branches(layer) for layer in range(2)]
+    assert len(whole) == sum("attention" in layer for layer in names)
+    assert model(ids).attentions is None
+    cache = model(ids[:, :8], attention_mask=mask[:, :8], use_cache=True).past_key_values
+    last = model(
+        ids[:, 8:], attention_mask=mask, past_key_values=cache, output_attentions=True
+    ).attentions
+    for weights, row in zip(whole, last, strict=True):
+        assert weights.shape == (2, 6, 9, 9)
+        assert_same(weights[mask.bool()[:, None].expand(2, 6, 9)].sum(-1), torch.ones(78))
+        assert not weights[1, :, 5:, :5].any()
+        assert not weights.triu(1).any()
+        assert_same(row, weights[:, :, 8:])
+
+
+@pytest.mark.parametrize("how", ["trace", "export"])
+@each_main_kind
+def test_the_forward_pass_in_a_graph(how: str, block: str, branches: tuple[str, ...]) -> None:
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = cached_model(block, branches)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.model(ids, use_cache=False).logits
+
+    program: Any
+    if how == "trace":
+        program, T = torch.jit.trace(Logits(), tokens(2, 12), check_trace=False), 12
+    else:
+        shapes = ({1: torch.export.Dim("length", min=2, max=512)},)
+        if "mehta_gss" in branches:
+            with pytest.raises(PHAError, match="is of one length"):
+                torch.export.export(Logits(), (tokens(2, 12),), dynamic_shapes=shapes)
+            return
+        exported = torch.export.export(Logits(), (tokens(2, 12),), dynamic_shapes=shapes)
+        program, T = exported.module(), 31
+    ids = tokens(2, T, seed=1)
+    assert_same(program(ids), cached_model(block, branches)(ids).logits)
 
 
 # Training

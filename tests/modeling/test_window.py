@@ -141,6 +141,15 @@ def test_windows_too_small_are_refused(window: int) -> None:
         PHAConfig(attention_window=window)
 
 
+def test_padding_between_tokens_would_fill_the_window() -> None:
+    model = scrambled(small_config(attention_window=WINDOW))
+    ids, mask = padded_batch((9, 4), 9, "right")
+    alone = model(ids[1:, :4]).logits
+    assert_same(model(ids, attention_mask=mask, use_cache=False).logits[1:, :4], alone)
+    with pytest.raises(PHAError, match="takes padding on the left only"):
+        model(ids, attention_mask=mask, use_cache=True)
+
+
 def test_the_window_is_saved() -> None:
     config = small_config(attention_window=WINDOW)
     assert PHAConfig.from_dict(config.to_dict()).attention_window == WINDOW

@@ -56,7 +56,7 @@ def gated_scan(new: Problem, B: int, T: int, n: int) -> Inputs:
     inputs["a"] = torch.rand(n, generator=new.generator).to(inputs["b"].dtype)
     if new.data.draw(st.booleans()):
         inputs["h0"] = new(B, n, wide=True)
-    return inputs | {"starts": new.flags(B, T), "mask": new.flags(B, T)}
+    return inputs | {"starts": new.flags(B, T)}
 
 
 def rms_norm(new: Problem, B: int, T: int, n: int) -> Inputs:

@@ -95,8 +95,6 @@ def problem(
         del inputs["h0"]
     if flags != "nowhere":
         inputs["starts"] = starts(flags, B, T, n)
-    if flags == "starts and mask":
-        inputs["mask"] = torch.rand(B, T, generator=generator) < 0.8
     return inputs
 
 
@@ -133,13 +131,13 @@ CASES = [
     (backend, shape, flags, with_h0)
     for backend in BACKENDS
     for shape in SHAPES
-    for flags in ("nowhere", "somewhere", "starts and mask")
+    for flags in ("nowhere", "somewhere")
     for with_h0 in (False, True)
 ]
 CASES += [
     (backend, (2, 9, 5), flags, True) for backend in BACKENDS for flags in ("first", "everywhere")
 ]
-CASES += [(form, shape, "starts and mask", True) for form in FORMS for shape in TRITON_SHAPES]
+CASES += [(form, shape, "somewhere", True) for form in FORMS for shape in TRITON_SHAPES]
 CASES += [
     (form, CHUNKS, flags, with_h0)
     for form in FORMS
@@ -171,7 +169,7 @@ def test_matches_oracle(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_once(backend: str, dtype: torch.dtype) -> None:
     shape = CHUNKS if is_triton(backend) else (2, 63, 17)
-    case, device = (*shape, "starts and mask", True, dtype), device_of(backend)
+    case, device = (*shape, "somewhere", True, dtype), device_of(backend)
     expected, sizes = oracle(*case, device=device)
     types: list[torch.dtype] = []
 
@@ -196,7 +194,7 @@ def test_half_precision_rounds_once(backend: str, dtype: torch.dtype) -> None:
 
 
 @each_fast_backend
-@pytest.mark.parametrize("flags", ["nowhere", "starts and mask"])
+@pytest.mark.parametrize("flags", ["nowhere", "somewhere"])
 def test_gradcheck(backend: str, flags: str) -> None:
     gradcheck(backend_function(backend), problem(2, 7, 3, flags))
 
@@ -204,7 +202,7 @@ def test_gradcheck(backend: str, flags: str) -> None:
 @each_fast_backend
 @pytest.mark.parametrize("wanted", ["gate", "value", "a", "b", "h0"])
 def test_each_gradient_alone(backend: str, wanted: str) -> None:
-    inputs = problem(2, 7, 3, "starts and mask")
+    inputs = problem(2, 7, 3, "somewhere")
     everything = outcome(backend_function(backend), inputs)
     alone = outcome(backend_function(backend), inputs, wanted)
     assert torch.equal(alone[f"d{wanted}"], everything[f"d{wanted}"])
@@ -219,7 +217,7 @@ def test_each_gradient_alone(backend: str, wanted: str) -> None:
 )
 def test_strided_inputs(backend: str, dtype: torch.dtype) -> None:
     function = backend_function(backend)
-    inputs = moved(problem(*CHUNKS, "starts and mask", True, dtype), device_of(backend))
+    inputs = moved(problem(*CHUNKS, "somewhere", True, dtype), device_of(backend))
     both = inputs["gate"], inputs["value"]
     expected = outcome(function, inputs)
     # Other strides may take another vector loop of torch, fused or not: a few roundings.
@@ -273,19 +271,6 @@ def test_empty(backend: str) -> None:
 
 
 @each_backend
-def test_nothing_enters_where_the_mask_is_false(backend: str) -> None:
-    inputs = problem(2, 9, 5, dtype=torch.float32)
-    inputs["mask"] = torch.ones(2, 9, dtype=torch.bool)
-    inputs["mask"][0, 3:6] = False
-    changed = inputs | {name: inputs[name].clone() for name in ("gate", "value")}
-    changed["gate"][0, 3:6], changed["value"][0, 3:6] = 7.0, -9.0
-    first, second = (outcome(backend_function(backend), x) for x in (inputs, changed))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not first["dgate"][0, 3:6].any()
-    assert not first["dvalue"][0, 3:6].any()
-
-
-@each_backend
 def test_gates_far_open_and_far_closed(backend: str) -> None:
     gate = torch.tensor([-1e4, -100.0, -88.0, -20.0, 0.0, 20.0, 88.0, 100.0, 1e4]).view(1, -1, 1)
     leaf = gate.clone().requires_grad_()
@@ -311,9 +296,9 @@ def test_not_a_number_is_not_hidden(backend: str) -> None:
 @each_backend
 @pytest.mark.parametrize("lengths", [[1, 62], [20, 20, 23], [1] * 63])
 def test_pieces_with_carried_state_equal_the_whole(backend: str, lengths: list[int]) -> None:
-    function, inputs = backend_function(backend), problem(2, 63, 17, "starts and mask")
-    carried = in_pieces(function, lengths, ("gate", "value", "starts", "mask"))
-    _, sizes = oracle(2, 63, 17, "starts and mask", True, torch.float64, device=device_of(backend))
+    function, inputs = backend_function(backend), problem(2, 63, 17, "somewhere")
+    carried = in_pieces(function, lengths, ("gate", "value", "starts"))
+    _, sizes = oracle(2, 63, 17, "somewhere", True, torch.float64, device=device_of(backend))
     # Sums in another order: blocks of time are others in each piece.
     assert worst(outcome(carried, inputs), outcome(function, inputs), sizes) <= 1e-14
 
@@ -329,7 +314,7 @@ def test_packed_documents_equal_separate_ones(backend: str, lengths: list[int]) 
 
 
 @pytest.mark.parametrize("T", [*range(2, 12), 24, 25, 26, 63, 64, 65])
-@pytest.mark.parametrize("flags", ["nowhere", "starts and mask"])
+@pytest.mark.parametrize("flags", ["nowhere", "somewhere"])
 def test_blocks_of_time_of_any_number(T: int, flags: str) -> None:
     case = (2, T, 3, flags, True, torch.float64)
     expected = oracle(*case, device=device_of("torch"))
@@ -388,7 +373,7 @@ def test_long_bfloat16_scan_is_not_accumulated_in_bfloat16(backend: str) -> None
 
 @pytest.mark.parametrize("name", ["gate", "a", "b", "h0", "starts", "mask"])
 def test_shapes_that_do_not_fit_are_named(name: str) -> None:
-    inputs = problem(2, 7, 5, "starts and mask")
+    inputs = problem(2, 7, 5, "somewhere") | {"mask": torch.ones(2, 7, dtype=torch.bool)}
     inputs[name] = inputs[name][:1] if name in ("h0", "starts", "mask") else inputs[name][..., :4]
     with pytest.raises(PHAError, match=f"{name} is "):
         gated_scan(**inputs)
@@ -397,7 +382,7 @@ def test_shapes_that_do_not_fit_are_named(name: str) -> None:
 def test_as_an_operator_of_torch() -> None:
     inputs = [x.requires_grad_() for x in problem(2, 7, 3, dtype=torch.float32).values()]
     torch.library.opcheck(
-        torch.ops.pha.gated_scan.default, (*inputs, starts_of([3, 4]).expand(2, 7), None, "torch")
+        torch.ops.pha.gated_scan.default, (*inputs, starts_of([3, 4]).expand(2, 7), "torch")
     )
 
 
@@ -424,7 +409,7 @@ each_form_on_a_gpu = pytest.mark.parametrize(
 
 @each_form_on_a_gpu
 def test_the_same_twice(form: str) -> None:
-    inputs = moved(problem(2, 1025, 1000, "starts and mask", True, torch.float32), device_of(form))
+    inputs = moved(problem(2, 1025, 1000, "somewhere", True, torch.float32), device_of(form))
     first, second = (outcome(backend_function(form), inputs) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -485,7 +470,7 @@ def test_where_it_cannot_run_torch_takes_over_once(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(triton_runtime, "_FAULTS", {})
     monkeypatch.setattr(triton_runtime, "_largest_error", fail)
-    inputs = problem(2, 37, 19, "starts and mask", True, torch.float32)
+    inputs = problem(2, 37, 19, "somewhere", True, torch.float32)
     with pytest.warns(RuntimeWarning, match=r"used \(ValueError: no compiler\)") as caught:
         actual = outcome(backend_function("triton"), inputs)
     assert len(caught) == 1

@@ -80,7 +80,7 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 linux = pytest.mark.skipif(
     not has_triton(3, 6) or not sys.platform.startswith("linux"), reason="needs Triton 3.6"
 )
-FLAGS = {"HAS_STARTS": True, "HAS_MASK": True}
+FLAGS = {"HAS_STARTS": True}
 PLAIN = dict.fromkeys(FLAGS, False)
 # The kernels of the scan: their constants, and how many streams of loads they keep under way.
 SCANS: list[tuple[str, dict[str, Any], int]] = [
@@ -107,7 +107,7 @@ def test_the_scan_compiles_without_spills(
     walk = {"BLOCK": triton_scan.BLOCK, "UNROLL": triton_scan.UNROLL, "STAGES": triton_scan.STAGES}
     constants = constants | {x: value for x, value in walk.items() if x in kernel.arg_names}
     kinds = dict.fromkeys(("gate", "value", "h", "dh", "dgate", "dvalue"), f"*{element}")
-    kinds |= dict.fromkeys(("starts", "mask"), "*u8")
+    kinds["starts"] = "*u8"
     kinds |= dict.fromkeys(("T", "n", "chunks", "length"), "i32")
     signature = {
         x: kinds.get(x, "i32" if x.endswith(("_B", "_T")) else "*fp32")

@@ -74,7 +74,7 @@ def decode(
         return None
     states = writer.states(cache)
     if positions is None:
-        positions = torch.full((1, 1), length)
+        positions = length - starts[:, None]
     if states is None or positions.shape not in ((1, 1), (batch, 1)):
         return None
     x = backbone.embed_tokens(ids)[:, 0].float() * math.sqrt(config.hidden_size)

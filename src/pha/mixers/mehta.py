@@ -80,12 +80,11 @@ class MehtaGSS(Branch):
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """Map (B, T, d) to (B, T, d), starting from and updating the cached state."""
         u, v = F.gelu(self.W_u(z)), F.gelu(self.W_v(z))
-        if context.token_mask is not None:
-            v = v * context.token_mask.unsqueeze(-1)
         cache = context.cache
         h0 = cache.recurrent_state(self.layer_idx) if cache is not None else None
         parameters = self.Lambda_re, self.Lambda_im, self.C_re, self.C_im, self.D
-        y, h_last = dss(v, *parameters, h0, context.document_starts, cache is not None)
+        flags = context.document_starts, context.token_mask
+        y, h_last = dss(v, *parameters, h0, *flags, cache is not None)
         if cache is not None and h_last is not None:
             cache.set_recurrent_state(self.layer_idx, h_last)
         return self.W_o(self.W_y(y) * u)

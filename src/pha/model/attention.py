@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pha.model.branches import Branch, Context, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import attention, rotate, unit_rotary
+from pha.ops.attention.naive import attention_weights
 
 MAX_LOG_SCALE = math.log(100.0)
 
@@ -77,6 +78,9 @@ class GroupedQueryAttention(Branch):
         q, k = q.to(v.dtype), k.to(v.dtype)
         if context.cache is not None:
             k, v = context.cache.update(k, v, self.layer_idx)
+        if context.attention_weights is not None:
+            seen = context.attention_mask, context.attention_window
+            context.attention_weights.append(attention_weights(q, k, *seen))
         y = attention(
             q,
             k,

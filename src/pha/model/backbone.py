@@ -58,25 +58,28 @@ class Backbone(nn.Module):
         cache: StateCache | None = None,
         attention_backend: str | None = None,
         layer_inputs: list[Tensor] | None = None,
+        attention_weights: list[Tensor] | None = None,
     ) -> Tensor:
         """Hidden states (B, T, d) after the final norm, in the compute type.
 
         Args:
             input_ids: (B, T) tokens, or
             inputs_embeds: (B, T, d) in their place, before the scaling by sqrt(d).
-            positions: (B or 1, T); counts on from the cache when absent. Only differences matter,
-                since attention is rotary.
+            positions: (B or 1, T); when absent, how many tokens came before. Only differences
+                matter, since attention is rotary.
             document_starts: (B, S) bool over cached and new tokens, true where one begins.
-            token_mask: (B, S) bool over cached and new tokens, false at padding.
+            token_mask: (B, S) bool over cached and new tokens, false where there is no token.
             cache: the model's state so far; updated.
             attention_backend: name in the op table; None for the one of the device.
             layer_inputs: receives what enters each layer, (B, T, d).
+            attention_weights: receives those of each layer with attention, (B, H, T, S).
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         context = self._context(
             inputs_embeds, positions, document_starts, token_mask, cache, attention_backend
         )
+        context.attention_weights = attention_weights
         x = self.dropout(inputs_embeds * math.sqrt(self.config.hidden_size))
         for layer in self.layers:
             if layer_inputs is not None:
@@ -108,10 +111,12 @@ class Backbone(nn.Module):
             window, new = None, query
         elif document_starts is not None or token_mask is not None:
             mask = attention_mask(query, key, document_starts, token_mask)
+        if positions is None:
+            positions = query[None]
+            if token_mask is not None:
+                positions = (token_mask.cumsum(-1) - 1).clamp(min=0)[:, new]
         return Context(
-            rotary=rotary_angles(
-                query[None] if positions is None else positions, config.head_dim, config.rope_theta
-            ),
+            rotary=rotary_angles(positions, config.head_dim, config.rope_theta),
             attention_mask=mask,
             attention_window=window,
             attention_backend=attention_backend,

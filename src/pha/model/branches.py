@@ -61,8 +61,10 @@ class Context:
         attention_window: keys that a query may see besides, or None.
         attention_backend: name in the op table; None for the one of the device.
         document_starts: (B, T) bool, true where a document begins, or None.
-        token_mask: (B, T) bool, false at padding, or None.
+        token_mask: (B, T) bool, false where there is no token, or None. What is returned there is
+            not looked at; every other token must be as if they were left out.
         cache: where the past is, or None when the tokens are the whole sequence.
+        attention_weights: receives the weights (B, H, T, S) of each layer, where they are wanted.
     """
 
     rotary: tuple[Tensor, Tensor]
@@ -72,6 +74,7 @@ class Context:
     document_starts: Tensor | None = None
     token_mask: Tensor | None = None
     cache: StateCache | None = None
+    attention_weights: list[Tensor] | None = None
 
 
 class Branch(nn.Module):

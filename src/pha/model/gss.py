@@ -70,8 +70,8 @@ class GatedStateSpace(Branch):
         h0 = cache.recurrent_state(self.layer_idx) if cache is not None else None
         h, h_last = gated_scan(
             *(self.W_g(z), self.W_B(z), a, b),
-            *(h0, context.document_starts, context.token_mask),
+            *(h0, context.document_starts, context.token_mask, cache is not None),
         )
-        if cache is not None:
+        if cache is not None and h_last is not None:
             cache.set_recurrent_state(self.layer_idx, h_last)
         return self.W_C(h)

@@ -22,6 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type
 from pha.ops.testing import relative_error
+from pha.ops.visible import VisibleFirst
+from pha.utils.errors import PHAError
 
 
 def dss(
@@ -33,6 +35,7 @@ def dss(
     D: Tensor,
     h0: Tensor | None = None,
     starts: Tensor | None = None,
+    mask: Tensor | None = None,
     last_state: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the state space over time.
@@ -47,14 +50,23 @@ def dss(
         h0: (B, H, N, 2) real and imaginary parts of the state before the first step; zeros when
             absent.
         starts: (B, T) bool, true where a document begins: the state is reset before that step.
+        mask: (B, T) bool, false where there is no step (padding): the state stays, and y is 0.
         last_state: whether the last state is wanted. It costs as much as a matrix product.
 
     Returns:
         y (B, T, H) in the type of `v`, and the last state (B, H, N, 2), or None if not wanted.
         Computed in float32 (float64 for float64 inputs), the type of the last state.
     """
+    run, parameters = _OP(v.device.type), (Lambda_re, Lambda_im, C_re, C_im, D)
     with torch.autocast(v.device.type, enabled=False):
-        return _OP(v.device.type)(v, Lambda_re, Lambda_im, C_re, C_im, D, h0, starts, last_state)
+        if mask is None:
+            return run(v, *parameters, h0, starts, last_state)
+        visible = VisibleFirst(mask)
+        front = None if starts is None else visible.front_starts(starts)
+        y, last = run(visible.front(v), *parameters, h0, front, last_state, visible.count)
+        if last is not None and starts is not None:
+            last = last.masked_fill(visible.ends_empty(starts).view(-1, 1, 1, 1), 0.0)
+        return visible.back(y), last
 
 
 def dss_naive(
@@ -67,8 +79,12 @@ def dss_naive(
     h0: Tensor | None = None,
     starts: Tensor | None = None,
     last_state: bool = True,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The oracle: the recurrence as written, differentiated by autograd; also one decoding step."""
+    """The oracle: the recurrence as written, differentiated by autograd; also one decoding step.
+
+    The state stays after the first `count` (B,) steps of each row.
+    """
     dtype = accumulation_type(v)
     Lambda, C = _modes(Lambda_re, Lambda_im, C_re, C_im, dtype)
     decay = Lambda.exp().to(C.dtype)
@@ -81,7 +97,8 @@ def dss_naive(
         if starts is not None:
             h = torch.where(starts[:, t, None, None], 0.0, h)
         v_t = v[:, t].to(dtype)
-        h = decay * h + v_t.unsqueeze(-1)
+        step = decay * h + v_t.unsqueeze(-1)
+        h = step if count is None else torch.where((t < count).view(-1, 1, 1), step, h)
         outputs.append((C * h).sum(-1).real + D.to(dtype) * v_t)
     return torch.stack(outputs, dim=1).to(v.dtype), torch.view_as_real(h) if last_state else None
 
@@ -227,18 +244,31 @@ def _from_state(h0: Tensor, C: Tensor, Lambda: Tensor, modes: Tensor) -> Tensor:
 
 
 def _last_state(
-    v_BTH: Tensor, h0: Tensor | None, Lambda: Tensor, modes: Tensor, starts: Tensor | None
+    v_BTH: Tensor,
+    h0: Tensor | None,
+    Lambda: Tensor,
+    modes: Tensor,
+    starts: Tensor | None,
+    count: Tensor | None,
 ) -> Tensor:
-    """exp(Lambda T) h0 + sum_t exp(Lambda (T - 1 - t)) v_t over the last document of each row."""
+    """exp(Lambda T) h0 + sum_t exp(Lambda (T - 1 - t)) v_t over the last document of each row.
+
+    Of the first `count` (B,) steps only, where that is given.
+    """
     B, T, H = v_BTH.shape
+    steps = v_BTH.new_full((B,), T, dtype=torch.long) if count is None else count
     if starts is not None:
         from_here_on = starts.flip(1).cumsum(1).flip(1)
         ended = (from_here_on - starts.to(from_here_on.dtype)) > 0
         v_BTH = v_BTH.masked_fill(ended.unsqueeze(-1), 0.0)
+    if count is not None:  # the last of them comes last, after zeros
+        place = torch.arange(T, device=v_BTH.device) - (T - steps)[:, None]
+        v_BTH = v_BTH.take_along_dim(place.clamp(min=0).unsqueeze(-1), 1)
+        v_BTH = v_BTH.masked_fill((place < 0).unsqueeze(-1), 0.0)
     h = (v_BTH.transpose(1, 2) @ modes.flip(0)).view(B, H, -1, 2)
     if h0 is None:
         return h
-    decay = (Lambda * T).exp().to(modes.dtype.to_complex())
+    decay = (Lambda * steps[:, None]).exp().to(modes.dtype.to_complex()).unsqueeze(1)
     carried = torch.view_as_real(decay * torch.view_as_complex(h0.to(modes.dtype).contiguous()))
     if starts is not None:
         carried = carried.masked_fill(starts.any(1).view(B, 1, 1, 1), 0.0)
@@ -255,6 +285,7 @@ def dss_fft(
     h0: Tensor | None = None,
     starts: Tensor | None = None,
     last_state: bool = True,
+    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Convolution by FFT; one token alone takes a step of the recurrence. See `dss`.
 
@@ -263,8 +294,10 @@ def dss_fft(
     later inputs to earlier outputs.
     """
     T = v.shape[1]
+    if isinstance(T, torch.SymInt):
+        raise PHAError("dss: the form of its Fourier transform is of one length; export that one")
     if T == 1:
-        return dss_naive(v, Lambda_re, Lambda_im, C_re, C_im, D, h0, starts, last_state)
+        return dss_naive(v, Lambda_re, Lambda_im, C_re, C_im, D, h0, starts, last_state, count)
     dtype = accumulation_type(v)
     Lambda, C = _modes(Lambda_re, Lambda_im, C_re, C_im, dtype)
     # Re(C~ p) is a product of real vectors, conj(C~) and p: half the work of complex ones.
@@ -278,7 +311,7 @@ def dss_fft(
         if starts is not None:
             carried = carried.masked_fill(starts.cumsum(1).gt(0).unsqueeze(-1), 0.0)
         y = y + carried
-    h_last = _last_state(x, h0, Lambda, modes, starts) if last_state else None
+    h_last = _last_state(x, h0, Lambda, modes, starts, count) if last_state else None
     return y.to(v.dtype), h_last
 
 

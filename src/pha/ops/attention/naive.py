@@ -12,15 +12,21 @@ def attention_naive(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
 ) -> Tensor:
     """softmax(q k^T) v with every logit at hand; see `pha.ops.attention`."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    v = v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return attention_weights(q, k, mask, window) @ v
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, mask: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """softmax(q k^T), (B, H, T, S); see `pha.ops.attention`."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     queries, keys = q.shape[2], k.shape[2]
     if mask is None:
         mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
     if window is not None:
         mask = mask & within(queries, keys, window, q.device)
-    logits = (q @ k.transpose(-1, -2)).masked_fill(~mask, -math.inf)
-    return logits.softmax(-1) @ v
+    return (q @ k.transpose(-1, -2)).masked_fill(~mask, -math.inf).softmax(-1)
 
 
 def within(queries: int, keys: int, window: int, device: torch.device) -> Tensor:

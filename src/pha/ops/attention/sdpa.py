@@ -19,15 +19,16 @@ def attention_sdpa(
     if window is not None and keys > window:
         return _windowed_sdpa(q, k, v, mask, window)
     # One new token sees every cached one, so causality needs no mask there.
-    causal = mask is None and queries == keys and queries > 1
+    causal = bool(mask is None and queries == keys and queries > 1)  # also where they are traced
     if mask is None and not causal and queries > 1:
         mask = within(queries, keys, keys, q.device)
     return _sdpa(q, k, v, mask, causal)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    shared = bool(q.shape[1] != k.shape[1])
     return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=causal, scale=1.0, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, mask, is_causal=causal, scale=1.0, enable_gqa=shared
     )
 
 

@@ -22,7 +22,9 @@ from pha.ops.backends import Op
 from pha.ops.gated_scan import triton_runtime
 from pha.ops.gated_scan.naive import gated_scan_naive
 from pha.ops.gated_scan.operator import gated_scan_operator
+from pha.ops.precision import accumulation_type
 from pha.ops.testing import relative_error
+from pha.ops.visible import VisibleFirst
 from pha.utils.errors import PHAError
 
 
@@ -34,7 +36,8 @@ def gated_scan(
     h0: Tensor | None = None,
     starts: Tensor | None = None,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    last_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Run h_t = a * h_{t-1} + b * sigmoid(gate_t) * value_t over time.
 
     Args:
@@ -44,11 +47,12 @@ def gated_scan(
         b: (n,) scales of the input.
         h0: (B, n) state before the first step; zeros when absent.
         starts: (B, T) bool, true where a document begins: the state is reset before that step.
-        mask: (B, T) bool, false where nothing enters the state (padding).
+        mask: (B, T) bool, false where there is no step (padding): the state stays, and h is 0.
+        last_state: whether the last state is wanted. With a mask it costs copies in its type.
 
     Returns:
-        h (B, T, n) in the type of `value`, and the last state (B, n). States are accumulated in
-        float32 (float64 for float64 inputs), the type of the last state.
+        h (B, T, n) in the type of `value`, and the last state (B, n), or None if not wanted.
+        States are accumulated in float32 (float64 for float64 inputs), the type of the last state.
 
     Raises:
         PHAError: shapes that do not fit each other.
@@ -61,9 +65,27 @@ def gated_scan(
     ):
         if x is not None and x.shape != shape:
             raise PHAError(f"gated_scan: {name} is {tuple(x.shape)}; {shape} goes with value")
-    if T == 1:  # calling an operator costs more than a step of the equation
-        return gated_scan_naive(gate, value, a, b, h0, starts, mask)
-    return _OP(value.device.type)(gate, value, a, b, h0, starts, mask)
+    # Calling an operator costs more than one step of the equation.
+    scan = gated_scan_naive if T == 1 else _OP(value.device.type)
+    if mask is None:
+        h, last = scan(gate, value, a, b, h0, starts)
+        return h, last if last_state else None
+    visible = VisibleFirst(mask)
+    dtype = accumulation_type(value) if last_state else value.dtype
+    front = visible.front(gate.to(dtype)), visible.front(value.to(dtype))
+    h, _ = scan(*front, a, b, h0, None if starts is None else visible.front_starts(starts))
+    last = _state_after(visible, h, h0, starts) if last_state else None
+    return visible.back(h).to(value.dtype), last
+
+
+def _state_after(
+    visible: VisibleFirst, h: Tensor, h0: Tensor | None, starts: Tensor | None
+) -> Tensor:
+    """The state after the visible steps, which are the first of h (B, T, n)."""
+    place = (visible.count - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, h.shape[2])
+    before = h.new_zeros(()) if h0 is None else h0.to(h.dtype)
+    last = torch.where(visible.count[:, None] > 0, h.gather(1, place).squeeze(1), before)
+    return last if starts is None else torch.where(visible.ends_empty(starts)[:, None], 0, last)
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
@@ -74,12 +96,8 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
 
     a = torch.rand(19, generator=generator).to(device_type)
     inputs = normal(2, 37, 19), normal(2, 37, 19), a, normal(19), normal(2, 19)
-    starts, mask = (
-        (torch.rand(2, 37, generator=generator) < p).to(device_type) for p in (0.1, 0.9)
-    )
-    return relative_error(
-        lambda *x: backend(*x, starts, mask), lambda *x: oracle(*x, starts, mask), *inputs
-    )
+    starts = (torch.rand(2, 37, generator=generator) < 0.1).to(device_type)
+    return relative_error(lambda *x: backend(*x, starts), lambda *x: oracle(*x, starts), *inputs)
 
 
 def _fault(backend: str, device_type: str) -> str | None:

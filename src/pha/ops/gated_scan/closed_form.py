@@ -18,7 +18,6 @@ def torch_forward(
     b: Tensor,
     h0: Tensor | None,
     starts: Tensor | None,
-    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """h and the last state, blocks of time side by side. See `gated_scan`."""
     dtype = accumulation_type(value)
@@ -26,8 +25,6 @@ def torch_forward(
         last = value.new_zeros(value.shape[0], value.shape[2], dtype=dtype)
         return torch.empty_like(value), last if h0 is None else last.copy_(h0)
     h = gate.to(dtype).sigmoid().mul_(value).mul_(b.to(dtype))
-    if mask is not None:
-        h.mul_(mask.unsqueeze(-1))
     decay, kept = a.to(dtype), None if starts is None else (~starts).to(dtype)
     if h0 is not None:
         first = decay * h0
@@ -47,7 +44,6 @@ def torch_backward(
     b: Tensor,
     h0: Tensor | None,
     starts: Tensor | None,
-    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dgate, dvalue, da, db and dh0 (that of zeros without h0), in torch's own operations."""
     dtype = accumulation_type(h)
@@ -65,8 +61,6 @@ def torch_backward(
     if h0 is not None:
         da += (into[:, 0] * h0).sum(0)
     dh0 = (into[:, 0] * decay).to(state)
-    if mask is not None:
-        g.mul_(mask.unsqueeze(-1))
     s = gate.to(dtype).sigmoid()
     g.mul_(s)
     dvalue = g * scale

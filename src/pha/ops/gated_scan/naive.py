@@ -15,13 +15,10 @@ def gated_scan_naive(
     b: Tensor,
     h0: Tensor | None = None,
     starts: Tensor | None = None,
-    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One step of the equation after the other; see `pha.ops.gated_scan`."""
     dtype = accumulation_type(value)
     u = b.to(dtype) * gate.to(dtype).sigmoid() * value.to(dtype)
-    if mask is not None:
-        u = torch.where(mask.unsqueeze(-1), u, 0.0)
     h = u.new_zeros(u.shape[0], u.shape[2]) if h0 is None else h0.to(dtype)
     states = []
     for t in range(u.shape[1]):

@@ -12,10 +12,7 @@ from pha.ops.gated_scan import triton_runtime
 from pha.ops.gated_scan.closed_form import torch_backward, torch_forward
 from pha.ops.precision import accumulation_type
 
-_INPUTS = (
-    "Tensor gate, Tensor value, Tensor a, Tensor b, Tensor? h0, Tensor? starts, Tensor? mask, "
-    "str form"
-)
+_INPUTS = "Tensor gate, Tensor value, Tensor a, Tensor b, Tensor? h0, Tensor? starts, str form"
 
 
 @torch.library.custom_op(
@@ -73,7 +70,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor | None, ...]:
     *gradients, dh0 = _backward(dh, dh_last, *ctx.saved_tensors, ctx.form)
-    return *gradients, dh0 if ctx.needs_input_grad[4] else None, None, None, None
+    return *gradients, dh0 if ctx.needs_input_grad[4] else None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
@@ -86,8 +83,7 @@ def gated_scan_operator(
     b: Tensor,
     h0: Tensor | None = None,
     starts: Tensor | None = None,
-    mask: Tensor | None = None,
     form: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """See `gated_scan`. `form` is "torch" or, for Triton, one that `chunk_length` knows."""
-    return _forward(gate, value, a, b, h0, starts, mask, form)
+    return _forward(gate, value, a, b, h0, starts, form)

@@ -122,7 +122,6 @@ def scan_forward(
     b: Tensor,
     h0: Tensor | None,
     starts: Tensor | None,
-    mask: Tensor | None,
     form: str,
 ) -> tuple[Tensor, Tensor]:
     """h and the last state, as `gated_scan` says."""
@@ -135,20 +134,19 @@ def scan_forward(
     a, b = (x.to(dtype).contiguous() for x in (a, b))
     initial = None if h0 is None else h0.to(dtype).contiguous()
     inputs = gate, *gate.stride()[:2], value, *value.stride()[:2], a, b
-    flags = _flags(starts, h), _flags(mask, h)
+    flags = _flags(starts, h)
 
     def walk(initial: Tensor | None, last: Tensor, product: Tensor, summary: bool) -> None:
         launch.run(
             triton_kernels.forward,
             *inputs,
             a if initial is None else initial,
-            *flags,
+            flags,
             h,
             last,
             product,
             HAS_INITIAL=initial is not None,
             HAS_STARTS=starts is not None,
-            HAS_MASK=mask is not None,
             SUMMARY=summary,
         )
 
@@ -171,7 +169,6 @@ def scan_backward(
     b: Tensor,
     h0: Tensor | None,
     starts: Tensor | None,
-    mask: Tensor | None,
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dgate, dvalue, da, db and dh0, from what `scan_forward` took and returned.
@@ -189,7 +186,7 @@ def scan_backward(
     parts_a = launch.partial(h)
     parts_b = torch.empty_like(parts_a)
     leaving = torch.empty_like(incoming)
-    flags = _flags(starts, h), _flags(mask, h)
+    flags = _flags(starts, h)
     with _on(h):
         if launch.chunks > 1:
             last, product = torch.empty_like(parts_a), torch.empty_like(parts_a)
@@ -198,7 +195,7 @@ def scan_backward(
                 dh,
                 *dh.stride()[:2],
                 decay,
-                flags[0],
+                flags,
                 last,
                 product,
                 HAS_STARTS=starts is not None,
@@ -217,7 +214,7 @@ def scan_backward(
             decay,
             scale,
             initial,
-            *flags,
+            flags,
             dgate,
             dvalue,
             parts_a,
@@ -225,7 +222,6 @@ def scan_backward(
             leaving,
             HAS_H0=h0 is not None,
             HAS_STARTS=starts is not None,
-            HAS_MASK=mask is not None,
         )
     da, db = (parts.sum((0, 1)).to(x.dtype) for parts, x in ((parts_a, a), (parts_b, b)))
     return dgate, dvalue, da, db, leaving if h0 is None else leaving.to(h0.dtype)

@@ -34,18 +34,10 @@ def _row(x, t, stride, states, inside):
 
 
 @triton.jit
-def _flag(x, t, inside, PRESENT: tl.constexpr, ABSENT: tl.constexpr):
+def _flag(x, t, inside, PRESENT: tl.constexpr):
     if PRESENT:
         return tl.load(x + t, mask=inside, other=0) != 0
-    return ABSENT
-
-
-@triton.jit
-def _input(gate, value, scale, allowed, HAS_MASK: tl.constexpr):
-    u = scale * tl.sigmoid(gate.to(scale.dtype)) * value.to(scale.dtype)
-    if HAS_MASK:
-        u = tl.where(allowed, u, 0.0)
-    return u
+    return False
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "length"])
@@ -60,7 +52,6 @@ def forward(
     b,
     initial,
     starts,
-    mask,
     h,
     last,
     product,
@@ -73,7 +64,6 @@ def forward(
     STAGES: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HAS_STARTS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     SUMMARY: tl.constexpr,
 ):
     """Write h (B, T, n) and `last` (B, n); a SUMMARY writes L and P (B, chunks, n) instead.
@@ -86,7 +76,6 @@ def forward(
     gate += sequence * gate_B
     value += sequence * value_B
     starts += sequence * T
-    mask += sequence * T
     h += sequence * T * n
     summary = (sequence * chunks + chunk) * n + states
     decay = tl.load(a + states, mask=exists, other=0.0)
@@ -96,16 +85,15 @@ def forward(
         state = tl.load(initial + summary, mask=exists, other=0.0)
     kept = tl.zeros_like(decay) + 1.0
     for t0 in tl.range(first, end, UNROLL, num_stages=STAGES):
-        gates, values, resets, allowed = (), (), (), ()
+        gates, values, resets = (), (), ()
         for i in tl.static_range(UNROLL):
             inside = t0 + i < end
             gates += (_row(gate, t0 + i, gate_T, states, exists & inside),)
             values += (_row(value, t0 + i, value_T, states, exists & inside),)
-            resets += (_flag(starts, t0 + i, inside, HAS_STARTS, False),)
-            allowed += (_flag(mask, t0 + i, inside, HAS_MASK, True),)
+            resets += (_flag(starts, t0 + i, inside, HAS_STARTS),)
         for i in tl.static_range(UNROLL):
             inside = t0 + i < end
-            u = _input(gates[i], values[i], scale, allowed[i], HAS_MASK)
+            u = scale * tl.sigmoid(gates[i].to(scale.dtype)) * values[i].to(scale.dtype)
             before = state
             if HAS_STARTS:
                 before = tl.where(resets[i], 0.0, state)
@@ -159,7 +147,7 @@ def backward_summary(
         for i in tl.static_range(UNROLL):
             inside = t0 - i >= first
             gradients += (_row(dh, t0 - i, dh_T, states, exists & inside),)
-            resets += (_flag(starts, t0 - i, inside, HAS_STARTS, False),)
+            resets += (_flag(starts, t0 - i, inside, HAS_STARTS),)
         for i in tl.static_range(UNROLL):
             inside = t0 - i >= first
             g = gradients[i].to(decay.dtype) + carry
@@ -228,7 +216,6 @@ def backward(
     b,
     h0,
     starts,
-    mask,
     dgate,
     dvalue,
     da,
@@ -243,7 +230,6 @@ def backward(
     STAGES: tl.constexpr,
     HAS_H0: tl.constexpr,
     HAS_STARTS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
 ):
     """Write dgate, dvalue (B, T, n), dh0 (B, n) and for each chunk its part of da and db.
 
@@ -256,7 +242,6 @@ def backward(
     gate += sequence * gate_B
     value += sequence * value_B
     starts += sequence * T
-    mask += sequence * T
     h += sequence * T * n
     dgate += sequence * T * n
     dvalue += sequence * T * n
@@ -271,7 +256,7 @@ def backward(
         start = tl.load(h0 + sequence * n + states, mask=exists, other=0.0)
     for back in tl.range(0, end - first, UNROLL, num_stages=STAGES):
         t0 = end - 1 - back
-        gradients, befores, gates, values, resets, allowed = (), (), (), (), (), ()
+        gradients, befores, gates, values, resets = (), (), (), (), ()
         for i in tl.static_range(UNROLL):
             t = t0 - i
             inside = t >= first
@@ -279,8 +264,7 @@ def backward(
             befores += (_row(h, t - 1, n, states, exists & inside & (t > 0)),)
             gates += (_row(gate, t, gate_T, states, exists & inside),)
             values += (_row(value, t, value_T, states, exists & inside),)
-            resets += (_flag(starts, t, inside, HAS_STARTS, False),)
-            allowed += (_flag(mask, t, inside, HAS_MASK, True),)
+            resets += (_flag(starts, t, inside, HAS_STARTS),)
         for i in tl.static_range(UNROLL):
             t = t0 - i
             inside = t >= first
@@ -294,8 +278,6 @@ def backward(
                 before = tl.where(resets[i], 0.0, before)
             sum_a += tl.where(inside, kept * before, 0.0)
             carry = tl.where(inside, decay * kept, carry)
-            if HAS_MASK:
-                g = tl.where(allowed[i], g, 0.0)
             place = tl.cast(t, tl.int64) * n + states
             s = tl.sigmoid(gates[i].to(decay.dtype))
             v = values[i].to(decay.dtype)

@@ -49,14 +49,14 @@ def _largest_error(device: torch.device) -> float:
 
     a = torch.rand(n, generator=generator).to(device)
     gate, value, b, h0 = normal(B, T, n), normal(B, T, n), normal(n), normal(B, n)
-    starts, mask = ((torch.rand(B, T, generator=generator) < p).to(device) for p in (0.02, 0.9))
+    starts = (torch.rand(B, T, generator=generator) < 0.02).to(device)
     dh, dh_last = normal(B, T, n), normal(B, n)
-    inputs = gate, value, a, b, h0, starts, mask
+    inputs = gate, value, a, b, h0, starts
     results = []
     for form in ("sequential", "chunked"):
         h, h_last = triton_scan.scan_forward(*inputs, form)
         results += [h, h_last, *triton_scan.scan_backward(dh, dh_last, h, *inputs, form)]
     wide = gate.double(), value.double(), a.double(), b.double(), h0.double()
-    states = gated_scan_naive(*wide, starts, mask)
-    gradients = torch_backward(dh.double(), dh_last.double(), states[0], *wide, starts, mask)
+    states = gated_scan_naive(*wide, starts)
+    gradients = torch_backward(dh.double(), dh_last.double(), states[0], *wide, starts)
     return largest_error(results, [*states, *gradients] * 2)
