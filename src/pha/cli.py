@@ -8,6 +8,7 @@ docstring is the help. Only the chosen verb's module is imported.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import functools
 import importlib
@@ -17,14 +18,22 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from pha.utils.errors import PHAError, TrainingInterruptedError
+from pha.utils.errors import (
+    INTERRUPTED,
+    STOPPED,
+    PHAError,
+    StoppedError,
+    TrainingInterruptedError,
+    is_out_of_memory,
+)
 from pha.utils.extras import remedy
+from pha.utils.processes import leave_with_parent
+from pha.utils.signals import leave, on_stop_signals, write_nowhere
 from pha.utils.text import printable
 
 Verb = Callable[..., None]
@@ -82,7 +91,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a verb; mistakes that a user can put right end in one line and exit code 2."""
+    """Run a verb; a mistake that a user can put right ends in one line and exit code 2."""
+    leave_with_parent()
+    with on_stop_signals(leave):
+        _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> None:
     # OpenMP's threads spin for milliseconds after each piece of work, on processors that compiled
     # kernels between two pieces need. Read when torch is imported, which verbs do later.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -108,22 +123,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run = read_verb(verb, words)
             _import(options.modules)
             run()
-        sys.stdout.flush()
+            sys.stdout.flush()  # what cannot be written is an error of this command
     except BrokenPipeError:
-        # Nobody reads on, as after `| head`; Python would write once more when it ends.
-        with suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (PHAError, ModuleNotFoundError, OSError) as error:
-        what = remedy(error) if isinstance(error, ModuleNotFoundError) else str(error)
+        _leave(141)
+    except TrainingInterruptedError as error:
+        _leave(error.code, f"{program}: {error}")
+    except Exception as error:
+        what = _explain(error)
         if what is None:
             raise
-        line = printable(" ".join(what.split()))
-        print(f"{program}: error: {line}", file=sys.stderr)
-        sys.exit(2)
-    except (TrainingInterruptedError, KeyboardInterrupt) as error:
-        print(f"{program}: {str(error) or 'interrupted'}", file=sys.stderr)
-        sys.exit(130)
+        _leave(2, f"{program}: error: {printable(' '.join(what.split()))}")
+    except KeyboardInterrupt as error:
+        code = STOPPED if isinstance(error, StoppedError) else INTERRUPTED
+        _leave(code, f"{program}: {str(error) or 'interrupted'}")
 
 
 def _open_streams() -> None:
@@ -134,6 +146,32 @@ def _open_streams() -> None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _leave(code: int, line: str | None = None) -> NoReturn:
+    """Say why and leave with this code, also where nothing can be written any more."""
+    with contextlib.suppress(OSError):
+        if line is not None:
+            print(line, file=sys.stderr, flush=True)
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except OSError:  # with which the interpreter would end in a code of its own
+            write_nowhere([descriptor])
+    sys.exit(code)
+
+
+def _explain(error: Exception) -> str | None:
+    """What a user is told of an error; None where nothing is known that would help."""
+    if isinstance(error, PHAError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return remedy(error)
+    if is_out_of_memory(error):
+        return "there is not enough memory: close other programs, or ask for less at a time"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return None
 
 
 def _read_start(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import codecs
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +11,6 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from pha.utils.errors import PHAError
 from pha.utils.formats import to_json
 from pha.utils.progress import make_console
 from pha.utils.text import printable
@@ -65,18 +62,3 @@ def figures_table(title: str, first: str, *others: str, gap: int = 1) -> Table:
     for heading in others:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
-
-
-def require_file_name(path: Path | None) -> None:
-    """An output that is to be a file is refused early where there is a folder of that name."""
-    if path is not None and path.is_dir():
-        raise PHAError(f"{path} is a folder: name the file to write")
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Says in a line why `path` cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise PHAError(f"{path} cannot be written ({error.strerror or error})") from error

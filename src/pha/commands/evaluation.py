@@ -23,9 +23,9 @@ from pha.commands.common import (
     answer,
     console_for,
     figures_table,
-    writing,
 )
 from pha.utils.errors import PHAError
+from pha.utils.outputs import require_folder, require_own, writing
 from pha.utils.text import perplexity, printable
 
 if TYPE_CHECKING:
@@ -173,6 +173,9 @@ def compare(
     from pha.loading import load_model
     from pha.utils.hardware import choose_precision, default_device, provenance
 
+    if out is not None:
+        require_folder(out)
+        require_own(*(out / f"comparison.{ending}" for ending in ("json", "svg", "png")))
     device = default_device()
     models = load_model(a, device), load_model(b, device)
     store = TokenStore.open(data)

@@ -19,12 +19,11 @@ from pha.commands.common import (
     console_for,
     figures_table,
     print_json,
-    require_file_name,
-    writing,
 )
 from pha.data.readers import Meter, kind_of, read_json_lines, read_text
 from pha.utils.errors import PHAError
 from pha.utils.formats import decode, read_file, require_encodable, to_json
+from pha.utils.outputs import require_file, require_folder, require_own, writing
 
 if TYPE_CHECKING:
     from pha.evals.generation import Speed
@@ -71,7 +70,9 @@ def generate(
     texts = _prompts(prompt, prompts)
     for text in stop:
         require_encodable(text, "--stop")
-    require_file_name(out)
+    require_file(out)
+    if out is not None and prompts is not None and out.exists() and out.samefile(prompts):
+        raise PHAError(f"{out} holds the prompts; choose another --out")
     from pha.evals.generation import Sampling, Speed
     from pha.evals.generation import generate as continue_texts
     from pha.loading import load_model
@@ -204,6 +205,10 @@ def score(
             raise PHAError(f"there is no file {path}")
     if out is not None and len({path.stem for path in files}) < len(files):
         raise PHAError("two files have the same name; score them into different --out folders")
+    if out is not None:
+        require_folder(out)
+        for path in files:
+            require_own(out / f"{path.stem}.json", out / f"{path.stem}.html")
     return_freed_memory()
     device = default_device()
     loaded = load_model(model, device)
@@ -231,9 +236,10 @@ def score(
             results.append(asdict(result))
             if out is not None:
                 page, name = out / f"{path.stem}.html", model.name or str(model)
-                write_page(page, name, result, collected, loaded.tokenizer)
                 nats = [None, *(round(float(x), 4) for x in collected.all_nats()[1:])]
-                write_json(page.with_suffix(".json"), results[-1] | {"nats": nats} | facts)
+                with writing(out):
+                    write_json(page.with_suffix(".json"), results[-1] | {"nats": nats} | facts)
+                    write_page(page, name, result, collected, loaded.tokenizer)
     title = f"perplexity of {model}, state carried through each document"
     columns = ("tokens", "per token", "per word", "per byte", "tok/s", "memory")
     table = figures_table(title, "document", *columns)

@@ -21,7 +21,6 @@ from pha.commands.common import (
     console_for,
     figures_table,
 )
-from pha.utils.errors import PHAError
 from pha.utils.progress import make_console
 
 
@@ -173,11 +172,12 @@ def average(models: Sequence[Annotated[Path, "MODEL"]], *, out: Folder) -> None:
     """
     from pha.loading import model_folder
     from pha.train.averaging import average_models
+    from pha.utils.outputs import claimed, require_new_folder
 
-    if out.exists() and any(out.iterdir()):
-        raise PHAError(f"{out} is not empty; choose another --out")
+    require_new_folder(out)
     folders = [model_folder(path)[0] for path in models]
-    average_models(folders, out)
+    with claimed(out):
+        average_models(folders, out)
     print(f"{out}: the average of {len(folders)} models")
 
 

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 RECORD = "store.json"
 TOKENIZER = "tokenizer"
+STORE_FILES = {
+    *(RECORD, TOKENIZER),
+    *(f"{split}{ending}" for split in SPLITS for ending in (".bin", ".documents.npy")),
+}
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 _CHECK_TOKENS = 1 << 22

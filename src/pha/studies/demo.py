@@ -12,6 +12,7 @@ from pha.report.page import write_report
 from pha.report.tables import mixing_table, results_table
 from pha.results import RunResult
 from pha.studies.jobs import Job, run_jobs
+from pha.utils.outputs import require_file
 
 TWINS = ("pha-tiny", "attention-only-tiny")
 PROTOCOL = "stdlib"
@@ -28,6 +29,7 @@ def run_demo(out: Path, console: Console, steps: int | None = None) -> list[RunR
         TrainingInterruptedError: stopped by the user, resumable.
     """
     length = {} if steps is None else {"run.steps": steps}
+    require_file(out / "report.html")
     jobs = [Job(f"{preset}.{PROTOCOL}", out / preset, length) for preset in TWINS]
     run_jobs(jobs, console)
     results = [job.run.read_result() for job in jobs]

@@ -189,6 +189,10 @@ def open_session(
     Raises:
         PHAError: bad data, a run folder in the way, an impossible plan.
     """
+    run = RunFolder(out)
+    run.require_usable()
+    if resume == "never" and _used(out):
+        raise PHAError(f"{out} is not empty; choose another --out, or --resume auto to continue it")
     if config.run.deterministic:
         # cuBLAS reads this when it is first used, which planning does.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -214,10 +218,7 @@ def open_session(
     console = console if accelerator.is_main_process else make_console(quiet=True)
     with accelerator.main_process_first():
         store = open_data(config, console)
-    used = out.exists() and any(not entry.name.startswith(".") for entry in out.iterdir())
-    if resume == "never" and used:
-        raise PHAError(f"{out} is not empty; choose another --out, or --resume auto to continue it")
-    run, device = RunFolder(out), accelerator.device
+    device = accelerator.device
     config = resolve(config, run, store, device)
     # What is measured could differ between processes: the main one decides for all.
     precision = [config.run.precision]
@@ -227,6 +228,10 @@ def open_session(
     plans = [make_plan(config, windows, device, precision[0], accelerator.num_processes)]
     broadcast_object_list(plans)
     return Session(config, plans[0], run, store, accelerator, console)
+
+
+def _used(folder: Path) -> bool:
+    return folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
 
 
 def plan_training(
