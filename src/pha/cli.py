@@ -8,10 +8,12 @@ docstring is the help. Only the chosen verb's module is imported.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import functools
 import importlib
 import inspect
+import io
 import os
 import re
 import sys
@@ -21,8 +23,18 @@ from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from pha.utils.errors import PHAError, TrainingInterruptedError
+from pha.utils.errors import (
+    INTERRUPTED,
+    STOPPED,
+    PHAError,
+    StoppedError,
+    TrainingInterruptedError,
+    is_out_of_memory,
+)
 from pha.utils.extras import remedy
+from pha.utils.processes import leave_with_parent
+from pha.utils.signals import leave, on_stop_signals, write_nowhere
+from pha.utils.text import printable
 
 Verb = Callable[..., None]
 
@@ -79,11 +91,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a verb; mistakes that a user can put right end in one line and exit code 2."""
+    """Run a verb; a mistake that a user can put right ends in one line and exit code 2."""
+    leave_with_parent()
+    with on_stop_signals(leave):
+        _main(arguments)
+
+
+def _main(arguments: Sequence[str] | None) -> None:
     # OpenMP's threads spin for milliseconds after each piece of work, on processors that compiled
     # kernels between two pieces need. Read when torch is imported, which verbs do later.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     program = "pha"
+    _open_streams()
     try:
         parser, options = _read_start(arguments)
         if options.version:
@@ -104,17 +123,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run = read_verb(verb, words)
             _import(options.modules)
             run()
-    except (PHAError, ModuleNotFoundError) as error:
-        what = remedy(error) if isinstance(error, ModuleNotFoundError) else str(error)
+            sys.stdout.flush()  # what cannot be written is an error of this command
+    except BrokenPipeError:
+        _leave(141)
+    except TrainingInterruptedError as error:
+        _leave(error.code, f"{program}: {error}")
+    except Exception as error:
+        what = _explain(error)
         if what is None:
             raise
-        print(f"{program}: error: {' '.join(what.split())}", file=sys.stderr)
-        sys.exit(2)
-    except (TrainingInterruptedError, KeyboardInterrupt) as error:
-        print(f"{program}: {str(error) or 'interrupted'}", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
+        _leave(2, f"{program}: error: {printable(' '.join(what.split()))}")
+    except KeyboardInterrupt as error:
+        code = STOPPED if isinstance(error, StoppedError) else INTERRUPTED
+        _leave(code, f"{program}: {str(error) or 'interrupted'}")
+
+
+def _open_streams() -> None:
+    """Let output go nowhere where it is closed, and escape what it cannot show."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _leave(code: int, line: str | None = None) -> NoReturn:
+    """Say why and leave with this code, also where nothing can be written any more."""
+    with contextlib.suppress(OSError):
+        if line is not None:
+            print(line, file=sys.stderr, flush=True)
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except OSError:  # with which the interpreter would end in a code of its own
+            write_nowhere([descriptor])
+    sys.exit(code)
+
+
+def _explain(error: Exception) -> str | None:
+    """What a user is told of an error; None where nothing is known that would help."""
+    if isinstance(error, PHAError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return remedy(error)
+    if is_out_of_memory(error):
+        return "there is not enough memory: close other programs, or ask for less at a time"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return None
 
 
 def _read_start(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Namespace]:

@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pha.utils.errors import PHAError
-from pha.utils.files import atomic_folder, read_json
+from pha.utils.files import atomic_folder
+from pha.utils.formats import read_json
+from pha.utils.outputs import claimed, require_new_folder
 
 _RENAMED = {"input_scale": "input_scaling"}
 _BRANCH = re.compile(r"(\.(?:branches|norms|residuals))\.ffn\.")
@@ -46,9 +48,8 @@ def convert_model(folder: Path, out: Path) -> None:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not is_old(config):
         raise PHAError(f"{folder} is not a model of an older version; there is nothing to convert")
-    if out.exists() and any(out.iterdir()):
-        raise PHAError(f"{out} is not empty; choose another folder")
-    with atomic_folder(out) as temporary:
+    require_new_folder(out)
+    with claimed(out), atomic_folder(out) as temporary:
         for file in folder.iterdir():
             if file.suffix == ".safetensors":
                 try:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from pha.modeling import PHAForCausalLM
+from pha.data.tokenizer import read_saved_tokenizer
+from pha.model.parameters import count_parameters
+from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.runs import RunFolder
 from pha.utils.errors import PHAError
+from pha.utils.formats import read_json
+from pha.utils.records import record_from
+from pha.utils.text import shorten
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Which file holds which weight, where there are several."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,39 @@ def model_folder(path: Path) -> tuple[Path, RunFolder | None]:
     raise PHAError(f"{path} is neither a run folder nor a saved model (no config.json)")
 
 
+def _check_files(folder: Path) -> None:
+    """Refuse what transformers would take from elsewhere, or make room for without having weights.
+
+    Raises:
+        PHAError: another kind of model, no tokenizer, files outside the folder, or a configuration
+            of more parameters than there are bytes of weights.
+    """
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "pha":
+        raise PHAError(f"{folder} holds a {kind!r} model; this command reads PHA models")
+    if not (folder / "tokenizer.json").is_file():
+        raise PHAError(f"{folder} has no tokenizer.json; models are saved with their tokenizer")
+    names = [config.get("transformers_weights") or "model.safetensors"]
+    if (folder / _INDEX).is_file():
+        index = record_from(_Index, read_json(folder / _INDEX), str(folder / _INDEX))
+        names += index.weight_map.values()
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise PHAError(f"{folder} names weights that are no file in it; get the model again")
+    if (folder / "adapter_config.json").exists():
+        raise PHAError(f"{folder} holds an adapter; merge it into its model with PEFT first")
+    try:
+        parameters = sum(count_parameters(PHAConfig(**config)).values())
+    except (TypeError, RuntimeError) as error:
+        raise PHAError(f"{folder}/config.json is damaged ({shorten(str(error), 200)})") from error
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
+    if parameters > size > 0:
+        raise PHAError(
+            f"{folder}/config.json describes {parameters:,} parameters, which its weights of "
+            f"{size:,} bytes are not; get both from one place"
+        )
+
+
 def load_model(
     path: Path, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> LoadedModel:
@@ -64,19 +109,20 @@ def load_model(
         PHAError: nothing there, damaged weights, or another kind of model.
     """
     folder, run = model_folder(path)
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
-        raise PHAError(f"{folder}/config.json cannot be read ({error})") from error
-    if kind != "pha":
-        raise PHAError(f"{folder} holds a {kind!r} model; this command reads PHA models")
-    if not (folder / "tokenizer.json").is_file():
-        raise PHAError(f"{folder} has no tokenizer.json; models are saved with their tokenizer")
+    _check_files(folder)
+    tokenizer = read_saved_tokenizer(folder)
     logging.disable_progress_bar()
     try:
-        model = PHAForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (SafetensorError, OSError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        model = PHAForCausalLM.from_pretrained(
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            dtype=dtype,
+        )
+    except PHAError:
+        raise
+    except Exception as error:  # whatever transformers and safetensors make of damaged files
+        reason = shorten(str(error), 200)
         raise PHAError(f"{folder} is damaged and cannot be loaded ({reason})") from error
     return LoadedModel(path, model.to(device or "cpu").eval(), tokenizer, run)

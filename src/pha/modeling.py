@@ -150,6 +150,30 @@ class PHAPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module, self.config, id(module) in self._unit_gain)
 
+    @classmethod
+    def from_pretrained(
+        cls, *arguments: Any, output_loading_info: bool = False, **options: Any
+    ) -> Any:
+        """As of transformers, but weights must be those of the configuration, no more, no less.
+
+        With `output_loading_info` it is left to the caller to look at what is returned beside the
+        model.
+
+        Raises:
+            PHAError: naming weights that are missing or left over.
+        """
+        model, found = super().from_pretrained(*arguments, output_loading_info=True, **options)
+        if output_loading_info:
+            return model, found
+        for kind, what in (("missing_keys", "lack"), ("unexpected_keys", "have beside the model")):
+            if names := sorted(found[kind]):
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise PHAError(
+                    f"{arguments[0]}: config.json and the weights are of two models, as the "
+                    f"weights {what} {names[0]}{more}; get both from one place"
+                )
+        return model
+
     def new_cache(self) -> Cache:
         """An empty cache for keys, values and recurrent states, which grows as it is used."""
         return PHACache(config=self.config)

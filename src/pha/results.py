@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pha.utils.files import read_json, write_json
+from pha.utils.files import write_json
+from pha.utils.formats import read_json
 from pha.utils.records import record_from
 from pha.utils.versions import check_format
 

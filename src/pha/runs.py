@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Iterator
@@ -10,11 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from pha.results import CONFIG_FORMAT, KINDS, METRICS_FORMAT, Metrics, RunResult
 from pha.utils.errors import PHAError
-from pha.utils.files import read_yaml, write_text
+from pha.utils.files import followed, remove_leftovers, write_text
+from pha.utils.formats import parse_json, read_yaml
+from pha.utils.outputs import hold, require_folder
 from pha.utils.records import record_from
 from pha.utils.versions import check_format
 
@@ -43,34 +42,56 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Keep the folder, which is made if need be, from every other process meanwhile.
 
-        The system holds the lock, not the file: it ends with this process, however that ends. On a
-        file system without locks there is none.
+        What killed ones left half-written is removed first. See `hold`.
 
         Raises:
             PHAError: another process holds it; its number and machine are in the message.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout as error:
+        with hold(self.path / ".lock", self._refusal) as is_held:
+            for folder in (self.path, self.checkpoints, self.best):
+                remove_leftovers(folder, held=is_held, elsewhere=is_held)
             try:
-                owner = self.owner.read_text(encoding="utf-8").strip()
-            except OSError:  # it has just begun, or just ended
-                owner = "another process"
-            raise PHAError(
-                f"{self.path} is in use by {owner}; let it finish, or choose another --out"
-            ) from error
-        except OSError:
-            yield
-            return
+                # Not in the locked file, which other processes cannot read on Windows.
+                write_text(self.owner, f"process {os.getpid()} on {platform.node()}\n")
+                yield
+            finally:
+                self.owner.unlink(missing_ok=True)
+
+    def _refusal(self) -> str:
         try:
-            # Not in the locked file, which other processes cannot read on Windows.
-            write_text(self.owner, f"process {os.getpid()} on {platform.node()}\n")
-            yield
-        finally:
-            self.owner.unlink(missing_ok=True)
-            lock.release()
+            owner = self.owner.read_text(encoding="utf-8").strip()
+        except OSError:  # it has just begun, or just ended
+            owner = "another process"
+        return f"{self.path} is in use by {owner}; let it finish, or choose another --out"
+
+    def require_usable(self) -> None:
+        """Refuse a folder in which training would fail, or would touch what is not of a run.
+
+        Raises:
+            PHAError: it cannot be made or written, or holds files that are no run's.
+        """
+        require_folder(self.path)
+        config = self.read_config()
+        if not all(isinstance(config.get(part), dict) for part in ("model", "data", "run")):
+            for path in set(vars(self).values()) - {self.path, self.owner}:
+                if path.is_dir() and not any(path.iterdir()):
+                    continue  # such as a link to a larger disk
+                if os.path.lexists(path):
+                    raise PHAError(
+                        f"{self.path} is no training run and holds {path.name}, which training "
+                        "would replace; choose another --out"
+                    )
+        for folder in (self.checkpoints, self.best):
+            require_folder(folder)
+        for folder in (self.model, self.averaged):
+            require_folder(folder, replaced=True)
+            names = {entry.name for entry in folder.iterdir()} if folder.is_symlink() else set()
+            if names and not {"config.json", "model.safetensors"} <= names:
+                raise PHAError(
+                    f"{folder} leads to {followed(folder)}, which holds files of no model and "
+                    "would be replaced; remove the link, or let it lead to an empty folder"
+                )
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint taken after `step` optimiser steps."""
@@ -124,7 +145,7 @@ class RunFolder:
         for number, line in enumerate(filter(None, lines), start=1):
             where = f"{self.metrics}, line {number}"
             try:
-                record = json.loads(line.decode())
+                record = parse_json(line.decode())
                 kind = record.get("kind")
             except (ValueError, AttributeError) as error:
                 if line is lines[-1]:
@@ -132,7 +153,7 @@ class RunFolder:
                 raise PHAError(f"{where}, is not a JSON object") from error
             if kind == "format":
                 check_format(self.metrics, record.get("format"), METRICS_FORMAT)
-            if kind in KINDS:
+            if isinstance(kind, str) and kind in KINDS:
                 found[kind].append(record_from(KINDS[kind], record, where))
         return Metrics(**found)
 

@@ -23,7 +23,7 @@ from pha.cli import VERBS, find_verb, main, make_parser, read_docstring
 from pha.data import TokenStore
 from pha.model import BRANCHES
 from pha.runs import RunFolder
-from pha.utils.errors import TrainingInterruptedError
+from pha.utils.errors import StoppedError, TrainingInterruptedError
 from tests.cli.conftest import Pha, Refused
 from tests.train.conftest import arguments
 
@@ -152,14 +152,16 @@ def test_an_interruption_and_a_closed_pipe_have_their_codes(
 ) -> None:
     for error, code in (
         (KeyboardInterrupt, 130),
-        (TrainingInterruptedError("stopped"), 130),
+        (StoppedError, 75),
+        (TrainingInterruptedError("stopped"), 75),
+        (TrainingInterruptedError("stopped", 130), 130),
         (BrokenPipeError, 141),
     ):
         monkeypatch.setattr("pha.bench.doctor.examine", Mock(side_effect=error))
         with pytest.raises(SystemExit) as stop:
             main(["doctor"])
         assert stop.value.code == code
-    assert capsys.readouterr().err == "pha doctor: interrupted\npha doctor: stopped\n"
+    assert capsys.readouterr().err == "pha doctor: interrupted\n" * 2 + "pha doctor: stopped\n" * 2
 
 
 def test_params_json_agrees_with_the_paper(pha: Pha) -> None:

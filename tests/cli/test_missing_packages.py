@@ -11,7 +11,7 @@ import pytest
 
 import pha
 from pha.data import TokenStore
-from pha.utils.files import read_json
+from pha.utils.formats import read_json
 from tests.train.conftest import arguments
 
 # What a machine set up by others may lack; the packages that transformers itself needs are there.

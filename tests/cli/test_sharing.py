@@ -42,7 +42,7 @@ def test_one_token_has_no_decoding_to_time(pha: Pha, model: Path) -> None:
 
 def test_standard_input(pha: Pha, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["generate", model, "--max-new-tokens", 6, "--prompt"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfone\r\ntwo\n")))
     assert pha(*words, "-") == pha(*words, "one\ntwo")
 
 
@@ -82,9 +82,10 @@ def test_stop_strings_are_cut_off(pha: Pha, model: Path) -> None:
         (b"", "has no prompts"),
         (b" \n\n", "has no prompts"),
         (b"\xff\xfe", "is not UTF-8"),
-        (b'{"prompt": "x"}\n{"prompt"', "line 2, is not JSON"),
-        (b'{"prompt": 3}', "line 1, has no text"),
-        (b'["prompt"]', "line 1, has no text"),
+        (b'{"prompt": "x"}\n{"prompt"', "line 2 of"),
+        (b'{"prompt": 3}', "has no text"),
+        (b'["prompt"]', "is not a JSON object"),
+        (b'{"text": "so \\ud83d"}', "half a surrogate pair"),
     ],
 )
 def test_bad_prompt_files(
@@ -100,7 +101,9 @@ def test_bad_prompt_files(
     [
         ([], "give a text with --prompt"),
         (["--prompt", "x", "--prompts", "y"], "or a file of them with --prompts"),
-        (["--prompts", "no-such-file"], "cannot be read"),
+        (["--prompts", "no-such-file"], "does not exist"),
+        (["--prompt", "caf\udce9"], "not UTF-8"),
+        (["--prompt", "x", "--stop", "caf\udce9"], "not UTF-8"),
         (["--prompt", "x", "--batch-size", "0"], "at a time is 0"),
         (["--prompt", "x", "--num-samples", "2", "--temperature", "0"], "temperature 0"),
         (["--prompt", "x", "--stop", ""], "stop string is empty"),

@@ -37,9 +37,9 @@ def test_text_comes_back_unchanged(
     tmp_path: Path, suffix: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pha.data.readers._BLOCK", block)
-    text = "\ufeffcafé 中 😀\r\nend\n \n" * 3
+    text = "café 中 😀\r\nend\n \u2028\ufeff" * 3
     path = tmp_path / f"text.txt{suffix}"
-    path.write_bytes(COMPRESS[suffix](text.encode()))
+    path.write_bytes(COMPRESS[suffix](f"\ufeff{text}".encode()))  # the mark is no part of it
     meter = Meter()
     assert "".join(read_text(path, meter)) == text
     assert meter.done == path.stat().st_size
@@ -143,7 +143,8 @@ def test_fields_of_parquet(tmp_path: Path, refuses: Refuses) -> None:
 @pytest.mark.parametrize("suffix", COMPRESS)
 def test_text_that_is_not_utf8(tmp_path: Path, suffix: str, refuses: Refuses) -> None:
     path = tmp_path / f"text.txt{suffix}"
-    for data in (b"caf\xe9 ", b"cut in a character \xc3"):
+    wide = "\u6587 and text".encode
+    for data in (b"caf\xe9 ", b"cut in a character \xc3", wide("utf-16"), wide("utf-16-le")):
         path.write_bytes(COMPRESS[suffix](data))
         with refuses(path.name, "UTF-8"):
             list(read_text(path, Meter()))

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pha.data import SPLITS
+from pha.data.files import text_files
 from pha.data.readers import Meter
 from pha.data.sources import open_source
 from pha.utils.errors import PHAError
@@ -32,15 +33,35 @@ def test_folder_of_documents(document_folder: Path, tmp_path: Path) -> None:
     (document_folder / ".git" / "log.txt").write_text("hidden")
     (tmp_path / "outside.txt").write_text("outside")
     (document_folder / "link.txt").symlink_to(tmp_path / "outside.txt")
-    (document_folder / "broken.txt").symlink_to(tmp_path / "nothing.txt")
 
     expected = [f"document number {number}\nends here\n" for number in range(100)]
-    expected += ["\ufeffdeep\r\n", "code, not a split", "a note, not a split"]
+    expected += ["deep\r\n", "code, not a split", "a note, not a split", "outside"]
     assert sorted(texts(document_folder)) == sorted(expected)
     source = open_source(str(document_folder))
     assert not source.joins_documents
-    assert "103 files" in source.description
+    assert "104 files" in source.description
     assert source.split_rule["rule"] == "hash of the path"
+
+
+def test_links_are_followed_and_each_file_is_read_once(
+    document_folder: Path, tmp_path: Path, refuses: Refuses
+) -> None:
+    before = texts(document_folder)
+    (tmp_path / "more" / "deep").mkdir(parents=True)
+    (tmp_path / "more" / "deep" / "new.txt").write_text("new")
+    (tmp_path / "more" / "circle").symlink_to(document_folder)
+    (document_folder / "more").symlink_to(tmp_path / "more")
+    (document_folder / "again").symlink_to("more/deep")
+    (document_folder / ".store").mkdir()
+    (document_folder / ".store" / "5f3a").write_text("kept under a hash")
+    (document_folder / "named.txt").symlink_to(".store/5f3a")
+    (document_folder / "0.txt").symlink_to("named.txt")
+    assert sorted(texts(document_folder)) == sorted([*before, "new", "kept under a hash"])
+    own = {path.name for path in text_files(document_folder, lambda path: path.suffix == ".txt")}
+    assert {f"doc-{number}.txt" for number in range(100)} <= own
+    (document_folder / "broken.txt").symlink_to(tmp_path / "nothing.txt")
+    with refuses("broken.txt", "leads to nothing"):
+        texts(document_folder)
 
 
 def test_folder_with_too_few_documents(tmp_path: Path, refuses: Refuses) -> None:

@@ -45,7 +45,9 @@ CHOICES: dict[str, dict[str, Any]] = {
     "dot product": {"attention_logits": "dot-product"},
     "window": {"attention_window": 8},
 }
-CASES = {f"{block} {' '.join(names)}": (block, names, {}) for block, names in KINDS}
+CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    f"{block} {' '.join(names)}": (block, names, {}) for block, names in KINDS
+}
 CASES |= {f"PHA, {name}": (*PHA, choice) for name, choice in CHOICES.items()}
 
 

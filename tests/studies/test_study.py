@@ -174,7 +174,7 @@ def test_a_study_killed_in_the_middle_continues(store: TokenStore, tmp_path: Pat
     finally:
         process.kill()
         process.wait()
-    assert process.returncode == 130
+    assert process.returncode == 75
     assert said.strip().endswith("stopped; the same command continues")
     assert len(children) == 2
     assert not any(child.is_running() for child in children)
@@ -268,7 +268,7 @@ def test_mistakes_are_one_line(
     assert "study mine: question is missing" in fails(
         ["study", f"{tmp_path}/mine.yaml", *out], capsys
     )
-    assert "cannot be read" in fails(["study", f"{tmp_path}/none.yaml", *out], capsys)
+    assert "does not exist" in fails(["study", f"{tmp_path}/none.yaml", *out], capsys)
     assert not (tmp_path / "out" / "runs").exists()
 
 

@@ -136,7 +136,7 @@ def test_a_training_that_fails_is_named(store: TokenStore, tmp_path: Path) -> No
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "checkpoints").touch()  # in the way of the run
     job = Job("pha-tiny.text", tmp_path / "out", settings(store))
-    with pytest.raises(PHAError, match=r"failed with exit code 1; see .*out\.log"):
+    with pytest.raises(PHAError, match=r"failed with exit code 2; see .*out\.log"):
         run_jobs([job], quiet(), parallel=2)
 
 

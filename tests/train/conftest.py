@@ -35,7 +35,7 @@ SMALL = {
 }
 
 Train = Callable[..., RunResult]
-"""(name="run", resume="auto", **changes): train the small run, changed, in the folder `name`."""
+"""(name="run", resume="auto", console=None, **changes): train it, changed, in the folder `name`."""
 
 
 def arguments(store: TokenStore, **changes: Any) -> list[str]:
@@ -62,9 +62,12 @@ def _no_epochs(changes: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture
 def train_small(small_config: Callable[..., TrainConfig], tmp_path: Path) -> Train:
     def train(
-        name: str = "run", resume: Literal["auto", "never"] = "auto", **changes: Any
+        name: str = "run",
+        resume: Literal["auto", "never"] = "auto",
+        console: Console | None = None,
+        **changes: Any,
     ) -> RunResult:
-        console = Console(file=io.StringIO())
+        console = console or Console(file=io.StringIO())
         result = run_training(small_config(**changes), tmp_path / name, console, resume)
         assert result is not None  # this is the main process
         return result

@@ -48,7 +48,9 @@ def test_the_average_is_the_mean_of_the_best_and_the_better_one_is_chosen(
     result = train_small(**AVERAGING)
     run = RunFolder(tmp_path / "run")
     evaluations = sorted((r.perplexity, r.step) for r in run.read_metrics().eval)
-    assert run.best_steps() == sorted(step for _, step in evaluations[:4])
+    # and what the checkpoint before the last one would need.
+    assert {step for _, step in evaluations[:4]} <= set(run.best_steps())
+    assert len(run.best_steps()) <= 5
     best, average = result.candidates
     assert (best.name, average.name) == ("best checkpoint", "average")
     assert best.steps == [evaluations[0][1]]

@@ -119,5 +119,5 @@ def test_bad_files_are_refused_in_one_line(tmp_path: Path, content: str, words: 
 def test_unknown_recipe_suggests() -> None:
     with pytest.raises(PHAError, match=r"pha-tiny\.stdlib"):
         load_recipe("pha-tiny.stdlb")
-    with pytest.raises(PHAError, match="cannot be read"):
+    with pytest.raises(PHAError, match="does not exist"):
         load_recipe("nowhere.yaml")

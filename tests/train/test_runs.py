@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -15,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -136,22 +140,22 @@ def wait_for_checkpoint(run: RunFolder, process: subprocess.Popen[str]) -> None:
 def test_a_run_killed_in_every_way_resumes_bit_for_bit(
     train_small: Train, store: TokenStore, tmp_path: Path
 ) -> None:
-    changes = {"run__steps": 150, "run__checkpoint_every": 5, "run__evaluate_every": 75}
+    changes = {"run__steps": 240, "run__checkpoint_every": 5, "run__evaluate_every": 120}
     train_small("whole", **changes)
     run = RunFolder(tmp_path / "killed")
-    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         process = start(store, run.path, **changes)
         wait_for_checkpoint(run, process)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         if number != signal.SIGKILL:
-            assert process.returncode == 130
+            assert process.returncode == (130 if number == signal.SIGINT else 75)
             assert "continues from it" in errors
             assert "Traceback" not in errors
         assert not run.result.exists()
     train_small("killed", **changes)
     whole = RunFolder(tmp_path / "whole")
-    assert_same_weights(whole.checkpoint(150), run.checkpoint(150))
+    assert_same_weights(whole.checkpoint(240), run.checkpoint(240))
     assert timeless(whole) == timeless(run)
 
 
@@ -280,6 +284,111 @@ def test_damaged_checkpoint_is_refused_in_one_line(
         train_small()
     assert name in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    train_small: Train,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    train_small("whole")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        with pytest.raises(TrainingInterruptedError):
+            train_small("cut")
+    run = RunFolder(tmp_path / "cut")
+    assert run.checkpoint_steps() == [4, 6]
+    file = run.checkpoint(6) / name
+    content = bytearray(file.read_bytes())
+    where = content.index(b'"tokens": ') + 10 if name == "trainer.json" else len(content) // 2
+    content[where] ^= 1
+    file.write_bytes(content)
+    said = io.StringIO()
+    train_small("cut", console=Console(file=said))
+    assert f"warning: checkpoint {run.checkpoint(6)} is damaged: {name}" in said.getvalue()
+    assert "continuing after step 4" in said.getvalue()
+    assert (run.checkpoints / "step-6.damaged").is_dir()
+    assert_same_weights(RunFolder(tmp_path / "whole").model, run.model)
+    assert timeless(RunFolder(tmp_path / "whole")) == timeless(run)
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Have files of this name be written in part, and then fail as on a full disk."""
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_full_disk_is_said_in_a_line_and_the_checkpoint_before_stays(
+    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_small("whole")
+    run = RunFolder(tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(TrainingInterruptedError):
+            train_small("cut")
+    before = sorted(run.path.rglob("*"))
+    with monkeypatch.context() as patch:
+        full_disk(patch, "optimizer.pt")
+        with pytest.raises(PHAError, match=r"cut cannot be written \(No space left on device\)"):
+            train_small("cut")
+    # The weights of the evaluation at step 4 were whole.
+    assert sorted(p for p in run.path.rglob("*") if run.model not in p.parents) == [
+        p for p in (*before, run.model) if run.model not in p.parents
+    ]
+    train_small("cut")
+    assert_same_weights(RunFolder(tmp_path / "whole").model, run.model)
+
+
+def test_memory_that_runs_out_says_what_to_change(
+    train_small: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def backward(self: Any, inputs: Any) -> torch.Tensor:
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(trainer_module.Trainer, "_backward", backward)
+    with pytest.raises(PHAError, match=r"not enough memory: set run\.gradient_checkpointing true"):
+        train_small()
+
+
+def test_files_of_others_are_not_replaced(train_small: Train, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    (run.path / "notes.txt").touch()
+    run.metrics.write_text("mine")
+    with pytest.raises(PHAError, match=r"is no training run and holds metrics\.jsonl"):
+        train_small()
+    assert run.metrics.read_text() == "mine"
+    run.metrics.unlink()
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "theirs").touch()
+    run.model.symlink_to(disk)
+    with pytest.raises(PHAError, match="holds model, which training would replace"):
+        train_small()
+    (disk / "theirs").unlink()
+    train_small()
+    assert run.model.is_symlink()
+    assert (disk / "model.safetensors").is_file()
+    assert (run.path / "notes.txt").is_file()
+
+
+def test_files_have_the_modes_that_the_umask_gives(train_small: Train, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        train_small(run__keep_best=2, run__average_best=2)
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "run").rglob("*")}
+    assert modes == {0o640, 0o750}
 
 
 def test_another_configuration_or_other_data_is_refused(

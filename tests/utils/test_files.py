@@ -6,7 +6,8 @@ import pytest
 
 from pha.runs import RunFolder
 from pha.utils.errors import PHAError
-from pha.utils.files import atomic_folder, cache_folder, read_json, write_json
+from pha.utils.files import atomic_folder, cache_folder, write_json
+from pha.utils.formats import read_json
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pha.bench.work import MODEL_MODES, Job
 from pha.modeling import PHAConfig
 from pha.ops import OPS
 from pha.utils.errors import PHAError
-from pha.utils.files import read_json
+from pha.utils.formats import read_json
 from pha.utils.hardware import PRECISIONS, default_device
 from pha.utils.processes import Command, run_processes
 

@@ -1,16 +1,13 @@
 """One measurement in a process of its own: `python -m pha.bench.worker JOB ANSWER`.
 
-JOB is JSON, ANSWER the file for the result or `{"error": ...}`. The process ends when its standard
-input is closed, so that none outlives its parent.
+JOB is JSON, ANSWER the file for the result or `{"error": ...}`. None outlives its parent.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
-import threading
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -24,9 +21,10 @@ from pha.bench.kernels import without
 from pha.bench.op_work import make_op_work
 from pha.bench.work import MODEL_MODES, Job, Work
 from pha.ops import in_use
-from pha.utils.errors import PHAError
+from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.files import write_json
 from pha.utils.hardware import default_device, device_name, keep_freed_memory, seconds_of
+from pha.utils.processes import leave_with_parent
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -89,10 +87,8 @@ def attempt(job: Job) -> dict[str, Any]:
     """What `measure` returns, or `{"error": ...}` in one line, whatever a model does."""
     try:
         return measure(job)
-    except (MemoryError, torch.OutOfMemoryError):
-        return {"error": "out of memory"}
     except Exception as error:
-        return {"error": _one_line(error)}
+        return {"error": "out of memory" if is_out_of_memory(error) else _one_line(error)}
 
 
 def main() -> None:
@@ -100,19 +96,12 @@ def main() -> None:
     job, answer = sys.argv[1:]
     with suppress(OSError):  # where memory runs out, this process is the one to go
         Path("/proc/self/oom_score_adj").write_text("1000")
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with_parent()
     write_json(Path(answer), attempt(Job(**json.loads(job))))
-
-
-def _leave_with_parent() -> None:
-    os.read(0, 1)  # returns when the other end of the pipe is closed
-    os._exit(1)
 
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    if "DefaultCPUAllocator" in text:
-        return "out of memory"
     name = "" if isinstance(error, PHAError) else f"{type(error).__name__}: "
     return f"{name}{text}"[:200]
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from rich.table import Table
 from rich.text import Text
 
-from pha.commands.common import Folder, Json, answer, console_for, figures_table, writing
+from pha.commands.common import Folder, Json, answer, console_for, figures_table
+from pha.utils.outputs import require_folder, require_own, writing
 
 if TYPE_CHECKING:
     from pha.bench.runner import Request
@@ -93,8 +94,8 @@ def bench(
         in_process=in_process,
     )
     if out is not None:
-        with writing(out):
-            out.mkdir(parents=True, exist_ok=True)
+        require_folder(out)
+        require_own(out / f"bench-{mode}.json")
     console = console_for(json)
     record: dict[str, Any] = {
         "kind": "bench",
@@ -107,7 +108,8 @@ def bench(
     def keep(rows: list[dict[str, Any]]) -> None:
         record["rows"] = rows
         if out is not None:
-            write_json(out / f"bench-{mode}.json", record)
+            with writing(out):
+                write_json(out / f"bench-{mode}.json", record)
 
     with console.status("") as status:
         rows = run_benchmark(request, status.update, keep)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import codecs
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +11,9 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from pha.utils.errors import PHAError
+from pha.utils.formats import to_json
+from pha.utils.progress import make_console
+from pha.utils.text import printable
 
 # What several verbs take: its type, its name in the help, and what the help says of it where the
 # docstring of a verb does not.
@@ -32,22 +32,27 @@ Json = Annotated[bool, None, "print as JSON"]
 
 def console_for(as_json: bool) -> Console:
     """For progress: on standard error where standard output is for JSON."""
-    return Console(stderr=as_json)
+    return make_console(stderr=as_json)
 
 
 def answer(as_json: bool, record: Any, *shown: RenderableType) -> None:
     """Write what a verb found to standard output: `record` as JSON, or what is shown of it."""
     if as_json:
-        json.dump(record, sys.stdout, indent=2, ensure_ascii=False)
-        print()
+        print_json(record, indent=2)
         return
     # A file or pipe has no width at which a table would have to be cut.
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = make_console(width=None if sys.stdout.isatty() else 200)
     for each in shown:
         if isinstance(each, str):
-            print(each)
+            print(printable(each))
         else:
             console.print(each)
+
+
+def print_json(record: Any, indent: int | None = None) -> None:
+    """Write a record to standard output as JSON, in escapes where that is not UTF-8."""
+    ascii_only = codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
+    print(to_json(record, indent, ascii_only), flush=True)
 
 
 def figures_table(title: str, first: str, *others: str, gap: int = 1) -> Table:
@@ -57,18 +62,3 @@ def figures_table(title: str, first: str, *others: str, gap: int = 1) -> Table:
     for heading in others:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
-
-
-def require_file_name(path: Path | None) -> None:
-    """An output that is to be a file is refused early where there is a folder of that name."""
-    if path is not None and path.is_dir():
-        raise PHAError(f"{path} is a folder: name the file to write")
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Says in a line why `path` cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise PHAError(f"{path} cannot be written ({error.strerror or error})") from error

@@ -23,9 +23,9 @@ from pha.commands.common import (
     answer,
     console_for,
     figures_table,
-    writing,
 )
 from pha.utils.errors import PHAError
+from pha.utils.outputs import require_folder, require_own, writing
 from pha.utils.text import perplexity, printable
 
 if TYPE_CHECKING:
@@ -174,6 +174,9 @@ def compare(
     from pha.results import JSON_FORMAT
     from pha.utils.hardware import choose_precision, default_device, provenance
 
+    if out is not None:
+        require_folder(out)
+        require_own(*(out / f"comparison.{ending}" for ending in ("json", "svg", "png")))
     device = default_device()
     models = load_model(a, device), load_model(b, device)
     store = TokenStore.open(data)
@@ -314,7 +317,7 @@ def _bins_table(result: PairedComparison) -> Table:
     table = figures_table(title, "", "share", "loss A", "loss B", "A - B", "± 95%", "")
     for name, bins in result.breakdowns.items():
         table.add_section()
-        table.add_row(f"[bold]{name}[/]")
+        table.add_row(Text(name, style="bold"))
         for entry in bins:
             width = entry.difference.half_width
             table.add_row(

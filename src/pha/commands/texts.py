@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,10 +18,12 @@ from pha.commands.common import (
     answer,
     console_for,
     figures_table,
-    require_file_name,
-    writing,
+    print_json,
 )
+from pha.data.readers import Meter, kind_of, read_json_lines, read_text
 from pha.utils.errors import PHAError
+from pha.utils.formats import decode, read_file, require_encodable, to_json
+from pha.utils.outputs import require_file, require_folder, require_own, writing
 
 if TYPE_CHECKING:
     from pha.evals.generation import Speed
@@ -67,7 +68,11 @@ def generate(
         json: print JSON lines
     """
     texts = _prompts(prompt, prompts)
-    require_file_name(out)
+    for text in stop:
+        require_encodable(text, "--stop")
+    require_file(out)
+    if out is not None and prompts is not None and out.exists() and out.samefile(prompts):
+        raise PHAError(f"{out} holds the prompts; choose another --out")
     from pha.evals.generation import Sampling, Speed
     from pha.evals.generation import generate as continue_texts
     from pha.loading import load_model
@@ -92,9 +97,10 @@ def generate(
         _print(texts[0])
     lines = []
     for each in continuations:
-        lines.append(jsonlib.dumps(asdict(each), ensure_ascii=False) + "\n")
+        if out is not None:
+            lines.append(to_json(asdict(each)) + "\n")
         if json:
-            _print(lines[-1])
+            print_json(asdict(each))
         elif streamed:
             _print("\n")
         elif out is None:
@@ -117,36 +123,25 @@ def _prompts(prompt: str | None, path: Path | None) -> list[str]:
         raise PHAError("give a text with --prompt, or a file of them with --prompts")
     if prompt is not None:
         if prompt != "-":
-            return [prompt]
-        try:
-            return [sys.stdin.read().removesuffix("\n")]
-        except UnicodeDecodeError as error:
-            raise PHAError("standard input is not UTF-8 text") from error
+            return [require_encodable(prompt, "--prompt")]
+        text = decode(sys.stdin.buffer.read() if sys.stdin else b"", "standard input")
+        return [text.replace("\r\n", "\n").removesuffix("\n")]
     assert path is not None
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise PHAError(f"{path} is not UTF-8 text") from error
-    except OSError as error:
-        raise PHAError(f"{path} cannot be read ({error.strerror or error})") from error
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not numbered:
+    if kind_of(path).suffix == ".jsonl":
+        texts = [_prompt_field(*found) for found in read_json_lines(path, Meter())]
+    else:
+        lines = (line.removesuffix("\r") for line in read_file(path).split("\n"))
+        texts = [line for line in lines if line.strip()]
+    if not texts:
         raise PHAError(f"{path} has no prompts; write one a line")
-    if path.suffix != ".jsonl":
-        return [line for _, line in numbered]
-    return [_prompt_field(path, number, line) for number, line in numbered]
+    return texts
 
 
-def _prompt_field(path: Path, number: int, line: str) -> str:
-    try:
-        record = jsonlib.loads(line)
-    except jsonlib.JSONDecodeError as error:
-        raise PHAError(f"{path}, line {number}, is not JSON ({error.msg})") from error
-    if isinstance(record, dict):
-        for name in ("prompt", "text"):
-            if isinstance(record.get(name), str):
-                return str(record[name])
-    raise PHAError(f"{path}, line {number}, has no text in a field prompt or text")
+def _prompt_field(where: str, record: dict[str, Any]) -> str:
+    for name in ("prompt", "text"):
+        if isinstance(record.get(name), str):
+            return require_encodable(record[name], f"field {name!r} in {where}")
+    raise PHAError(f"{where} has no text in a field prompt or text")
 
 
 def _print(text: str) -> None:
@@ -199,7 +194,6 @@ def score(
     """
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from pha.data.readers import Meter, read_text
     from pha.evals.score import score as score_text
     from pha.loading import load_model
     from pha.report.surprise import Collector, write_page
@@ -212,6 +206,10 @@ def score(
             raise PHAError(f"there is no file {path}")
     if out is not None and len({path.stem for path in files}) < len(files):
         raise PHAError("two files have the same name; score them into different --out folders")
+    if out is not None:
+        require_folder(out)
+        for path in files:
+            require_own(out / f"{path.stem}.json", out / f"{path.stem}.html")
     return_freed_memory()
     device = default_device()
     loaded = load_model(model, device)
@@ -221,7 +219,7 @@ def score(
     chosen = choose_precision(precision, device)
     facts = {"format": JSON_FORMAT, "provenance": provenance(device, chosen)}
     results: list[dict[str, Any]] = []
-    shape = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    shape = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*shape, console=console_for(json), transient=True) as progress:
         task = progress.add_task("")
         for path in files:
@@ -239,9 +237,10 @@ def score(
             results.append(asdict(result))
             if out is not None:
                 page, name = out / f"{path.stem}.html", model.name or str(model)
-                write_page(page, name, result, collected, loaded.tokenizer)
                 nats = [None, *(round(float(x), 4) for x in collected.all_nats()[1:])]
-                write_json(page.with_suffix(".json"), results[-1] | {"nats": nats} | facts)
+                with writing(out):
+                    write_json(page.with_suffix(".json"), results[-1] | {"nats": nats} | facts)
+                    write_page(page, name, result, collected, loaded.tokenizer)
     title = f"perplexity of {model}, state carried through each document"
     columns = ("tokens", "per token", "per word", "per byte", "tok/s", "memory")
     table = figures_table(title, "document", *columns)

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 
 from pha.commands.common import (
@@ -21,7 +21,7 @@ from pha.commands.common import (
     console_for,
     figures_table,
 )
-from pha.utils.errors import PHAError
+from pha.utils.progress import make_console
 
 
 def demo(*, out: Folder = Path("runs/demo"), steps: int | None = None) -> None:
@@ -36,7 +36,7 @@ def demo(*, out: Folder = Path("runs/demo"), steps: int | None = None) -> None:
     """
     from pha.studies.demo import run_demo
 
-    run_demo(out, Console(), steps)
+    run_demo(out, make_console(), steps)
 
 
 def prepare(
@@ -172,11 +172,12 @@ def average(models: Sequence[Annotated[Path, "MODEL"]], *, out: Folder) -> None:
     """
     from pha.loading import model_folder
     from pha.train.averaging import average_models
+    from pha.utils.outputs import claimed, require_new_folder
 
-    if out.exists() and any(out.iterdir()):
-        raise PHAError(f"{out} is not empty; choose another --out")
+    require_new_folder(out)
     folders = [model_folder(path)[0] for path in models]
-    average_models(folders, out)
+    with claimed(out):
+        average_models(folders, out)
     print(f"{out}: the average of {len(folders)} models")
 
 
@@ -201,7 +202,7 @@ def recipes(recipe: Recipe | None = None, *, keys: bool = False) -> None:
         config = load_recipe(recipe, [] if "source:" in text else ["--data.store", "STORE"])
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return
-    console = Console()
+    console = make_console()
     table = Table(title="RECIPE = PRESET.PROTOCOL", title_justify="left")
     table.add_column("protocol", no_wrap=True)
     table.add_column("what it is")

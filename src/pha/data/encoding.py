@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # look-ahead follows a run of white space, which the visible character has ended before the cut.
 # Hence both sides match apart as they do together. Python's \S holds no character that the
 # tokenizer takes for white space.
-_CUT = re.compile(r"(?<=\S)[ \n]")
+CUT = re.compile(r"(?<=\S)[ \n]")
 
 _PIECE_CHARACTERS = 1 << 16
 
@@ -35,7 +35,7 @@ def cut(parts: Iterable[str], size: int = _PIECE_CHARACTERS) -> Iterator[str]:
     for part in parts:
         text, start = rest + part, 0
         begin = max(size, len(rest))
-        while (found := _CUT.search(text, begin)) is not None:
+        while (found := CUT.search(text, begin)) is not None:
             yield text[start : found.start()]
             start = found.start()
             begin = start + size

@@ -53,8 +53,9 @@ def open_file(path: Path, options: SourceOptions) -> Source:
 def open_folder(folder: Path, options: SourceOptions) -> Source:
     """A folder of split files, of records, or of plain documents."""
     where = f"folder {folder.name}"
-    top = [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."]
+    top = [path for path in folder.iterdir() if path.name[0] != "."]
     top = [path for path in top if _split_word(path) or kind_of(path).is_data]
+    top = [path for path in top if require_target(path).is_file()]
     if any(map(_split_word, top)):
         return _split_files(sorted(top, key=_order), where, options)
     files = text_files(folder, lambda path: kind_of(path).is_data or kind_of(path).is_document)
@@ -116,7 +117,11 @@ def text_files(
 ) -> list[Path]:
     """Non-empty files below `root` that are `wanted`, sorted by relative path.
 
-    Hidden names and those `keep` refuses are left out, and so are links that lead out of `root`.
+    Hidden names and those `keep` refuses are left out. Links are followed, each folder once; a file
+    that several names lead to is read once, by its own name if that is among them.
+
+    Raises:
+        PHAError: a folder that cannot be read, or a link that leads to nothing.
     """
 
     def refuse(error: OSError) -> None:
@@ -126,14 +131,34 @@ def text_files(
         return not name.startswith(".") and keep(name)
 
     inside = root.resolve()
-    found = []
-    for folder, subfolders, names in os.walk(root, onerror=refuse):
-        subfolders[:] = filter(is_kept, subfolders)
-        for path in (Path(folder, name) for name in filter(is_kept, names)):
-            leads_out = path.is_symlink() and not path.resolve().is_relative_to(inside)
-            if wanted(path) and path.is_file() and path.stat().st_size > 0 and not leads_out:
-                found.append(path)
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+    followed: set[Path] = set()
+
+    def is_new(folder: Path) -> bool:
+        """Whether a folder is no link, or a link to what no other led to: links may be circles."""
+        if not folder.is_symlink():
+            return True
+        real = folder.resolve()
+        is_first = real not in followed
+        followed.add(real)
+        return is_first
+
+    found: dict[Path, Path] = {}
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
+        kept = (Path(folder, name) for name in sorted(filter(is_kept, subfolders)))
+        subfolders[:] = [path.name for path in kept if is_new(path)]
+        for path in filter(wanted, (Path(folder, name) for name in filter(is_kept, names))):
+            if require_target(path).is_file() and path.stat().st_size > 0:
+                real = path.resolve()
+                if real not in found or real == inside / path.relative_to(root):
+                    found[real] = path
+    return sorted(found.values(), key=lambda path: path.relative_to(root).as_posix())
+
+
+def require_target(path: Path) -> Path:
+    """`path`, if it is no link to nothing, such as that of a file that was not fetched."""
+    if path.is_symlink() and not path.exists():
+        raise PHAError(f"{path} is a link that leads to nothing: get its file, or remove it")
+    return path
 
 
 def _source(

@@ -6,12 +6,12 @@ import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from itertools import islice
-from pathlib import Path
 
 from pha.data.documents import Source, SourceOptions, identity_of
 from pha.data.readers import Meter, first_line, open_rows, read_rows
 from pha.data.splits import SPLIT_WORDS
 from pha.utils.errors import PHAError
+from pha.utils.files import user_path
 
 HOLDOUT = Fraction(5, 1000)
 
@@ -42,9 +42,9 @@ def open_hub(spec: str, options: SourceOptions) -> Source:
         PHAError: `datasets` is not installed; no such data set or configuration; no train split,
             or no validation split in WikiText.
     """
-    place, _, config = (spec, "", "") if Path(spec).expanduser().is_dir() else spec.rpartition(":")
+    place, _, config = (spec, "", "") if user_path(spec).is_dir() else spec.rpartition(":")
     place, config = (place, config) if place else (config, "")
-    folder = Path(place).expanduser()
+    folder = user_path(place)
     if folder.is_dir():
         revision, place, description = None, str(folder), f"data set folder {folder.name}"
         identity = identity_of([config], sorted(p for p in folder.rglob("*") if p.is_file()))

@@ -19,7 +19,16 @@ from pha.data.encoding import TextEncoder, cut
 from pha.data.hub import HubUnreachableError
 from pha.data.readers import Meter
 from pha.data.sources import open_source
-from pha.data.store import DTYPES, FORMAT, RECORD, TOKENIZER, SplitWriter, TokenStore, is_store
+from pha.data.store import (
+    DTYPES,
+    FORMAT,
+    RECORD,
+    STORE_FILES,
+    TOKENIZER,
+    SplitWriter,
+    TokenStore,
+    is_store,
+)
 from pha.data.tokenizer import (
     load_tokenizer,
     tokenizer_identity,
@@ -27,7 +36,8 @@ from pha.data.tokenizer import (
     vocabulary_size,
 )
 from pha.utils.errors import PHAError
-from pha.utils.files import atomic_folder, remove_leftovers, write_json
+from pha.utils.files import atomic_folder, write_json
+from pha.utils.outputs import claimed, require_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -88,8 +98,10 @@ def prepare(
         PHAError: see `open_source` and `load_tokenizer`; `out` exists and is no store or cannot
             be written; a split without text.
     """
+    _require_replaceable(out)
     source = open_source(source_spec, options)
-    return _make_store(source, source_spec, tokenizer_spec, Path(out), separator, progress)
+    with claimed(out):
+        return _make_store(source, source_spec, tokenizer_spec, out, separator, progress)
 
 
 def cached_store(
@@ -118,7 +130,10 @@ def cached_store(
     path = Path(root) / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     with suppress(PHAError):  # none, or a damaged one
         return TokenStore.open(path)
-    return _make_store(source, source_spec, tokenizer_spec, path, "auto", progress)
+    with claimed(path, wait=True):
+        with suppress(PHAError):  # another process has made it meanwhile
+            return TokenStore.open(path)
+        return _make_store(source, source_spec, tokenizer_spec, path, "auto", progress)
 
 
 def _latest_store(root: Path, slug: str, source: str, tokenizer: str) -> TokenStore | None:
@@ -132,6 +147,15 @@ def _latest_store(root: Path, slug: str, source: str, tokenizer: str) -> TokenSt
     return None
 
 
+def _require_replaceable(out: Path) -> None:
+    require_folder(out, replaced=True)
+    entries = {path.name for path in out.iterdir()} if out.exists() else set()
+    if entries and not is_store(out):
+        raise PHAError(f"{out} exists and is not a token store: remove it or name another folder")
+    if theirs := entries - STORE_FILES:
+        raise PHAError(f"{out} holds {min(theirs)}, which is not of the store and would be lost")
+
+
 def _make_store(
     source: Source,
     source_spec: str,
@@ -140,9 +164,6 @@ def _make_store(
     separator: Separator,
     progress: Progress | None,
 ) -> TokenStore:
-    is_free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    if not (is_free or is_store(out)):
-        raise PHAError(f"{out} exists and is not a token store: remove it or name another folder")
     if separator == "auto":
         separator = "none" if source.joins_documents else "end-of-text"
     report = progress or (lambda state: None)
@@ -155,37 +176,30 @@ def _make_store(
         )
     vocab_size = vocabulary_size(tokenizer)
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    try:
-        remove_leftovers(out)
-        with atomic_folder(out) as folder, ExitStack() as files:
-            writers = {
-                split: SplitWriter(folder, split, DTYPES[dtype], end_of_text)
-                for split in source.splits
-            }
-            for writer in writers.values():
-                files.enter_context(writer.file)
-            split_sha256 = _encode(source, tokenizer, writers, report)
-            entries = {split: writer.finish() for split, writer in writers.items()}
-            _require_text(source, entries)
-            tokenizer.save_pretrained(str(folder / TOKENIZER))
-            record = {
-                "format": FORMAT,
-                "source": source_spec,
-                "description": source.description,
-                "tokenizer": tokenizer_spec,
-                "tokenizer_sha256": tokenizer_sha256(tokenizer),
-                "tokenizer_training_bytes": texts.bytes or None,
-                "vocab_size": vocab_size,
-                "dtype": dtype,
-                "separator": separator,
-                "split": {**source.split_rule, "sha256": split_sha256},
-                "splits": entries,
-            }
-            write_json(folder / RECORD, record)
-    except OSError as error:
-        raise PHAError(
-            f"the token store {out} cannot be written ({error.strerror or error})"
-        ) from error
+    with atomic_folder(out) as folder, ExitStack() as files:
+        writers = {
+            split: SplitWriter(folder, split, DTYPES[dtype], end_of_text) for split in source.splits
+        }
+        for writer in writers.values():
+            files.enter_context(writer.file)
+        split_sha256 = _encode(source, tokenizer, writers, report)
+        entries = {split: writer.finish() for split, writer in writers.items()}
+        _require_text(source, entries)
+        tokenizer.save_pretrained(str(folder / TOKENIZER))
+        record = {
+            "format": FORMAT,
+            "source": source_spec,
+            "description": source.description,
+            "tokenizer": tokenizer_spec,
+            "tokenizer_sha256": tokenizer_sha256(tokenizer),
+            "tokenizer_training_bytes": texts.bytes or None,
+            "vocab_size": vocab_size,
+            "dtype": dtype,
+            "separator": separator,
+            "split": {**source.split_rule, "sha256": split_sha256},
+            "splits": entries,
+        }
+        write_json(folder / RECORD, record)
     return TokenStore(out, record)
 
 

@@ -10,17 +10,19 @@ import codecs
 import glob
 import gzip
 import io
-import json
 import lzma
 import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from pha.data.encoding import CUT
 from pha.utils.errors import PHAError
+from pha.utils.formats import parse_json, require_encodable, require_text
 
 # No .py or .md here: train.py and test_plan.md are usually code and notes, not splits.
 RUNNING_TEXT = frozenset({".txt", ".text", ".raw", ".tokens"})
@@ -30,6 +32,8 @@ KINDS = ".jsonl or .txt (also as .gz, .xz or .zst), .parquet"
 
 _BLOCK = 1 << 20  # bytes read at once
 _BUFFER = 1 << 16  # the same of a file with lines
+_LINE = 1 << 27  # bytes of a line of records at most, which memory holds several times
+_STRETCH = 1 << 24  # characters at most that nothing can be cut in, so that memory holds them
 _ROWS = 64  # rows turned into Python strings at once
 
 
@@ -87,7 +91,7 @@ def kind_of(path: Path) -> FileKind:
 
 
 def read_text(path: Path, meter: Meter, start: int = 0, end: int | None = None) -> Iterator[str]:
-    """Yield the text of a file in blocks, line ends and byte order marks untouched.
+    """Yield the text of a file in blocks, line ends untouched; a byte order mark is no part of it.
 
     Args:
         path: a file, compressed or not.
@@ -96,9 +100,10 @@ def read_text(path: Path, meter: Meter, start: int = 0, end: int | None = None) 
         end: the byte after the last, both of an uncompressed file.
 
     Raises:
-        PHAError: it cannot be read, is damaged or is not UTF-8.
+        PHAError: it cannot be read, is damaged, is not UTF-8, holds zero bytes or endless words.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8" if start else "utf-8-sig")()
+    stretch = 0
     left = sys.maxsize if end is None else end - start
     with _open_bytes(path, meter) as file:
         if start:
@@ -106,7 +111,14 @@ def read_text(path: Path, meter: Meter, start: int = 0, end: int | None = None) 
         try:
             while left and (block := file.read(min(_BLOCK, left))):
                 left -= len(block)
-                yield decoder.decode(block)
+                text = require_text(decoder.decode(block), str(path))
+                stretch = 0 if CUT.search(text) else stretch + len(text)
+                if stretch > _STRETCH:
+                    raise PHAError(
+                        f"{path} has over {_STRETCH:,} characters without a blank or line end: it "
+                        "is no text, or needs lines"
+                    )
+                yield text
             yield decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             raise PHAError(
@@ -127,7 +139,9 @@ def read_records(path: Path, field: str, meter: Meter) -> Iterator[str]:
             else than text in it.
     """
     if kind_of(path).suffix == ".jsonl":
-        yield from _read_json_lines(path, field, meter)
+        for where, record in read_json_lines(path, meter):
+            _require_field(where, field, record)
+            yield _as_text(record[field], field, where)
         return
     # A path, but `datasets` takes it for a pattern.
     data_files = glob.escape(str(path.absolute()))
@@ -136,23 +150,29 @@ def read_records(path: Path, field: str, meter: Meter) -> Iterator[str]:
     meter.done += path.stat().st_size
 
 
-def _read_json_lines(path: Path, field: str, meter: Meter) -> Iterator[str]:
+def read_json_lines(path: Path, meter: Meter) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each object of a .jsonl file, compressed or not, after the words for where it stands.
+
+    Raises:
+        PHAError: it cannot be read or is damaged; a line that is no JSON object or too long.
+    """
     with _open_bytes(path, meter) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(partial(file.readline, _LINE), b""), start=1):
             where = f"line {number} of {path}"
+            if len(line) == _LINE:
+                raise PHAError(f"{where} has more than {_LINE >> 20} MB: cut its text into records")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if not text:
                     continue
-                record = json.loads(text)
+                record = parse_json(text)
             except UnicodeDecodeError as error:
                 raise PHAError(f"{where} is not UTF-8: convert the file to UTF-8") from error
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 raise PHAError(f"{where} is not JSON ({error}): correct or remove it") from error
             if not isinstance(record, dict):
                 raise PHAError(f"{where} is not a JSON object: write {{..., ...}} on each line")
-            _require_field(where, field, record)
-            yield _as_text(record[field], field, where)
+            yield where, record
 
 
 def open_rows(place: str, config: str | None, where: str, **options: Any) -> Any:
@@ -224,14 +244,7 @@ def _as_text(value: Any, field: str, where: str) -> str:
             f"field {field!r} in {where} is {kind}, not text: choose another field with "
             "--text-field, or remove the record"
         )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise PHAError(
-            f"field {field!r} in {where} holds half a surrogate pair, which is no character: "
-            "correct or remove the record"
-        ) from error
-    return value
+    return require_encodable(value, f"field {field!r} in {where}")
 
 
 class _MeteredFile(io.FileIO):
@@ -257,6 +270,8 @@ def _open_bytes(path: Path, meter: Meter) -> Iterator[IO[bytes]]:
         raise PHAError(f"{path} is cut short: get the file again") from error
     except (lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
         raise PHAError(f"{path} is damaged ({error}): get the file again") from error
+    except MemoryError as error:
+        raise PHAError(f"{path} takes more memory to unpack than there is") from error
     except OSError as error:
         reason = error.strerror or str(error)
         raise PHAError(f"{path} cannot be read ({reason}): get the file again") from error

@@ -15,6 +15,7 @@ from pha.data.files import open_file, open_folder, open_pattern, split_by_path, 
 from pha.data.hub import open_hub
 from pha.data.readers import Meter, read_text
 from pha.utils.errors import PHAError
+from pha.utils.files import user_path
 
 SHORT_NAMES = {
     "wikitext-103": "hf:Salesforce/wikitext:wikitext-103-raw-v1",
@@ -43,7 +44,7 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
     options = options or SourceOptions()
     if spec == "stdlib":
         return _standard_library(options)
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if spec and path.is_dir():
         return open_folder(path, options)
     if path.is_file():
@@ -66,7 +67,7 @@ def _standard_library(options: SourceOptions) -> Source:
     version = f"{platform.python_implementation()} {platform.python_version()}"
     files = []
     if root.is_dir():
-        found = text_files(root, lambda path: path.suffix == ".py", _is_library_part)
+        found = text_files(root, _is_source, _is_library_part)
         files = [path for path in found if _is_utf8(path)]
     if not files:
         raise PHAError(
@@ -75,6 +76,10 @@ def _standard_library(options: SourceOptions) -> Source:
         )
     description = f"standard library of {version}, {len(files)} files"
     return split_by_path(root, files, description, options)
+
+
+def _is_source(path: Path) -> bool:
+    return path.suffix == ".py" and not path.is_symlink()  # links lead to what a system adds
 
 
 def _is_library_part(name: str) -> bool:

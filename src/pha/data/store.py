@@ -22,7 +22,8 @@ import numpy as np
 from pha.data.splits import SPLITS
 from pha.data.tokenizer import load_tokenizer, saved_tokenizer_sha256
 from pha.utils.errors import PHAError
-from pha.utils.files import read_json, sha256_file
+from pha.utils.files import sha256_file
+from pha.utils.formats import read_json
 from pha.utils.versions import check_format
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 FORMAT = 1
 RECORD = "store.json"
 TOKENIZER = "tokenizer"
+STORE_FILES = {
+    *(RECORD, TOKENIZER),
+    *(f"{split}{ending}" for split in SPLITS for ending in (".bin", ".documents.npy")),
+}
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 _CHECK_TOKENS = 1 << 22

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pha.data.encoding import TextEncoder, byte_vocabulary
 from pha.utils.errors import PHAError
-from pha.utils.files import read_json, sha256_file
+from pha.utils.files import sha256_file, user_path
+from pha.utils.formats import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 
 _SAVED = "tokenizer.json"
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _BPE_PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 _FORMS = "bytes, bpe:SIZE, gpt2, gpt2:FOLDER or a tokenizer's folder"
 # White space, contractions, accents composed and not, capitals, a control character, an emoji.
@@ -54,9 +56,9 @@ def load_tokenizer(spec: str, corpus: Iterable[str] | None = None) -> PreTrained
     if spec == "gpt2":
         return _gpt2(*_download_gpt2(), origin="the Hugging Face Hub")
     if spec.startswith("gpt2:"):
-        folder = Path(spec.removeprefix("gpt2:")).expanduser()
+        folder = user_path(spec.removeprefix("gpt2:"))
         return _gpt2(*_bpe_files(folder), origin=str(folder))
-    folder = Path(spec).expanduser()
+    folder = user_path(spec)
     if not spec or not folder.is_dir():
         raise PHAError(f"no tokenizer {spec!r}: give {_FORMS}")
     if (folder / _SAVED).is_file():
@@ -88,7 +90,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def tokenizer_identity(spec: str) -> str:
     """What a spec stands for, without loading it: a folder is followed by a hash of its files."""
-    folder = Path(spec.removeprefix("gpt2:")).expanduser()
+    folder = user_path(spec.removeprefix("gpt2:"))
     names = [_SAVED, *(name for pair in _BPE_PAIRS for name in pair)]
     hashes = [sha256_file(folder / name) for name in names if (folder / name).is_file()]
     return " ".join([spec, *hashes])
@@ -203,15 +205,31 @@ def _download_gpt2() -> tuple[Path, Path]:
     return Path(vocabulary), Path(merges)
 
 
-def _load_saved(folder: Path) -> PreTrainedTokenizerFast:
+def read_saved_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that `save_pretrained` wrote to `folder`; nothing outside it is read or run.
+
+    Raises:
+        PHAError: missing or damaged files.
+    """
     from transformers import PreTrainedTokenizerFast
 
+    for name in (_SAVED, *filter(lambda name: (folder / name).is_file(), _SETTINGS)):
+        if not isinstance(read_json(folder / name), dict):
+            raise PHAError(f"{folder / name} is no part of a tokenizer: get it again")
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        # The file is named, as the settings may name another one elsewhere.
+        file = str(folder / _SAVED)
+        return PreTrainedTokenizerFast.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False, tokenizer_file=file
+        )
     except Exception as error:  # tokenizers raises bare Exception
         raise PHAError(
             f"{folder / _SAVED} cannot be loaded as a tokenizer: get it again"
         ) from error
+
+
+def _load_saved(folder: Path) -> PreTrainedTokenizerFast:
+    tokenizer = read_saved_tokenizer(folder)
     tokenizer.clean_up_tokenization_spaces = False
     if tokenizer.decode(TextEncoder(tokenizer).encode(_PROBE).tolist()) != _PROBE:
         raise PHAError(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pha.utils.errors import PHAError
+
+# Far beyond any model: what is above is a slip or a damaged file, and fills the memory.
+MOST, MOST_LAYERS = 1 << 24, 10_000
 
 
 @dataclass(kw_only=True)
@@ -126,7 +130,9 @@ class ArchitectureConfig:
             "head_dim",
             "state_size",
         ):
-            _require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; at least 1")
+            most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+            value = getattr(self, name)
+            _require(1 <= value <= most, f"{name} is {value}; at least 1 and at most {most:,}")
         _require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -172,6 +178,7 @@ class ArchitectureConfig:
             ("auxiliary_ffn_expansion", False),
         ):
             expansion = getattr(self, name)
+            _require(abs(expansion) <= MOST, f"{name} is {expansion}; at most {MOST:,}")
             size = self.ffn_size(expansion)
             _require(
                 size >= 8 or (may_be_zero and expansion == 0),
@@ -195,7 +202,7 @@ def _is_a(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 

@@ -21,8 +21,8 @@ from pha.report.compare import comparisons, limits, warnings
 from pha.report.facts import fact_groups
 from pha.report.figures import Axis, Series
 from pha.results import Sample
-from pha.utils.errors import PHAError
 from pha.utils.files import write_text
+from pha.utils.outputs import require_file, writing
 from pha.utils.text import percent, plain, printable
 
 
@@ -63,13 +63,10 @@ def write_report(runs: Sequence[Path], out: Path, title: str | None = None) -> P
     Raises:
         PHAError: a path is not a run folder or holds a damaged file, or `out` cannot be written.
     """
-    if out.is_dir():
-        raise PHAError(f"{out} is a folder: name the file to write")
+    require_file(out)
     html = _render(collect(runs), title)
-    try:
+    with writing(out):
         write_text(out, html)
-    except OSError as error:
-        raise PHAError(f"{out} cannot be written ({error.strerror or error})") from error
     return out
 
 

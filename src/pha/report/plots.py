@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from xml.etree import ElementTree
 
-from pha.utils.files import write_text
+from pha.utils.files import atomic_file, write_text
 from pha.utils.text import printable, shorten
 
 if TYPE_CHECKING:
@@ -220,8 +220,6 @@ def save_picture(figure: Figure, stem: Path, title: str) -> list[Path]:
     """Write a figure as `stem`.svg and `stem`.png (on white, 200 dots per inch); see `to_svg`."""
     svg, png = stem.with_name(f"{stem.name}.svg"), stem.with_name(f"{stem.name}.png")
     write_text(svg, to_svg(figure, title) + "\n")
-    temporary = png.with_name(f".{png.name}.tmp")
-    with styled():
+    with atomic_file(png) as temporary, styled():
         figure.savefig(temporary, format="png", dpi=200, facecolor="white")
-    temporary.replace(png)
     return [svg, png]

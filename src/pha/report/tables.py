@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -97,7 +96,7 @@ class TextTable:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in columns:
             table.add_column(
-                escape(self.headings[column]),
+                Text(self.headings[column]),
                 justify="right" if column else "left",
                 min_width=self._width(column) - 2,
                 no_wrap=len(self.headings[column]) <= self._width(column) - 2,
@@ -105,9 +104,9 @@ class TextTable:
         for section in self.sections:
             table.add_section()
             if section.title:
-                table.add_row(f"[italic]{escape(section.title)}[/]")
+                table.add_row(Text(section.title, style="italic"))
             for row, grey in section.marked_rows():
-                cells = [_styled(row[column], "[bold]{}[/]", escape) for column in columns]
+                cells = [_cell(row[column]) for column in columns]
                 table.add_row(*cells, style="dim" if grey else None)
         return table
 
@@ -156,6 +155,10 @@ class TextTable:
         for section in self.sections:
             writer.writerows([section.line, *row] for row in section.rows)
         return buffer.getvalue()
+
+
+def _cell(cell: str) -> Text:
+    return Text(cell, style="bold" if isinstance(cell, Best) else "")
 
 
 def _styled(cell: str, best: str, quote: Callable[[str], str] = str) -> str:

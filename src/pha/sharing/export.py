@@ -15,13 +15,13 @@ from pha.results import RunResult
 from pha.sharing.card import model_card
 from pha.utils.errors import PHAError
 from pha.utils.files import atomic_folder
+from pha.utils.outputs import claimed, require_folder
 
 CARD = "README.md"
 
-_WEIGHTS = "model.safetensors"
 _FILES = {
     CARD,
-    _WEIGHTS,
+    "model.safetensors",
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -61,6 +61,13 @@ def export_model(
         PHAError: no model there, a damaged result, or a folder in the way.
     """
     _require_replaceable(out, force)
+    with claimed(out):
+        return _export(source, out, dtype, license_id, datasets)
+
+
+def _export(
+    source: Path, out: Path, dtype: torch.dtype, license_id: str | None, datasets: Sequence[str]
+) -> Exported:
     result, note = _results_of(source)
     loaded = load_model(source, dtype=dtype)
     card = model_card(
@@ -73,10 +80,7 @@ def export_model(
         license_id=license_id,
         datasets=datasets,
     )
-    try:
-        _write(loaded, card, out)
-    except OSError as error:
-        raise PHAError(f"{out} cannot be written ({error.strerror or error})") from error
+    _write(loaded, card, out)
     return Exported(out, 0 if result is None or note else len(result.evaluations), note)
 
 
@@ -95,11 +99,8 @@ def _results_of(source: Path) -> tuple[RunResult | None, str | None]:
 
 
 def _require_replaceable(out: Path, force: bool) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise PHAError(f"{out} is a file; name a folder")
-    names = {path.name for path in out.iterdir()}
+    require_folder(out, replaced=True)
+    names = {path.name for path in out.iterdir()} if out.exists() else set()
     if not names:
         return
     if not (CARD in names and names <= _FILES):  # a saved model has no card
@@ -119,5 +120,3 @@ def _write(loaded: LoadedModel, card: ModelCard, out: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / CARD).write_text(card.content, encoding="utf-8")
-        # safetensors lets only the owner read what it writes.
-        (folder / _WEIGHTS).chmod((folder / CARD).stat().st_mode)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pha.train.recipes import Settings
 from pha.utils.errors import PHAError
-from pha.utils.files import read_yaml
+from pha.utils.formats import read_yaml
 from pha.utils.records import record_from
 
 KINDS = ("training", "mixing", "efficiency")

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 from rich.panel import Panel
+from rich.text import Text
 
 from pha.report.page import write_report
 from pha.report.tables import mixing_table, results_table
 from pha.results import RunResult
 from pha.studies.jobs import Job, run_jobs
+from pha.utils.outputs import require_file
 
 TWINS = ("pha-tiny", "attention-only-tiny")
 PROTOCOL = "stdlib"
@@ -28,10 +29,11 @@ def run_demo(out: Path, console: Console, steps: int | None = None) -> list[RunR
         TrainingInterruptedError: stopped by the user, resumable.
     """
     length = {} if steps is None else {"run.steps": steps}
+    require_file(out / "report.html")
     jobs = [Job(f"{preset}.{PROTOCOL}", out / preset, length) for preset in TWINS]
     run_jobs(jobs, console)
     results = [job.run.read_result() for job in jobs]
-    console.rule("[bold]results")
+    console.rule(Text("results", style="bold"))
     console.print(results_table(results))
     for result in results:
         if any(len(layer.weights) > 1 for layer in result.mixing):
@@ -39,8 +41,8 @@ def run_demo(out: Path, console: Console, steps: int | None = None) -> list[RunR
             console.print(mixing_table(result.mixing, title))
     for result in results:
         sample = result.samples[0]
-        text = f"[dim]{escape(sample.prompt)}[/dim]{escape(sample.text)}"
-        console.print(Panel(text, title=f"{result.name} continues", title_align="left"))
+        text = Text.assemble((sample.prompt, "dim"), sample.text)
+        console.print(Panel(text, title=Text(f"{result.name} continues"), title_align="left"))
     title = "PHA and its attention-only twin"
     report = write_report([out / preset for preset in TWINS], out / "report.html", title=title)
     console.print(f"report: {report}", highlight=False)

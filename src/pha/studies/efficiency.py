@@ -17,7 +17,8 @@ from pha.studies.definition import Scale, Study, Variant
 from pha.studies.published import find_published
 from pha.studies.seeds import Summary, summarise
 from pha.utils.errors import PHAError
-from pha.utils.files import read_json, write_json
+from pha.utils.files import write_json
+from pha.utils.formats import read_json
 from pha.utils.hardware import default_device, provenance
 from pha.utils.text import DASH
 from pha.utils.versions import check_format

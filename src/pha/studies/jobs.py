@@ -18,12 +18,17 @@ from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train.recipes import Settings, as_words, load_recipe
 from pha.train.session import finished_result
-from pha.train.signals import on_stop_signals
-from pha.utils.errors import PHAError, TrainingInterruptedError
-from pha.utils.files import read_json
+from pha.utils.errors import (
+    INTERRUPTED,
+    STOPPED,
+    PHAError,
+    StoppedError,
+    TrainingInterruptedError,
+)
+from pha.utils.formats import read_json
 from pha.utils.processes import Command, run_processes
+from pha.utils.signals import leave, on_stop_signals
 
-INTERRUPTED = 130
 CLUSTER = "slurm"
 CLUSTER_MINUTES = 24 * 60
 
@@ -81,8 +86,8 @@ class Job:
             PHAError: the training failed.
             TrainingInterruptedError: the run was stopped, resumable.
         """
-        if code == INTERRUPTED:
-            raise TrainingInterruptedError("stopped; the same command continues")
+        if code in (STOPPED, INTERRUPTED):
+            raise TrainingInterruptedError("stopped; the same command continues", code)
         if code != 0 and self.diverged_at() is None:
             where = f"see {self.log}" if self.log.is_file() else "see above"
             raise PHAError(f"training {self.out} failed with exit code {code}; {where}")
@@ -104,24 +109,23 @@ def run_jobs(jobs: Sequence[Job], console: Console, parallel: int = 1) -> None:
     waiting = _unfinished(jobs, console)
     commands = [Command(job.words(), job.log if parallel > 1 else None) for job in waiting]
     try:
-        with on_stop_signals(_interrupt):
+        with on_stop_signals(leave):
             run_processes(
                 commands,
                 parallel=parallel,
                 started=lambda i: console.rule(f"{i + 1} of {len(waiting)}: {waiting[i].out}"),
                 ended=lambda i, code: waiting[i].check(code),
             )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         # The children have written their checkpoints.
-        raise TrainingInterruptedError("stopped; the same command continues") from None
-
-
-def _interrupt() -> None:
-    raise KeyboardInterrupt
+        code = STOPPED if isinstance(stop, StoppedError) else INTERRUPTED
+        raise TrainingInterruptedError("stopped; the same command continues", code) from None
 
 
 def _unfinished(jobs: Sequence[Job], console: Console) -> list[Job]:
     waiting = [job for job in jobs if not job.finished()]
+    for job in waiting:
+        job.run.require_usable()
     if len(waiting) < len(jobs):
         console.print(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are there already")
     return waiting

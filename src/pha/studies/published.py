@@ -9,7 +9,7 @@ from importlib import resources
 from typing import Any
 
 from pha.studies.definition import closest, make
-from pha.utils.files import read_yaml
+from pha.utils.formats import read_yaml
 
 DAGGERS = "†‡§¶#"
 

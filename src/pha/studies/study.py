@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from pha.studies.outcome import Outcome, Seed, make_outcome
 from pha.studies.planning import StudyPlan
 from pha.studies.published import find_published
 from pha.studies.tabulate import study_table
-from pha.utils.files import write_json, write_text
+from pha.utils.files import remove_leftovers, write_json, write_text
 from pha.utils.hardware import default_device, provenance
+from pha.utils.outputs import hold, require_folder, require_own, writing
 
 # Of a run's result, for the record of the study.
 BRIEF = (
@@ -56,6 +58,30 @@ class Files:
             "sentences": list(sentences),
             "summarised": provenance(default_device(), "-"),
         }
+        with writing(self.folder):
+            self._write(tables, sentences, content)
+        return content
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Hold the folder meanwhile.
+
+        Raises:
+            PHAError: it cannot be written, holds files of others, or is in use.
+        """
+        require_folder(self.folder)
+        names = ("study.json", "table.md", "table.tex", "table.csv")
+        require_own(*(self.folder / name for name in names))
+        refusal = f"{self.folder} is in use by another process; let it finish"
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with hold(self.folder / ".lock", lambda: refusal) as is_held:
+                remove_leftovers(self.folder, held=is_held)
+                yield
+
+    def _write(
+        self, tables: Sequence[TextTable], sentences: Sequence[str], content: dict[str, Any]
+    ) -> None:
         write_json(self.folder / "study.json", content)
         said = "".join(f"- {sentence}\n" for sentence in sentences)
         markdown = "\n".join(table.to_markdown() for table in tables)
@@ -64,7 +90,6 @@ class Files:
         for number, table in enumerate(tables, start=1):
             name = "table.csv" if number == 1 else f"table-{number}.csv"
             write_text(self.folder / name, table.to_csv())
-        return content
 
     def tell(
         self, tables: Sequence[TextTable], sentences: Sequence[str], pictures: Sequence[Path]
@@ -95,19 +120,20 @@ def run_study(
         PHAError: a bad configuration, or a training that failed.
         TrainingInterruptedError: stopped by the user; the same call continues.
     """
-    if partition is not None:
-        run_on_cluster(plan.jobs(), partition, folder, console)
-    else:
-        run_jobs(plan.jobs(), console, parallel)
-    outcome = make_outcome(plan)
-    tables, sentences, content = [study_table(outcome)], outcome.sentences(), record(outcome)
-    if plan.study.kind == "mixing":
-        table, more, content["mixing"] = shares.analyse(outcome)
-        tables.append(table)
-        sentences += more
     files = Files(plan.study, plan.scale, folder, console)
-    content = files.write(tables, sentences, content)
-    files.tell(tables, sentences, draw(outcome, folder))
+    with files.kept():
+        if partition is not None:
+            run_on_cluster(plan.jobs(), partition, folder, console)
+        else:
+            run_jobs(plan.jobs(), console, parallel)
+        outcome = make_outcome(plan)
+        tables, sentences, content = [study_table(outcome)], outcome.sentences(), record(outcome)
+        if plan.study.kind == "mixing":
+            table, more, content["mixing"] = shares.analyse(outcome)
+            tables.append(table)
+            sentences += more
+        content = files.write(tables, sentences, content)
+        files.tell(tables, sentences, draw(outcome, folder))
     return content
 
 
@@ -118,9 +144,10 @@ def run_efficiency(study: Study, scale: Scale, folder: Path, console: Console) -
         PHAError: a preset or length that cannot be measured.
     """
     files = Files(study, scale, folder, console)
-    for measured in efficiency.measure(study, scale, folder, console):
-        content = files.write(measured.tables, measured.sentences, measured.record)
-        pictures = efficiency.draw(study, scale, measured, folder)
+    with files.kept():
+        for measured in efficiency.measure(study, scale, folder, console):
+            content = files.write(measured.tables, measured.sentences, measured.record)
+            pictures = efficiency.draw(study, scale, measured, folder)
     files.tell(measured.tables, measured.sentences, pictures)
     return content
 

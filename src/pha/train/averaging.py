@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pha.utils.errors import PHAError
-from pha.utils.files import atomic_folder, read_json, write_json
+from pha.utils.files import atomic_folder, write_json
+from pha.utils.formats import read_json
 
 WEIGHTS = "model.safetensors"
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
+import hashlib
+import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +19,17 @@ from transformers.utils import logging
 from pha.modeling import PHAForCausalLM
 from pha.runs import RunFolder
 from pha.utils.errors import PHAError
-from pha.utils.files import atomic_folder, read_json, sha256_file, write_json
+from pha.utils.files import atomic_folder, remove_folder, sha256_file, write_json
+from pha.utils.formats import read_json
+from pha.utils.records import record_from
+from pha.utils.text import shorten
 from pha.utils.versions import check_format
 
 FORMAT = 4  # 3 had no state of the numerics watch
+
+
+class DamagedError(PHAError):
+    """A checkpoint is not as it was written."""
 
 
 @dataclass
@@ -76,40 +86,84 @@ def save_checkpoint(
     """Write `checkpoints/step-N` and delete all but the newest `keep`."""
     with atomic_folder(run.checkpoint(progress.step)) as folder:
         _write_model(folder, model, tokenizer)
-        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        with (folder / "optimizer.pt").open("wb") as file:  # by name, no error would say its reason
+            torch.save(optimizer.state_dict(), file)
         files = {f.name: sha256_file(f) for f in sorted(folder.iterdir()) if f.is_file()}
         content = {"format": FORMAT, "progress": asdict(progress), "sha256": files}
-        write_json(folder / "trainer.json", content)
+        write_json(folder / "trainer.json", content | {"digest": _digest(content)})
     for step in run.checkpoint_steps()[:-keep]:
-        shutil.rmtree(run.checkpoint(step))
+        remove_folder(run.checkpoint(step))
+
+
+def steps_needed(run: RunFolder) -> set[int]:
+    """Steps whose best weights a run that goes on from any of its checkpoints may ask for."""
+    found: set[int] = set()
+    for step in run.checkpoint_steps():
+        # One that is damaged asks for nothing.
+        with contextlib.suppress(DamagedError):
+            found |= {step for _, step in _read(run.checkpoint(step))["progress"]["best"]}
+    return found
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint, so that it is not counted among those to go on from."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+    if aside.exists():
+        remove_folder(aside)
+    folder.rename(aside)
+
+
+def _digest(content: dict[str, Any]) -> str:
+    """SHA-256 of a record, the same before it is written and after, where infinities are null."""
+    plain = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The record of a checkpoint; those of earlier versions have no digest.
+
+    Raises:
+        DamagedError: it is lost or altered.
+    """
+    try:
+        content = read_json(folder / "trainer.json")
+    except PHAError as error:
+        raise DamagedError(f"checkpoint {folder} is damaged: {error}") from error
+    digest = content.pop("digest", None) if isinstance(content, dict) else ""
+    if digest is not None and digest != _digest(content):
+        raise DamagedError(f"checkpoint {folder} is damaged: trainer.json is altered")
+    return dict(content)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Verify a checkpoint and load it into a model and its optimiser.
 
     Raises:
-        PHAError: a file is missing, truncated or altered, or belongs to another model.
+        DamagedError: a file is missing, truncated or altered; nothing was loaded.
+        PHAError: it belongs to another model, or to another version of the package.
     """
-    content = read_json(folder / "trainer.json")
-    remedy = f"delete {folder} to resume from the checkpoint before it"
-    if not isinstance(content, dict):
-        raise PHAError(f"checkpoint {folder} is damaged: trainer.json; {remedy}")
+    content = _read(folder)
     check_format(folder, content.get("format"), FORMAT, oldest=3)
-    for name, expected in content["sha256"].items():
+    hashes = content.get("sha256")
+    for name, expected in hashes.items() if isinstance(hashes, dict) else [("trainer.json", "")]:
         if not (folder / name).is_file() or sha256_file(folder / name) != expected:
-            raise PHAError(f"checkpoint {folder} is damaged: {name} is lost or altered; {remedy}")
-    weights = load_file(folder / "model.safetensors")
+            raise DamagedError(f"checkpoint {folder} is damaged: {name} is lost or altered")
+    try:
+        weights = load_file(folder / "model.safetensors")
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        progress = record_from(Progress, content["progress"], str(folder / "trainer.json"))
+    except Exception as error:  # whatever safetensors and torch make of such files
+        raise DamagedError(f"checkpoint {folder} is damaged: {shorten(str(error), 200)}") from error
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
         # The head is tied with the embedding and stored once.
         if unexpected or set(missing) - {"lm_head.weight"}:
             raise PHAError(f"checkpoint {folder} belongs to another model; choose another --out")
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state)
-    except RuntimeError as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise PHAError(
-            f"checkpoint {folder} belongs to another model ({str(error).splitlines()[0]})"
+            f"checkpoint {folder} belongs to another model ({shorten(str(error), 200)})"
         ) from error
-    progress = Progress(**content["progress"])
-    progress.best = [(perplexity, step) for perplexity, step in progress.best]
+    # JSON has no infinity, and what is none is no better than any number.
+    progress.best = [(math.inf if math.isnan(p) else p, step) for p, step in progress.best]
     return progress

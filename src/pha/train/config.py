@@ -142,6 +142,9 @@ class RunConfig:
     sample_tokens: int = 96
 
 
+MOST = 1 << 53
+"""Of any number: floats count no further, and beyond it is only infinity."""
+
 _ALLOWED: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda value: value >= 1,
     "at least 0": lambda value: value >= 0,
@@ -196,7 +199,7 @@ class TrainConfig:
         for (section, rule), keys in _RULES.items():
             for key in keys.split():
                 value = getattr(getattr(self, section), key)
-                allowed = value is None or _ALLOWED[rule](value)
+                allowed = value is None or (_ALLOWED[rule](value) and value <= MOST)
                 _require(allowed, f"{section}.{key} is {value}; it must be {rule}")
         _require(
             optimizer.muon_learning_rate is None or optimizer.kind == "muon",

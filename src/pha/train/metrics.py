@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import IO
 from accelerate import Accelerator
 
 from pha.results import KINDS, METRICS_FORMAT, Record
+from pha.utils.formats import to_json
 
 
 class MetricsWriter:
@@ -29,7 +29,7 @@ class MetricsWriter:
             os.truncate(self.path, min(self.keep_bytes, self.path.stat().st_size))
             self.file = self.path.open("a", encoding="utf-8")
             if self.file.tell() == 0:
-                self.file.write(json.dumps({"kind": "format", "format": METRICS_FORMAT}) + "\n")
+                self.file.write(to_json({"kind": "format", "format": METRICS_FORMAT}) + "\n")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -42,7 +42,7 @@ class MetricsWriter:
             return
         values = asdict(record)
         [kind] = [kind for kind, of in KINDS.items() if isinstance(record, of)]
-        self.file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self.file.write(to_json({"kind": kind, **values}) + "\n")
         self.file.flush()
         del values["step"], values["tokens"]
         scalars = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}

@@ -18,7 +18,7 @@ from pha.model.presets import PRESETS, preset
 from pha.results import CONFIG_FORMAT
 from pha.train.config import TrainConfig
 from pha.utils.errors import PHAError
-from pha.utils.files import read_yaml
+from pha.utils.formats import read_yaml
 from pha.utils.versions import check_format
 
 if TYPE_CHECKING:

@@ -22,9 +22,10 @@ from pha.train.finish import finish
 from pha.train.plan import vars_of
 from pha.train.session import Session, open_session, print_plan, require_same_run
 from pha.train.trainer import Trainer
-from pha.utils.errors import PHAError
+from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.files import write_text
 from pha.utils.hardware import keep_freed_memory
+from pha.utils.outputs import writing
 from pha.utils.text import memory
 
 
@@ -56,11 +57,25 @@ def run_training(
             f"this needs about {memory(plan.weights_bytes + plan.activation_bytes)} and "
             f"{memory(plan.free_bytes)} is free; lower data.sequence_length or use a smaller preset"
         )
-    with _alone(session):
+    with _alone(session), writing(out), _enough_memory():
         progress = _train(session)
         result = finish(session, progress) if session.accelerator.is_main_process else None
         session.accelerator.wait_for_everyone()
     return result
+
+
+@contextlib.contextmanager
+def _enough_memory() -> Iterator[None]:
+    """Says what to change where memory runs out; the last checkpoint stays as it is."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise PHAError(
+            "there is not enough memory: set run.gradient_checkpointing true, or lower "
+            "run.micro_batch or data.sequence_length, or use a smaller preset"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from pha.train.plan import Plan, make_plan, vars_of
 from pha.utils.errors import PHAError
 from pha.utils.files import cache_folder
 from pha.utils.hardware import choose_precision, device_name
+from pha.utils.progress import make_console
 from pha.utils.text import count, duration, memory
 
 # Keys that may change when a run is resumed: they touch neither the weights nor the order of data.
@@ -190,6 +191,10 @@ def open_session(
     Raises:
         PHAError: bad data, a run folder in the way, an impossible plan.
     """
+    run = RunFolder(out)
+    run.require_usable()
+    if resume == "never" and _used(out):
+        raise PHAError(f"{out} is not empty; choose another --out, or --resume auto to continue it")
     if config.run.deterministic:
         # cuBLAS reads this when it is first used, which planning does.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -212,13 +217,10 @@ def open_session(
         )
     if config.run.compile:
         _require_compiler(accelerator.device)
-    console = console if accelerator.is_main_process else Console(quiet=True)
+    console = console if accelerator.is_main_process else make_console(quiet=True)
     with accelerator.main_process_first():
         store = open_data(config, console)
-    used = out.exists() and any(not entry.name.startswith(".") for entry in out.iterdir())
-    if resume == "never" and used:
-        raise PHAError(f"{out} is not empty; choose another --out, or --resume auto to continue it")
-    run, device = RunFolder(out), accelerator.device
+    device = accelerator.device
     config = resolve(config, run, store, device)
     # What is measured could differ between processes: the main one decides for all.
     precision = [config.run.precision]
@@ -228,6 +230,10 @@ def open_session(
     plans = [make_plan(config, windows, device, precision[0], accelerator.num_processes)]
     broadcast_object_list(plans)
     return Session(config, plans[0], run, store, accelerator, console)
+
+
+def _used(folder: Path) -> bool:
+    return folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
 
 
 def plan_training(

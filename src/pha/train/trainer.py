@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 import time
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,18 +23,26 @@ from pha.modeling import PHAForCausalLM
 from pha.results import EvalRecord, LayerMixing, MixingRecord, Scores, TrainRecord, WarningRecord
 from pha.runs import RunFolder
 from pha.train.batches import BatchFeed
-from pha.train.checkpoint import Progress, load_checkpoint, save_checkpoint, save_model
+from pha.train.checkpoint import (
+    DamagedError,
+    Progress,
+    load_checkpoint,
+    save_checkpoint,
+    save_model,
+    set_aside,
+    steps_needed,
+)
 from pha.train.config import TrainConfig
 from pha.train.diagnose import first_bad_gradient, first_bad_value
 from pha.train.metrics import MetricsWriter
 from pha.train.optim import Schedule, make_optimizer, set_rate
 from pha.train.plan import Plan
-from pha.train.signals import on_stop_signals
 from pha.train.watch import Watch
 from pha.utils.errors import PHAError, TrainingInterruptedError
-from pha.utils.files import copy_folder, write_json
+from pha.utils.files import copy_folder, remove_folder, write_json
 from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
 from pha.utils.progress import ProgressLine
+from pha.utils.signals import exit_code, on_stop_signals
 from pha.utils.text import count, duration
 
 
@@ -88,7 +96,7 @@ class Trainer:
         if config.run.watch_every and accelerator.is_main_process:
             tokens = config.run.global_batch * data.sequence_length
             self.watch = Watch(self.plain_model, config.run.watch_every, tokens, self.autocast)
-        self.stop_requested = False
+        self.stop_requested = 0  # by the signal of this number
         if config.run.deterministic:
             torch.use_deterministic_algorithms(True)
 
@@ -102,26 +110,44 @@ class Trainer:
         return bool(self.accelerator.is_main_process)
 
     def resume(self) -> bool:
-        """Continue from the newest checkpoint, if there is one.
+        """Continue from the newest checkpoint that is whole, if there is any.
+
+        A damaged one is named and set aside.
 
         Raises:
-            PHAError: it is damaged or belongs to another model.
+            PHAError: all are damaged, or it belongs to another model.
         """
-        steps = self.run.checkpoint_steps()
-        if not steps:
-            return False
-        folder = self.run.checkpoint(steps[-1])
-        self.progress = load_checkpoint(folder, self.plain_model, self.optimizer.optimizer)
-        self.schedule.load_state(self.progress.schedule)
-        if self.watch is not None:
-            self.watch.load_state(self.progress.watch)
-        return True
+        damaged: dict[Path, DamagedError] = {}
+        for step in reversed(self.run.checkpoint_steps()):
+            folder = self.run.checkpoint(step)
+            try:
+                self.progress = load_checkpoint(folder, self.plain_model, self.optimizer.optimizer)
+            except DamagedError as error:
+                damaged[folder] = error
+                continue
+            self.accelerator.wait_for_everyone()  # all have looked
+            for bad, what in damaged.items():
+                self.console.print(
+                    f"warning: {what}; it is set aside", soft_wrap=True, markup=False
+                )
+                if self._main:
+                    set_aside(bad)
+            self.schedule.load_state(self.progress.schedule)
+            if self.watch is not None:
+                self.watch.load_state(self.progress.watch)
+            return True
+        if damaged:
+            raise PHAError(
+                f"{next(iter(damaged.values()))}, and no other is whole: put back a copy, or "
+                f"delete {self.run.checkpoints} to begin anew"
+            )
+        return False
 
     def train(self) -> Progress:
         """Take the steps that are left; checkpoint, evaluate and log on the way.
 
         Raises:
-            TrainingInterruptedError: after SIGINT or SIGTERM, with a checkpoint written.
+            TrainingInterruptedError: after a stop signal, with a checkpoint written.
             PHAError: the loss or a gradient is not finite; the last checkpoint stays as it was.
         """
         run, plan, progress = self.config.run, self.plan, self.progress
@@ -195,10 +221,11 @@ class Trainer:
                     stop = stop or self._agree_to_stop(log)
                 if checkpoint or stop:
                     self._checkpoint(metrics)
-                if stop and not last:
+                if stop:
                     raise TrainingInterruptedError(
                         f"stopped after step {progress.step} of {plan.steps}; a checkpoint is "
-                        "written, the same command continues from it"
+                        "written, the same command continues from it",
+                        exit_code(self.stop_requested),
                     )
         return progress
 
@@ -339,12 +366,12 @@ class Trainer:
                 self.config.run.keep_checkpoints,
             )
             # Only now: until this checkpoint was whole, a resumed run might have needed them.
-            for step in set(self.run.best_steps()) - {step for _, step in progress.best}:
-                shutil.rmtree(self.run.best_model(step))
+            for step in set(self.run.best_steps()) - steps_needed(self.run):
+                remove_folder(self.run.best_model(step))
         self.accelerator.wait_for_everyone()
 
-    def _request_stop(self) -> None:
-        self.stop_requested = True
+    def _request_stop(self, number: int) -> None:
+        self.stop_requested = number
 
     def _agree_to_stop(self, log: bool) -> bool:
         """Whether any process was asked to stop; all of them then stop after the same step.
@@ -352,8 +379,8 @@ class Trainer:
         On several GPUs they ask each other only where they wait anyway, at a step that is logged.
         """
         if self.accelerator.num_processes == 1:
-            return self.stop_requested
+            return bool(self.stop_requested)
         if self.accelerator.device.type == "cuda" and not log:
             return False
-        asked = torch.tensor(float(self.stop_requested), device=self.accelerator.device)
+        asked = torch.tensor(float(bool(self.stop_requested)), device=self.accelerator.device)
         return bool(self.accelerator.reduce(asked, "sum") > 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 POLL_SECONDS = 0.05
+_LEAVE = "PHA_LEAVE_WITH_PARENT"  # tells a child that its standard input is a pipe to watch
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,7 @@ def run_processes(
     """Run commands in order, several at once.
 
     Whatever ends this call, an interrupt or an exception of `ended` too, stops the processes that
-    run and waits for them. A process that should also end when this one is killed can watch its
-    standard input, which is a pipe that closes then.
+    run and waits for them. One that calls `leave_with_parent` also stops when this one is killed.
 
     Args:
         commands: what to run.
@@ -78,8 +79,22 @@ def run_processes(
             process.communicate()  # closes the pipe and waits
 
 
+def leave_with_parent() -> None:
+    """Have this process get SIGTERM when the one that started it by `run_processes` has ended.
+
+    A process that was started otherwise stays as it is.
+    """
+    if os.environ.pop(_LEAVE, None):
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    os.read(0, 1)  # returns when the other end of the pipe is closed
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _start(command: Command, slot: int, parallel: int) -> subprocess.Popen[bytes]:
-    environment = dict(os.environ)
+    environment = os.environ | {_LEAVE: "1"}
     if parallel > 1:
         environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // parallel))
         if devices := _cuda_devices():

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 PLAIN_SECONDS = 15.0  # between lines where there is no terminal to redraw
+_UNWRITABLE = (OSError, SystemExit)  # rich leaves by the latter where nobody reads a pipe
+
+
+def make_console(**options: Any) -> Console:
+    """A console that shows texts as they are: brackets and colons in them are no markup."""
+    return Console(markup=False, emoji=False, **options)
 
 
 class ProgressLine(Progress):
     """One line for each stage of the work; a context manager.
+
+    Where nothing can be written any more, a terminal that is gone or a pipe that nobody reads, the
+    work goes on unseen.
 
     Args:
         console: where to write.
@@ -19,9 +30,9 @@ class ProgressLine(Progress):
 
     def __init__(self, console: Console) -> None:
         super().__init__(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -48,4 +59,10 @@ class ProgressLine(Progress):
 
     def line(self, text: str) -> None:
         """Print a line of its own above."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        with contextlib.suppress(*_UNWRITABLE):
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """End the display."""
+        with contextlib.suppress(*_UNWRITABLE):
+            super().stop()

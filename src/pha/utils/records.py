@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from pha.utils.errors import PHAError
@@ -17,8 +19,9 @@ Record = TypeVar("Record")
 def record_from(kind: type[Record], value: Any, where: str) -> Record:
     """Build a dataclass from a JSON object.
 
-    Fields may be of `int`, `float`, `str`, `Any`, dataclasses, and lists, mappings and options of
-    these. Names that the class does not have are left out; fields with a default may be absent.
+    Fields may be of `int`, `float`, `str`, `Any`, dataclasses, and lists, tuples, mappings and
+    options of these. Names that the class does not have are left out; fields with a default may be
+    absent, and null stands for a float that is no finite number.
 
     Args:
         kind: the dataclass.
@@ -42,10 +45,16 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
         return _decode_object(hint, value, where)
     if origin is list and isinstance(value, list):
         return [_decode(arguments[0], each, f"{where}[{i}]") for i, each in enumerate(value)]
+    if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
+        pairs = zip(arguments, value, strict=True)
+        return tuple(_decode(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(pairs))
     if origin is dict and isinstance(value, dict):
         return {key: _decode(arguments[1], each, _at(where, key)) for key, each in value.items()}
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and value is None:  # how JSON writes what is no finite number
+        return math.nan
+    if hint is float and type(value) in (int, float):
+        with suppress(OverflowError):  # an integer beyond all floats
+            return float(value)
     if hint in (int, str, bool) and type(value) is hint:
         return value
     name = "object" if dataclasses.is_dataclass(hint) else (origin or hint).__name__
