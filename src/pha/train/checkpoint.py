@@ -135,12 +135,12 @@ def _read(folder: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Verify a checkpoint and load it into a model and its optimiser.
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """The record of a checkpoint, all of whose files are as they were written.
 
     Raises:
-        DamagedError: a file is missing, truncated or altered; nothing was loaded.
-        PHAError: it belongs to another model, or to another version of the package.
+        DamagedError: a file is missing, truncated or altered.
+        PHAError: it was written by another version of the package.
     """
     content = _read(folder)
     check_format(folder, content.get("format"), FORMAT, oldest=3)
@@ -148,6 +148,17 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     for name, expected in hashes.items() if isinstance(hashes, dict) else [("trainer.json", "")]:
         if not (folder / name).is_file() or sha256_file(folder / name) != expected:
             raise DamagedError(f"checkpoint {folder} is damaged: {name} is lost or altered")
+    return content
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
+    """Verify a checkpoint and load it into a model and its optimiser.
+
+    Raises:
+        DamagedError: a file is missing, truncated or altered; nothing was loaded.
+        PHAError: it belongs to another model, or to another version of the package.
+    """
+    content = verify_checkpoint(folder)
     try:
         weights = load_file(folder / "model.safetensors")
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
