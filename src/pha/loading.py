@@ -79,7 +79,7 @@ def _check_files(folder: Path) -> None:
     if (folder / _INDEX).is_file():
         index = record_from(_Index, read_json(folder / _INDEX), str(folder / _INDEX))
         names += index.weight_map.values()
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+    if not all(isinstance(name, str) and name and Path(name).name == name for name in names):
         raise PHAError(f"{folder} names weights that are no file in it; get the model again")
     if (folder / "adapter_config.json").exists():
         raise PHAError(f"{folder} holds an adapter; merge it into its model with PEFT first")
@@ -112,6 +112,7 @@ def load_model(
     _check_files(folder)
     tokenizer = read_saved_tokenizer(folder)
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what is wrong with weights is told in one line
     try:
         model = PHAForCausalLM.from_pretrained(
             folder,

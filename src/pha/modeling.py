@@ -152,7 +152,11 @@ class PHAPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, *arguments: Any, output_loading_info: bool = False, **options: Any
+        cls,
+        *arguments: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **options: Any,
     ) -> Any:
         """As of transformers, but weights must be those of the configuration, no more, no less.
 
@@ -160,19 +164,24 @@ class PHAPreTrainedModel(PreTrainedModel):
         model.
 
         Raises:
-            PHAError: naming weights that are missing or left over.
+            PHAError: naming weights that are missing, left over or of another shape.
         """
-        model, found = super().from_pretrained(*arguments, output_loading_info=True, **options)
+        model, found = super().from_pretrained(
+            *arguments, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        problems = {"lack": found["missing_keys"], "also have": found["unexpected_keys"]}
         if output_loading_info:
-            return model, found
-        for kind, what in (("missing_keys", "lack"), ("unexpected_keys", "have beside the model")):
-            if names := sorted(found[kind]):
+            problems = {}
+        if not ignore_mismatched_sizes:
+            problems["have another shape of"] = [name for name, *_ in found["mismatched_keys"]]
+        for what, names in problems.items():
+            if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise PHAError(
                     f"{arguments[0]}: config.json and the weights are of two models, as the "
-                    f"weights {what} {names[0]}{more}; get both from one place"
+                    f"weights {what} {min(names)}{more}; get both from one place"
                 )
-        return model
+        return (model, found) if output_loading_info else model
 
     def new_cache(self) -> Cache:
         """An empty cache for keys, values and recurrent states, which grows as it is used."""

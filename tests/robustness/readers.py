@@ -69,7 +69,7 @@ class Reader:
 
 
 @cache
-def _folder() -> Path:
+def scratch() -> Path:
     """A scratch folder with a store, a model, a run and a checkpoint, all valid."""
     root = Path(tempfile.mkdtemp(prefix="pha-readers-"))
     texts = root / "texts"
@@ -91,7 +91,7 @@ def _folder() -> Path:
 
 def _replaced(folder: str, name: str, read: Callable[[Path], Any]) -> Reader:
     """A reader of a folder in which one file is put in place of a valid one."""
-    home = _folder() / folder
+    home = scratch() / folder
 
     def with_file(path: Path) -> Any:
         target = path.parent / "folder"

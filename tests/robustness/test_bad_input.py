@@ -71,7 +71,7 @@ def test_files_of_something_else(name: str, tmp_path: Path) -> None:
     sample = READERS[name].sample
     for data in (
         *(b"", b"\n", b"\0" * 99, b"\xff\xfe\0x", b"{}", b"[]", b"null", b"7", b'"x"'),
-        *(b"[" * 100_000, b'{"a":' * 100_000, b"- " * 10_000, b"- - ? " * 2000),
+        *(b"[" * 100_000, b'{"a":' * 100_000, b"- " * 2000, b"- - ? " * 999),
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
         (1 << 60).to_bytes(8, "little") + b"{}",
         sample.decode("latin-1").encode("utf-16"),

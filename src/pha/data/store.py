@@ -126,8 +126,9 @@ class TokenStore:
         self._require(split)
         path = self.path / f"{split}.documents.npy"
         try:
-            starts: np.ndarray = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            # Mapped first, as that takes no memory for what the file promises and does not hold.
+            starts = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+        except (OSError, ValueError, EOFError, MemoryError, RecursionError) as error:
             raise _unusable(path, "is missing or damaged") from error
         return starts
 
