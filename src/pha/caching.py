@@ -81,16 +81,16 @@ class CacheAdapter:
         """Append keys and values; return all to attend to."""
         return self.cache.update(key, value, layer_idx)
 
-    def recurrent_state(self, layer_idx: int) -> Tensor | None:
-        """The state that the layer left behind, or None."""
+    def state(self, layer_idx: int, place: int) -> Tensor | None:
+        """A state that the layer left behind, or None."""
         layer = self.cache.layers[layer_idx]
-        return layer.recurrent_states[0] if layer.has_previous_state[0] else None
+        return layer.recurrent_states[place] if layer.has_previous_state[place] else None
 
-    def set_recurrent_state(self, layer_idx: int, state: Tensor) -> None:
-        """Keep the state of the layer."""
-        self.cache.update_recurrent_state(state, layer_idx)
-        # transformers marks a layer as started only with its convolution state; there is none here.
-        self.cache.layers[layer_idx].has_previous_state[0] = True
+    def set_state(self, layer_idx: int, place: int, state: Tensor) -> None:
+        """Keep a state of the layer, all of which are recurrent states to transformers."""
+        self.cache.update_recurrent_state(state, layer_idx, place)
+        # transformers marks a layer as started only with a convolution state; there is none here.
+        self.cache.layers[layer_idx].has_previous_state[place] = True
 
     def enter(self, batch: int) -> None:
         """Refuse a cache whose keys and states are not of the same B sequences.
@@ -127,9 +127,10 @@ class CacheAdapter:
         """Keys of every layer, and states of every layer that may have one."""
         layers = self.cache.layers
         return [getattr(layer, "keys", None) for layer in layers], [
-            layer.recurrent_states[0] if layer.has_previous_state[0] else None
+            state if layer.has_previous_state[place] else None
             for layer in layers
             if _keeps_state(layer)
+            for place, state in layer.recurrent_states.items()
         ]
 
 
@@ -163,7 +164,8 @@ def _check_layers(cache: Cache, config: PreTrainedConfig) -> None:
     for index, (layer, kind) in enumerate(zip(cache.layers, kinds, strict=True)):
         has = isinstance(layer, CacheLayerMixin), _keeps_state(layer)
         needs = kind != "linear_attention", kind.startswith(("hybrid", "linear"))
-        if any(need and not there for need, there in zip(needs, has, strict=True)):
+        few = has[1] and layer.number_of_states < config.number_of_conv_states
+        if few or any(need and not there for need, there in zip(needs, has, strict=True)):
             raise PHAError(
                 f"layer {index} of the cache has no room for what the model keeps; {_REMEDY}, "
                 "or one of transformers with config=model.config"

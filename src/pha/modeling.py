@@ -107,12 +107,21 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
             (False, False): "linear_attention",
         }
         kept = [
-            (self._keeps(layer, "keeps_keys"), self._keeps(layer, "keeps_state"))
+            (self._keeps(layer, "keeps_keys"), self._keeps(layer, "states"))
             for layer in range(self.num_hidden_layers)
         ]
         if not self.keeps_keys:
             kept[0] = (True, kept[0][1])
         return [kinds[layer] for layer in kept]
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """transformers' word for how many states a layer of the cache has room for."""
+        classes = [
+            [BRANCHES.get(name, Branch) for name in self.layer_branches(layer)]
+            for layer in range(self.num_hidden_layers)
+        ]
+        return max(1, *(sum(len(cls.states) for cls in layer) for layer in classes))
 
     @property
     def keeps_keys(self) -> bool:
@@ -122,7 +131,7 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
     def _keeps(self, layer_idx: int, what: str) -> bool:
         # A name that is not known here is refused where the model is made.
         names = self.layer_branches(layer_idx)
-        return any(getattr(BRANCHES.get(name, Branch), what) for name in names)
+        return any(bool(getattr(BRANCHES.get(name, Branch), what)) for name in names)
 
 
 class PHAPreTrainedModel(PreTrainedModel):

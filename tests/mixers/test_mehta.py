@@ -15,7 +15,7 @@ from pha.model import ArchitectureConfig, Backbone
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops import dss
 from pha.utils.errors import PHAError
-from tests.model.common import OneState, plain_context, scramble, small
+from tests.model.common import States, plain_context, scramble, small
 
 SHAPE = {"channels": 5, "modes": 7, "expansion": 2}
 EPS32 = torch.finfo(torch.float32).eps
@@ -127,22 +127,21 @@ def test_state_is_carried_through_the_cache() -> None:
     layer = make_layer().double()
     z = torch.randn(2, 11, 24, dtype=torch.float64)
     whole = layer(z, plain_context(small(), 11))
-    cache = OneState()
+    cache = States()
     pieces = [
         layer(piece, plain_context(small(), piece.shape[1], cache=cache))
         for piece in z.split([4, 1, 6], 1)
     ]
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-13)
-    assert cache.state is not None
-    assert cache.state.shape == (2, 5, 7, 2)
+    assert cache.kept[0].shape == (2, 5, 7, 2)
 
 
 def test_padding_puts_nothing_into_the_state() -> None:
     layer = make_layer().double()
     z = torch.randn(1, 9, 24, dtype=torch.float64)
     tokens = torch.arange(9)[None] >= 4
-    cache, alone_cache = OneState(), OneState()
+    cache, alone_cache = States(), States()
     padded = layer(z, plain_context(small(), 9, token_mask=tokens, cache=cache))
     alone = layer(z[:, 4:], plain_context(small(), 5, cache=alone_cache))
     torch.testing.assert_close(padded[:, 4:], alone, rtol=0, atol=1e-13)
-    torch.testing.assert_close(cache.state, alone_cache.state, rtol=0, atol=1e-14)
+    torch.testing.assert_close(cache.kept, alone_cache.kept, rtol=0, atol=1e-14)

@@ -34,7 +34,9 @@ def plain_context(
     """What a block is told of T tokens at `positions` (0, 1, ... when absent)."""
     if positions is None:
         positions = torch.arange(T)[None]
-    return Context(rotary_angles(positions, config.head_dim, config.rope_theta), **fields)
+    return Context(
+        rotary_angles(positions, config.head_dim, config.rope_theta), positions, **fields
+    )
 
 
 def scramble(module: nn.Module, seed: int = 0, by: float = 0.3) -> Any:
@@ -47,16 +49,16 @@ def scramble(module: nn.Module, seed: int = 0, by: float = 0.3) -> Any:
     return module
 
 
-class OneState:
-    """The smallest cache there is: one layer's recurrent state."""
+class States:
+    """The smallest cache there is: the states of one layer."""
 
     def __init__(self) -> None:
-        self.state: Tensor | None = None
+        self.kept: dict[int, Tensor] = {}
 
-    def recurrent_state(self, layer_idx: int) -> Tensor | None:
+    def state(self, layer_idx: int, place: int) -> Tensor | None:
         assert layer_idx == 0
-        return self.state
+        return self.kept.get(place)
 
-    def set_recurrent_state(self, layer_idx: int, state: Tensor) -> None:
+    def set_state(self, layer_idx: int, place: int, state: Tensor) -> None:
         assert layer_idx == 0
-        self.state = state
+        self.kept[place] = state

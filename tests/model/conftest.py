@@ -26,8 +26,8 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
         module, _, attribute = name.rpartition(".")
         function, seen = getattr(importlib.import_module(module), attribute), {}
 
-        def watched(*inputs: Any) -> Any:
-            seen["inputs"], seen["outputs"] = inputs, function(*inputs)
+        def watched(*inputs: Any, **options: Any) -> Any:
+            seen["inputs"], seen["outputs"] = inputs, function(*inputs, **options)
             return seen["outputs"]
 
         monkeypatch.setattr(name, watched)

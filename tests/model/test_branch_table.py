@@ -150,16 +150,11 @@ def test_names_that_a_module_cannot_have_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("block", ["parallel", "sequential"])
-def test_two_branches_of_a_layer_cannot_share_a_place_in_the_cache(block: str) -> None:
+def test_two_branches_of_a_layer_cannot_both_keep_keys(block: str) -> None:
     class Keys(Branch):
         keeps_keys = True
 
     register_branch("shared")(Keys)
-    with pytest.raises(
-        PHAError, match=r"^model: branches gss and mehta_gss both keep a state"
-    ) as e:
-        Backbone(small(block=block, branches=["gss", "aux_ffn", "mehta_gss"]))
-    assert "\n" not in str(e.value)
     with pytest.raises(PHAError, match=r"branches shared and attention both keep keys"):
         Backbone(small(block=block, branches=["shared", "attention", "gss"]))
     # In different layers they may.
@@ -169,7 +164,7 @@ def test_two_branches_of_a_layer_cannot_share_a_place_in_the_cache(block: str) -
 def test_a_branch_of_ones_own_may_keep_a_state() -> None:
     @register_branch("sum")
     class RunningSum(Branch):
-        keeps_state = True
+        states = ("total", "seen")
 
         def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
             super().__init__(config, layer_idx)
@@ -180,22 +175,22 @@ def test_a_branch_of_ones_own_may_keep_a_state() -> None:
             torch.nn.init.constant_(self.gain, 0.25)
 
         def forward(self, z: Tensor, context: Context) -> Tensor:
-            before = None
-            if context.cache is not None:
-                before = context.cache.recurrent_state(self.layer_idx)
+            before, seen = self.past(context, "total"), self.past(context, "seen")
             total = z.cumsum(1) + (0 if before is None else before.unsqueeze(1))
-            if context.cache is not None:
-                context.cache.set_recurrent_state(self.layer_idx, total[:, -1])
-            return self.gain * total
+            seen = z.new_ones(len(z), 1) * z.shape[1] + (0 if seen is None else seen)
+            self.keep(context, total=total[:, -1], seen=seen)
+            return self.gain * total + seen.unsqueeze(1) * 0 + context.positions.unsqueeze(-1)
 
     config = PHAConfig(
-        vocab_size=37, hidden_size=24, num_hidden_layers=2, branches=["sum", "attention"]
+        vocab_size=37, hidden_size=24, num_hidden_layers=2, branches=["gss", "sum", "attention"]
     )
     assert config.layer_types == ["hybrid"] * 2
     model = PHAForCausalLM(config).eval()
     assert model.model.layers[0].branches["sum"].gain.tolist() == [0.25] * 24
     ids = torch.randint(37, (2, 9))
     cache = model(ids[:, :4]).past_key_values
+    states = [{i: tuple(x.shape) for i, x in x.recurrent_states.items()} for x in cache.layers]
+    assert states == [{0: (2, 2176), 1: (2, 24), 2: (2, 1)}] * 2
     rest = model(ids[:, 4:], past_key_values=cache).logits
     torch.testing.assert_close(rest, model(ids).logits[:, 4:], rtol=0, atol=1e-5)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pha.model import GatedStateSpace
-from tests.model.common import OneState, plain_context, scramble, small
+from tests.model.common import States, plain_context, scramble, small
 
 EPS32 = torch.finfo(torch.float32).eps
 each_input_scaling = pytest.mark.parametrize("input_scaling", ["unit-variance", "zero-order-hold"])
@@ -133,7 +133,7 @@ def test_decays_are_float32_beside_bfloat16(how: str, spy: Callable[[str], dict[
     seen = spy("pha.model.gss.gated_scan")
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         a, b = gss.decay_and_scale()
-        y = gss(z, plain_context(small(), 5, cache=OneState()))
+        y = gss(z, plain_context(small(), 5, cache=States()))
     assert torch.equal(a, exact)
     assert b.dtype == torch.float32
     gate, value, decay, *_ = seen["inputs"]
@@ -147,7 +147,7 @@ def test_state_is_carried_through_the_cache() -> None:
     gss = make_gss().double()
     z = torch.randn(2, 11, 24, dtype=torch.float64)
     whole = gss(z, plain_context(small(), 11))
-    cache = OneState()
+    cache = States()
     pieces = [
         gss(piece, plain_context(small(), piece.shape[1], cache=cache))
         for piece in z.split([4, 1, 6], 1)

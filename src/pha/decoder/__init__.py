@@ -126,7 +126,7 @@ class _Writer:
         states = {}
         for index, size in self.decoder.state_layers.items():
             layer = cache.layers[index]
-            state = layer.recurrent_states[0]
+            state = layer.recurrent_states[0]  # with instructions there is no branch but Eq. 2's
             if not _is(state, (self.decoder.batch, size), torch.float32):
                 return None
             if not (layer.has_previous_state[0] and state.is_contiguous()):

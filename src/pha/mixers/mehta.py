@@ -33,7 +33,7 @@ class MehtaGSS(Branch):
         PHAError: an option of the wrong kind or below 1.
     """
 
-    keeps_state = True
+    states = ("h",)
     float32 = ("Lambda_re", "Lambda_im", "C_re", "C_im", "D")
     no_decay = ("C_re", "C_im")
     capped_rate = ("Lambda_re", "Lambda_im")
@@ -80,13 +80,11 @@ class MehtaGSS(Branch):
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """Map (B, T, d) to (B, T, d), starting from and updating the cached state."""
         u, v = F.gelu(self.W_u(z)), F.gelu(self.W_v(z))
-        cache = context.cache
-        h0 = cache.recurrent_state(self.layer_idx) if cache is not None else None
+        h0 = self.past(context, "h")
         parameters = self.Lambda_re, self.Lambda_im, self.C_re, self.C_im, self.D
         flags = context.document_starts, context.token_mask
-        y, h_last = dss(v, *parameters, h0, *flags, cache is not None)
-        if cache is not None and h_last is not None:
-            cache.set_recurrent_state(self.layer_idx, h_last)
+        y, h_last = dss(v, *parameters, h0, *flags, last_state=context.cache is not None)
+        self.keep(context, h=h_last)
         return self.W_o(self.W_y(y) * u)
 
     def diagnostics(self, z: Tensor) -> Diagnostics:

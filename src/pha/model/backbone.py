@@ -65,8 +65,7 @@ class Backbone(nn.Module):
         Args:
             input_ids: (B, T) tokens, or
             inputs_embeds: (B, T, d) in their place, before the scaling by sqrt(d).
-            positions: (B or 1, T); when absent, how many tokens came before. Only differences
-                matter, since attention is rotary.
+            positions: (B or 1, T); when absent, how many tokens of the document came before.
             document_starts: (B, S) bool over cached and new tokens, true where one begins.
             token_mask: (B, S) bool over cached and new tokens, false where there is no token.
             cache: the model's state so far; updated.
@@ -113,9 +112,10 @@ class Backbone(nn.Module):
             mask = attention_mask(query, key, document_starts, token_mask)
         if positions is None:
             positions = query[None]
-            if token_mask is not None:
-                positions = (token_mask.cumsum(-1) - 1).clamp(min=0)[:, new]
+            if document_starts is not None or token_mask is not None:
+                positions = _counted(document_starts, token_mask)[:, new]
         return Context(
+            positions=positions,
             rotary=rotary_angles(positions, config.head_dim, config.rope_theta),
             attention_mask=mask,
             attention_window=window,
@@ -140,6 +140,17 @@ class Backbone(nn.Module):
                     }
                 )
         return layers
+
+
+def _counted(document_starts: Tensor | None, token_mask: Tensor | None) -> Tensor:
+    """(B, S) position of each token in its document, from the masks over all (B, S)."""
+    if token_mask is None:
+        assert document_starts is not None
+        token_mask = torch.ones_like(document_starts)
+    before = token_mask.cumsum(-1) - token_mask.long()
+    if document_starts is None:
+        return before
+    return before - torch.where(document_starts, before, 0).cummax(-1).values
 
 
 def initialise(module: nn.Module, config: ArchitectureConfig, unit_gain: bool = False) -> None:

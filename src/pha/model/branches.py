@@ -43,12 +43,12 @@ class StateCache(Protocol):
         """Append keys and values (B, G, T, K); return those to attend to, (B, G, S, K)."""
         ...
 
-    def recurrent_state(self, layer_idx: int) -> Tensor | None:
-        """The state that the layer left behind, (B, ...), or None at the beginning."""
+    def state(self, layer_idx: int, place: int) -> Tensor | None:
+        """What the layer left behind in that place, (B, ...), or None at the beginning."""
         ...
 
-    def set_recurrent_state(self, layer_idx: int, state: Tensor) -> None:
-        """Keep the layer's state: one real tensor (B, ...), of the same shape at every call."""
+    def set_state(self, layer_idx: int, place: int, state: Tensor) -> None:
+        """Keep a state of the layer: a real tensor (B, ...), of the same shape at every call."""
         ...
 
 
@@ -58,6 +58,7 @@ class Context:
 
     Attributes:
         rotary: cosine and sine (B or 1, T, K / 2) of the rotary angles, float32.
+        positions: (B or 1, T), counted from the beginning of each document.
         attention_mask: (B or 1, 1, T, S) bool, or None for plain causal attention.
         attention_window: keys that a query may see besides, or None.
         attention_backend: name in the op table; None for the one of the device.
@@ -69,6 +70,7 @@ class Context:
     """
 
     rotary: tuple[Tensor, Tensor]
+    positions: Tensor
     attention_mask: Tensor | None = None
     attention_window: int | None = None
     attention_backend: str | None = None
@@ -103,9 +105,9 @@ class Branch(nn.Module):
     and must respect `context`: documents, padding and, if it has one, the cache.
 
     Attributes:
-        keeps_keys: it passes keys and values to `StateCache.update`, exactly once a call.
-        keeps_state: it keeps a recurrent state in the cache. The cache holds one of each kind per
-            layer, so no two branches of a layer may keep the same.
+        keeps_keys: it passes keys and values to `StateCache.update`, exactly once a call. The cache
+            has room for those of one branch in a layer.
+        states: names of the states that it keeps in the cache; see `past` and `keep`.
         float32: its parameters that stay float32 whatever the rest is in.
         no_decay: its matrices without weight decay. Vectors never have any.
         capped_rate: its parameters whose learning rate has a cap of its own.
@@ -113,7 +115,7 @@ class Branch(nn.Module):
     """
 
     keeps_keys: ClassVar[bool] = False
-    keeps_state: ClassVar[bool] = False
+    states: ClassVar[tuple[str, ...]] = ()
     float32: ClassVar[tuple[str, ...]] = ()
     no_decay: ClassVar[tuple[str, ...]] = ()
     capped_rate: ClassVar[tuple[str, ...]] = ()
@@ -122,9 +124,23 @@ class Branch(nn.Module):
     def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+        self.first_place = 0  # of its states among those of the layer
 
     def reset_parameters(self) -> None:
         """Set the starting values of the branch's own parameters, not those of linear layers."""
+
+    def past(self, context: Context, name: str) -> Tensor | None:
+        """The state of that name after the tokens in the cache; None at the beginning."""
+        if context.cache is None:
+            return None
+        return context.cache.state(self.layer_idx, self.first_place + self.states.index(name))
+
+    def keep(self, context: Context, **states: Tensor | None) -> None:
+        """Leave states behind, by name, for the tokens to come; nothing where there is no cache."""
+        for name, state in states.items():
+            if context.cache is not None and state is not None:
+                place = self.first_place + self.states.index(name)
+                context.cache.set_state(self.layer_idx, place, state)
 
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """Map (B, T, d) to (B, T, d)."""
@@ -162,18 +178,20 @@ def make_branches(config: ArchitectureConfig, layer_idx: int) -> nn.ModuleDict:
 
     Raises:
         PHAError: no such branch, options that its constructor does not take, or two branches that
-            need the same place in the cache.
+            keep keys.
     """
     names = config.layer_branches(layer_idx)
-    branches = nn.ModuleDict({name: _make_branch(name, config, layer_idx) for name in names})
-    for what, kept in (("a state", "keeps_state"), ("keys", "keeps_keys")):
-        keepers = [name for name, branch in branches.items() if getattr(branch, kept)]
-        if len(keepers) > 1:
-            raise PHAError(
-                f"model: branches {' and '.join(keepers)} both keep {what}, and the cache holds "
-                "one per layer; leave one of them out"
-            )
-    return branches
+    branches = {name: _make_branch(name, config, layer_idx) for name in names}
+    keepers = [name for name, branch in branches.items() if branch.keeps_keys]
+    if len(keepers) > 1:
+        raise PHAError(
+            f"model: branches {' and '.join(keepers)} both keep keys, and the cache has room for "
+            "those of one in a layer; leave one of them out"
+        )
+    places = 0
+    for branch in branches.values():
+        branch.first_place, places = places, places + len(branch.states)
+    return nn.ModuleDict(branches)
 
 
 def _make_branch(name: str, config: ArchitectureConfig, layer_idx: int) -> Branch:

@@ -28,7 +28,7 @@ class GatedStateSpace(Branch):
     sqrt(1 - a^2) for `unit-variance`, 1 - a for `zero-order-hold`.
     """
 
-    keeps_state = True
+    states = ("h",)
     float32 = capped_rate = ("log_A", "log_dt")
     unit_gain = ("W_g",)
 
@@ -66,14 +66,12 @@ class GatedStateSpace(Branch):
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """Map (B, T, d) to (B, T, d), starting from and updating the cached state."""
         a, b = self.decay_and_scale()
-        cache = context.cache
-        h0 = cache.recurrent_state(self.layer_idx) if cache is not None else None
         h, h_last = gated_scan(
             *(self.W_g(z), self.W_B(z), a, b),
-            *(h0, context.document_starts, context.token_mask, cache is not None),
+            *(self.past(context, "h"), context.document_starts, context.token_mask),
+            last_state=context.cache is not None,
         )
-        if cache is not None and h_last is not None:
-            cache.set_recurrent_state(self.layer_idx, h_last)
+        self.keep(context, h=h_last)
         return self.W_C(h)
 
     def diagnostics(self, z: Tensor) -> Diagnostics:
