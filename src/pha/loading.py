@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from pha.modeling import PHAForCausalLM
 from pha.runs import RunFolder
-from pha.utils.errors import PHAError
+from pha.utils.errors import PHAError, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def load_model(
         model = PHAForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise PHAError(f"{folder} is damaged and cannot be loaded ({reason})") from error
     return LoadedModel(path, model.to(device or "cpu").eval(), tokenizer, run)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from pha.modeling import PHAForCausalLM
 from pha.runs import RunFolder
-from pha.utils.errors import PHAError
+from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.files import atomic_folder, read_json, remove_folder, sha256_file, write_json
 
 FORMAT = 3
@@ -162,6 +162,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise PHAError(
             f"checkpoint {folder} belongs to another model ({str(error).splitlines()[0]})"
         ) from error

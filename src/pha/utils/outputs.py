@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from pha.utils.errors import PHAError
+from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.files import followed, remove_leftovers
 
 
@@ -20,6 +20,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error.strerror or error)
         if error.filename not in (None, str(path)):
             reason = f"{error.filename}: {reason}"
