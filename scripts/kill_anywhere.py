@@ -50,7 +50,7 @@ from pha.utils.hardware import provenance
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 KINDS = (*SIGNALS, "full disk", "read-only", "memory")
 CODES = {"SIGKILL": -9, "SIGINT": 130, "full disk": 2, "read-only": 2}  # of the other signals: 75
-MOST_STOPS = 4  # of one folder, before its command may finish
+MOST_STOPS = 6  # of one folder, before its command may finish
 TIMES = {
     *("seconds", "tokens_per_second", "data_wait", "utilisation", "matmul_flops"),
     *("peak_memory_bytes", "provenance", "summarised", "memory_end"),
@@ -71,6 +71,7 @@ class Job:
         outcome: what an output came to, as plain values.
         check: raises AssertionError where an output that was stopped is not as it must be; gets
             what it returned after the stop before.
+        ending: phases after which only they come again.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Job:
     phases: dict[str, str]
     outcome: Callable[[Path], Any]
     check: Callable[[Path, Any], Any] = lambda out, before: None
+    ending: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ def draw_aim(rng: random.Random, kind: str, phase: str, usual: dict[str, Any]) -
     return Aim(
         kind,
         phase,
-        rng.randint(1, math.ceil(2 * operations / entries)) if at_operation else None,
+        rng.randint(1, math.ceil(operations / entries)) if at_operation else None,
         None if at_operation else max(1e-4, rng.random() * seconds / entries),
         rng.randint(1, min(entries, 3)),
         rng.randrange(0, 1 << 16 if kind == "full disk" else 1 << 24),
@@ -257,11 +259,11 @@ def torture(job: Job, work: Path, moments: int, seed: int) -> dict[str, Any]:
         out = place / "run"
         out.parent.mkdir(parents=True)
         found: list[dict[str, Any]] = []
-        before = None
+        before, possible = None, phases
         for stop in range(MOST_STOPS + 1):
             number = len(trials) + len(found)
             rng = random.Random(f"{seed} {job.name} {number}")
-            kind, phase = KINDS[number % len(KINDS)], phases[rng.randrange(len(phases))]
+            kind, phase = KINDS[number % len(KINDS)], rng.choice(possible)
             aim = draw_aim(rng, kind, phase, usual) if stop < MOST_STOPS else None
             begin = time.monotonic()
             ended = run(job, out, aim)
@@ -286,9 +288,11 @@ def torture(job: Job, work: Path, moments: int, seed: int) -> dict[str, Any]:
             assert kind == "memory" or ended.code == CODES.get(kind, 75), f"{where}: {ended.said}"
             assert kind == "memory" or "Traceback" not in ended.said, f"{where}: {ended.said}"
             before = job.check(out, before)
+            if ended.word.get("phase") in job.ending:
+                possible = ["start", *job.ending]
         actual = job.outcome(out)
         assert actual == expected, f"{place}: {differences(expected, actual)}"
-        hidden = {path.name for path in place.rglob(".*")} - {".lock"}
+        hidden = {path.name for path in place.rglob(".*")} - {".lock", ".owner"}
         assert not hidden, f"{place}: left behind: {hidden}"
         shutil.rmtree(place)
         trials += found
@@ -397,7 +401,14 @@ def jobs(work: Path) -> dict[str, Job]:
     of_study_words = ["study", str(study), "--seeds", "1", "--data", str(store), "--out", "{out}"]
     preparation = "pha.data.preparation:"
     found = [
-        Job("train", [*train, *averaged, *often], of_train, of_training, check_training),
+        Job(
+            "train",
+            [*train, *averaged, *often],
+            of_train,
+            of_training,
+            check_training,
+            ("averaging", "finishing"),
+        ),
         Job(
             "prepare",
             ["prepare", str(text), "--tokenizer", "bpe:300", "--out", "{out}"],
