@@ -297,7 +297,16 @@ def torture(job: Job, work: Path, moments: int, seed: int) -> dict[str, Any]:
         shutil.rmtree(place)
         trials += found
         write_json(kept, trials)
-    return {"words": list(job.words), "usual": usual, "trials": trials}
+    return {
+        "words": [word.replace(f"{work}/", "") for word in job.words],
+        "undisturbed": usual,
+        "processes": len(trials),
+        "stops": [
+            {name: trial[name] for name in ("kind", "phase")}
+            for trial in trials
+            if trial["stopped"]
+        ],
+    }
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
@@ -456,16 +465,21 @@ def jobs(work: Path) -> dict[str, Job]:
     return {job.name: job for job in found}
 
 
-def table(trials: Sequence[dict[str, Any]]) -> str:
+def count(stops: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """How many stops of each kind hit each phase."""
-    stopped = [trial for trial in trials if trial["stopped"]]
-    phases = list(dict.fromkeys(trial["phase"] for trial in stopped))
+    counts = {kind: Counter(s["phase"] for s in stops if s["kind"] == kind) for kind in KINDS}
+    return {kind: dict(counter) for kind, counter in counts.items()}
+
+
+def table(counts: dict[str, dict[str, int]]) -> str:
+    """The same as text."""
+    phases = list(dict.fromkeys(phase for counter in counts.values() for phase in counter))
+    rows = counts | {"all": {p: sum(c.get(p, 0) for c in counts.values()) for p in phases}}
     lines = [f"{'':12}" + "".join(f"{phase:>12}" for phase in (*phases, "all"))]
-    for kind in KINDS:
-        counts = [sum((t["kind"], t["phase"]) == (kind, p) for t in stopped) for p in phases]
-        lines.append(f"{kind:12}" + "".join(f"{n:12}" for n in (*counts, sum(counts))))
-    sums = [sum(t["phase"] == p for t in stopped) for p in phases]
-    return "\n".join([*lines, f"{'all':12}" + "".join(f"{n:12}" for n in (*sums, len(stopped)))])
+    for kind, counter in rows.items():
+        numbers = [counter.get(phase, 0) for phase in phases]
+        lines.append(f"{kind:12}" + "".join(f"{n:12}" for n in (*numbers, sum(numbers))))
+    return "\n".join(lines)
 
 
 def run_all() -> None:
@@ -484,12 +498,14 @@ def run_all() -> None:
     for module in ("train.run", "report.tables", "sharing", "data.preparation", "studies.study"):
         importlib.import_module(f"pha.{module}")
     known = jobs(options.work.resolve())
-    content: dict[str, Any] = {"kind": "kills", "seed": options.seed, "commands": {}}
+    content: dict[str, Any] = {"kind": "kills", "protocol": __doc__, "seed": options.seed}
+    content["commands"] = {}
     for name in options.commands.split(","):
         moments = options.moments if name == "train" else options.others
         found = torture(known[name], options.work.resolve(), moments, options.seed)
+        found["stops"] = count(found["stops"])
         content["commands"][name] = found
-        print(f"{name}\n{table(found['trials'])}")
+        print(f"{name}\n{table(found['stops'])}")
     content["provenance"] = provenance(torch.device("cpu"), "fp32")
     if options.out is not None:
         write_json(options.out / "kills.json", content)
