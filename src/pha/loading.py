@@ -13,7 +13,7 @@ from pha.data.tokenizer import read_saved_tokenizer
 from pha.model.parameters import count_parameters
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.runs import RunFolder
-from pha.utils.errors import PHAError
+from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.formats import read_json
 from pha.utils.records import record_from
 from pha.utils.text import shorten
@@ -124,6 +124,8 @@ def load_model(
     except PHAError:
         raise
     except Exception as error:  # whatever transformers and safetensors make of damaged files
+        if is_out_of_memory(error):
+            raise
         reason = shorten(str(error), 200)
         raise PHAError(f"{folder} is damaged and cannot be loaded ({reason})") from error
     return LoadedModel(path, model.to(device or "cpu").eval(), tokenizer, run)

@@ -133,10 +133,13 @@ def test_the_words_of_a_run_are_its_settings(store: TokenStore, tmp_path: Path) 
 
 
 def test_a_training_that_fails_is_named(store: TokenStore, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "checkpoints").touch()  # in the way of the run
-    job = Job("pha-tiny.text", tmp_path / "out", settings(store))
+    out = tmp_path / "out"
+    job = Job("pha-tiny.text", out, settings(store) | {"data.store": str(tmp_path / "absent")})
     with pytest.raises(PHAError, match=r"failed with exit code 2; see .*out\.log"):
+        run_jobs([job], quiet(), parallel=2)
+    out.mkdir(exist_ok=True)
+    (out / "checkpoints").touch()
+    with pytest.raises(PHAError, match="is no training run and holds checkpoints"):
         run_jobs([job], quiet(), parallel=2)
 
 

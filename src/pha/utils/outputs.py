@@ -7,10 +7,10 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from pha.utils.errors import PHAError
+from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.files import followed, remove_leftovers
 
 
@@ -20,6 +20,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error.strerror or error)
         if error.filename not in (None, str(path)):
             reason = f"{error.filename}: {reason}"
@@ -151,9 +153,14 @@ def claimed(path: Path, wait: bool = False) -> Iterator[None]:
         refusal = f"{path} is being written by another process; let it finish, or choose another"
         is_held = held.enter_context(hold(lock, lambda: refusal, wait))
         if is_held:
-            held.callback(lock.unlink, missing_ok=True)  # while it is held
+            held.callback(_remove, lock)  # while it is held
         remove_leftovers(place.parent, place.name, held=is_held)
         yield
+
+
+def _remove(lock: Path) -> None:
+    with suppress(OSError):  # which would hide what went wrong before
+        lock.unlink()
 
 
 def _require_no_dead_link(path: Path) -> None:
