@@ -22,6 +22,7 @@ from pha import __version__
 from pha.cli import VERBS, find_verb, main, make_parser, read_docstring
 from pha.data import TokenStore
 from pha.model import BRANCHES
+from pha.model.presets import PRESETS
 from pha.runs import RunFolder
 from pha.utils.errors import StoppedError, TrainingInterruptedError
 from tests.cli.conftest import Pha, Refused
@@ -162,6 +163,13 @@ def test_an_interruption_and_a_closed_pipe_have_their_codes(
             main(["doctor"])
         assert stop.value.code == code
     assert capsys.readouterr().err == "pha doctor: interrupted\n" * 2 + "pha doctor: stopped\n" * 2
+
+
+def test_a_process_of_its_own_knows_every_preset() -> None:
+    command = [sys.executable, "-m", "pha", "params", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {each["preset"] for each in json.loads(done.stdout)["presets"]} == PRESETS.keys()
 
 
 def test_params_json_agrees_with_the_paper(pha: Pha) -> None:
