@@ -42,7 +42,7 @@ def test_a_value_that_is_no_number_survives(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": VERSION + 1}, f"version {VERSION + 1} of this format"),
+        ({"version": VERSION + 1}, f"written by a newer pha, format {VERSION + 1}"),
         ({"steps": "many"}, "steps is 'many', not of type int"),
         ({"seconds": True}, "seconds is True, not of type float"),
         ({"mixing": [{"weights": {"gss": None}}]}, "mixing[0].weights.gss is None"),

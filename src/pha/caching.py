@@ -51,11 +51,13 @@ class CacheAdapter:
     """
 
     def __init__(self, cache: Cache, config: PreTrainedConfig) -> None:
+        if not isinstance(cache, Cache):
+            raise PHAError(f"past_key_values is a {type(cache).__name__}, not a cache; {_REMEDY}")
         self.cache, self._config = cache, config
         if not cache.layers:  # made without a configuration, as loops often do
             cache.layers.extend(DynamicCache(config=config).layers)
         self._left: _Left | None = getattr(cache, "_pha_left", None)
-        if self._left is None or self._left.config() is not config:
+        if self._left is None or self._left.config is None or self._left.config() is not config:
             _check_layers(cache, config)
         self.keyed = next(i for i, x in enumerate(cache.layers) if isinstance(x, CacheLayerMixin))
         self.is_static = isinstance(cache.layers[self.keyed], StaticLayer)
@@ -135,9 +137,12 @@ class CacheAdapter:
 class _Left:
     """What a forward pass left in a cache, and of which model."""
 
-    config: weakref.ref[PreTrainedConfig]
+    config: weakref.ref[PreTrainedConfig] | None
     keys: list[Tensor | None]
     states: list[Tensor | None]
+
+    def __reduce__(self) -> tuple[type[_Left], tuple[object, ...]]:
+        return _Left, (None, self.keys, self.states)  # a cache may be copied and pickled
 
 
 def _changed(before: list[Tensor | None], now: list[Tensor | None]) -> bool:

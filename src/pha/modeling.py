@@ -51,6 +51,8 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
     model_type: ClassVar[str] = "pha"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
+    # Tokens of a sequence in training, for programs that ask; nothing here depends on it.
+    max_position_embeddings: int = 1024
     tie_word_embeddings: bool = True
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -238,6 +240,8 @@ class PHAModel(Backbone, PHAPreTrainedModel):
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise PHAError("give exactly one of input_ids and inputs_embeds")
         past_key_values = self.cache_for(past_key_values, use_cache)
+        if tokens.dim() != (2 if inputs_embeds is None else 3):
+            raise PHAError(f"tokens are {tuple(tokens.shape)}; give them as (batch, tokens)")
         (batch, new), cache = tokens.shape[:2], None
         past: int | Tensor = 0
         if past_key_values is not None:

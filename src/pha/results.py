@@ -9,13 +9,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pha.utils.errors import PHAError
 from pha.utils.files import write_json
 from pha.utils.formats import read_json
 from pha.utils.records import record_from
+from pha.utils.versions import check_format
 
 VERSION = 1
 """Of `result.json`. Files of before it was counted have none."""
+
+CONFIG_FORMAT = 1
+"""Of `config.yaml` and other recipes, which may leave it out. A key that is added leaves it."""
+
+METRICS_FORMAT = 1
+"""Of `metrics.jsonl`, in its first line. A kind of record or a field that is added leaves it."""
+
+JSON_FORMAT = 1
+"""Of what studies, benchmarks, comparisons and scores write as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +156,7 @@ class RunResult:
         """
         content = read_json(path)
         version = content.get("version", 0) if isinstance(content, dict) else 0
-        if isinstance(version, int) and version > VERSION:
-            raise PHAError(
-                f"{path} has version {version} of this format and this pha reads up to {VERSION}; "
-                "update pha"
-            )
+        check_format(path, version, VERSION)
         return record_from(cls, content, str(path))
 
 
@@ -190,7 +195,45 @@ class MixingRecord(Record):
     layers: list[LayerMixing]
 
 
-KINDS: dict[str, type[Record]] = {"train": TrainRecord, "eval": EvalRecord, "mixing": MixingRecord}
+@dataclass(frozen=True)
+class LayerWatch:
+    """A layer at some tokens of one step."""
+
+    rms: float  # of what enters it
+    largest: float  # absolute value in that
+    gradient: float  # rms over the gradient of its parameters, before clipping
+    # branch -> named numbers: rms and largest of its output before any norm, and as it has them
+    # half_life_* in tokens, saturated_states, saturated_gates, temperature_*, clamped
+    branches: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchRecord(Record):
+    """What the numerics watch saw in that step, before its update."""
+
+    layers: list[LayerWatch]
+    leaving: float  # rms of what leaves the last layer
+    mixing: list[LayerMixing]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarningRecord(Record):
+    """Something that began to be wrong, as the numerics watch noticed at that step."""
+
+    what: str  # such as `loss spike` or `dead branch`
+    layer: int | None = None  # in which it began
+    branch: str | None = None
+    began: int  # at which step
+    message: str
+
+
+KINDS: dict[str, type[Record]] = {
+    "train": TrainRecord,
+    "eval": EvalRecord,
+    "mixing": MixingRecord,
+    "watch": WatchRecord,
+    "warning": WarningRecord,
+}
 """`kind` of a line -> its record."""
 
 
@@ -198,6 +241,8 @@ KINDS: dict[str, type[Record]] = {"train": TrainRecord, "eval": EvalRecord, "mix
 class Metrics:
     """`metrics.jsonl`, by kind, each in the order of steps."""
 
-    train: list[TrainRecord]
-    eval: list[EvalRecord]
-    mixing: list[MixingRecord]
+    train: list[TrainRecord] = field(default_factory=list)
+    eval: list[EvalRecord] = field(default_factory=list)
+    mixing: list[MixingRecord] = field(default_factory=list)
+    watch: list[WatchRecord] = field(default_factory=list)
+    warning: list[WarningRecord] = field(default_factory=list)

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pha.results import KINDS, Metrics, RunResult
+from pha.results import CONFIG_FORMAT, KINDS, METRICS_FORMAT, Metrics, RunResult
 from pha.utils.errors import PHAError
 from pha.utils.files import followed, remove_leftovers, write_text
 from pha.utils.formats import parse_json, read_yaml
 from pha.utils.outputs import hold, require_folder
 from pha.utils.records import record_from
+from pha.utils.versions import check_format
 
 
 class RunFolder:
@@ -112,9 +113,11 @@ class RunFolder:
         """The content of `config.yaml`; empty where there is none.
 
         Raises:
-            PHAError: the file is damaged.
+            PHAError: the file is damaged or of a newer format.
         """
-        return read_yaml(self.config) if self.config.is_file() else {}
+        content = read_yaml(self.config) if self.config.is_file() else {}
+        check_format(self.config, content.get("format", 0), CONFIG_FORMAT)
+        return content
 
     def read_result(self) -> RunResult:
         """The run's result.
@@ -148,6 +151,8 @@ class RunFolder:
                 if line is lines[-1]:
                     break
                 raise PHAError(f"{where}, is not a JSON object") from error
+            if kind == "format":
+                check_format(self.metrics, record.get("format"), METRICS_FORMAT)
             if isinstance(kind, str) and kind in KINDS:
                 found[kind].append(record_from(KINDS[kind], record, where))
         return Metrics(**found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -342,6 +343,18 @@ def cropped(cache: DynamicCache) -> None:
 
 
 @pytest.mark.usefixtures("no_gradients")
+def test_a_pickled_cache_goes_on(model: PHAForCausalLM) -> None:
+    ids = tokens(2, 12)
+    cache = model(ids[:, :9], use_cache=True).past_key_values
+    with io.BytesIO() as file:
+        torch.save(cache, file)
+        file.seek(0)
+        again = torch.load(file, weights_only=False)
+    assert_same(model(ids[:, 9:], past_key_values=again).logits, model(ids).logits[:, 9:])
+    with pytest.raises(PHAError, match=r"is a tuple, not a cache; make one with model.new_cache"):
+        model(ids, past_key_values=tuple(cache.layers))
+
+
 def test_a_reordered_or_emptied_cache_goes_on(model: PHAForCausalLM) -> None:
     ids, cache = tokens(2, T), DynamicCache(config=model.config)
     model(ids[:, :5], past_key_values=cache)

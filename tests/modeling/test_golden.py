@@ -1,7 +1,7 @@
-"""The golden loss curve.
+"""Golden losses: a long curve of PHA, and the first steps of every kind of layer.
 
-`python -m tests.modeling.test_golden` rewrites it, after a change that is meant to change the
-mathematics; see `test_golden_loss_curve`.
+`python -m tests.modeling.test_golden` rewrites those that differ, after a change that is meant to
+change the mathematics; see `test_golden_loss_curve`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,43 @@ import math
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from pha.model import BRANCHES
+from pha.model.presets import PRESETS
 from pha.modeling import PHAForCausalLM
-from tests.modeling.common import small_config
+from tests.modeling.common import KINDS, small_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss-pha-50.json"
+ALL_GOLDEN = GOLDEN.with_name("losses-20.json")
 
 STEPS, BATCH, LENGTH = 50, 4, 32
+ALL_STEPS = 20
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "state_size": 32,
+}
+PHA = ("parallel", ("gss", "attention", "aux_ffn"))
+# What a configuration may choose besides its branches, in the layer that has all of them.
+CHOICES: dict[str, dict[str, Any]] = {
+    "post": {"residual": "post"},
+    "deepnorm": {"residual": "post", "deepnorm_init": True},
+    "fixed mixing": {"mixing_weights": "fixed"},
+    "no branch norms": {"branch_norms": False},
+    "zero-order hold": {"input_scaling": "zero-order-hold"},
+    "dot product": {"attention_logits": "dot-product"},
+    "window": {"attention_window": 8},
+}
+CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    f"{block} {' '.join(names)}": (block, names, {}) for block, names in KINDS
+}
+CASES |= {f"PHA, {name}": (*PHA, choice) for name, choice in CHOICES.items()}
 
 
 def congruential(seed: int) -> Iterator[int]:
@@ -41,40 +68,48 @@ def golden_tokens(count: int, vocabulary: int) -> list[int]:
     return result
 
 
-def golden_model() -> PHAForCausalLM:
+def golden_model(**choices: Any) -> PHAForCausalLM:
     """Weights from integers too, by name: neither torch's generators nor the order matter."""
-    config = small_config(
-        vocab_size=64, num_attention_heads=4, num_key_value_heads=1, head_dim=8, state_size=32
-    )
+    config = small_config(**SHAPE, **choices)
+    torch.manual_seed(0)
     model = PHAForCausalLM(config).train()
+    torch.manual_seed(1)
+    others = dict(PHAForCausalLM(config).named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # As the auxiliary FFN was called when the curve was recorded.
             stream = congruential(zlib.crc32(name.replace("aux_ffn", "ffn").encode()))
             uniform = torch.tensor([next(stream) / 2**14 - 1 for _ in range(parameter.numel())])
-            if parameter.dim() == 2:
+            if parameter.dim() > 1:
                 # Uniform on [-1, 1) has variance one third.
-                spread = (3 / parameter.shape[1]) ** 0.5
+                spread = (3 / parameter[0].numel()) ** 0.5
                 parameter.copy_(spread * uniform.view_as(parameter))
             elif name.endswith("log_dt"):
                 parameter.copy_(torch.linspace(math.log(1e-3), math.log(1e-1), parameter.numel()))
+            elif not torch.equal(parameter, others[name]):
+                parameter.copy_(uniform)
     return model
 
 
-def golden_losses() -> list[float]:
-    """Train for 50 steps."""
-    model = golden_model()
+def golden_losses(steps: int = STEPS, **choices: Any) -> list[float]:
+    """Train for so many steps."""
+    model = golden_model(**choices)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    count = STEPS * BATCH * (LENGTH + 1)
-    data = torch.tensor(golden_tokens(count, 64)).view(STEPS, BATCH, LENGTH + 1)
+    data = torch.tensor(golden_tokens(STEPS * BATCH * (LENGTH + 1), 64))
     losses = []
-    for batch in data:
+    for batch in data.view(STEPS, BATCH, LENGTH + 1)[:steps]:
         loss = model(batch[:, :-1], shift_labels=batch[:, 1:]).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(round(loss.item(), 7))
     return losses
+
+
+def first_losses(case: str) -> list[float]:
+    """The first steps of a case."""
+    block, branches, choices = CASES[case]
+    return golden_losses(ALL_STEPS, block=block, branches=list(branches), **choices)
 
 
 def test_golden_loss_curve() -> None:
@@ -88,14 +123,35 @@ def test_golden_loss_curve() -> None:
     assert golden_losses() == pytest.approx(golden, rel=1e-5)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_layer_has_its_golden_losses(case: str) -> None:
+    golden = json.loads(ALL_GOLDEN.read_text())["losses"][case]
+    assert len(golden) == ALL_STEPS
+    assert first_losses(case) == pytest.approx(golden, rel=1e-5)
+
+
+def test_no_preset_and_no_branch_of_ours_is_without_golden_losses() -> None:
+    kinds = {(block, names) for block, names, _ in CASES.values()}
+    for preset in PRESETS.values():
+        block = "hybrid" if preset.get("attention_layers") else preset.get("block", "parallel")
+        assert (block, tuple(preset.get("branches", PHA[1]))) in kinds
+    ours = {name for name, branch in BRANCHES.items() if branch.__module__.startswith("pha.")}
+    assert {name for _, names in kinds for name in names} == ours
+
+
 if __name__ == "__main__":
-    GOLDEN.write_text(
-        json.dumps(
-            {
-                "what": "training loss per step, nats per token; see tests/modeling/test_golden.py",
-                "losses": golden_losses(),
-            },
-            indent=1,
-        )
-        + "\n"
+    torch.set_num_threads(1)
+    what = "training loss per step, nats per token; see tests/modeling/test_golden.py"
+    losses = golden_losses()
+    if losses != pytest.approx(json.loads(GOLDEN.read_text())["losses"], rel=1e-5):
+        GOLDEN.write_text(json.dumps({"what": what, "losses": losses}, indent=1) + "\n")
+    kept = json.loads(ALL_GOLDEN.read_text())["losses"] if ALL_GOLDEN.is_file() else {}
+    found = {case: first_losses(case) for case in CASES}
+    # What has only been rounded otherwise, by another processor, stays as it is.
+    same = {case for case in found if found[case] == pytest.approx(kept.get(case, []), rel=1e-5)}
+    lines = (
+        f"  {json.dumps(case)}: {json.dumps(kept[case] if case in same else found[case])}"
+        for case in found
     )
+    text = ",\n".join(lines)
+    ALL_GOLDEN.write_text(f'{{\n "what": "{what}",\n "losses": {{\n{text}\n }}\n}}\n')

@@ -239,3 +239,23 @@ def test_the_weights_that_were_chosen_among_are_shown(make_run: MakeRun) -> None
     assert facts["average, validation perplexity"] == ["30.125"]
     assert facts["best checkpoint, test perplexity"] == ["31.750"]
     assert "Weights" not in fact_groups(collect([make_run("b")]))
+
+
+def test_warnings_and_where_spikes_began_are_shown(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("a", branches=("attention",))
+    layer = {"rms": 1.5, "largest": 9.0, "gradient": 1e-4, "branches": {}}
+    records: list[dict[str, Any]] = [
+        {"kind": "watch", "step": step, "layers": [layer] * 4, "leaving": 2.0, "mixing": []}
+        for step in (1, 50, 100)
+    ]
+    spike = {"kind": "warning", "step": 61, "what": "loss spike", "layer": 2, "began": 57}
+    records.append(spike | {"message": "the loss is 9 after 3; it began in <layer> 2"})
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"tokens": 0} | record) + "\n" for record in records)
+    other = make_run("b", branches=("attention",), metrics=False)
+    html = written([run, other], tmp_path / "report.html")
+    assert Page(html).open == []
+    begun = "the loss is 9 after 3; it began in &lt;layer&gt; 2"
+    assert f"<li>Step 61, <strong>loss spike</strong>: {begun}</li>" in html
+    assert "Dashed: steps at which spikes began, 57." in html
+    assert html.count("This run was not watched.") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -69,3 +70,25 @@ def test_no_process_outlives_the_time() -> None:
         run_processes([python("import time; time.sleep(60)")], seconds=0.2, stop=signal.SIGKILL)
     assert time.monotonic() - begin < 30
     assert not psutil.Process().children()
+
+
+def test_a_process_that_watches_stops_when_its_parent_is_killed(tmp_path: Path) -> None:
+    stopped = tmp_path / "stopped"
+    child = (
+        "import pathlib, signal, sys, time\n"
+        "from pha.utils.processes import leave_with_parent\n"
+        f"def stop(*_): pathlib.Path({str(stopped)!r}).touch(); sys.exit(0)\n"
+        "signal.signal(signal.SIGTERM, stop); leave_with_parent()\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    parent = (
+        "import sys\n"
+        "from pha.utils.processes import Command, run_processes\n"
+        f"run_processes([Command([sys.executable, '-c', {child!r}])])"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.kill()
+        process.stdout.read()  # until the child has closed it too
+    assert stopped.is_file()

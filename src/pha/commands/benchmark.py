@@ -75,6 +75,7 @@ def bench(
         out: folder for bench-MODE.json and plots
     """
     from pha.bench.runner import Request, run_benchmark
+    from pha.results import JSON_FORMAT
     from pha.utils.files import write_json
     from pha.utils.hardware import default_device, provenance
 
@@ -98,6 +99,7 @@ def bench(
     console = console_for(json)
     record: dict[str, Any] = {
         "kind": "bench",
+        "format": JSON_FORMAT,
         "request": vars(request),
         "rows": [],
         "provenance": provenance(default_device(), ",".join(precision)),

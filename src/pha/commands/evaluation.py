@@ -171,6 +171,7 @@ def compare(
     from pha.data import TokenStore
     from pha.evals.compare import compare_models
     from pha.loading import load_model
+    from pha.results import JSON_FORMAT
     from pha.utils.hardware import choose_precision, default_device, provenance
 
     if out is not None:
@@ -186,7 +187,8 @@ def compare(
         result = compare_models(
             *models, store, split, protocol, precision=chosen, block=block, progress=progress
         )
-    content = result.to_dict() | {"provenance": provenance(device, chosen)}
+    facts = {"format": JSON_FORMAT, "provenance": provenance(device, chosen)}
+    content = result.to_dict() | facts
     if out is not None:
         _write(out, result, content)
     where = [] if out is None else [f"JSON and picture: {out}/comparison.*"]

@@ -197,6 +197,7 @@ def score(
     from pha.evals.score import score as score_text
     from pha.loading import load_model
     from pha.report.surprise import Collector, write_page
+    from pha.results import JSON_FORMAT
     from pha.utils.files import write_json
     from pha.utils.hardware import choose_precision, default_device, provenance, return_freed_memory
 
@@ -216,7 +217,7 @@ def score(
         loaded.model.config.attention_window = attention_window
         loaded.model.config.check()
     chosen = choose_precision(precision, device)
-    facts = {"provenance": provenance(device, chosen)}
+    facts = {"format": JSON_FORMAT, "provenance": provenance(device, chosen)}
     results: list[dict[str, Any]] = []
     shape = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*shape, console=console_for(json), transient=True) as progress:

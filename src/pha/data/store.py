@@ -24,6 +24,7 @@ from pha.data.tokenizer import load_tokenizer, saved_tokenizer_sha256
 from pha.utils.errors import PHAError
 from pha.utils.files import sha256_file
 from pha.utils.formats import read_json
+from pha.utils.versions import check_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -101,11 +102,7 @@ class TokenStore:
         version = record.get("format") if isinstance(record, dict) else None
         if version is None:
             raise PHAError(f"{path} is not a token store: its {RECORD} names no format")
-        if version != FORMAT:
-            raise PHAError(
-                f"{path} has store format {version}, but this version of pha reads {FORMAT}: "
-                "prepare the store again, or use the version that wrote it"
-            )
+        check_format(path, version, FORMAT, oldest=1)
         try:
             store = cls(path, record)
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pha.model.branches import Branch, Context, register_branch
+from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import dss
 from pha.utils.errors import PHAError
@@ -88,3 +88,7 @@ class MehtaGSS(Branch):
         if cache is not None and h_last is not None:
             cache.set_recurrent_state(self.layer_idx, h_last)
         return self.W_o(self.W_y(y) * u)
+
+    def diagnostics(self, z: Tensor) -> Diagnostics:
+        """The decays of its modes."""
+        return Diagnostics(decays=(-self.Lambda_re.float().exp()).exp())

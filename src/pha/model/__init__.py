@@ -3,7 +3,7 @@
 from pha.model.attention import GroupedQueryAttention
 from pha.model.backbone import Backbone
 from pha.model.block import ParallelBlock, SequentialBlock
-from pha.model.branches import BRANCHES, Branch, Context, register_branch
+from pha.model.branches import BRANCHES, Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.model.ffn import SwiGLU
 from pha.model.gss import GatedStateSpace
@@ -15,6 +15,7 @@ __all__ = [
     "Backbone",
     "Branch",
     "Context",
+    "Diagnostics",
     "GatedStateSpace",
     "GroupedQueryAttention",
     "LearnableMixing",

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pha.model.branches import Branch, Context, register_branch
+from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import attention, rotate, unit_rotary
 from pha.ops.attention.naive import attention_weights
@@ -90,3 +90,10 @@ class GroupedQueryAttention(Branch):
             backend=context.attention_backend,
         )
         return self.W_o(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
+
+    def diagnostics(self, z: Tensor) -> Diagnostics:
+        """The temperatures of its heads, where the logits have any."""
+        if not self.cosine:
+            return Diagnostics()
+        scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
+        return Diagnostics(temperatures=scale, temperature_limit=math.exp(MAX_LOG_SCALE))

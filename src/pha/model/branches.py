@@ -12,6 +12,7 @@ after which `branches: [gss, attention, average]` works in every block, recipe a
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
@@ -77,6 +78,23 @@ class Context:
     attention_weights: list[Tensor] | None = None
 
 
+@dataclass
+class Diagnostics:
+    """What a branch shows of itself while it trains; None is what it does not have.
+
+    Attributes:
+        decays: what every state is multiplied by from token to token, its size, any shape.
+        gates: values of its sigmoid gates, any shape.
+        temperatures: what its attention logits are multiplied by, of any shape.
+        temperature_limit: where they are clamped.
+    """
+
+    decays: Tensor | None = None
+    gates: Tensor | None = None
+    temperatures: Tensor | None = None
+    temperature_limit: float = math.inf
+
+
 class Branch(nn.Module):
     """One of the layers that run side by side on a block's normalised input.
 
@@ -111,6 +129,10 @@ class Branch(nn.Module):
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """Map (B, T, d) to (B, T, d)."""
         raise NotImplementedError
+
+    def diagnostics(self, z: Tensor) -> Diagnostics:
+        """What there is to watch, at some of the tokens that entered, (B, T', d)."""
+        return Diagnostics()
 
 
 BRANCHES: dict[str, type[Branch]] = {}

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pha.model.branches import Branch, Context, register_branch
+from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import gated_scan
 
@@ -75,3 +75,7 @@ class GatedStateSpace(Branch):
         if cache is not None and h_last is not None:
             cache.set_recurrent_state(self.layer_idx, h_last)
         return self.W_C(h)
+
+    def diagnostics(self, z: Tensor) -> Diagnostics:
+        """Its decays and its gates."""
+        return Diagnostics(decays=self.decay_and_scale()[0], gates=self.W_g(z).sigmoid())

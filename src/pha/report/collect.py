@@ -27,7 +27,7 @@ class Run:
     @classmethod
     def of(cls, result: RunResult) -> Run:
         """A finished run of which nothing but the result is at hand."""
-        return cls(Path(result.name), result.name, result, Metrics([], [], []), {})
+        return cls(Path(result.name), result.name, result, Metrics(), {})
 
     @property
     def tokens_seen(self) -> int | None:

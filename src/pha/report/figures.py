@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pha.report import plots
-from pha.results import LayerMixing, MixingRecord
+from pha.results import LayerMixing, MixingRecord, WatchRecord
 from pha.utils import text
 
 if TYPE_CHECKING:
@@ -105,6 +105,31 @@ def mixing_history(records: Sequence[MixingRecord], kind: Kind) -> Figure:
         means = [(x, mean_share(layers, branch)) for x, layers in points]
         series.append(Series(branch, [(x, 100 * y) for x, y in means if y is not None], color))
     return _lines(series, "tokens", "share (%)", height=2.5)[0]
+
+
+@plots.styled()
+def layer_sizes(records: Sequence[WatchRecord], spikes: Sequence[int], color: int) -> Figure:
+    """Rms over steps of what enters each layer and of its gradient; later layers are darker.
+
+    A dashed line marks a step at which a spike began.
+    """
+    figure = plots.new_panels(2, 1, [1.8, 2.0])
+    steps, count = [record.step for record in records], len(records[0].layers)
+    for axes, field, name in zip(
+        figure.axes, ("rms", "gradient"), ("input", "gradient"), strict=True
+    ):
+        for layer in range(count):
+            sizes = [getattr(record.layers[layer], field) for record in records]
+            alpha = 0.3 + 0.7 * (layer + 1) / count
+            look = plots.look(color, marked=len(steps) == 1)
+            axes.plot(steps, sizes, **look | {"linestyle": "-", "alpha": alpha, "linewidth": 1.0})
+        for step in spikes:
+            axes.axvline(step, color=plots.MUTED, linewidth=0.9, linestyle="--")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        plots.label_axes(axes, "steps" if field == "gradient" else "", f"rms of the {name}")
+    return figure
 
 
 def shares_of(layers: Sequence[LayerMixing], kind: Kind) -> list[dict[str, float]]:

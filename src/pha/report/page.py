@@ -84,6 +84,7 @@ def _render(runs: Sequence[Run], title: str | None) -> str:
             colors=[i % plots.SERIES_COUNT for i in range(len(runs))],
             comparisons=comparisons(runs),
             curves=_learning_curves(runs),
+            numerics=[_numerics(run, index) for index, run in enumerate(runs)],
             mixing=[_mixing(run, index) for index, run in enumerate(runs)],
             prompts=_prompts(runs),
             fact_groups=fact_groups(runs),
@@ -133,6 +134,17 @@ def _learning_curves(runs: Sequence[Run]) -> list[Plot]:
 def _seconds_at(times: dict[int, float], step: int) -> float:
     """Training seconds after `step` steps, from the training records around it."""
     return float(np.interp(step, [0, *times], [0.0, *times.values()]))
+
+
+def _numerics(run: Run, color: int) -> Plot | None:
+    """Sizes by layer over the steps, with spikes marked; None where nothing was watched."""
+    if not run.metrics.watch:
+        return None
+    spikes = [each.began for each in run.metrics.warning if each.what == "loss spike"]
+    figure = figures.layer_sizes(run.metrics.watch, spikes, color)
+    caption = "Rms of what enters each layer and of its gradient; darker lines are later layers."
+    marks = f" Dashed: steps at which spikes began, {plain(spikes)}." if spikes else ""
+    return Plot(Markup(plots.to_svg(figure, f"{run.label}: {caption}{marks}")), caption + marks)
 
 
 def _mixing(run: Run, color: int) -> list[Plot] | str:

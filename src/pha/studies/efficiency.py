@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pha.bench.runner import Request, run_benchmark
 from pha.report.tables import Section, TextTable
+from pha.results import JSON_FORMAT
 from pha.studies.definition import Scale, Study, Variant
 from pha.studies.published import find_published
 from pha.studies.seeds import Summary, summarise
@@ -20,6 +21,7 @@ from pha.utils.files import write_json
 from pha.utils.formats import read_json
 from pha.utils.hardware import default_device, provenance
 from pha.utils.text import DASH
+from pha.utils.versions import check_format
 
 Row = dict[str, Any]  # of the benchmark
 MEANING = {"train": "training steps", "prefill": "reading a prompt"}
@@ -91,7 +93,12 @@ def measure(study: Study, scale: Scale, folder: Path, console: Console) -> Itera
         with console.status("") as status:
             found = run_benchmark(request, status.update)
         origin = provenance(default_device(), ",".join(request.precisions))
-        content = {"request": vars(request), "rows": found, "provenance": origin}
+        content = {
+            "format": JSON_FORMAT,
+            "request": vars(request),
+            "rows": found,
+            "provenance": origin,
+        }
         write_json(_file(request, folder), content)
         yield _summarise(study, scale, folder)
     if not missing:
@@ -107,6 +114,7 @@ def _kept(request: Request, folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     kept: dict[str, Any] = read_json(path)
+    check_format(path, kept.get("format", 0), JSON_FORMAT)
     return kept if kept["request"] == json.loads(json.dumps(vars(request))) else None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from pha.report.tables import TextTable
+from pha.results import JSON_FORMAT
 from pha.studies import efficiency, shares
 from pha.studies.definition import Scale, Study
 from pha.studies.drawing import draw
@@ -46,6 +47,7 @@ class Files:
         """Write `study.json` (returned), `table.md`, `table.tex`, and a CSV for each table."""
         content = {
             "kind": "study",
+            "format": JSON_FORMAT,
             "study": self.study.name,
             "title": self.study.title,
             "paper": self.study.paper,

@@ -23,8 +23,9 @@ from pha.utils.files import atomic_folder, remove_folder, sha256_file, write_jso
 from pha.utils.formats import read_json
 from pha.utils.records import record_from
 from pha.utils.text import shorten
+from pha.utils.versions import check_format
 
-FORMAT = 3
+FORMAT = 4  # 3 had no state of the numerics watch
 
 
 class DamagedError(PHAError):
@@ -46,6 +47,7 @@ class Progress:
     # (validation perplexity, step) of the best evaluations, best first; `model/` holds the weights
     # of the first, `best/` those of all where several are kept
     best: list[tuple[float, int]] = field(default_factory=list)
+    watch: dict[str, Any] = field(default_factory=dict)  # state of the numerics watch
     metrics_bytes: int = 0  # length of metrics.jsonl, to which it is cut on resuming
     data_sha256: str = ""  # of the token store, which must not change under a run
 
@@ -133,6 +135,22 @@ def _read(folder: Path) -> dict[str, Any]:
     return dict(content)
 
 
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """The record of a checkpoint, all of whose files are as they were written.
+
+    Raises:
+        DamagedError: a file is missing, truncated or altered.
+        PHAError: it was written by another version of the package.
+    """
+    content = _read(folder)
+    check_format(folder, content.get("format"), FORMAT, oldest=3)
+    hashes = content.get("sha256")
+    for name, expected in hashes.items() if isinstance(hashes, dict) else [("trainer.json", "")]:
+        if not (folder / name).is_file() or sha256_file(folder / name) != expected:
+            raise DamagedError(f"checkpoint {folder} is damaged: {name} is lost or altered")
+    return content
+
+
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
     """Verify a checkpoint and load it into a model and its optimiser.
 
@@ -140,13 +158,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         DamagedError: a file is missing, truncated or altered; nothing was loaded.
         PHAError: it belongs to another model, or to another version of the package.
     """
-    content = _read(folder)
-    if content.get("format") != FORMAT:
-        raise PHAError(f"{folder} was written by another version of pha; choose another --out")
-    hashes = content.get("sha256")
-    for name, expected in hashes.items() if isinstance(hashes, dict) else [("trainer.json", "")]:
-        if not (folder / name).is_file() or sha256_file(folder / name) != expected:
-            raise DamagedError(f"checkpoint {folder} is damaged: {name} is lost or altered")
+    content = verify_checkpoint(folder)
     try:
         weights = load_file(folder / "model.safetensors")
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)

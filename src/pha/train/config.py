@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pha.model import ArchitectureConfig
+from pha.results import CONFIG_FORMAT
 from pha.utils.errors import PHAError
 
 
@@ -112,6 +113,7 @@ class RunConfig:
         average_best: how many of these are averaged at the end, in float32; the average is chosen
             if it is better than the best one on the whole validation split. 1: no average.
         log_every: steps between lines in metrics.jsonl.
+        watch_every: steps between looks at every layer's numbers; 0 watches nothing.
         trackers: tensorboard and wandb, beside metrics.jsonl.
         init_from: a model or run to start the weights from, with its tokenizer.
         sample_tokens: length of the text samples made at the end; 0 makes none.
@@ -134,6 +136,7 @@ class RunConfig:
     keep_best: int = 1
     average_best: int = 1
     log_every: int = 10
+    watch_every: int = 50
     trackers: list[str] = field(default_factory=list)
     init_from: str | None = None
     sample_tokens: int = 96
@@ -155,7 +158,7 @@ _RULES = {
         "steps global_batch micro_batch evaluate_every evaluations evaluate_tokens "
         "checkpoint_every keep_checkpoints keep_best average_best log_every"
     ),
-    ("run", "at least 0"): "sample_tokens seed",
+    ("run", "at least 0"): "sample_tokens seed watch_every",
     ("run", "above 0"): "epochs",
     ("schedule", "at least 0"): "warmup_steps plateau_patience",
     ("schedule", "in [0, 1]"): "floor warmup_fraction decay_fraction plateau_factor",
@@ -177,8 +180,8 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested mapping, as written to config.yaml."""
-        return asdict(self)
+        """Plain nested mapping, as written to config.yaml, with its format."""
+        return {"format": CONFIG_FORMAT, **asdict(self)}
 
     def check(self) -> None:
         """Refuse impossible values and combinations.

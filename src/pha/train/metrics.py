@@ -9,7 +9,7 @@ from typing import IO
 
 from accelerate import Accelerator
 
-from pha.results import KINDS, Record
+from pha.results import KINDS, METRICS_FORMAT, Record
 from pha.utils.formats import to_json
 
 
@@ -28,6 +28,8 @@ class MetricsWriter:
             self.path.touch()
             os.truncate(self.path, min(self.keep_bytes, self.path.stat().st_size))
             self.file = self.path.open("a", encoding="utf-8")
+            if self.file.tell() == 0:
+                self.file.write(to_json({"kind": "format", "format": METRICS_FORMAT}) + "\n")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pha.model.presets import PRESETS, preset
+from pha.results import CONFIG_FORMAT
 from pha.train.config import TrainConfig
 from pha.utils.errors import PHAError
 from pha.utils.formats import read_yaml
+from pha.utils.versions import check_format
 
 if TYPE_CHECKING:
     import jsonargparse
@@ -145,6 +147,7 @@ def load_recipe(
         PHAError: no such recipe, an unknown key, a wrong type, an impossible value.
     """
     name, content = _read(recipe)
+    check_format(Path(recipe), content.pop("format", 0), CONFIG_FORMAT)
     name = content.pop("recipe", None) or name
     if not isinstance(overrides, Mapping):
         overrides = parse_overrides(overrides or [])

@@ -128,7 +128,8 @@ def _train(session: Session) -> Progress:
 def make_model(config: TrainConfig) -> PHAForCausalLM:
     """A model with seeded initial weights, or those of `run.init_from`."""
     torch.manual_seed(config.run.seed)
-    model_config = PHAConfig(**vars_of(config.model))
+    length = {"max_position_embeddings": config.data.sequence_length}
+    model_config = PHAConfig(**(vars_of(config.model) | length))
     if config.run.init_from is None:
         return PHAForCausalLM(model_config)
     model = load_model(Path(config.run.init_from)).model

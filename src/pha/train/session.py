@@ -33,6 +33,7 @@ from pha.utils.text import count, duration, memory
 
 # Keys that may change when a run is resumed: they touch neither the weights nor the order of data.
 FREE_KEYS = {
+    "format",
     "recipe",
     "data.store",
     "data.source",
@@ -41,6 +42,7 @@ FREE_KEYS = {
     "run.trackers",
     "run.sample_tokens",
     "run.log_every",
+    "run.watch_every",
     "run.gradient_checkpointing",
 }
 

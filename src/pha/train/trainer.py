@@ -20,7 +20,7 @@ from pha.data.store import TokenStore
 from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
 from pha.modeling import PHAForCausalLM
-from pha.results import EvalRecord, LayerMixing, MixingRecord, Scores, TrainRecord
+from pha.results import EvalRecord, LayerMixing, MixingRecord, Scores, TrainRecord, WarningRecord
 from pha.runs import RunFolder
 from pha.train.batches import BatchFeed
 from pha.train.checkpoint import (
@@ -37,6 +37,7 @@ from pha.train.diagnose import first_bad_gradient, first_bad_value
 from pha.train.metrics import MetricsWriter
 from pha.train.optim import Schedule, make_optimizer, set_rate
 from pha.train.plan import Plan
+from pha.train.watch import Watch
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.files import copy_folder, remove_folder, write_json
 from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
@@ -91,6 +92,10 @@ class Trainer:
         )
         self.schedule = Schedule(config.schedule, config.optimizer.learning_rate, plan.steps)
         self.progress = Progress()
+        self.watch: Watch | None = None
+        if config.run.watch_every and accelerator.is_main_process:
+            tokens = config.run.global_batch * data.sequence_length
+            self.watch = Watch(self.plain_model, config.run.watch_every, tokens, self.autocast)
         self.stop_requested = 0  # by the signal of this number
         if config.run.deterministic:
             torch.use_deterministic_algorithms(True)
@@ -128,6 +133,8 @@ class Trainer:
                 if self._main:
                     set_aside(bad)
             self.schedule.load_state(self.progress.schedule)
+            if self.watch is not None:
+                self.watch.load_state(self.progress.watch)
             return True
         if damaged:
             raise PHAError(
@@ -173,6 +180,7 @@ class Trainer:
                 progress.step += 1
                 progress.tokens += tokens_per_step
                 last = progress.step == plan.steps
+                self._report(metrics, display)
                 log = progress.step % run.log_every == 0 or last
                 evaluation = progress.step % evaluate_every == 0 or last
                 stop = self._agree_to_stop(log)
@@ -203,6 +211,7 @@ class Trainer:
                     status = (
                         f"  loss {mean:.3f}  ppl {perplexity}  {count(speed)} tok/s  "
                         f"{use:.0%} of matmul  {duration(left)} left"
+                        f"{self.watch.status if self.watch is not None else ''}"
                     )
                     self._show(display, status)
                     losses, logged_at = [], progress.seconds
@@ -220,6 +229,17 @@ class Trainer:
                     )
         return progress
 
+    def _report(self, metrics: MetricsWriter, display: ProgressLine) -> None:
+        """Record what the watch saw in the step, and show what has begun to be wrong."""
+        if self.watch is None:
+            return
+        for record in self.watch.records:
+            metrics.write(record)
+            if isinstance(record, WarningRecord):
+                display.line(
+                    f"{self.run.name}: step {record.step}: {record.what}: {record.message}"
+                )
+
     def _show(self, display: ProgressLine, status: str) -> None:
         done, total = self.progress.step, self.plan.steps
         last = done == total
@@ -235,19 +255,25 @@ class Trainer:
         total = torch.zeros((), device=accelerator.device)
         last = len(self.feed.pieces) - 1
         for piece, (first, _) in enumerate(self.feed.pieces):
+            inputs = self.feed.get(step, piece)
+            if piece == 0 and self.watch is not None:
+                self.watch.before(step + 1, inputs)
             # Dropout is a pure function of the seed and of which sequences these are, in whichever
             # process: no generator has a state.
             torch.manual_seed((run.seed << 40) + step * run.global_batch + first)
-            inputs = self.feed.get(step, piece)
             context = contextlib.nullcontext() if piece == last else accelerator.no_sync(self.model)
             with context:
                 total += self._backward(inputs)
         loss = accelerator.reduce(total, "mean")
+        if self.watch is not None:
+            self.watch.gradients()
         clip = self.config.optimizer.gradient_clip or math.inf
         norm = accelerator.clip_grad_norm_(self.model.parameters(), clip)
         # On a GPU this waits for the step; it is the only wait in it.
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             self._diverged(step, float(loss), inputs)
+        if self.watch is not None:
+            self.watch.after(step + 1, float(loss), inputs)
         set_rate(self.optimizer.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -277,10 +303,11 @@ class Trainer:
             where = first_bad_value(model, **inputs) or first_bad_gradient(model) or "the loss"
         steps = self.run.checkpoint_steps()
         kept = f"{self.run.checkpoint(steps[-1])} is intact" if steps else "no checkpoint yet"
+        where += " is not finite" + (self.watch.explain(step + 1) if self.watch is not None else "")
         if self._main:
             write_json(self.run.diverged, {"step": step + 1, "loss": str(loss), "where": where})
         raise PHAError(
-            f"step {step + 1}: the loss is {loss:.4g} and {where} is not finite; nothing was "
+            f"step {step + 1}: the loss is {loss:.4g} and {where}; nothing was "
             f"updated, {kept}. Lower optimizer.learning_rate or lengthen schedule.warmup_steps"
         )
 
@@ -327,6 +354,7 @@ class Trainer:
         progress = self.progress
         progress.peak_memory = max(progress.peak_memory, peak_memory(self.accelerator.device))
         progress.schedule = self.schedule.state()
+        progress.watch = self.watch.state() if self.watch is not None else {}
         if self._main:
             progress.metrics_bytes = metrics.flush()
             save_checkpoint(

@@ -38,7 +38,9 @@ def softmax_gradient(
     z_row = z_ptr + row * row_stride
     target = tl.load(target_ptr + row)
     kept = target != IGNORED
-    target_logit = tl.load(z_row + target, mask=kept, other=0.0).to(tl.float32)
+    # A target that is no column gives a loss that is not a number, not one of stray memory.
+    exists = (target >= 0) & (target < COLUMNS)
+    target_logit = tl.load(z_row + target, mask=exists, other=float("nan")).to(tl.float32)
     lanes = tl.arange(0, BLOCK)
     last = WHOLE + lanes
     inside = last < COLUMNS
