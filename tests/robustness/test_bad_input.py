@@ -71,7 +71,7 @@ def test_damaged_files(name: str, data: st.DataObject, tmp_path: Path) -> None:
     try_reading(READERS[name], mutated(data, READERS[name].sample), tmp_path)
 
 
-ODD = [
+ODD: list[Any] = [
     *(None, True, -1, 0, 3.5, 10**30, math.nan, math.inf, "", "x", "../../x", "\ud83d"),
     *([], [None], [[]], {}, {"a": 1}),
 ]
