@@ -125,7 +125,7 @@ def load_study(name: str) -> Study:
     Raises:
         PHAError: no such study (the nearest names are suggested), or a file that holds none.
     """
-    if name.endswith((".yaml", ".yml")):
+    if name.lower().endswith((".yaml", ".yml")):
         return parse_study(Path(name).stem, read_yaml(Path(name)))
     return parse_study(name, read_yaml(closest(name, _shipped(), "study")))
 
