@@ -85,7 +85,9 @@ def _check_files(folder: Path) -> None:
         raise PHAError(f"{folder} holds an adapter; merge it into its model with PEFT first")
     try:
         parameters = sum(count_parameters(PHAConfig(**config)).values())
-    except (TypeError, RuntimeError) as error:
+    except PHAError:
+        raise
+    except Exception as error:  # what transformers makes of names and values it does not know
         raise PHAError(f"{folder}/config.json is damaged ({shorten(str(error), 200)})") from error
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
     if parameters > size > 0:

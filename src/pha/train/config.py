@@ -211,6 +211,7 @@ class TrainConfig:
             f"run.average_best is {run.average_best}, more than the run.keep_best "
             f"({run.keep_best}) that are kept; raise run.keep_best",
         )
+        _require(run.trackers is not None, "run.trackers is null; write [] for none")
         unknown = set(run.trackers) - {"tensorboard", "wandb"}
         _require(
             not unknown,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.files import followed, remove_leftovers
+from pha.utils.formats import require_encodable
 
 
 @contextmanager
@@ -36,8 +37,10 @@ def require_folder(path: Path, *, replaced: bool = False) -> None:
         replaced: whether it appears whole, by renaming, in the folder around it.
 
     Raises:
-        PHAError: it, or what it would lie in, is no folder or cannot be written.
+        PHAError: it, or what it would lie in, is no folder or cannot be written; or its name is not
+            UTF-8, which safetensors and tokenizers cannot write to.
     """
+    require_encodable(str(path.absolute()), f"the name of the folder {path}")
     with writing(path):
         _require_no_dead_link(path)
         if path.exists() and not path.is_dir():
