@@ -204,6 +204,7 @@ def _run_here(job: Job, out: Path, aim: Aim | None, shared: mmap.mmap, writer: i
         for descriptor in (1, 2):
             os.dup2(writer, descriptor)
         os.close(writer)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would have it ignore
         sys.argv = ["pha", *(word.format(out=out) for word in job.words)]
         striker = Striker(job, out, aim, shared)
         main(sys.argv[1:])
@@ -235,7 +236,7 @@ def draw_aim(rng: random.Random, kind: str, phase: str, usual: dict[str, Any]) -
     )
 
 
-def torture(job: Job, work: Path, moments: int, seed: int) -> dict[str, Any]:
+def torture(job: Job, work: Path, moments: int, seed: int, kinds: Sequence[str]) -> dict[str, Any]:
     """Stop a command at so many moments; returns what happened at each.
 
     What is done is kept in `work`, and the same call goes on from there.
@@ -263,7 +264,7 @@ def torture(job: Job, work: Path, moments: int, seed: int) -> dict[str, Any]:
         for stop in range(MOST_STOPS + 1):
             number = len(trials) + len(found)
             rng = random.Random(f"{seed} {job.name} {number}")
-            kind, phase = KINDS[number % len(KINDS)], rng.choice(possible)
+            kind, phase = kinds[number % len(kinds)], rng.choice(possible)
             aim = draw_aim(rng, kind, phase, usual) if stop < MOST_STOPS else None
             begin = time.monotonic()
             ended = run(job, out, aim)
@@ -355,8 +356,9 @@ def check_training(out: Path, before: set[int] | None) -> set[int]:
 
 
 def whole_or_absent(out: Path, _: Any) -> None:
-    """Nothing is there by the name of the output, as it appears at once."""
-    assert not out.exists(), sorted(out.iterdir())
+    """By the name of the output is nothing, or all of it, as it appears at once."""
+    usual = out.parents[1] / "undisturbed" / "run"
+    assert not out.exists() or hashes(out) == hashes(usual), sorted(out.iterdir())
 
 
 def of_study(out: Path) -> Any:
@@ -420,7 +422,7 @@ def jobs(work: Path) -> dict[str, Job]:
         ),
         Job(
             "prepare",
-            ["prepare", str(text), "--tokenizer", "bpe:300", "--out", "{out}"],
+            ["prepare", str(text), "--tokenizer", "bpe:270", "--out", "{out}"],
             {
                 preparation + "load_tokenizer": "tokenizer",
                 preparation + "_encode": "encoding",
@@ -444,7 +446,7 @@ def jobs(work: Path) -> dict[str, Job]:
         ),
         Job(
             "export",
-            ["export", str(model), "{out}"],
+            ["export", str(model), "{out}", "--force"],
             {
                 "pha.sharing.export:load_model": "loading",
                 "pha.sharing.export:_write": "writing",
@@ -487,6 +489,7 @@ def run_all() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--moments", type=int, default=100, help="for train (100)")
     parser.add_argument("--others", type=int, default=25, help="for each other command (25)")
+    parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", default="train,prepare,study,export")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is made")
@@ -502,7 +505,9 @@ def run_all() -> None:
     content["commands"] = {}
     for name in options.commands.split(","):
         moments = options.moments if name == "train" else options.others
-        found = torture(known[name], options.work.resolve(), moments, options.seed)
+        found = torture(
+            known[name], options.work.resolve(), moments, options.seed, options.kinds.split(",")
+        )
         found["stops"] = count(found["stops"])
         content["commands"][name] = found
         print(f"{name}\n{table(found['stops'])}")
