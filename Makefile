@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+TOOLS := build/tools/bin
 
-.PHONY: help install demo test test-gpu test-slow lint format clean
+.PHONY: help install demo test test-gpu test-slow test-lowest lint format wheel-check audit lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -26,6 +27,11 @@ test-gpu: $(INSTALLED) ## the tests that need a GPU
 test-slow: $(INSTALLED) ## every test, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu'
 
+test-lowest: $(TOOLS)/uv ## the fast tests with the lowest versions that pyproject.toml allows
+	$(TOOLS)/uv venv --clear --quiet --python $(PYTHON) build/lowest
+	$(TOOLS)/uv pip install --quiet --python build/lowest --resolution lowest-direct -e '.[dev]'
+	build/lowest/bin/python -m pytest -n auto
+
 lint: $(INSTALLED) ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,5 +42,20 @@ format: $(INSTALLED) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+wheel-check: ## build sdist and wheel, install the wheel into an empty environment, use it
+	scripts/check_wheel.sh $(PYTHON)
+
+audit: $(TOOLS)/uv ## look for known weaknesses of the pinned packages; needs the network
+	$(TOOLS)/pip-audit --strict --disable-pip -r requirements.lock
+
+lock: $(TOOLS)/uv ## write requirements.lock, the hashes of the pinned packages
+	$(TOOLS)/uv pip compile pyproject.toml --extra dev --extra harness -c constraints.txt --universal \
+	    --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --quiet \
+	    --custom-compile-command 'make lock' -o requirements.lock
+
+$(TOOLS)/uv:
+	$(PYTHON) -m venv build/tools
+	$(TOOLS)/python -m pip install --quiet --disable-pip-version-check uv pip-audit
+
 clean: ## remove the environment and caches, never runs/
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache

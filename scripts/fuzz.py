@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "tests" / "robustness" / "corpus"
-SLICE = 120  # seconds that one reader is fuzzed at a time
+SLICE = 60  # seconds that one reader is fuzzed at a time
 SLOW = 10  # seconds that a small input may take
 BYTES = 1 << 14  # of an input at most
 ADDRESS_SPACE = 12 << 30

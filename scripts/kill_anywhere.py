@@ -50,7 +50,7 @@ from pha.utils.hardware import provenance
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 KINDS = (*SIGNALS, "full disk", "read-only", "memory")
 CODES = {"SIGKILL": -9, "SIGINT": 130, "full disk": 2, "read-only": 2}  # of the other signals: 75
-MOST_STOPS = 4  # of one folder, before its command may finish
+MOST_STOPS = 6  # of one folder, before its command may finish
 TIMES = {
     *("seconds", "tokens_per_second", "data_wait", "utilisation", "matmul_flops"),
     *("peak_memory_bytes", "provenance", "summarised", "memory_end"),
@@ -71,6 +71,7 @@ class Job:
         outcome: what an output came to, as plain values.
         check: raises AssertionError where an output that was stopped is not as it must be; gets
             what it returned after the stop before.
+        ending: phases after which only they come again.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Job:
     phases: dict[str, str]
     outcome: Callable[[Path], Any]
     check: Callable[[Path, Any], Any] = lambda out, before: None
+    ending: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,7 @@ def _run_here(job: Job, out: Path, aim: Aim | None, shared: mmap.mmap, writer: i
         for descriptor in (1, 2):
             os.dup2(writer, descriptor)
         os.close(writer)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would have it ignore
         sys.argv = ["pha", *(word.format(out=out) for word in job.words)]
         striker = Striker(job, out, aim, shared)
         main(sys.argv[1:])
@@ -226,14 +229,14 @@ def draw_aim(rng: random.Random, kind: str, phase: str, usual: dict[str, Any]) -
     return Aim(
         kind,
         phase,
-        rng.randint(1, math.ceil(2 * operations / entries)) if at_operation else None,
+        rng.randint(1, math.ceil(operations / entries)) if at_operation else None,
         None if at_operation else max(1e-4, rng.random() * seconds / entries),
         rng.randint(1, min(entries, 3)),
         rng.randrange(0, 1 << 16 if kind == "full disk" else 1 << 24),
     )
 
 
-def torture(job: Job, work: Path, moments: int, seed: int) -> dict[str, Any]:
+def torture(job: Job, work: Path, moments: int, seed: int, kinds: Sequence[str]) -> dict[str, Any]:
     """Stop a command at so many moments; returns what happened at each.
 
     What is done is kept in `work`, and the same call goes on from there.
@@ -257,11 +260,11 @@ def torture(job: Job, work: Path, moments: int, seed: int) -> dict[str, Any]:
         out = place / "run"
         out.parent.mkdir(parents=True)
         found: list[dict[str, Any]] = []
-        before = None
+        before, possible = None, phases
         for stop in range(MOST_STOPS + 1):
             number = len(trials) + len(found)
             rng = random.Random(f"{seed} {job.name} {number}")
-            kind, phase = KINDS[number % len(KINDS)], phases[rng.randrange(len(phases))]
+            kind, phase = kinds[number % len(kinds)], rng.choice(possible)
             aim = draw_aim(rng, kind, phase, usual) if stop < MOST_STOPS else None
             begin = time.monotonic()
             ended = run(job, out, aim)
@@ -286,14 +289,25 @@ def torture(job: Job, work: Path, moments: int, seed: int) -> dict[str, Any]:
             assert kind == "memory" or ended.code == CODES.get(kind, 75), f"{where}: {ended.said}"
             assert kind == "memory" or "Traceback" not in ended.said, f"{where}: {ended.said}"
             before = job.check(out, before)
+            if ended.word.get("phase") in job.ending:
+                possible = ["start", *job.ending]
         actual = job.outcome(out)
         assert actual == expected, f"{place}: {differences(expected, actual)}"
-        hidden = {path.name for path in place.rglob(".*")} - {".lock"}
+        hidden = {path.name for path in place.rglob(".*")} - {".lock", ".owner"}
         assert not hidden, f"{place}: left behind: {hidden}"
         shutil.rmtree(place)
         trials += found
         write_json(kept, trials)
-    return {"words": list(job.words), "usual": usual, "trials": trials}
+    return {
+        "words": [word.replace(f"{work}/", "") for word in job.words],
+        "undisturbed": usual,
+        "processes": len(trials),
+        "stops": [
+            {name: trial[name] for name in ("kind", "phase")}
+            for trial in trials
+            if trial["stopped"]
+        ],
+    }
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[str]:
@@ -342,8 +356,9 @@ def check_training(out: Path, before: set[int] | None) -> set[int]:
 
 
 def whole_or_absent(out: Path, _: Any) -> None:
-    """Nothing is there by the name of the output, as it appears at once."""
-    assert not out.exists(), sorted(out.iterdir())
+    """By the name of the output is nothing, or all of it, as it appears at once."""
+    usual = out.parents[1] / "undisturbed" / "run"
+    assert not out.exists() or hashes(out) == hashes(usual), sorted(out.iterdir())
 
 
 def of_study(out: Path) -> Any:
@@ -397,10 +412,17 @@ def jobs(work: Path) -> dict[str, Job]:
     of_study_words = ["study", str(study), "--seeds", "1", "--data", str(store), "--out", "{out}"]
     preparation = "pha.data.preparation:"
     found = [
-        Job("train", [*train, *averaged, *often], of_train, of_training, check_training),
+        Job(
+            "train",
+            [*train, *averaged, *often],
+            of_train,
+            of_training,
+            check_training,
+            ("averaging", "finishing"),
+        ),
         Job(
             "prepare",
-            ["prepare", str(text), "--tokenizer", "bpe:300", "--out", "{out}"],
+            ["prepare", str(text), "--tokenizer", "bpe:270", "--out", "{out}"],
             {
                 preparation + "load_tokenizer": "tokenizer",
                 preparation + "_encode": "encoding",
@@ -424,7 +446,7 @@ def jobs(work: Path) -> dict[str, Job]:
         ),
         Job(
             "export",
-            ["export", str(model), "{out}"],
+            ["export", str(model), "{out}", "--force"],
             {
                 "pha.sharing.export:load_model": "loading",
                 "pha.sharing.export:_write": "writing",
@@ -445,16 +467,21 @@ def jobs(work: Path) -> dict[str, Job]:
     return {job.name: job for job in found}
 
 
-def table(trials: Sequence[dict[str, Any]]) -> str:
+def count(stops: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
     """How many stops of each kind hit each phase."""
-    stopped = [trial for trial in trials if trial["stopped"]]
-    phases = list(dict.fromkeys(trial["phase"] for trial in stopped))
+    counts = {kind: Counter(s["phase"] for s in stops if s["kind"] == kind) for kind in KINDS}
+    return {kind: dict(counter) for kind, counter in counts.items()}
+
+
+def table(counts: dict[str, dict[str, int]]) -> str:
+    """The same as text."""
+    phases = list(dict.fromkeys(phase for counter in counts.values() for phase in counter))
+    rows = counts | {"all": {p: sum(c.get(p, 0) for c in counts.values()) for p in phases}}
     lines = [f"{'':12}" + "".join(f"{phase:>12}" for phase in (*phases, "all"))]
-    for kind in KINDS:
-        counts = [sum((t["kind"], t["phase"]) == (kind, p) for t in stopped) for p in phases]
-        lines.append(f"{kind:12}" + "".join(f"{n:12}" for n in (*counts, sum(counts))))
-    sums = [sum(t["phase"] == p for t in stopped) for p in phases]
-    return "\n".join([*lines, f"{'all':12}" + "".join(f"{n:12}" for n in (*sums, len(stopped)))])
+    for kind, counter in rows.items():
+        numbers = [counter.get(phase, 0) for phase in phases]
+        lines.append(f"{kind:12}" + "".join(f"{n:12}" for n in (*numbers, sum(numbers))))
+    return "\n".join(lines)
 
 
 def run_all() -> None:
@@ -462,6 +489,7 @@ def run_all() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--moments", type=int, default=100, help="for train (100)")
     parser.add_argument("--others", type=int, default=25, help="for each other command (25)")
+    parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", default="train,prepare,study,export")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is made")
@@ -473,12 +501,16 @@ def run_all() -> None:
     for module in ("train.run", "report.tables", "sharing", "data.preparation", "studies.study"):
         importlib.import_module(f"pha.{module}")
     known = jobs(options.work.resolve())
-    content: dict[str, Any] = {"kind": "kills", "seed": options.seed, "commands": {}}
+    content: dict[str, Any] = {"kind": "kills", "protocol": __doc__, "seed": options.seed}
+    content["commands"] = {}
     for name in options.commands.split(","):
         moments = options.moments if name == "train" else options.others
-        found = torture(known[name], options.work.resolve(), moments, options.seed)
+        found = torture(
+            known[name], options.work.resolve(), moments, options.seed, options.kinds.split(",")
+        )
+        found["stops"] = count(found["stops"])
         content["commands"][name] = found
-        print(f"{name}\n{table(found['trials'])}")
+        print(f"{name}\n{table(found['stops'])}")
     content["provenance"] = provenance(torch.device("cpu"), "fp32")
     if options.out is not None:
         write_json(options.out / "kills.json", content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,14 @@ def test_files_without_a_version_are_read_whole(path: Path, tmp_path: Path) -> N
     assert metrics.mixing[-1].step == result.steps
 
 
-def test_a_value_that_is_no_number_survives(tmp_path: Path) -> None:
+def test_a_value_that_is_no_number_is_null_and_read_as_none(tmp_path: Path) -> None:
     result = RunResult.read(OLD[0])
     evaluation = replace(result.evaluations[0], word_perplexity=float("inf"))
     replace(result, evaluations=[evaluation]).write(tmp_path / "result.json")
-    assert RunResult.read(tmp_path / "result.json").evaluations == [evaluation]
+    assert "Infinity" not in (tmp_path / "result.json").read_text()
+    [found] = RunResult.read(tmp_path / "result.json").evaluations
+    assert math.isnan(found.word_perplexity)
+    assert replace(found, word_perplexity=evaluation.word_perplexity) == evaluation
 
 
 @pytest.mark.parametrize(
@@ -45,7 +49,7 @@ def test_a_value_that_is_no_number_survives(tmp_path: Path) -> None:
         ({"version": VERSION + 1}, f"written by a newer pha, format {VERSION + 1}"),
         ({"steps": "many"}, "steps is 'many', not of type int"),
         ({"seconds": True}, "seconds is True, not of type float"),
-        ({"mixing": [{"weights": {"gss": None}}]}, "mixing[0].weights.gss is None"),
+        ({"mixing": [{"weights": {"gss": None}}]}, "mixing[0].effective is missing"),
         ({"model": []}, "model is [], not of type object"),
         ({"model": {"preset": "x"}}, "model.parameters is missing"),
     ],

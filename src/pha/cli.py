@@ -33,7 +33,7 @@ from pha.utils.errors import (
 )
 from pha.utils.extras import remedy
 from pha.utils.processes import leave_with_parent
-from pha.utils.signals import leave, on_stop_signals, write_nowhere
+from pha.utils.signals import exit_code, leave, on_stop_signals, write_nowhere
 from pha.utils.text import printable
 
 Verb = Callable[..., None]
@@ -93,11 +93,17 @@ class Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a verb; a mistake that a user can put right ends in one line and exit code 2."""
     leave_with_parent()
-    with on_stop_signals(leave):
-        _main(arguments)
+    asked: list[int] = []
+
+    def stop(number: int) -> None:
+        asked.append(number)
+        leave(number)
+
+    with on_stop_signals(stop):
+        _main(arguments, asked)
 
 
-def _main(arguments: Sequence[str] | None) -> None:
+def _main(arguments: Sequence[str] | None, asked: Sequence[int]) -> None:
     # OpenMP's threads spin for milliseconds after each piece of work, on processors that compiled
     # kernels between two pieces need. Read when torch is imported, which verbs do later.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
@@ -129,6 +135,8 @@ def _main(arguments: Sequence[str] | None) -> None:
     except TrainingInterruptedError as error:
         _leave(error.code, f"{program}: {error}")
     except Exception as error:
+        if asked:  # a library has made another error of it
+            _leave(exit_code(asked[0]), f"{program}: stopped; run the same command again")
         what = _explain(error)
         if what is None:
             raise

@@ -13,7 +13,7 @@ from pha.data.tokenizer import read_saved_tokenizer
 from pha.model.parameters import count_parameters
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.runs import RunFolder
-from pha.utils.errors import PHAError
+from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.formats import read_json
 from pha.utils.records import record_from
 from pha.utils.text import shorten
@@ -85,7 +85,9 @@ def _check_files(folder: Path) -> None:
         raise PHAError(f"{folder} holds an adapter; merge it into its model with PEFT first")
     try:
         parameters = sum(count_parameters(PHAConfig(**config)).values())
-    except (TypeError, RuntimeError) as error:
+    except PHAError:
+        raise
+    except Exception as error:  # what transformers makes of names and values it does not know
         raise PHAError(f"{folder}/config.json is damaged ({shorten(str(error), 200)})") from error
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.is_file())
     if parameters > size > 0:
@@ -124,6 +126,8 @@ def load_model(
     except PHAError:
         raise
     except Exception as error:  # whatever transformers and safetensors make of damaged files
+        if is_out_of_memory(error):
+            raise
         reason = shorten(str(error), 200)
         raise PHAError(f"{folder} is damaged and cannot be loaded ({reason})") from error
     return LoadedModel(path, model.to(device or "cpu").eval(), tokenizer, run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ class RunFolder:
                 write_text(self.owner, f"process {os.getpid()} on {platform.node()}\n")
                 yield
             finally:
-                self.owner.unlink(missing_ok=True)
+                with suppress(OSError):  # which would hide what went wrong before
+                    self.owner.unlink()
 
     def _refusal(self) -> str:
         try:

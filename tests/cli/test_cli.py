@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from pha import __version__
 from pha.cli import VERBS, find_verb, main, make_parser, read_docstring
 from pha.data import TokenStore
 from pha.model import BRANCHES
+from pha.model.presets import PRESETS
 from pha.runs import RunFolder
 from pha.utils.errors import StoppedError, TrainingInterruptedError
 from tests.cli.conftest import Pha, Refused
@@ -162,6 +164,29 @@ def test_an_interruption_and_a_closed_pipe_have_their_codes(
             main(["doctor"])
         assert stop.value.code == code
     assert capsys.readouterr().err == "pha doctor: interrupted\n" * 2 + "pha doctor: stopped\n" * 2
+
+
+def test_a_signal_that_a_library_makes_another_error_of_still_stops_in_good_order(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def swallow() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except StoppedError:
+            raise ValueError("could not determine the shape") from None
+
+    monkeypatch.setattr("pha.bench.doctor.examine", swallow)
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor"])
+    assert stop.value.code == 75
+    assert capsys.readouterr().err == "pha doctor: stopped; run the same command again\n"
+
+
+def test_a_process_of_its_own_knows_every_preset() -> None:
+    command = [sys.executable, "-m", "pha", "params", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {each["preset"] for each in json.loads(done.stdout)["presets"]} == PRESETS.keys()
 
 
 def test_params_json_agrees_with_the_paper(pha: Pha) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -61,9 +66,50 @@ def mutated(data: st.DataObject, sample: bytes) -> bytes:
 
 @each_reader
 @given(data=st.data())
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 def test_damaged_files(name: str, data: st.DataObject, tmp_path: Path) -> None:
     try_reading(READERS[name], mutated(data, READERS[name].sample), tmp_path)
+
+
+ODD: list[Any] = [
+    *(None, True, -1, 0, 3.5, 10**30, math.nan, math.inf, "", "x", "../../x", "\ud83d"),
+    *([], [None], [[]], {}, {"a": 1}),
+]
+STRUCTURED = [name for name, each in READERS.items() if each.name.endswith((".json", ".yaml"))]
+
+
+def places(value: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The ways to everything in nested lists and mappings."""
+    if not isinstance(value, dict | list):
+        return
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+        yield (*way, key)
+        yield from places(each, (*way, key))
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+@given(data=st.data())
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+def test_values_of_another_kind(name: str, data: st.DataObject, tmp_path: Path) -> None:
+    """One value of the file replaced, left out, or under another name."""
+    content = yaml.safe_load(READERS[name].sample)  # which reads JSON too
+    if name == "checkpoint record":
+        del content["digest"]  # with which nothing else would be looked at
+    *way, last = data.draw(st.sampled_from(list(places(content))))
+    around = content
+    for key in way:
+        around = around[key]
+    change = data.draw(st.sampled_from(["set", "leave out", "rename"]))
+    if change == "set" or isinstance(around, list):
+        around[last] = data.draw(st.sampled_from(ODD))
+    else:
+        value = around.pop(last)
+        if change == "rename":
+            around["odd"] = value
+    text = json.dumps(content)
+    if READERS[name].name.endswith(".yaml"):
+        text = text.replace("Infinity", ".inf").replace("NaN", ".nan")
+    try_reading(READERS[name], text.encode(), tmp_path)
 
 
 @each_reader

@@ -86,7 +86,7 @@ def test_a_sweep_is_a_study_of_all_combinations() -> None:
 def test_a_sweep_compares_reuses_and_records_what_diverged(
     store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["sweep", "pha-tiny.text", "--over", "optimizer.learning_rate=1e-3,1e-2,1e30"]
+    words = ["sweep", "pha-tiny.text", "--over", "optimizer.learning_rate=1e-3,1e-2,1e15"]
     words += ["--out", str(tmp_path), *arguments(store, run__sample_tokens=0)]
     main([*words, "--jobs", "2"])
     assert "lowest validation perplexity" in " ".join(capsys.readouterr().out.split())
@@ -101,11 +101,11 @@ def test_a_sweep_compares_reuses_and_records_what_diverged(
     assert content["best"] == min(means, key=lambda name: means[name])
     assert [row["diverged"] for row in content["variants"]] == [0, 0, 1]
     assert lost["measures"] == {}
-    assert lost["settings"]["optimizer.learning_rate"] == 1e30
+    assert lost["settings"]["optimizer.learning_rate"] == 1e15
     assert lost["seeds"][0]["diverged_at"] >= 1
     table = (tmp_path / "table.md").read_text()
-    assert "learning_rate 1e30 diverged in 1 of 1 runs." in table
-    assert "| learning_rate 1e30 | 1 |" in table
+    assert "learning_rate 1e15 diverged in 1 of 1 runs." in table
+    assert "| learning_rate 1e15 | 1 |" in table
     for suffix in ("svg", "png"):
         assert (tmp_path / f"settings.{suffix}").stat().st_size > 1000
 
@@ -133,10 +133,13 @@ def test_the_words_of_a_run_are_its_settings(store: TokenStore, tmp_path: Path) 
 
 
 def test_a_training_that_fails_is_named(store: TokenStore, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "checkpoints").touch()  # in the way of the run
-    job = Job("pha-tiny.text", tmp_path / "out", settings(store))
+    out = tmp_path / "out"
+    job = Job("pha-tiny.text", out, settings(store) | {"data.store": str(tmp_path / "absent")})
     with pytest.raises(PHAError, match=r"failed with exit code 2; see .*out\.log"):
+        run_jobs([job], quiet(), parallel=2)
+    out.mkdir(exist_ok=True)
+    (out / "checkpoints").touch()
+    with pytest.raises(PHAError, match="is no training run and holds checkpoints"):
         run_jobs([job], quiet(), parallel=2)
 
 

@@ -34,7 +34,10 @@ def test_what_is_stopped_anywhere_ends_as_if_it_had_not_been(
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "kills.json").read_text())["commands"]
-    stops = {name: sum(t["stopped"] for t in each["trials"]) for name, each in found.items()}
+    stops = {
+        name: sum(sum(phases.values()) for phases in each["stops"].values())
+        for name, each in found.items()
+    }
     assert stops.keys() == set(commands.split(","))
     assert stops.pop("train") >= moments
     assert min(stops.values()) >= others

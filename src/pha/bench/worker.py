@@ -88,7 +88,7 @@ def attempt(job: Job) -> dict[str, Any]:
     try:
         return measure(job)
     except Exception as error:
-        return {"error": "out of memory" if is_out_of_memory(error) else _one_line(error)}
+        return {"error": _one_line(error)}
 
 
 def main() -> None:
@@ -101,6 +101,8 @@ def main() -> None:
 
 
 def _one_line(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return "out of memory"
     text = " ".join(str(error).split())
     name = "" if isinstance(error, PHAError) else f"{type(error).__name__}: "
     return f"{name}{text}"[:200]

@@ -57,7 +57,9 @@ def print_json(record: Any, indent: int | None = None) -> None:
 
 def figures_table(title: str, first: str, *others: str, gap: int = 1) -> Table:
     """An empty table whose first column holds names and the others figures, `gap` + 1 apart."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0))
+    table = Table(
+        title=printable(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, gap, 0, 0)
+    )
     table.add_column(first, overflow="fold")
     for heading in others:
         table.add_column(heading, justify="right", no_wrap=True)

@@ -23,6 +23,7 @@ def params(
         presets: only these
         vocab_size: V, by default GPT-2's
     """
+    from pha import mixers as mixers  # which makes them known
     from pha.model.parameters import count_parameters
     from pha.model.presets import PAPER_PARAMETERS, PRESETS, preset_config
 

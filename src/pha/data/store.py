@@ -38,6 +38,7 @@ STORE_FILES = {
 }
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
+_FACTS = ("source", "description", "tokenizer", "tokenizer_sha256", "vocab_size", "separator")
 _CHECK_TOKENS = 1 << 22
 
 
@@ -85,6 +86,7 @@ class TokenStore:
             split: Counts(**{field.name: int(entry[field.name]) for field in fields(Counts)})
             for split, entry in self._entries.items()
         }
+        self._facts = {key: record[key] for key in _FACTS}
         self.sha256 = _combined_sha256(self.tokenizer_sha256, self._entries)
 
     @classmethod
@@ -105,7 +107,7 @@ class TokenStore:
         check_format(path, version, FORMAT, oldest=1)
         try:
             store = cls(path, record)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
             raise _unusable(path / RECORD, "is damaged") from error
         if saved_tokenizer_sha256(path / TOKENIZER) != store.tokenizer_sha256:
             raise _unusable(
@@ -128,7 +130,7 @@ class TokenStore:
         try:
             # Mapped first, as that takes no memory for what the file promises and does not hold.
             starts = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
-        except (OSError, ValueError, EOFError, MemoryError, RecursionError) as error:
+        except Exception as error:  # numpy parses the header as Python, with all of its errors
             raise _unusable(path, "is missing or damaged") from error
         return starts
 
@@ -156,10 +158,9 @@ class TokenStore:
 
     def describe(self) -> dict[str, Any]:
         """What a result that rests on this store has to say of it, ready for JSON."""
-        keys = ("source", "description", "tokenizer", "tokenizer_sha256", "vocab_size", "separator")
         return {
             "sha256": self.sha256,
-            **{key: self._record[key] for key in keys},
+            **self._facts,
             "tokenizer_training_bytes": self._record.get("tokenizer_training_bytes"),
             "split": self._record.get("split"),
             "counts": {split: asdict(self._counts[split]) for split in self.splits},

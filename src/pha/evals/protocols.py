@@ -130,7 +130,7 @@ def trained_protocol(run: RunFolder | None) -> Protocol | None:
         return None
     try:
         length, packed = int(config["data"]["sequence_length"]), config["data"]["packed_documents"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise PHAError(
             f"{run.config} is damaged: it does not say how long the run's sequences are"
         ) from error

@@ -125,7 +125,7 @@ def load_study(name: str) -> Study:
     Raises:
         PHAError: no such study (the nearest names are suggested), or a file that holds none.
     """
-    if name.endswith((".yaml", ".yml")):
+    if name.lower().endswith((".yaml", ".yml")):
         return parse_study(Path(name).stem, read_yaml(Path(name)))
     return parse_study(name, read_yaml(closest(name, _shipped(), "study")))
 
@@ -158,15 +158,21 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
         PHAError: an unknown or missing key, or names that do not fit together.
     """
     where = f"study {name}"
-    over, variants = content.get("over", {}), content.get("variants", {})
-    for key, value in (("over", over), ("variants", variants)):
-        _require(isinstance(value, dict), f"{where}: {key} is not a mapping")
-    axes = {axis: {str(value): given for value, given in over[axis].items()} for axis in over}
+    over = _mapping(content.get("over", {}), f"{where}: over")
+    variants = _mapping(content.get("variants", {}), f"{where}: variants")
+    axes = {
+        axis: {
+            str(value): _mapping(given, f"{where}: {axis} {value}")
+            for value, given in _mapping(of_axis, f"{where}: {axis}").items()
+        }
+        for axis, of_axis in over.items()
+    }
     values = {key: value for key, value in content.items() if key not in ("over", "variants")}
     study = make(Study, where, {"name": name, **values})
     _require(bool(variants), f"{where} has no variants")
     for key, given in variants.items():
-        named = {"name": key, "label": key, **(given or {})}
+        given = _mapping({} if given is None else given, f"{where}: variant {key}")
+        named = {"name": key, "label": key, **given}
         study.variants.extend(grid(make(Variant, f"{where}, variant {key}", named), axes))
     _require(study.kind in KINDS, f"{where}: kind is {study.kind!r}; choose {', '.join(KINDS)}")
     if study.baseline:
@@ -209,8 +215,14 @@ def make(record: type[Record], where: str, content: dict[str, Any]) -> Record:
     """
     names = {item.name: item for item in fields(record)}  # type: ignore[arg-type]
     for key in content:
-        closest(key, names, f"key in {where}")
+        closest(str(key), names, f"key in {where}")
     return record_from(record, content, where)
+
+
+def _mapping(value: Any, where: str) -> dict[Any, Any]:
+    _require(isinstance(value, dict), f"{where} is not a mapping")
+    found: dict[Any, Any] = value
+    return found
 
 
 def _require(condition: bool, message: str) -> None:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from pha.modeling import PHAForCausalLM
 from pha.runs import RunFolder
-from pha.utils.errors import PHAError
+from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.files import atomic_folder, remove_folder, sha256_file, write_json
 from pha.utils.formats import read_json
 from pha.utils.records import record_from
@@ -164,6 +164,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         progress = record_from(Progress, content["progress"], str(folder / "trainer.json"))
     except Exception as error:  # whatever safetensors and torch make of such files
+        if is_out_of_memory(error):
+            raise
         raise DamagedError(f"checkpoint {folder} is damaged: {shorten(str(error), 200)}") from error
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
@@ -172,6 +174,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
             raise PHAError(f"checkpoint {folder} belongs to another model; choose another --out")
         optimizer.load_state_dict(state)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise PHAError(
             f"checkpoint {folder} belongs to another model ({shorten(str(error), 200)})"
         ) from error

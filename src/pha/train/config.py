@@ -200,7 +200,8 @@ class TrainConfig:
             for key in keys.split():
                 value = getattr(getattr(self, section), key)
                 allowed = value is None or (_ALLOWED[rule](value) and value <= MOST)
-                _require(allowed, f"{section}.{key} is {value}; it must be {rule}")
+                most = "" if value is None or value <= MOST else f", and at most {MOST}"
+                _require(allowed, f"{section}.{key} is {value}; it must be {rule}{most}")
         _require(
             optimizer.muon_learning_rate is None or optimizer.kind == "muon",
             "optimizer.muon_learning_rate is set, but optimizer.kind is adamw; set it to muon, or "
@@ -211,6 +212,7 @@ class TrainConfig:
             f"run.average_best is {run.average_best}, more than the run.keep_best "
             f"({run.keep_best}) that are kept; raise run.keep_best",
         )
+        _require(run.trackers is not None, "run.trackers is null; write [] for none")
         unknown = set(run.trackers) - {"tensorboard", "wandb"}
         _require(
             not unknown,

@@ -1,11 +1,15 @@
-"""When a number stops being one: find where it happened first."""
+"""When a number stops being one: find where it happened first. What cannot be repeated: refuse."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pha.utils.errors import PHAError
 
 
 def first_bad_gradient(model: nn.Module) -> str | None:
@@ -42,3 +46,29 @@ def first_bad_value(model: nn.Module, **inputs: Any) -> str | None:
         for handle in handles:
             handle.remove()
     return found[0] if found else None
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Where it is wanted, let torch run deterministic kernels only inside the block.
+
+    Raises:
+        PHAError: something has none here.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        what = " ".join(str(error).split()).split(". ")[0]
+        raise PHAError(
+            f"run.deterministic: {what}; leave run.deterministic out, or train on a CPU"
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warns)

@@ -48,7 +48,7 @@ def describe(text: str) -> str:
 
 
 def _read(recipe: str) -> tuple[str, dict[str, Any]]:
-    if recipe.endswith((".yaml", ".yml")) or Path(recipe).is_file():
+    if recipe.lower().endswith((".yaml", ".yml")) or Path(recipe).is_file():
         return Path(recipe).stem, read_yaml(Path(recipe))
     model, dot, protocol = recipe.rpartition(".")
     known = protocols()

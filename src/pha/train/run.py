@@ -18,6 +18,7 @@ from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.results import RunResult
 from pha.train.checkpoint import Progress
 from pha.train.config import TrainConfig
+from pha.train.diagnose import deterministic
 from pha.train.finish import finish
 from pha.train.plan import vars_of
 from pha.train.session import Session, open_session, print_plan, require_same_run
@@ -57,7 +58,8 @@ def run_training(
             f"this needs about {memory(plan.weights_bytes + plan.activation_bytes)} and "
             f"{memory(plan.free_bytes)} is free; lower data.sequence_length or use a smaller preset"
         )
-    with _alone(session), writing(out), _enough_memory():
+    repeatable = deterministic(session.config.run.deterministic)
+    with _alone(session), writing(out), _enough_memory(), repeatable:
         progress = _train(session)
         result = finish(session, progress) if session.accelerator.is_main_process else None
         session.accelerator.wait_for_everyone()

@@ -97,8 +97,6 @@ class Trainer:
             tokens = config.run.global_batch * data.sequence_length
             self.watch = Watch(self.plain_model, config.run.watch_every, tokens, self.autocast)
         self.stop_requested = 0  # by the signal of this number
-        if config.run.deterministic:
-            torch.use_deterministic_algorithms(True)
 
     @property
     def plain_model(self) -> PHAForCausalLM:

@@ -38,5 +38,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     # By name, as this must not import torch.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    said = r"DefaultCPUAllocator|not enough memory|can't allocate memory|bad_alloc"
-    return isinstance(error, RuntimeError) and re.search(said, str(error)) is not None
+    said = (
+        r"DefaultCPUAllocator|not enough memory|[Cc]an(not|'t) allocate memory|bad_alloc"
+        r"|can't start new thread"
+    )
+    return isinstance(error, RuntimeError | OSError) and bool(re.search(said, str(error)))

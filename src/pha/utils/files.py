@@ -62,7 +62,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
         _fsync(temporary)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     fsync_folder(path.parent)
 
 

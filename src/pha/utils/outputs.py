@@ -7,11 +7,12 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from pha.utils.errors import PHAError
+from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.files import followed, remove_leftovers
+from pha.utils.formats import require_encodable
 
 
 @contextmanager
@@ -20,6 +21,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error.strerror or error)
         if error.filename not in (None, str(path)):
             reason = f"{error.filename}: {reason}"
@@ -34,8 +37,10 @@ def require_folder(path: Path, *, replaced: bool = False) -> None:
         replaced: whether it appears whole, by renaming, in the folder around it.
 
     Raises:
-        PHAError: it, or what it would lie in, is no folder or cannot be written.
+        PHAError: it, or what it would lie in, is no folder or cannot be written; or its name is not
+            UTF-8, which safetensors and tokenizers cannot write to.
     """
+    require_encodable(str(path.absolute()), f"the name of the folder {path}")
     with writing(path):
         _require_no_dead_link(path)
         if path.exists() and not path.is_dir():
@@ -151,9 +156,14 @@ def claimed(path: Path, wait: bool = False) -> Iterator[None]:
         refusal = f"{path} is being written by another process; let it finish, or choose another"
         is_held = held.enter_context(hold(lock, lambda: refusal, wait))
         if is_held:
-            held.callback(lock.unlink, missing_ok=True)  # while it is held
+            held.callback(_remove, lock)  # while it is held
         remove_leftovers(place.parent, place.name, held=is_held)
         yield
+
+
+def _remove(lock: Path) -> None:
+    with suppress(OSError):  # which would hide what went wrong before
+        lock.unlink()
 
 
 def _require_no_dead_link(path: Path) -> None:

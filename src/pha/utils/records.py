@@ -48,7 +48,7 @@ def _decode(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
         pairs = zip(arguments, value, strict=True)
         return tuple(_decode(each, item, f"{where}[{i}]") for i, (each, item) in enumerate(pairs))
-    if origin is dict and isinstance(value, dict):
+    if origin is dict and isinstance(value, dict) and all(type(key) is str for key in value):
         return {key: _decode(arguments[1], each, _at(where, key)) for key, each in value.items()}
     if hint is float and value is None:  # how JSON writes what is no finite number
         return math.nan
