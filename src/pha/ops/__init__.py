@@ -11,6 +11,7 @@ from pha.ops.gated_scan import gated_scan
 from pha.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
 from pha.ops.rms_norm import rms_norm
 from pha.ops.rotary import rotate, unit_rotary
+from pha.ops.short_convolution import short_convolution
 from pha.ops.swiglu import swiglu
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rotate",
+    "short_convolution",
     "swiglu",
     "token_statistics",
     "unit_rotary",
