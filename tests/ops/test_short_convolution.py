@@ -67,7 +67,8 @@ def written_out(
 @pytest.mark.parametrize("starts", [False, True])
 @pytest.mark.parametrize("past", [False, True])
 def test_equals_the_sums_written_out(backend: str, shape: Any, starts: bool, past: bool) -> None:
-    inputs = problem(*shape, starts=starts, past=past)
+    B, T, C, w = shape
+    inputs = problem(B, T, C, w, starts, past)
     for actual, expected in zip(run(backend, **inputs), written_out(**inputs), strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
 
