@@ -14,7 +14,9 @@ from pha.ops import (
     dss,
     gated_scan,
     linear_cross_entropy,
+    linear_scan,
     rms_norm,
+    selective_scan,
     short_convolution,
     swiglu,
     unit_rotary,
@@ -45,6 +47,11 @@ def problem(name: str, dtype: torch.dtype) -> Problem:
         "linear_cross_entropy": (
             lambda x, w: linear_cross_entropy(x[0], w, targets),
             [x, normal(5, n).to(dtype)],
+        ),
+        "linear_scan": (lambda *x: linear_scan(*x)[0], [x, y.float().sigmoid(), normal(B, n)]),
+        "selective_scan": (
+            lambda x, A, B: selective_scan(x, x.float().exp(), -A.exp(), B, B, starts=starts)[0],
+            [x, normal(n, 3), normal(B, T, 3)],
         ),
         "short_convolution": (
             lambda x, w, b: short_convolution(x, w, b, starts=starts)[0],

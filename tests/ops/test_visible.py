@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pha.ops import OPS, dss, gated_scan, short_convolution
+from pha.ops import OPS, dss, gated_scan, linear_scan, selective_scan, short_convolution
 from pha.ops.visible import VisibleFirst
 from tests.ops.common import Inputs, in_pieces, outcome, worst
 
@@ -19,8 +19,8 @@ MASKS = {
     "holes": torch.rand(B, T, generator=torch.Generator().manual_seed(0)) < 0.5,
     "nothing": torch.zeros(B, T, dtype=torch.bool),
 }
-OVER_TIME = ("gate", "value", "v", "x", "starts", "mask")
-STATES = {gated_scan: "h0", dss: "h0", short_convolution: "past"}
+STATES: dict[Any, str] = dict.fromkeys((gated_scan, dss, linear_scan, selective_scan), "h0")
+STATES[short_convolution] = "past"
 
 each_op = pytest.mark.parametrize("op", STATES)
 
@@ -37,6 +37,11 @@ def problem(op: Any, with_h0: bool = True, with_starts: bool = True) -> Inputs:
         inputs |= {"a": normal(6).sigmoid(), "b": normal(6), "h0": normal(B, 6)}
     elif op is short_convolution:
         inputs = {"x": normal(B, T, 3), "weight": normal(3, 5), "past": normal(B, 4, 3)}
+    elif op is linear_scan:
+        inputs = {"u": normal(B, T, 6), "a": normal(B, T, 6).sigmoid(), "h0": normal(B, 6)}
+    elif op is selective_scan:
+        inputs = {"x": normal(B, T, 3), "dt": normal(B, T, 3).sigmoid(), "A": -normal(3, 4).exp()}
+        inputs |= {"B": normal(B, T, 4), "C": normal(B, T, 4), "h0": normal(B, 3, 4)}
     else:
         shapes = {"Lambda_re": (4,), "Lambda_im": (4,), "C_re": (3, 4), "C_im": (3, 4), "D": (3,)}
         inputs = {name: normal(*shape) for name, shape in shapes.items()}
@@ -52,17 +57,18 @@ def problem(op: Any, with_h0: bool = True, with_starts: bool = True) -> Inputs:
 def by_definition(op: Any, mask: Tensor, starts: Tensor | None = None, **inputs: Any) -> Any:
     """Each row's visible steps by the oracle, and zeros in the places of the others."""
     h0, rows, lasts = STATES[op], [], []
+    over_time = {k for k, x in inputs.items() if x.shape[:2] == (B, T)}
     nothing = 0 * sum(x.sum() for x in inputs.values())  # of which everything has a gradient
     for b in range(B):
-        row = {k: x[b : b + 1] if k in (h0, *OVER_TIME) else x for k, x in inputs.items()}
+        row = {k: x[b : b + 1] if k in {h0, *over_time} else x for k, x in inputs.items()}
         fresh, begins, seen = False, [], mask[b].nonzero().flatten()
         for t in range(T):
             fresh |= starts is not None and bool(starts[b, t])
             if mask[b, t]:
                 begins.append(fresh)
                 fresh = False
-        row |= {k: x[:, seen] for k, x in row.items() if k in OVER_TIME}
-        values = next(row[k] for k in ("value", "v", "x") if k in row)
+        row |= {k: x[:, seen] for k, x in row.items() if k in over_time}
+        values = next(row[k] for k in ("value", "v", "x", "u") if k in row)
         y = values.new_zeros(1, T, values.shape[2])
         last = row.get(h0, torch.zeros_like(problem(op)[h0][:1]))
         if len(seen):
@@ -90,7 +96,8 @@ def test_equals_the_visible_steps_alone(
 @pytest.mark.parametrize("lengths", [[4, 5], [1] * T, [8, 1]])
 def test_pieces_with_carried_state_equal_the_whole(op: Any, lengths: list[int]) -> None:
     inputs = problem(op) | {"mask": MASKS["holes"]}
-    carried = in_pieces(op, lengths, OVER_TIME, STATES[op])
+    over_time = tuple(k for k, x in inputs.items() if x.shape[:2] == (B, T))
+    carried = in_pieces(op, lengths, over_time, STATES[op])
     assert worst(outcome(carried, inputs), outcome(op, inputs)) <= 1e-13
 
 
