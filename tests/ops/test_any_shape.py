@@ -97,11 +97,32 @@ def dss(new: Problem, B: int, T: int, n: int) -> Inputs:
     return inputs | {"starts": new.flags(B, T)}
 
 
+def linear_scan(new: Problem, B: int, T: int, n: int) -> Inputs:
+    inputs = {"u": new(B, T, n), "a": new(B, T, n, wide=True).sigmoid()}
+    h0 = {"h0": new(B, n, wide=True)} if new.data.draw(st.booleans()) else {}
+    return inputs | h0 | {"starts": new.flags(B, T)}
+
+
+def selective_scan(new: Problem, B: int, T: int, n: int) -> Inputs:
+    N = new.data.draw(sizes)
+    inputs = {"x": new(B, T, n), "dt": new(B, T, n, wide=True).sigmoid()}
+    inputs |= {"A": -new(n, N, wide=True).exp(), "B": new(B, T, N), "C": new(B, T, N)}
+    h0 = {"h0": new(B, n, N, wide=True)} if new.data.draw(st.booleans()) else {}
+    return inputs | h0 | {"starts": new.flags(B, T)}
+
+
+def short_convolution(new: Problem, B: int, T: int, n: int) -> Inputs:
+    w = new.data.draw(st.sampled_from([2, 3, 4, 64]))
+    inputs = {"x": new(B, w - 1 + T, n), "weight": new(n, w, wide=True)}
+    bias = {"bias": new(n, wide=True)} if new.data.draw(st.booleans()) else {}
+    return inputs | bias | {"starts": new.flags(B, T)}
+
+
 PROBLEMS = {
     function.__name__: function
     for function in (
         *(gated_scan, rms_norm, swiglu, unit_rotary, attention),
-        *(linear_cross_entropy, dss),
+        *(linear_cross_entropy, dss, short_convolution, linear_scan, selective_scan),
     )
 }
 

@@ -14,7 +14,10 @@ from pha.ops import (
     dss,
     gated_scan,
     linear_cross_entropy,
+    linear_scan,
     rms_norm,
+    selective_scan,
+    short_convolution,
     swiglu,
     unit_rotary,
 )
@@ -34,7 +37,7 @@ def problem(name: str, dtype: torch.dtype) -> Problem:
     a, b, cos = normal(n).sigmoid(), normal(n), normal(1, T, n // 2)
     heads = [normal(B, h, T, n).to(dtype) for h in (4, 2, 2)]
     modes = [normal(3) - 1, normal(3), normal(n, 3), normal(n, 3), normal(n)]
-    targets = torch.arange(T) % 5
+    targets, starts = torch.arange(T) % 5, (torch.arange(T) % 5 == 0).expand(B, T)
     problems: dict[str, Problem] = {
         "gated_scan": (lambda *inputs: gated_scan(*inputs)[0], [x, y, a, b, normal(B, n)]),
         "rms_norm": (lambda x, gain: rms_norm(x, gain, 1e-5, dtype), [x, b]),
@@ -44,6 +47,15 @@ def problem(name: str, dtype: torch.dtype) -> Problem:
         "linear_cross_entropy": (
             lambda x, w: linear_cross_entropy(x[0], w, targets),
             [x, normal(5, n).to(dtype)],
+        ),
+        "linear_scan": (lambda *x: linear_scan(*x)[0], [x, y.float().sigmoid(), normal(B, n)]),
+        "selective_scan": (
+            lambda x, A, B: selective_scan(x, x.float().exp(), -A.exp(), B, B, starts=starts)[0],
+            [x, normal(n, 3), normal(B, T, 3)],
+        ),
+        "short_convolution": (
+            lambda x, w, b: short_convolution(x, w, b, starts=starts)[0],
+            [x, normal(n, 4), b],
         ),
         "dss": (lambda *inputs: dss(*inputs)[0], [x, *modes]),
     }

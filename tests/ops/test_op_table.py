@@ -17,7 +17,10 @@ from pha.ops import (
     gated_scan,
     in_use,
     linear_cross_entropy,
+    linear_scan,
     rms_norm,
+    selective_scan,
+    short_convolution,
     swiglu,
     unit_rotary,
 )
@@ -39,6 +42,9 @@ CALLS: dict[str, Callable[[], Any]] = {
     "dss": lambda: dss(u, a, a, a.expand(3, 3), a.expand(3, 3), a),
     "linear_cross_entropy": lambda: linear_cross_entropy(u[0], u[0], torch.zeros(2).long()),
     "rms_norm": lambda: rms_norm(u, a, 1e-6, u.dtype),
+    "linear_scan": lambda: linear_scan(u, u),
+    "selective_scan": lambda: selective_scan(u, u, a.expand(3, 3), u, u),
+    "short_convolution": lambda: short_convolution(u, a.expand(2, 3).T, last_state=False),
     "swiglu": lambda: swiglu(u, u),
     "unit_rotary": lambda: unit_rotary(q, None, *[torch.ones(1, 3, 2)] * 2),
 }
@@ -109,6 +115,11 @@ WRONG: dict[str, Callable[..., Any]] = {
         x, w, y.clamp(min=0)
     ),
     "rms_norm": lambda x, gain, *rest: OPS["rms_norm"].backends["naive"](x, gain.flip(0), *rest),
+    "linear_scan": lambda *x: OPS["linear_scan"].backends["naive"](*x[:-1], None),
+    "selective_scan": lambda *x: OPS["selective_scan"].backends["naive"](*x[:-1], None),
+    "short_convolution": lambda x, *rest: OPS["short_convolution"].backends["naive"](
+        x, *rest[:-1], None
+    ),
     "swiglu": lambda gate, up: OPS["swiglu"].backends["naive"](up, gate),
     "unit_rotary": lambda x, scales, cos, sin: OPS["unit_rotary"].backends["naive"](
         x, scales, cos, -sin

@@ -9,8 +9,11 @@ from pha.ops.backends import OPS, Op, in_use
 from pha.ops.dss import dss
 from pha.ops.gated_scan import gated_scan
 from pha.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
+from pha.ops.linear_scan import linear_scan
 from pha.ops.rms_norm import rms_norm
 from pha.ops.rotary import rotate, unit_rotary
+from pha.ops.selective_scan import selective_scan
+from pha.ops.short_convolution import short_convolution
 from pha.ops.swiglu import swiglu
 
 __all__ = [
@@ -21,8 +24,11 @@ __all__ = [
     "gated_scan",
     "in_use",
     "linear_cross_entropy",
+    "linear_scan",
     "rms_norm",
     "rotate",
+    "selective_scan",
+    "short_convolution",
     "swiglu",
     "token_statistics",
     "unit_rotary",
