@@ -15,6 +15,7 @@ def test_every_table_is_there() -> None:
     assert sizes == {
         "table-2": 9,
         "table-3": 11,
+        "from-scratch": 8,
         "table-4": 3,
         "table-5": 6,
         "table-6": 2,
@@ -35,6 +36,7 @@ def test_rows_that_do_not_compare_say_why() -> None:
     assert "zero-shot" in by_id["table-2/gpt-2-small"].reason
     assert by_id["table-2/hyena-3"].like_for_like
     assert by_id["table-3/s4"].unit == "word"
+    assert all(row.like_for_like for row in find_published(["from-scratch"]))
 
 
 def test_the_authors_models_have_their_sizes() -> None:

@@ -16,7 +16,7 @@ TOKENS, WORDS, BYTES = 286_221, 245_569, 1_290_590
 
 
 def study_table(outcome: Outcome) -> TextTable:
-    """Ours first, with scale and tokens seen; then the paper's own; then what it quotes."""
+    """Ours first, with scale and tokens seen; then the paper's own; then what others report."""
     study = outcome.plan.study
     lost = any(row.diverged for row in outcome.rows)
     headings = ["model", "seeds", *(MEASURES[name].heading for name in study.columns)]
@@ -34,12 +34,15 @@ def study_table(outcome: Outcome) -> TextTable:
     sections = [Section("ours", about, rows)]
     published = find_published(study.published)
     marks = footnotes(published)
-    for name, own in (("paper", True), ("quoted by the paper", False)):
-        chosen = [row for row in published if row.from_paper == own and row.perplexity is not None]
+    known = {"paper": "paper", "quoted": "quoted by the paper"}
+    for source in sorted({row.source for row in published}, key=lambda x: [*known, x].index(x)):
+        chosen = [row for row in published if row.source == source and row.perplexity is not None]
         if chosen:
             cells = [
                 [
-                    f"{row.label} (paper)" if own else row.label + marks.get(row.reason, ""),
+                    f"{row.label} (paper)"
+                    if row.from_paper
+                    else row.label + marks.get(row.reason, ""),
                     DASH,
                     *(published_cell(row, name) for name in study.columns),
                     *[DASH] * lost,
@@ -47,7 +50,8 @@ def study_table(outcome: Outcome) -> TextTable:
                 for row in chosen
             ]
             where = ", ".join(sorted({row.data for row in chosen}))
-            sections.append(Section(name, where, cells, [not row.like_for_like for row in chosen]))
+            grey = [not row.like_for_like for row in chosen]
+            sections.append(Section(known.get(source, source), where, cells, grey))
     title = f"{study.title} ({study.paper})" if study.paper else study.title
     headings += ["diverged"] * lost
     return TextTable(title, headings, sections, _notes(outcome, published, marks))
