@@ -4,5 +4,6 @@ Importing this package makes them known to `branches` in a configuration.
 """
 
 from pha.mixers.mehta import MehtaGSS
+from pha.mixers.rg_lru import RGLRU
 
-__all__ = ["MehtaGSS"]
+__all__ = ["RGLRU", "MehtaGSS"]
