@@ -159,8 +159,8 @@ def test_saved_loaded_and_generating(name: str, tmp_path: Path) -> None:
 def test_adapters_on_its_linear_layers(name: str) -> None:
     peft = pytest.importorskip("peft")
     base = scrambled(config_of(name))
-    layers = [key for key, m in branch_of(base, name).named_modules() if type(m) is nn.Linear]
-    targets = [f"layers.{i}.branches.{name}.{key}" for i in range(2) for key in layers]
+    layers = [key for key, m in base.named_modules() if type(m) is nn.Linear]
+    targets = [key for key in layers if f"branches.{name}." in key]
     adapted = peft.get_peft_model(
         base, peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     )
