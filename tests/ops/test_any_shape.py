@@ -97,11 +97,28 @@ def dss(new: Problem, B: int, T: int, n: int) -> Inputs:
     return inputs | {"starts": new.flags(B, T)}
 
 
+def linear_attention(new: Problem, B: int, T: int, n: int) -> Inputs:
+    (heads, groups), K = (
+        new.data.draw(st.sampled_from([(1, 1), (4, 2), (3, 3)])),
+        new.data.draw(sizes),
+    )
+    inputs = {"q": new(B, T, groups, K), "v": new(B, T, heads, n)}
+    inputs["k"] = torch.nn.functional.normalize(new(B, T, groups, K).double(), dim=-1).to(new.dtype)
+    decay = new.data.draw(st.sampled_from([None, (B, T, heads), (B, T, heads, K)]))
+    if decay is not None:
+        inputs["g"] = torch.nn.functional.logsigmoid(3 * new(*decay, wide=True))
+    if new.data.draw(st.booleans()):
+        inputs["beta"] = new(B, T, heads).sigmoid()
+    if new.data.draw(st.booleans()):
+        inputs["h0"] = new(B, heads, K, n, wide=True)
+    return inputs | {"starts": new.flags(B, T)}
+
+
 PROBLEMS = {
     function.__name__: function
     for function in (
         *(gated_scan, rms_norm, swiglu, unit_rotary, attention),
-        *(linear_cross_entropy, dss),
+        *(linear_cross_entropy, dss, linear_attention),
     )
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pha.ops import OPS, dss, gated_scan
+from pha.ops import OPS, dss, gated_scan, linear_attention
 from pha.ops.visible import VisibleFirst
 from tests.ops.common import Inputs, in_pieces, outcome, worst
 
@@ -19,7 +19,7 @@ MASKS = {
     "holes": torch.rand(B, T, generator=torch.Generator().manual_seed(0)) < 0.5,
     "nothing": torch.zeros(B, T, dtype=torch.bool),
 }
-OVER_TIME = ("gate", "value", "v", "starts", "mask")
+OVER_TIME = ("gate", "value", "q", "k", "v", "g", "beta", "starts", "mask")
 
 
 def problem(op: str, with_h0: bool = True, with_starts: bool = True) -> Inputs:
@@ -32,6 +32,10 @@ def problem(op: str, with_h0: bool = True, with_starts: bool = True) -> Inputs:
     if op == "gated_scan":
         inputs = {"gate": normal(B, T, 6), "value": normal(B, T, 6)}
         inputs |= {"a": normal(6).sigmoid(), "b": normal(6), "h0": normal(B, 6)}
+    elif op == "linear_attention":
+        inputs = {name: normal(B, T, 2, 4) for name in ("q", "k")}
+        inputs |= {"v": normal(B, T, 2, 3), "g": -normal(B, T, 2).abs()}
+        inputs |= {"beta": normal(B, T, 2).sigmoid() / 4, "h0": normal(B, 2, 4, 3)}
     else:
         shapes = {"Lambda_re": (4,), "Lambda_im": (4,), "C_re": (3, 4), "C_im": (3, 4), "D": (3,)}
         inputs = {name: normal(*shape) for name, shape in shapes.items()}
@@ -58,7 +62,7 @@ def by_definition(op: str, mask: Tensor, starts: Tensor | None = None, **inputs:
                 fresh = False
         row |= {k: x[:, seen] for k, x in row.items() if k in OVER_TIME}
         values = row["value" if "value" in row else "v"]
-        y = values.new_zeros(1, T, values.shape[2])
+        y = values.new_zeros(1, T, *values.shape[2:])
         last = row.get("h0", torch.zeros_like(problem(op)["h0"][:1]))
         if len(seen):
             found, last = oracle(**row, starts=torch.tensor([begins]))
@@ -68,7 +72,7 @@ def by_definition(op: str, mask: Tensor, starts: Tensor | None = None, **inputs:
     return torch.cat(rows) + nothing, torch.cat(lasts) + nothing
 
 
-@pytest.mark.parametrize("op", [gated_scan, dss])
+@pytest.mark.parametrize("op", [gated_scan, dss, linear_attention])
 @pytest.mark.parametrize("where", MASKS)
 @pytest.mark.parametrize("with_h0", [False, True])
 @pytest.mark.parametrize("with_starts", [False, True])
@@ -80,7 +84,7 @@ def test_equals_the_visible_steps_alone(
     assert worst(outcome(op, inputs), expected) <= 1e-13
 
 
-@pytest.mark.parametrize("op", [gated_scan, dss])
+@pytest.mark.parametrize("op", [gated_scan, dss, linear_attention])
 @pytest.mark.parametrize("lengths", [[4, 5], [1] * T, [8, 1]])
 def test_pieces_with_carried_state_equal_the_whole(op: Any, lengths: list[int]) -> None:
     inputs = problem(op.__name__) | {"mask": MASKS["holes"]}
@@ -88,7 +92,7 @@ def test_pieces_with_carried_state_equal_the_whole(op: Any, lengths: list[int]) 
     assert worst(outcome(carried, inputs), outcome(op, inputs)) <= 1e-13
 
 
-@pytest.mark.parametrize("op", [gated_scan, dss])
+@pytest.mark.parametrize("op", [gated_scan, dss, linear_attention])
 def test_no_state_is_formed_that_is_not_wanted(op: Any) -> None:
     inputs = problem(op.__name__) | {"mask": MASKS["holes"]}
     y, last = op(**inputs, last_state=False)
