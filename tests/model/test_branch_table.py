@@ -115,9 +115,7 @@ def test_options_of_another_subclass_of_a_paper_branch() -> None:
 
 
 def test_unknown_branch_names_the_field_and_what_there_is() -> None:
-    with pytest.raises(
-        PHAError, match=r"branches names 'gsss'.*attention, aux_ffn, gss, mehta_gss"
-    ):
+    with pytest.raises(PHAError, match=r"branches names 'gsss'.*attention, aux_ffn, .*gss, "):
         Backbone(small(branches=["gsss"]))
     config = PHAConfig(vocab_size=37, hidden_size=24, branches=["gsss"])
     with pytest.raises(PHAError, match=r"branches names 'gsss'"):

@@ -115,3 +115,25 @@ def padded_batch(lengths: tuple[int, ...], width: int, side: str = "left") -> tu
         columns = torch.rand(len(lengths), width, generator=generator).argsort(-1)
     mask = columns >= width - rows if side == "left" else columns < rows
     return tokens(len(lengths), width), mask.long()
+
+
+def run_in_pieces(
+    model: PHAForCausalLM,
+    ids: Tensor,
+    cuts: list[int],
+    attention_mask: Tensor | None = None,
+    document_starts: Tensor | None = None,
+) -> Tensor:
+    """Feed `ids` cut at `cuts`, with masks over the whole sequence so far."""
+    cache, outputs = None, []
+    for begin, end in itertools.pairwise([0, *cuts, ids.shape[1]]):
+        output = model(
+            ids[:, begin:end],
+            attention_mask=None if attention_mask is None else attention_mask[:, :end],
+            document_starts=None if document_starts is None else document_starts[:, :end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        outputs.append(output.logits)
+    return torch.cat(outputs, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers import DynamicCache
 
 from pha.model.presets import PRESETS, preset
@@ -26,6 +24,7 @@ from tests.modeling.common import (
     each_kind,
     each_main_kind,
     padded_batch,
+    run_in_pieces,
     scrambled,
     small_config,
     starts_of,
@@ -212,28 +211,6 @@ def test_other_ways_to_pack_rows_are_refused() -> None:
 
 
 # The cached state
-
-
-def run_in_pieces(
-    model: PHAForCausalLM,
-    ids: Tensor,
-    cuts: list[int],
-    attention_mask: Tensor | None = None,
-    document_starts: Tensor | None = None,
-) -> Tensor:
-    """Feed `ids` cut at `cuts`, with masks over the whole sequence so far."""
-    cache, outputs = None, []
-    for begin, end in itertools.pairwise([0, *cuts, ids.shape[1]]):
-        output = model(
-            ids[:, begin:end],
-            attention_mask=None if attention_mask is None else attention_mask[:, :end],
-            document_starts=None if document_starts is None else document_starts[:, :end],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        cache = output.past_key_values
-        outputs.append(output.logits)
-    return torch.cat(outputs, 1)
 
 
 @st.composite

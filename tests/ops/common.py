@@ -136,8 +136,10 @@ def is_rounded_once(actual: Tensor, exact: Tensor, slack: float) -> bool:
     return float(wrong.max()) <= slack * float(exact.abs().max())
 
 
-def in_pieces(function: Function, lengths: list[int], over_time: tuple[str, ...]) -> Function:
-    """A recurrence over pieces of time.
+def in_pieces(
+    function: Function, lengths: list[int], over_time: tuple[str, ...], h0: str = "h0"
+) -> Function:
+    """A recurrence over pieces of time, whose first state is called `h0`.
 
     With `starts` among the inputs the state is carried from piece to piece. Without, each piece is
     a document of its own.
@@ -145,9 +147,9 @@ def in_pieces(function: Function, lengths: list[int], over_time: tuple[str, ...]
 
     def run(**inputs: Any) -> tuple[Tensor, Tensor]:
         pieces = {name: inputs[name].split(lengths, 1) for name in over_time if name in inputs}
-        state, outputs = inputs.get("h0"), []
+        state, outputs = inputs.get(h0), []
         for i in range(len(lengths)):
-            y, last = function(**(inputs | {k: x[i] for k, x in pieces.items()} | {"h0": state}))
+            y, last = function(**(inputs | {k: x[i] for k, x in pieces.items()} | {h0: state}))
             state = last if "starts" in inputs else None
             outputs.append(y)
         return torch.cat(outputs, 1), last

@@ -114,11 +114,18 @@ def linear_attention(new: Problem, B: int, T: int, n: int) -> Inputs:
     return inputs | {"starts": new.flags(B, T)}
 
 
+def short_convolution(new: Problem, B: int, T: int, n: int) -> Inputs:
+    w = new.data.draw(st.sampled_from([2, 3, 4, 64]))
+    inputs = {"x": new(B, w - 1 + T, n), "weight": new(n, w, wide=True)}
+    bias = {"bias": new(n, wide=True)} if new.data.draw(st.booleans()) else {}
+    return inputs | bias | {"starts": new.flags(B, T)}
+
+
 PROBLEMS = {
     function.__name__: function
     for function in (
         *(gated_scan, rms_norm, swiglu, unit_rotary, attention),
-        *(linear_cross_entropy, dss, linear_attention),
+        *(linear_cross_entropy, dss, linear_attention, short_convolution),
     )
 }
 

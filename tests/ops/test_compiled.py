@@ -15,6 +15,7 @@ from pha.ops import (
     gated_scan,
     linear_cross_entropy,
     rms_norm,
+    short_convolution,
     swiglu,
     unit_rotary,
 )
@@ -34,7 +35,7 @@ def problem(name: str, dtype: torch.dtype) -> Problem:
     a, b, cos = normal(n).sigmoid(), normal(n), normal(1, T, n // 2)
     heads = [normal(B, h, T, n).to(dtype) for h in (4, 2, 2)]
     modes = [normal(3) - 1, normal(3), normal(n, 3), normal(n, 3), normal(n)]
-    targets = torch.arange(T) % 5
+    targets, starts = torch.arange(T) % 5, (torch.arange(T) % 5 == 0).expand(B, T)
     problems: dict[str, Problem] = {
         "gated_scan": (lambda *inputs: gated_scan(*inputs)[0], [x, y, a, b, normal(B, n)]),
         "rms_norm": (lambda x, gain: rms_norm(x, gain, 1e-5, dtype), [x, b]),
@@ -44,6 +45,10 @@ def problem(name: str, dtype: torch.dtype) -> Problem:
         "linear_cross_entropy": (
             lambda x, w: linear_cross_entropy(x[0], w, targets),
             [x, normal(5, n).to(dtype)],
+        ),
+        "short_convolution": (
+            lambda x, w, b: short_convolution(x, w, b, starts=starts)[0],
+            [x, normal(n, 4), b],
         ),
         "dss": (lambda *inputs: dss(*inputs)[0], [x, *modes]),
     }

@@ -19,6 +19,7 @@ from pha.ops import (
     linear_attention,
     linear_cross_entropy,
     rms_norm,
+    short_convolution,
     swiglu,
     unit_rotary,
 )
@@ -41,6 +42,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "linear_attention": lambda: linear_attention(q, q, q),
     "linear_cross_entropy": lambda: linear_cross_entropy(u[0], u[0], torch.zeros(2).long()),
     "rms_norm": lambda: rms_norm(u, a, 1e-6, u.dtype),
+    "short_convolution": lambda: short_convolution(u, a.expand(2, 3).T, last_state=False),
     "swiglu": lambda: swiglu(u, u),
     "unit_rotary": lambda: unit_rotary(q, None, *[torch.ones(1, 3, 2)] * 2),
 }
@@ -114,6 +116,9 @@ WRONG: dict[str, Callable[..., Any]] = {
         x, w, y.clamp(min=0)
     ),
     "rms_norm": lambda x, gain, *rest: OPS["rms_norm"].backends["naive"](x, gain.flip(0), *rest),
+    "short_convolution": lambda x, *rest: OPS["short_convolution"].backends["naive"](
+        x, *rest[:-1], None
+    ),
     "swiglu": lambda gate, up: OPS["swiglu"].backends["naive"](up, gate),
     "unit_rotary": lambda x, scales, cos, sin: OPS["unit_rotary"].backends["naive"](
         x, scales, cos, -sin

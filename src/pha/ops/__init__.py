@@ -12,6 +12,7 @@ from pha.ops.linear_attention import linear_attention
 from pha.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
 from pha.ops.rms_norm import rms_norm
 from pha.ops.rotary import rotate, unit_rotary
+from pha.ops.short_convolution import short_convolution
 from pha.ops.swiglu import swiglu
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "linear_cross_entropy",
     "rms_norm",
     "rotate",
+    "short_convolution",
     "swiglu",
     "token_statistics",
     "unit_rotary",
