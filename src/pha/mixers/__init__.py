@@ -3,6 +3,8 @@
 Importing this package makes them known to `branches` in a configuration.
 """
 
+from pha.mixers.gated_deltanet import GatedDeltaNet
+from pha.mixers.mamba2 import Mamba2
 from pha.mixers.mehta import MehtaGSS
 
-__all__ = ["MehtaGSS"]
+__all__ = ["GatedDeltaNet", "Mamba2", "MehtaGSS"]
