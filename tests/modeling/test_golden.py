@@ -20,6 +20,7 @@ import torch
 from pha.model import BRANCHES
 from pha.model.presets import PRESETS
 from pha.modeling import PHAForCausalLM
+from tests.mixers.test_every_mixer import SMALL
 from tests.modeling.common import KINDS, small_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss-pha-50.json"
@@ -47,6 +48,11 @@ CHOICES: dict[str, dict[str, Any]] = {
 }
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     f"{block} {' '.join(names)}": (block, names, {}) for block, names in KINDS
+}
+CASES |= {
+    f"parallel {' '.join(names)}": ("parallel", names, {"branch_options": {mixer: SMALL[mixer]}})
+    for mixer in sorted(SMALL.keys() - {"mehta_gss"})
+    for names in ((mixer,), (mixer, "attention", "aux_ffn"))
 }
 CASES |= {f"PHA, {name}": (*PHA, choice) for name, choice in CHOICES.items()}
 
