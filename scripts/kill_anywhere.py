@@ -53,7 +53,7 @@ CODES = {"SIGKILL": -9, "SIGINT": 130, "full disk": 2, "read-only": 2}  # of the
 MOST_STOPS = 6  # of one folder, before its command may finish
 TIMES = {
     *("seconds", "tokens_per_second", "data_wait", "utilisation", "matmul_flops"),
-    *("peak_memory_bytes", "provenance", "summarised", "memory_end"),
+    *("peak_memory_bytes", "provenance", "summarised", "memory_end", "speed", "memory"),
 }
 OPERATIONS = {
     *("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.chmod"),

@@ -91,6 +91,12 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
         return self.attention_window
 
     @property
+    def has_windows(self) -> bool:
+        """Whether attention has a window in some layer, the model's or its own."""
+        own = self.branch_options.get("attention", {}).get("window")
+        return self.attention_window is not None or own is not None
+
+    @property
     def layer_types(self) -> list[str]:
         """What each layer keeps in a transformers cache.
 
@@ -260,9 +266,7 @@ class PHAModel(Backbone, PHAPreTrainedModel):
         total = past + new if isinstance(past, int) else None
         check_rows("attention_mask", attention_mask, batch, total)
         check_rows("document_starts", document_starts, batch, total)
-        mask = token_mask(
-            attention_mask, cache is not None, self.config.attention_window is not None
-        )
+        mask = token_mask(attention_mask, cache is not None, self.config.has_windows)
         if document_starts is None:
             document_starts = packed_starts(position_ids, mask, past, others)
         if output_hidden_states is None:

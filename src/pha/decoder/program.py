@@ -2,7 +2,7 @@
 
 What a layer computes is said here a second time, step by step, in the terms of the kernel; tests
 hold the two together. What has no such form (branches of one's own, adapters, hooks, quantised
-layers, windows) is left to the layers themselves.
+layers, windows, other positions) is left to the layers themselves.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     RMSNorm: ("eps",),
     Residual: ("alpha", "post"),
     GatedStateSpace: ("input_scaling",),
-    GroupedQueryAttention: ("cosine",),
+    GroupedQueryAttention: ("cosine", "positions", "window"),
     nn.Dropout: ("p", "training"),
 }
 
@@ -344,6 +344,8 @@ class Decoder:
         yield y
 
     def _attention(self, branch: GroupedQueryAttention, index: int, z: int) -> Iterator[int]:
+        if branch.positions != "rotary" or branch.window is not None:
+            raise _Inexpressible
         heads, groups, inner = branch.heads, branch.kv_heads, branch.head_dim
         q, k, v = (self._slot(count * inner) for count in (heads, groups, groups))
         mixed, y = self._slot(heads * inner), self._slot(self.d)

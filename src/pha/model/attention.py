@@ -1,4 +1,4 @@
-"""The attention branch: grouped queries, rotary positions, scaled-cosine logits."""
+"""The attention branch: grouped queries, rotary or other positions, scaled-cosine logits."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from torch import Tensor, nn
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import attention, rotate, unit_rotary
+from pha.ops.attention.distances import (
+    alibi_slopes,
+    key_with_positions,
+    query_with_slopes,
+    value_as_wide,
+)
 from pha.ops.attention.naive import attention_weights
+from pha.utils.errors import PHAError
 
+POSITIONS = ("rotary", "alibi", "none")
 MAX_LOG_SCALE = math.log(100.0)
 
 
@@ -37,14 +45,40 @@ class GroupedQueryAttention(Branch):
 
     q and k are L2-normalised per head and the logits multiplied by exp(min(s, ln 100)), with
     s = ln 10 at the start: scaled-cosine attention without 1 / sqrt(K) and without relative bias.
+
+    Args:
+        config: the model's.
+        layer_idx: which layer this is, counted from 0.
+        positions: `rotary`, `alibi` (with logits of dot products) or `none`.
+        window: how many keys a query of this branch sees, its own included; None is all that the
+            model's `attention_window` lets it. Keys behind it are kept all the same.
+
+    Raises:
+        PHAError: other positions, or a window below 2.
     """
 
     keeps_keys = True
     float32 = ("logit_scale",)
     unit_gain = ("W_q", "W_k")
 
-    def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
+    def __init__(
+        self,
+        config: ArchitectureConfig,
+        layer_idx: int,
+        positions: str = "rotary",
+        window: int | None = None,
+    ) -> None:
         super().__init__(config, layer_idx)
+        if positions not in POSITIONS:
+            raise PHAError(
+                f"model: positions of branch attention are {positions!r}; choose "
+                f"{' or '.join(POSITIONS)}"
+            )
+        if positions == "alibi" and config.attention_logits != "dot-product":
+            raise PHAError("model: positions alibi need attention_logits dot-product; set it")
+        if window is not None and (type(window) is not int or window < 2):
+            raise PHAError(f"model: window of branch attention is {window!r}; at least 2")
+        self.positions, self.window = positions, window
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         self.cosine = config.attention_logits == "scaled-cosine"
@@ -69,27 +103,39 @@ class GroupedQueryAttention(Branch):
             W(z).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for W in (self.W_q, self.W_k, self.W_v)
         )
+        rotary = context.rotary
+        if self.positions != "rotary":  # turned by nothing
+            rotary = torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
         if self.cosine:
             scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
-            q, k = (unit_rotary(x, s, *context.rotary) for x, s in ((q, scale), (k, None)))
+            q, k = (unit_rotary(x, s, *rotary) for x, s in ((q, scale), (k, None)))
         else:
-            q = rotate(q.float() / math.sqrt(self.head_dim), *context.rotary)
-            k = rotate(k.float(), *context.rotary)
+            q = rotate(q.float() / math.sqrt(self.head_dim), *rotary)
+            k = rotate(k.float(), *rotary)
         q, k = q.to(v.dtype), k.to(v.dtype)
+        if self.positions == "alibi":
+            q = query_with_slopes(q, alibi_slopes(self.heads))
+            k = key_with_positions(k, context.positions)
         if context.cache is not None:
             k, v = context.cache.update(k, v, self.layer_idx)
+        seen = self._seen(context, k.shape[2])
         if context.attention_weights is not None:
-            seen = context.attention_mask, context.attention_window
             context.attention_weights.append(attention_weights(q, k, *seen))
-        y = attention(
-            q,
-            k,
-            v,
-            context.attention_mask,
-            context.attention_window,
-            backend=context.attention_backend,
-        )
+        if self.positions == "alibi":
+            v = value_as_wide(v)
+        y = attention(q, k, v, *seen, backend=context.attention_backend)[..., : self.head_dim]
         return self.W_o(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
+
+    def _seen(self, context: Context, keys: int) -> tuple[Tensor | None, int | None]:
+        """The mask and the window of this branch."""
+        mask, window = context.attention_mask, context.attention_window
+        if self.window is None:
+            return mask, window
+        if context.query_places is None:
+            return mask, self.window if window is None else min(window, self.window)
+        behind = context.query_places[:, None] - self.window
+        within = torch.arange(keys, device=behind.device) > behind
+        return within if mask is None else mask & within, None
 
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """The temperatures of its heads, where the logits have any."""

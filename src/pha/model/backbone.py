@@ -103,11 +103,11 @@ class Backbone(nn.Module):
         past, (keys, first) = (0, (T, 0)) if cache is None else (cache.length(), cache.key_range(T))
         query = torch.arange(T, device=device) + past
         key = torch.arange(keys, device=device) + first
-        window, mask = config.attention_window, None
+        window, mask, places = config.attention_window, None, None
         new: Tensor | slice = slice(-T, None)
         if cache is not None and cache.is_static:  # whose keys have fixed places, filled or not
             mask = attention_mask(query, key, document_starts, token_mask, window)
-            window, new = None, query
+            window, places, new = None, query, query
         elif document_starts is not None or token_mask is not None:
             mask = attention_mask(query, key, document_starts, token_mask)
         if positions is None:
@@ -119,6 +119,7 @@ class Backbone(nn.Module):
             rotary=rotary_angles(positions, config.head_dim, config.rope_theta),
             attention_mask=mask,
             attention_window=window,
+            query_places=places,
             attention_backend=attention_backend,
             document_starts=None if document_starts is None else document_starts[:, new],
             token_mask=None if token_mask is None else token_mask[:, new],

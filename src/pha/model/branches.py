@@ -61,6 +61,7 @@ class Context:
         positions: (B or 1, T), counted from the beginning of each document.
         attention_mask: (B or 1, 1, T, S) bool, or None for plain causal attention.
         attention_window: keys that a query may see besides, or None.
+        query_places: (T,) of the tokens among the keys, where those have fixed places; else None.
         attention_backend: name in the op table; None for the one of the device.
         document_starts: (B, T) bool, true where a document begins, or None.
         token_mask: (B, T) bool, false where there is no token, or None. What is returned there is
@@ -73,6 +74,7 @@ class Context:
     positions: Tensor
     attention_mask: Tensor | None = None
     attention_window: int | None = None
+    query_places: Tensor | None = None
     attention_backend: str | None = None
     document_starts: Tensor | None = None
     token_mask: Tensor | None = None

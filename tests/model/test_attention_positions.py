@@ -1,0 +1,156 @@
+"""Attention by distance, without positions, and in a window of its own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pha.model import Backbone, GroupedQueryAttention
+from pha.modeling import PHAConfig, PHAForCausalLM
+from pha.ops.attention.distances import alibi_slopes
+from pha.utils.errors import PHAError
+from tests.model.common import plain_context, scramble, small
+from tests.modeling.common import (
+    padded_batch,
+    run_in_pieces,
+    scrambled,
+    small_config,
+    starts_of,
+    tokens,
+)
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "alibi": {"positions": "alibi"},
+    "none": {"positions": "none"},
+    "window": {"window": 7},
+    "alibi in a window": {"positions": "alibi", "window": 7},
+}
+each_option = pytest.mark.parametrize("which", OPTIONS)
+
+
+def config_of(options: dict[str, Any], **fields: Any) -> PHAConfig:
+    return small_config(
+        branches=["gss", "attention"],
+        branch_options={"attention": options},
+        attention_logits="dot-product",
+        **fields,
+    )
+
+
+def model_of(options: dict[str, Any], **fields: Any) -> PHAForCausalLM:
+    return scrambled(config_of(options, **fields)).double().requires_grad_(False)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    # Rotary angles alone are float32, the same for all.
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+def literal(layer: GroupedQueryAttention, z: Tensor, slopes: list[float]) -> Tensor:
+    """softmax of products less slope times distance, one query head and token at a time."""
+    H, G, K = layer.heads, layer.kv_heads, layer.head_dim
+    q, k, v = (W(z).unflatten(-1, (-1, K)) for W in (layer.W_q, layer.W_k, layer.W_v))
+    y = torch.zeros_like(q)
+    for b, t, h in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
+        g = h // (H // G)
+        logits = k[b, : t + 1, g] @ q[b, t, h] / math.sqrt(K)
+        distances = t - torch.arange(t + 1)
+        weights = (logits - slopes[h] * distances).softmax(0)
+        y[b, t, h] = weights @ v[b, : t + 1, g]
+    return layer.W_o(y.flatten(2))
+
+
+@pytest.mark.parametrize("positions", ["alibi", "none"])
+@pytest.mark.parametrize("heads", [4, 6])
+def test_equals_the_formula(positions: str, heads: int) -> None:
+    config = small(attention_logits="dot-product", num_attention_heads=heads)
+    layer = scramble(GroupedQueryAttention(config, 0, positions=positions)).double()
+    z = torch.randn(2, 9, 24, dtype=torch.float64)
+    slopes = alibi_slopes(heads) if positions == "alibi" else [0.0] * heads
+    # Logits are float32.
+    torch.testing.assert_close(
+        layer(z, plain_context(config, 9)), literal(layer, z, slopes), rtol=0, atol=2e-5
+    )
+
+
+def test_slopes_are_those_of_the_paper() -> None:
+    assert alibi_slopes(8) == [2**-h for h in range(1, 9)]
+    assert alibi_slopes(16)[::2] == [2 ** (-h / 2) for h in range(1, 17, 2)]
+    assert alibi_slopes(6) == [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
+    assert alibi_slopes(1) == [2**-8]
+
+
+def test_without_slopes_it_is_attention_without_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pha.model.attention.alibi_slopes", lambda heads: [0.0] * heads)
+    ids = tokens(2, 30)
+    assert_close(model_of(OPTIONS["alibi"])(ids).logits, model_of(OPTIONS["none"])(ids).logits)
+
+
+def test_far_keys_in_half_precision() -> None:
+    config = config_of(OPTIONS["alibi"])
+    layer = scramble(GroupedQueryAttention(config, 0, positions="alibi"))
+    z, context = 0.3 * torch.randn(1, 3000, 32), plain_context(config, 3000)
+    exact = layer.double()(z.bfloat16().double(), context)
+    rough = layer.bfloat16()(z.bfloat16(), context)
+    assert (rough - exact).abs().mean() <= 2**-7 * exact.abs().mean()
+
+
+@each_option
+def test_splits_documents_and_padding(which: str) -> None:
+    model, ids = model_of(OPTIONS[which]), tokens(2, 40)
+    whole = model(ids).logits
+    assert_close(run_in_pieces(model, ids, [1, 2, 20]), whole)
+    lengths = [15, 1, 24]
+    packed = model(ids[:1], document_starts=starts_of(lengths)).logits
+    apart = [model(piece).logits for piece in ids[:1].split(lengths, 1)]
+    assert_close(packed, torch.cat(apart, 1))
+    ids, mask = padded_batch((40, 5, 12), 40, "left" if "window" in which else "holes")
+    rows = run_in_pieces(model, ids, [7, 30], mask)
+    for row, real in enumerate(mask.bool()):
+        assert_close(rows[row, real], model(ids[row : row + 1, real]).logits[0])
+
+
+@pytest.mark.parametrize("others", [{}, {"positions": "alibi"}])
+def test_a_window_of_its_own_is_that_of_the_model(others: dict[str, Any]) -> None:
+    own, ids = model_of({"window": 7} | others), tokens(2, 40)
+    whole = model_of(others, attention_window=7)(ids).logits
+    assert_close(own(ids).logits, whole)
+    assert (whole - model_of(others)(ids).logits).abs().max() > 0.01
+    both = model_of({"window": 9} | others, attention_window=7)
+    assert_close(both(ids).logits, whole)
+    cache = own(ids).past_key_values
+    assert cache.layers[0].keys.shape[2] == 40
+    with pytest.raises(PHAError, match="takes padding on the left only"):
+        own(ids, attention_mask=padded_batch((40, 5), 40, "holes")[1], use_cache=True)
+
+
+@each_option
+@pytest.mark.usefixtures("seed")
+def test_tokens_are_written_by_the_layers(which: str, steps: list[int]) -> None:
+    model, ids = scrambled(config_of(OPTIONS[which])).eval(), tokens(2, 9)
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, **options), expected)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+    assert not steps
+
+
+@pytest.mark.parametrize(
+    ("options", "logits", "message"),
+    [
+        ({"positions": "learned"}, "dot-product", "choose rotary or alibi or none"),
+        ({"positions": "alibi"}, "scaled-cosine", "alibi need attention_logits dot-product"),
+        ({"window": 1}, "dot-product", "window of branch attention is 1; at least 2"),
+        ({"window": 2.5}, "dot-product", "window of branch attention is 2.5"),
+    ],
+)
+def test_bad_options_are_refused(options: Any, logits: Any, message: str) -> None:
+    config = small(
+        branches=["attention"], branch_options={"attention": options}, attention_logits=logits
+    )
+    with pytest.raises(PHAError, match=message):
+        Backbone(config)
