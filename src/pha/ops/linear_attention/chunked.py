@@ -72,7 +72,7 @@ def linear_attention_chunked(
         outputs.append(A @ u + q @ S)
         S = kept * S + k.mT @ u
     y = torch.stack(outputs, 1).transpose(2, 3).flatten(1, 2)[:, :T]
-    return y.to(v.dtype), S
+    return y.to(v.dtype).contiguous(), S
 
 
 def _chunks(x: Tensor, C: int) -> Tensor:
