@@ -50,8 +50,13 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     f"{block} {' '.join(names)}": (block, names, {}) for block, names in KINDS
 }
 CASES |= {
-    f"parallel {' '.join(names)}": ("parallel", names, {"branch_options": {mixer: SMALL[mixer]}})
-    for mixer in sorted(SMALL.keys() - {"mehta_gss"})
+    f"parallel {' '.join(names)}": (
+        "parallel",
+        names,
+        {"branch_options": {mixer: SMALL.get(mixer, {})}},
+    )
+    for mixer, branch in sorted(BRANCHES.items())
+    if branch.__module__.startswith("pha.mixers.") and mixer != "mehta_gss"
     for names in ((mixer,), (mixer, "attention", "aux_ffn"))
 }
 CASES |= {f"PHA, {name}": (*PHA, choice) for name, choice in CHOICES.items()}
