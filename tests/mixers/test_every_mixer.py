@@ -23,7 +23,11 @@ from tests.modeling.common import (
     tokens,
 )
 
-SMALL: dict[str, dict[str, Any]] = {"mehta_gss": {"channels": 12, "modes": 20, "expansion": 2}}
+SMALL: dict[str, dict[str, Any]] = {
+    "gated_deltanet": {"heads": 3, "key_size": 6, "value_size": 10},
+    "mamba2": {"state_size": 10, "head_size": 8},
+    "mehta_gss": {"channels": 12, "modes": 20, "expansion": 2},
+}
 """Options of mixers whose defaults are too large for tests; others are made without any."""
 
 MIXERS = sorted(BRANCHES)
@@ -75,7 +79,7 @@ def test_any_split_through_the_cache_equals_the_whole(
     name: str, place: str, cuts: list[int], where: str
 ) -> None:
     model, ids = exact_model(name, place), tokens(3, 63)
-    real: Any = slice(None)
+    real: Tensor | slice = slice(None)
     options: dict[str, Any] = {}
     if where == "packed":
         options["document_starts"] = torch.rand(3, 63) < 0.1

@@ -40,6 +40,16 @@ MINIATURES = {
     "mehta-gss-only-125m": "mehta-gss-only-tiny",
     "mehta-gss-hybrid-125m": "mehta-gss-hybrid-tiny",
 }
+# Systems of others, alone in our block and in PHA in the place of the GSS.
+SYSTEMS = ["mamba2", "gated-deltanet", "rg-lru", "mamba", "qrnn", "alibi"]
+MINIATURES |= {
+    full: tiny
+    for system in SYSTEMS
+    for full, tiny in (
+        (f"{system}-125m", f"{system}-tiny"),
+        (f"pha-125m-{system}", f"pha-125m-{system}-tiny"),
+    )
+}
 MEHTA = [name for name in MINIATURES if "mehta" in name]
 TINY = [name for name in PRESETS if "tiny" in name]
 # The published sizes in miniature differ in size on purpose, as the published ones do.
@@ -151,6 +161,13 @@ def test_the_layer_of_mehta_gives_the_stated_sizes(name: str, total: float) -> N
     assert sum(count_parameters(preset_config(name)).values()) == pytest.approx(total, abs=0.1e6)
 
 
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_other_systems_are_of_the_size_of_pha_125m(system: str) -> None:
+    for name in (f"{system}-125m", f"pha-125m-{system}"):
+        total = sum(count_parameters(preset_config(name)).values())
+        assert 124.75e6 <= total <= 125.05e6, name
+
+
 @pytest.mark.parametrize("name", [name for name in MEHTA if "only" in name or "hybrid" in name])
 def test_models_of_table_5_are_of_the_125m_class(name: str) -> None:
     total = sum(count_parameters(preset_config(name)).values())
@@ -188,7 +205,8 @@ def test_every_full_size_has_a_tiny_one_of_its_kind(full: str, tiny: str) -> Non
 
 def test_no_preset_is_left_out() -> None:
     assert set(PRESETS) == {*MINIATURES, *MINIATURES.values(), "pha-tiny"}
-    assert set(MINIATURES) == {*PAPER_PARAMETERS, *ABLATIONS, *MEHTA}
+    systems = {f"{x}-125m" for x in SYSTEMS} | {f"pha-125m-{x}" for x in SYSTEMS}
+    assert set(MINIATURES) == {*PAPER_PARAMETERS, *ABLATIONS, *MEHTA, *systems}
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

@@ -20,6 +20,7 @@ import torch
 from pha.model import BRANCHES
 from pha.model.presets import PRESETS
 from pha.modeling import PHAForCausalLM
+from tests.mixers.test_every_mixer import SMALL
 from tests.modeling.common import KINDS, small_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "loss-pha-50.json"
@@ -44,9 +45,21 @@ CHOICES: dict[str, dict[str, Any]] = {
     "zero-order hold": {"input_scaling": "zero-order-hold"},
     "dot product": {"attention_logits": "dot-product"},
     "window": {"attention_window": 8},
+    "alibi": {
+        "attention_logits": "dot-product",
+        "branch_options": {"attention": {"positions": "alibi", "window": 8}},
+    },
 }
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     f"{block} {' '.join(names)}": (block, names, {}) for block, names in KINDS
+}
+CASES |= {
+    f"parallel {' '.join(names)}": (
+        *("parallel", names),
+        {"branch_options": {mixer: SMALL.get(mixer, {})}},
+    )
+    for mixer in sorted(BRANCHES.keys() - {name for _, names in KINDS for name in names})
+    for names in ((mixer,), (mixer, "attention", "aux_ffn"))
 }
 CASES |= {f"PHA, {name}": (*PHA, choice) for name, choice in CHOICES.items()}
 

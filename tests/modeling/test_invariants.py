@@ -16,8 +16,8 @@ from pha.model.presets import PRESETS, preset
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops import OPS
 from pha.utils.errors import PHAError
+from tests.mixers.test_every_mixer import SMALL
 from tests.modeling.common import (
-    MEHTA_SHAPE,
     VOCABULARY,
     assert_same,
     cached_model,
@@ -46,9 +46,7 @@ def shrunken(name: str) -> PHAForCausalLM:
         head_dim=8,
         state_size=32,
         attention_layers=[x for x in fields.get("attention_layers", []) if x < 2],
-        branch_options={"mehta_gss": MEHTA_SHAPE}
-        if "mehta_gss" in fields.get("branches", [])
-        else {},
+        branch_options={x: SMALL[x] for x in fields.get("branches", []) if x in SMALL},
     )
     return scrambled(config).requires_grad_(False)
 

@@ -111,6 +111,23 @@ def selective_scan(new: Problem, B: int, T: int, n: int) -> Inputs:
     return inputs | h0 | {"starts": new.flags(B, T)}
 
 
+def linear_attention(new: Problem, B: int, T: int, n: int) -> Inputs:
+    (heads, groups), K = (
+        new.data.draw(st.sampled_from([(1, 1), (4, 2), (3, 3)])),
+        new.data.draw(sizes),
+    )
+    inputs = {"q": new(B, T, groups, K), "v": new(B, T, heads, n)}
+    inputs["k"] = torch.nn.functional.normalize(new(B, T, groups, K).double(), dim=-1).to(new.dtype)
+    decay = new.data.draw(st.sampled_from([None, (B, T, heads), (B, T, heads, K)]))
+    if decay is not None:
+        inputs["g"] = torch.nn.functional.logsigmoid(3 * new(*decay, wide=True))
+    if new.data.draw(st.booleans()):
+        inputs["beta"] = new(B, T, heads).sigmoid()
+    if new.data.draw(st.booleans()):
+        inputs["h0"] = new(B, heads, K, n, wide=True)
+    return inputs | {"starts": new.flags(B, T)}
+
+
 def short_convolution(new: Problem, B: int, T: int, n: int) -> Inputs:
     w = new.data.draw(st.sampled_from([2, 3, 4, 64]))
     inputs = {"x": new(B, w - 1 + T, n), "weight": new(n, w, wide=True)}
@@ -122,7 +139,8 @@ PROBLEMS = {
     function.__name__: function
     for function in (
         *(gated_scan, rms_norm, swiglu, unit_rotary, attention),
-        *(linear_cross_entropy, dss, short_convolution, linear_scan, selective_scan),
+        *(linear_cross_entropy, dss, linear_attention, short_convolution),
+        *(linear_scan, selective_scan),
     )
 }
 

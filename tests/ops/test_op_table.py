@@ -16,6 +16,7 @@ from pha.ops import (
     dss,
     gated_scan,
     in_use,
+    linear_attention,
     linear_cross_entropy,
     linear_scan,
     rms_norm,
@@ -40,6 +41,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "gated_scan": lambda: gated_scan(u, u, a, a),
     "attention": lambda: attention(q, q, q),
     "dss": lambda: dss(u, a, a, a.expand(3, 3), a.expand(3, 3), a),
+    "linear_attention": lambda: linear_attention(q, q, q),
     "linear_cross_entropy": lambda: linear_cross_entropy(u[0], u[0], torch.zeros(2).long()),
     "rms_norm": lambda: rms_norm(u, a, 1e-6, u.dtype),
     "linear_scan": lambda: linear_scan(u, u),
@@ -111,6 +113,9 @@ WRONG: dict[str, Callable[..., Any]] = {
         q, k, v, mask
     ),
     "dss": lambda v, *rest: OPS["dss"].backends["naive"](v, *rest[:-1]),
+    "linear_attention": lambda q, k, v, *rest: OPS["linear_attention"].backends["naive"](
+        k, q, v, *rest
+    ),
     "linear_cross_entropy": lambda x, w, y: OPS["linear_cross_entropy"].backends["naive"](
         x, w, y.clamp(min=0)
     ),

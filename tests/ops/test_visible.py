@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pha.ops import OPS, dss, gated_scan, linear_scan, selective_scan, short_convolution
+from pha.ops import (
+    OPS,
+    dss,
+    gated_scan,
+    linear_attention,
+    linear_scan,
+    selective_scan,
+    short_convolution,
+)
 from pha.ops.visible import VisibleFirst
 from tests.ops.common import Inputs, in_pieces, outcome, worst
 
@@ -19,8 +27,8 @@ MASKS = {
     "holes": torch.rand(B, T, generator=torch.Generator().manual_seed(0)) < 0.5,
     "nothing": torch.zeros(B, T, dtype=torch.bool),
 }
-STATES: dict[Any, str] = dict.fromkeys((gated_scan, dss, linear_scan, selective_scan), "h0")
-STATES[short_convolution] = "past"
+RECURRENCES = (gated_scan, dss, linear_attention, linear_scan, selective_scan)
+STATES: dict[Any, str] = dict.fromkeys(RECURRENCES, "h0") | {short_convolution: "past"}
 
 each_op = pytest.mark.parametrize("op", STATES)
 
@@ -35,6 +43,10 @@ def problem(op: Any, with_h0: bool = True, with_starts: bool = True) -> Inputs:
     if op is gated_scan:
         inputs = {"gate": normal(B, T, 6), "value": normal(B, T, 6)}
         inputs |= {"a": normal(6).sigmoid(), "b": normal(6), "h0": normal(B, 6)}
+    elif op is linear_attention:
+        inputs = {name: normal(B, T, 2, 4) for name in ("q", "k")}
+        inputs |= {"v": normal(B, T, 2, 3), "g": -normal(B, T, 2).abs()}
+        inputs |= {"beta": normal(B, T, 2).sigmoid() / 4, "h0": normal(B, 2, 4, 3)}
     elif op is short_convolution:
         inputs = {"x": normal(B, T, 3), "weight": normal(3, 5), "past": normal(B, 4, 3)}
     elif op is linear_scan:
@@ -69,7 +81,7 @@ def by_definition(op: Any, mask: Tensor, starts: Tensor | None = None, **inputs:
                 fresh = False
         row |= {k: x[:, seen] for k, x in row.items() if k in over_time}
         values = next(row[k] for k in ("value", "v", "x", "u") if k in row)
-        y = values.new_zeros(1, T, values.shape[2])
+        y = values.new_zeros(1, T, *values.shape[2:])
         last = row.get(h0, torch.zeros_like(problem(op)[h0][:1]))
         if len(seen):
             with OPS[op.__name__].force("naive"):

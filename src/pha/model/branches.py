@@ -129,7 +129,11 @@ class Branch(nn.Module):
         self.first_place = 0  # of its states among those of the layer
 
     def reset_parameters(self) -> None:
-        """Set the starting values of the branch's own parameters, not those of linear layers."""
+        """Set the starting values of all parameters but those of linear layers.
+
+        Linear layers start as the whole model's do. What is set here comes later, so a branch may
+        start its own otherwise.
+        """
 
     def past(self, context: Context, name: str) -> Tensor | None:
         """The state of that name after the tokens in the cache; None at the beginning."""

@@ -100,6 +100,50 @@ _MEHTA_STACK_TINY = (
     }
 )
 
+# Systems that the paper compares with, at the size of PHA-125M. Alone, a mixer is the only branch
+# of our block at width 768. In PHA it stands in the place of the GSS. Either way the primary FFN
+# takes what the mixer leaves: beside the GSS it has 1216 units, 320 in miniature [ours].
+_ALONE: dict[str, Any] = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+
+
+def _system(
+    name: str,
+    branch: str,
+    options: tuple[dict[str, Any], dict[str, Any], dict[str, Any]],
+    ffn: tuple[int, int, int, int],
+) -> dict[str, dict[str, Any]]:
+    """Four presets: alone, in PHA, and both in miniature.
+
+    Args:
+        name: that of the system.
+        branch: its mixer.
+        options: of the mixer alone, in PHA and in miniature.
+        ffn: units of the primary FFN in each of the four.
+    """
+    full, inside, tiny = ({"branch_options": {branch: given}} if given else {} for given in options)
+    kinds = {
+        f"{name}-125m": _ALONE | full | {"branches": [branch]},
+        f"pha-125m-{name}": _125M | inside | {"branches": [branch, "attention", "aux_ffn"]},
+        f"{name}-tiny": _TINY | tiny | {"branches": [branch]},
+        f"pha-125m-{name}-tiny": _TINY | tiny | {"branches": [branch, "attention", "aux_ffn"]},
+    }
+    return {
+        kind: fields | {"primary_ffn_expansion": units / fields["hidden_size"]}
+        for (kind, fields), units in zip(kinds.items(), ffn, strict=True)
+    }
+
+
+_ALIBI: dict[str, Any] = {
+    "branch_options": {"attention": {"positions": "alibi"}},
+    "attention_logits": "dot-product",
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "pha-90m": _90M,
     "pha-125m": _125M,
@@ -159,6 +203,28 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mehta-gss-only-tiny": _MEHTA_STACK_TINY,
     "mehta-gss-hybrid-tiny": _MEHTA_STACK_TINY
     | {"attention_layers": [1, 4], "primary_ffn_expansion": 2.05},
+    **_system("rg-lru", "rg_lru", ({}, {}, {}), (2304, 2728, 912, 672)),
+    **_system("mamba", "mamba", ({}, {}, {}), (1488, 2088, 736, 496)),
+    **_system("qrnn", "qrnn", ({}, {}, {}), (2032, 2528, 848, 608)),
+    # Attention stays where it is in PHA, beside the GSS.
+    "alibi-125m": _ALONE | _ATTENTION | _ALIBI | {"primary_ffn_expansion": 2440 / 768},
+    "pha-125m-alibi": _125M | _ALIBI,
+    "alibi-tiny": _TINY | _ATTENTION | _ALIBI | {"primary_ffn_expansion": 968 / 160},
+    "pha-125m-alibi-tiny": _TINY | _ALIBI,
+    **_system(
+        *("mamba2", "mamba2"),
+        ({}, {}, {"state_size": 32, "head_size": 32}),
+        (1488, 2080, 752, 512),
+    ),
+    **_system(
+        *("gated-deltanet", "gated_deltanet"),
+        (
+            {"heads": 6, "key_size": 96, "value_size": 192},
+            {"heads": 4, "key_size": 114, "value_size": 228},
+            {"heads": 3, "key_size": 40, "value_size": 80},
+        ),
+        (1576, 2168, 776, 536),
+    ),
 }
 
 # Parameters that the paper states (Table 1; its ablations are "comparable" to the full model).

@@ -8,6 +8,7 @@ from pha.ops.attention import attention
 from pha.ops.backends import OPS, Op, in_use
 from pha.ops.dss import dss
 from pha.ops.gated_scan import gated_scan
+from pha.ops.linear_attention import linear_attention
 from pha.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
 from pha.ops.linear_scan import linear_scan
 from pha.ops.rms_norm import rms_norm
@@ -23,6 +24,7 @@ __all__ = [
     "dss",
     "gated_scan",
     "in_use",
+    "linear_attention",
     "linear_cross_entropy",
     "linear_scan",
     "rms_norm",
