@@ -41,7 +41,7 @@ MINIATURES = {
     "mehta-gss-hybrid-125m": "mehta-gss-hybrid-tiny",
 }
 # Systems of others, alone in our block and in PHA in the place of the GSS.
-SYSTEMS = ["mamba2", "gated-deltanet"]
+SYSTEMS = ["mamba2", "gated-deltanet", "rg-lru", "mamba", "qrnn", "alibi"]
 MINIATURES |= {
     full: tiny
     for system in SYSTEMS
@@ -165,7 +165,7 @@ def test_the_layer_of_mehta_gives_the_stated_sizes(name: str, total: float) -> N
 def test_other_systems_are_of_the_size_of_pha_125m(system: str) -> None:
     for name in (f"{system}-125m", f"pha-125m-{system}"):
         total = sum(count_parameters(preset_config(name)).values())
-        assert 124.8e6 <= total <= 125.0e6, name
+        assert 124.75e6 <= total <= 125.05e6, name
 
 
 @pytest.mark.parametrize("name", [name for name in MEHTA if "only" in name or "hybrid" in name])

@@ -45,6 +45,10 @@ CHOICES: dict[str, dict[str, Any]] = {
     "zero-order hold": {"input_scaling": "zero-order-hold"},
     "dot product": {"attention_logits": "dot-product"},
     "window": {"attention_window": 8},
+    "alibi": {
+        "attention_logits": "dot-product",
+        "branch_options": {"attention": {"positions": "alibi", "window": 8}},
+    },
 }
 CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     f"{block} {' '.join(names)}": (block, names, {}) for block, names in KINDS

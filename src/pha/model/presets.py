@@ -139,6 +139,11 @@ def _system(
     }
 
 
+_ALIBI: dict[str, Any] = {
+    "branch_options": {"attention": {"positions": "alibi"}},
+    "attention_logits": "dot-product",
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "pha-90m": _90M,
     "pha-125m": _125M,
@@ -198,6 +203,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mehta-gss-only-tiny": _MEHTA_STACK_TINY,
     "mehta-gss-hybrid-tiny": _MEHTA_STACK_TINY
     | {"attention_layers": [1, 4], "primary_ffn_expansion": 2.05},
+    **_system("rg-lru", "rg_lru", ({}, {}, {}), (2304, 2728, 912, 672)),
+    **_system("mamba", "mamba", ({}, {}, {}), (1488, 2088, 736, 496)),
+    **_system("qrnn", "qrnn", ({}, {}, {}), (2032, 2528, 848, 608)),
+    # Attention stays where it is in PHA, beside the GSS.
+    "alibi-125m": _ALONE | _ATTENTION | _ALIBI | {"primary_ffn_expansion": 2440 / 768},
+    "pha-125m-alibi": _125M | _ALIBI,
+    "alibi-tiny": _TINY | _ATTENTION | _ALIBI | {"primary_ffn_expansion": 968 / 160},
+    "pha-125m-alibi-tiny": _TINY | _ALIBI,
     **_system(
         *("mamba2", "mamba2"),
         ({}, {}, {"state_size": 32, "head_size": 32}),
