@@ -41,7 +41,10 @@ MINIATURES = {
     "mehta-gss-hybrid-125m": "mehta-gss-hybrid-tiny",
 }
 # Systems of others, alone in our block and in PHA in the place of the GSS.
-SYSTEMS = ["mamba2", "gated-deltanet"]
+SYSTEMS = [
+    *("mamba2", "gated-deltanet", "retnet"),
+    *("linear", "delta", "cosformer", "hedgehog"),
+]
 MINIATURES |= {
     full: tiny
     for system in SYSTEMS

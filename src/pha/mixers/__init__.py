@@ -4,7 +4,9 @@ Importing this package makes them known to `branches` in a configuration.
 """
 
 from pha.mixers.gated_deltanet import GatedDeltaNet
+from pha.mixers.linear_attention import LinearAttention
 from pha.mixers.mamba2 import Mamba2
 from pha.mixers.mehta import MehtaGSS
+from pha.mixers.retnet import Retention
 
-__all__ = ["GatedDeltaNet", "Mamba2", "MehtaGSS"]
+__all__ = ["GatedDeltaNet", "LinearAttention", "Mamba2", "MehtaGSS", "Retention"]
