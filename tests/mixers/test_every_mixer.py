@@ -25,8 +25,10 @@ from tests.modeling.common import (
 
 SMALL: dict[str, dict[str, Any]] = {
     "gated_deltanet": {"heads": 3, "key_size": 6, "value_size": 10},
+    "linear_attention": {"heads": 4},
     "mamba2": {"state_size": 10, "head_size": 8},
     "mehta_gss": {"channels": 12, "modes": 20, "expansion": 2},
+    "retnet": {"heads": 2},
 }
 """Options of mixers whose defaults are too large for tests; others are made without any."""
 

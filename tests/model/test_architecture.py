@@ -41,7 +41,10 @@ MINIATURES = {
     "mehta-gss-hybrid-125m": "mehta-gss-hybrid-tiny",
 }
 # Systems of others, alone in our block and in PHA in the place of the GSS.
-SYSTEMS = ["mamba2", "gated-deltanet", "rg-lru", "mamba", "qrnn", "alibi"]
+SYSTEMS = [
+    *("mamba2", "gated-deltanet", "rg-lru", "mamba", "qrnn", "alibi", "retnet"),
+    *("linear", "delta", "cosformer", "hedgehog"),
+]
 MINIATURES |= {
     full: tiny
     for system in SYSTEMS

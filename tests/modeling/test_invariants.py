@@ -46,7 +46,11 @@ def shrunken(name: str) -> PHAForCausalLM:
         head_dim=8,
         state_size=32,
         attention_layers=[x for x in fields.get("attention_layers", []) if x < 2],
-        branch_options={x: SMALL[x] for x in fields.get("branches", []) if x in SMALL},
+        branch_options={
+            x: fields.get("branch_options", {}).get(x, {}) | SMALL[x]
+            for x in fields.get("branches", [])
+            if x in SMALL
+        },
     )
     return scrambled(config).requires_grad_(False)
 

@@ -4,10 +4,21 @@ Importing this package makes them known to `branches` in a configuration.
 """
 
 from pha.mixers.gated_deltanet import GatedDeltaNet
+from pha.mixers.linear_attention import LinearAttention
 from pha.mixers.mamba import Mamba
 from pha.mixers.mamba2 import Mamba2
 from pha.mixers.mehta import MehtaGSS
 from pha.mixers.qrnn import QRNN
+from pha.mixers.retnet import Retention
 from pha.mixers.rg_lru import RGLRU
 
-__all__ = ["QRNN", "RGLRU", "GatedDeltaNet", "Mamba", "Mamba2", "MehtaGSS"]
+__all__ = [
+    "QRNN",
+    "RGLRU",
+    "GatedDeltaNet",
+    "LinearAttention",
+    "Mamba",
+    "Mamba2",
+    "MehtaGSS",
+    "Retention",
+]

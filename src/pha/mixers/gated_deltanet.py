@@ -39,6 +39,7 @@ class GatedDeltaNet(Branch):
 
     states = ("conv", "S")
     float32 = ("A_log", "dt_bias")
+    unit_gain = ("W_q", "W_k")
 
     def __init__(
         self,
@@ -95,7 +96,8 @@ class GatedDeltaNet(Branch):
 
     def _log_decays(self, z: Tensor) -> Tensor:
         a = self.W_a(z)
-        return -self.A_log.exp() * F.softplus(a.to(accumulation_type(a)) + self.dt_bias)
+        # That is -softplus, whose own backward pass fails compiled where gradients are strided.
+        return self.A_log.exp() * F.logsigmoid(-(a.to(accumulation_type(a)) + self.dt_bias))
 
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """The decays of its states and what it writes with, at these tokens."""

@@ -225,6 +225,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         ),
         (1576, 2168, 776, 536),
     ),
+    **_system("linear", "linear_attention", ({}, {}, {}), (2096, 2584, 888, 648)),
+    **_system(*("delta", "linear_attention"), ({"rule": "delta"},) * 3, (2096, 2584, 888, 648)),
+    **_system(
+        *("cosformer", "linear_attention"),
+        ({"feature_map": "cosformer"},) * 3,
+        (2096, 2584, 888, 648),
+    ),
+    **_system(
+        *("hedgehog", "linear_attention"),
+        ({"feature_map": "hedgehog"},) * 3,
+        (2056, 2528, 864, 624),
+    ),
+    **_system(
+        *("retnet", "retnet"),
+        ({"heads": 3}, {"heads": 2}, {"heads": 2}),
+        (1072, 1768, 680, 440),
+    ),
 }
 
 # Parameters that the paper states (Table 1; its ablations are "comparable" to the full model).
