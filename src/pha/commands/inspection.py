@@ -27,7 +27,7 @@ def params(
     from pha.model.parameters import count_parameters
     from pha.model.presets import PAPER_PARAMETERS, PRESETS, preset_config
 
-    columns = ("total", "paper", "diff", "embed", "gss", "attn", "aux_ffn", "ffn")
+    columns = ("total", "paper", "diff", "embed", "mixer", "attn", "aux_ffn", "ffn")
     table = figures_table(f"millions of parameters, V = {vocab_size}", "preset", *columns, gap=0)
     rows: list[dict[str, Any]] = []
     for name in presets or PRESETS:
@@ -47,8 +47,9 @@ def params(
             }
         )
         part = Counter(components)
-        parts = ("embedding", "state spaces", "attention", "aux_ffn", "primary_ffn")
-        part["state spaces"] = part["gss"] + part["mehta_gss"]
+        parts = ("embedding", "mixer", "attention", "aux_ffn", "primary_ffn")
+        # Eq. 2 or what stands in its place: no preset has two.
+        part["mixer"] = total - part["norms_and_mixing"] - sum(part[p] for p in parts)
         digits = 1 if total > 2e7 else 2
         table.add_row(
             name,
