@@ -13,6 +13,7 @@ from pha.ops import (
     attention,
     dss,
     gated_scan,
+    linear_attention,
     linear_cross_entropy,
     linear_scan,
     rms_norm,
@@ -56,6 +57,10 @@ def problem(name: str, dtype: torch.dtype) -> Problem:
         "short_convolution": (
             lambda x, w, b: short_convolution(x, w, b, starts=starts)[0],
             [x, normal(n, 4), b],
+        ),
+        "linear_attention": (
+            lambda q, k, v, g, beta: linear_attention(q, k, v, -g.exp(), beta, starts=starts)[0],
+            [*(h.transpose(1, 2) for h in (heads[1], heads[1] / 4, heads[0])), *normal(2, B, T, 4)],
         ),
         "dss": (lambda *inputs: dss(*inputs)[0], [x, *modes]),
     }
