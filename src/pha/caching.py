@@ -156,7 +156,7 @@ def _check_layers(cache: Cache, config: PreTrainedConfig) -> None:
     Raises:
         PHAError: it has other layers.
     """
-    kinds = config.layer_types
+    kinds, places = config.layer_types, config.number_of_conv_states
     if len(cache.layers) != len(kinds):
         raise PHAError(
             f"the cache has {len(cache.layers)} layers and the model {len(kinds)}; {_REMEDY}"
@@ -164,7 +164,7 @@ def _check_layers(cache: Cache, config: PreTrainedConfig) -> None:
     for index, (layer, kind) in enumerate(zip(cache.layers, kinds, strict=True)):
         has = isinstance(layer, CacheLayerMixin), _keeps_state(layer)
         needs = kind != "linear_attention", kind.startswith(("hybrid", "linear"))
-        few = has[1] and layer.number_of_states < config.number_of_conv_states
+        few = has[1] and layer.number_of_states < places
         if few or any(need and not there for need, there in zip(needs, has, strict=True)):
             raise PHAError(
                 f"layer {index} of the cache has no room for what the model keeps; {_REMEDY}, "

@@ -60,7 +60,7 @@ def packed_starts(
 
     Args:
         positions: (B or 1, T). A document begins where they do not grow.
-        mask: (B, S) bool, false at padding, whose positions say nothing.
+        mask: (B, S), 0 at padding, whose positions say nothing.
         past: tokens in the cache.
         others: further arguments of the call.
 
@@ -79,7 +79,7 @@ def packed_starts(
     if mask is None:
         starts = positions.diff(prepend=positions[:, :1] - 1) <= 0
     else:
-        mask = mask[:, -positions.shape[1] :]
+        mask = mask[:, -positions.shape[1] :].bool()
         places = torch.arange(positions.shape[1], device=mask.device)
         seen = torch.where(mask, places, -1).cummax(-1).values
         before = seen.roll(1, -1)

@@ -114,6 +114,7 @@ def load_model(
     _check_files(folder)
     tokenizer = read_saved_tokenizer(folder)
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what is wrong with weights is told in one line
     try:
         model = PHAForCausalLM.from_pretrained(
@@ -130,4 +131,6 @@ def load_model(
             raise
         reason = shorten(str(error), 200)
         raise PHAError(f"{folder} is damaged and cannot be loaded ({reason})") from error
+    finally:
+        logging.set_verbosity(verbosity)
     return LoadedModel(path, model.to(device or "cpu").eval(), tokenizer, run)

@@ -268,9 +268,11 @@ class PHAModel(Backbone, PHAPreTrainedModel):
         check_rows("document_starts", document_starts, batch, total)
         mask = token_mask(attention_mask, cache is not None, self.config.has_windows)
         if document_starts is None:
-            document_starts = packed_starts(position_ids, mask, past, others)
+            document_starts = packed_starts(position_ids, attention_mask, past, others)
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
+        if output_attentions is None:
+            output_attentions = bool(self.config.output_attentions)
         layer_inputs: list[Tensor] | None = [] if output_hidden_states else None
         weights: list[Tensor] | None = [] if output_attentions else None
         x = Backbone.forward(
@@ -360,7 +362,8 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         """
         past_key_values = self.model.cache_for(past_key_values, use_cache)
         shift_labels: Tensor | None = others.pop("shift_labels", None)
-        wanted = output_attentions, output_hidden_states, self.config.output_hidden_states
+        wanted = [output_attentions, output_hidden_states]
+        wanted += [self.config.output_attentions, self.config.output_hidden_states]
         if not (any(wanted) or self.training) and all(
             x is None for x in (inputs_embeds, document_starts, labels, shift_labels)
         ):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from pha.inputs import packed_starts
 from pha.model.presets import PRESETS, preset
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops import OPS
@@ -199,6 +200,7 @@ def test_rows_packed_by_position_ids(block: str, branches: tuple[str, ...]) -> N
     counted, seen = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1), mask.bool()
     given = model(padded, attention_mask=mask, position_ids=counted).logits
     assert_same(given[seen], model(padded, attention_mask=mask).logits[seen])
+    assert packed_starts(counted, mask, 0, {}) is None
 
 
 def test_other_ways_to_pack_rows_are_refused() -> None:

@@ -189,6 +189,13 @@ def test_attention_weights_of_each_layer_that_has_them(
     names = [model.config.layer_branches(layer) for layer in range(2)]
     assert len(whole) == sum("attention" in layer for layer in names)
     assert model(ids).attentions is None
+    model.config._output_attentions = (
+        True  # as loaded with attention `eager`, which alone allows it
+    )
+    try:
+        assert len(model(ids).attentions) == len(whole)
+    finally:
+        model.config._output_attentions = False
     cache = model(ids[:, :8], attention_mask=mask[:, :8], use_cache=True).past_key_values
     last = model(
         ids[:, 8:], attention_mask=mask, past_key_values=cache, output_attentions=True

@@ -17,8 +17,8 @@ from torch import Tensor
 from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type
 from pha.ops.recurrence import recur_
+from pha.ops.shapes import require_shapes
 from pha.ops.testing import relative_error
-from pha.utils.errors import PHAError
 
 
 def linear_scan(
@@ -47,12 +47,9 @@ def linear_scan(
         PHAError: shapes that do not fit each other.
     """
     B, T, n = u.shape
-    for name, x, shape in (
-        *(("a", a, (B, T, n)), ("h0", h0, (B, n))),
-        *(("starts", starts, (B, T)), ("mask", mask, (B, T))),
-    ):
-        if x is not None and x.shape != shape:
-            raise PHAError(f"linear_scan: {name} is {tuple(x.shape)}; {shape} goes with u")
+    shapes = {"a": (a, (B, T, n)), "h0": (h0, (B, n))}
+    flags = {"starts": (starts, (B, T)), "mask": (mask, (B, T))}
+    require_shapes("linear_scan", "u", shapes | flags)
     there = None if mask is None else mask.unsqueeze(-1)
     if there is not None:  # a step that changes nothing is no step
         u, a = torch.where(there, u, 0), torch.where(there, a, 1)

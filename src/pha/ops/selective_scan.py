@@ -23,8 +23,8 @@ from torch import Tensor
 from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type
 from pha.ops.recurrence import recur_
+from pha.ops.shapes import require_shapes
 from pha.ops.testing import relative_error
-from pha.utils.errors import PHAError
 
 SHORTEST = 16  # steps of a chunk at least: of so many the last state is kept
 NUMBERS = 2**19  # states of a chunk: as many as a cache holds, where that are more steps
@@ -62,12 +62,9 @@ def selective_scan(
         PHAError: shapes that do not fit each other.
     """
     (b, T, c), N = x.shape, A.shape[-1]
-    for name, given, shape in (
-        *(("dt", dt, (b, T, c)), ("A", A, (c, N)), ("B", B, (b, T, N)), ("C", C, (b, T, N))),
-        *(("h0", h0, (b, c, N)), ("starts", starts, (b, T)), ("mask", mask, (b, T))),
-    ):
-        if given is not None and given.shape != shape:
-            raise PHAError(f"selective_scan: {name} is {tuple(given.shape)}; {shape} goes with x")
+    shapes = {"dt": (dt, (b, T, c)), "A": (A, (c, N)), "B": (B, (b, T, N)), "C": (C, (b, T, N))}
+    flags = {"h0": (h0, (b, c, N)), "starts": (starts, (b, T)), "mask": (mask, (b, T))}
+    require_shapes("selective_scan", "x", shapes | flags)
     there = None if mask is None else mask.unsqueeze(-1)
     if there is not None:  # a step of no time changes nothing
         x, dt = torch.where(there, x, 0), torch.where(there, dt, 0)

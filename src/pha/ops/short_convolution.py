@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type
+from pha.ops.shapes import require_shapes
 from pha.ops.testing import relative_error
 from pha.ops.visible import VisibleFirst
 from pha.utils.errors import PHAError
@@ -52,14 +53,9 @@ def short_convolution(
     (B, T, C), w = x.shape, weight.shape[-1]
     if not 2 <= w <= MOST:
         raise PHAError(f"short_convolution: weight has {w} taps; give 2 to {MOST}")
-    for name, given, shape in (
-        *(("weight", weight, (C, w)), ("bias", bias, (C,)), ("past", past, (B, w - 1, C))),
-        *(("starts", starts, (B, T)), ("mask", mask, (B, T))),
-    ):
-        if given is not None and given.shape != shape:
-            raise PHAError(
-                f"short_convolution: {name} is {tuple(given.shape)}; {shape} goes with x"
-            )
+    shapes = {"weight": (weight, (C, w)), "bias": (bias, (C,)), "past": (past, (B, w - 1, C))}
+    flags = {"starts": (starts, (B, T)), "mask": (mask, (B, T))}
+    require_shapes("short_convolution", "x", shapes | flags)
     before = x.new_zeros(B, w - 1, C) if past is None else past.to(x.dtype)
     count, empty, visible = torch.full((B,), T, device=x.device), None, None
     if mask is not None:

@@ -23,9 +23,9 @@ from pha.ops.gated_scan import triton_runtime
 from pha.ops.gated_scan.naive import gated_scan_naive
 from pha.ops.gated_scan.operator import gated_scan_operator
 from pha.ops.precision import accumulation_type
+from pha.ops.shapes import require_shapes
 from pha.ops.testing import relative_error
 from pha.ops.visible import VisibleFirst
-from pha.utils.errors import PHAError
 
 
 def gated_scan(
@@ -58,13 +58,9 @@ def gated_scan(
         PHAError: shapes that do not fit each other.
     """
     B, T, n = value.shape
-    for name, x, shape in (
-        ("gate", gate, (B, T, n)),
-        *(("a", a, (n,)), ("b", b, (n,)), ("h0", h0, (B, n))),
-        *(("starts", starts, (B, T)), ("mask", mask, (B, T))),
-    ):
-        if x is not None and x.shape != shape:
-            raise PHAError(f"gated_scan: {name} is {tuple(x.shape)}; {shape} goes with value")
+    shapes = {"gate": (gate, (B, T, n)), "a": (a, (n,)), "b": (b, (n,)), "h0": (h0, (B, n))}
+    flags = {"starts": (starts, (B, T)), "mask": (mask, (B, T))}
+    require_shapes("gated_scan", "value", shapes | flags)
     # Calling an operator costs more than one step of the equation.
     scan = gated_scan_naive if T == 1 else _OP(value.device.type)
     if mask is None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from pha.ops.backends import Op
 from pha.ops.linear_attention.chunked import linear_attention_chunked
 from pha.ops.linear_attention.naive import linear_attention_naive
+from pha.ops.shapes import require_shapes
 from pha.ops.testing import relative_error
 from pha.utils.errors import PHAError
 
@@ -58,13 +59,15 @@ def linear_attention(
     """
     (B, T, H, P), (G, K) = v.shape, k.shape[2:]
     decays = (B, T, H) if g is None or g.dim() == 3 else (B, T, H, K)
-    for name, x, shape in (
-        *(("q", q, (B, T, G, K)), ("k", k, (B, T, G, K)), ("g", g, decays)),
-        *(("beta", beta, (B, T, H)), ("h0", h0, (B, H, K, P))),
-        *(("starts", starts, (B, T)), ("mask", mask, (B, T))),
-    ):
-        if x is not None and x.shape != shape:
-            raise PHAError(f"linear_attention: {name} is {tuple(x.shape)}; {shape} goes with k, v")
+    require_shapes(
+        "linear_attention",
+        "k, v",
+        {
+            **{"q": (q, (B, T, G, K)), "k": (k, (B, T, G, K)), "g": (g, decays)},
+            **{"beta": (beta, (B, T, H)), "h0": (h0, (B, H, K, P))},
+            **{"starts": (starts, (B, T)), "mask": (mask, (B, T))},
+        },
+    )
     if H % G:
         raise PHAError(f"linear_attention: {H} heads of v cannot share {G} of q and k equally")
     if mask is not None:
