@@ -98,7 +98,8 @@ class Striker:
     """In the process to be stopped: knows the phase, and strikes at the moment given."""
 
     def __init__(self, job: Job, out: Path, aim: Aim | None, shared: mmap.mmap) -> None:
-        self.out, self.aim, self.shared = str(out), aim, shared
+        # What becomes the output is written beside it.
+        self.place, self.aim, self.shared = str(out.parent), aim, shared
         self.phase, self.since = "start", time.monotonic()
         self.operations: Counter[str] = Counter()
         self.entries: Counter[str] = Counter()
@@ -141,7 +142,7 @@ class Striker:
             signal.setitimer(signal.ITIMER_REAL, aim.delay)
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event not in OPERATIONS or not str(arguments[0]).startswith(self.out):
+        if event not in OPERATIONS or not str(arguments[0]).startswith(self.place):
             return
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
             return
@@ -232,7 +233,7 @@ def draw_aim(rng: random.Random, kind: str, phase: str, usual: dict[str, Any]) -
         rng.randint(1, math.ceil(operations / entries)) if at_operation else None,
         None if at_operation else max(1e-4, rng.random() * seconds / entries),
         rng.randint(1, min(entries, 3)),
-        rng.randrange(0, 1 << 16 if kind == "full disk" else 1 << 24),
+        int(2 ** rng.uniform(0, 16 if kind == "full disk" else 24)),
     )
 
 
