@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from striking import KINDS, Job, draw_aim, run
+from striking import KINDS, Job, draw_aim, run  # type: ignore[import-not-found]
 
 from pha.cli import find_verb
 from pha.runs import RunFolder
