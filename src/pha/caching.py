@@ -92,13 +92,14 @@ class CacheAdapter:
         # transformers marks a layer as started only with a convolution state; there is none here.
         self.cache.layers[layer_idx].has_previous_state[place] = True
 
-    def enter(self, batch: int) -> None:
+    def enter(self, batch: int, attention_mask: Tensor | None) -> None:
         """Refuse a cache whose keys and states are not of the same B sequences.
 
         transformers' own caches repeat, select and crop keys without the states beside them.
 
         Raises:
-            PHAError: a state is of other sequences than those given, or keys were changed alone.
+            PHAError: a state is of other sequences than those given, keys were changed alone, or
+                no mask says which of the tokens seen were padding.
         """
         if torch.compiler.is_compiling():  # whoever compiles keeps a static cache as it is
             return
@@ -110,7 +111,13 @@ class CacheAdapter:
                     f"{_REMEDY}, which repeats and selects keys and states"
                 )
         left, self.cache._pha_left = self._left, None  # held on to, old keys would stay in memory
-        if left is None or not any(state is not None for state in states):
+        if left is None:
+            return
+        if left.padded and attention_mask is None and self.length():
+            raise PHAError(
+                "the cache holds padding; give attention_mask over its tokens and the new ones"
+            )
+        if not any(state is not None for state in states):
             return
         if _changed(left.keys, keys) and not _changed(left.states, states):
             raise PHAError(
@@ -118,10 +125,10 @@ class CacheAdapter:
                 f"were not; {_REMEDY}, which repeats and selects both (no state can be cropped)"
             )
 
-    def leave(self) -> None:
-        """Remember what the cache holds, for `enter`."""
+    def leave(self, padded: bool) -> None:
+        """Remember what the cache holds, and whether some of it is padding, for `enter`."""
         if not torch.compiler.is_compiling():
-            self.cache._pha_left = _Left(weakref.ref(self._config), *self._contents())
+            self.cache._pha_left = _Left(weakref.ref(self._config), *self._contents(), padded)
 
     def _contents(self) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Keys of every layer, and states of every layer that may have one."""
@@ -141,9 +148,15 @@ class _Left:
     config: weakref.ref[PreTrainedConfig] | None
     keys: list[Tensor | None]
     states: list[Tensor | None]
+    padded: bool
 
     def __reduce__(self) -> tuple[type[_Left], tuple[object, ...]]:
-        return _Left, (None, self.keys, self.states)  # a cache may be copied and pickled
+        return _Left, (
+            None,
+            self.keys,
+            self.states,
+            self.padded,
+        )  # a cache may be copied and pickled
 
 
 def _changed(before: list[Tensor | None], now: list[Tensor | None]) -> bool:

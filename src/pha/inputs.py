@@ -38,15 +38,22 @@ def token_mask(attention_mask: Tensor | None, with_cache: bool, with_window: boo
     Padding on the right comes after all that sees it; only a cache would go on from there.
 
     Raises:
-        PHAError: padding between tokens, which would fill a window of attention.
+        PHAError: padding between tokens, which would fill a window of attention; or values that
+            are neither 0 nor 1, as masks to be added have them, and those that number documents.
     """
     if attention_mask is None:
         return None
     mask = attention_mask.bool()
     if torch.compiler.is_compiling():  # a graph cannot depend on what is in the mask
         return mask
-    harmless = mask if with_cache else mask[:, 1:] <= mask[:, :-1]
-    if bool(harmless.all()):
+    if bool((attention_mask == 1).all()):
+        return None
+    if bool((attention_mask != mask).any()):
+        raise PHAError(
+            "attention_mask holds more than 0 and 1; give 1 where there is a token, and mark "
+            "packed documents by document_starts"
+        )
+    if not with_cache and bool((mask[:, 1:] <= mask[:, :-1]).all()):
         return None
     if with_window and bool((mask[:, 1:] < mask[:, :-1]).any()):
         raise PHAError("a model with a window of attention takes padding on the left only")

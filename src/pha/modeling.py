@@ -261,7 +261,7 @@ class PHAModel(Backbone, PHAPreTrainedModel):
         past: int | Tensor = 0
         if past_key_values is not None:
             cache = CacheAdapter(past_key_values, self.config)
-            cache.enter(batch)
+            cache.enter(batch, attention_mask)
             past = cache.length()
         total = past + new if isinstance(past, int) else None
         check_rows("attention_mask", attention_mask, batch, total)
@@ -290,7 +290,7 @@ class PHAModel(Backbone, PHAPreTrainedModel):
         if cache is not None:
             if not self.config.keeps_keys:
                 cache.count(x)
-            cache.leave()
+            cache.leave(padded=mask is not None)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values,
@@ -441,7 +441,7 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         if self.config._attn_implementation in _BACKENDS:  # a backend that was asked for
             return None
         adapter = CacheAdapter(cache, self.config)
-        adapter.enter(input_ids.shape[0])
+        adapter.enter(input_ids.shape[0], attention_mask)
         return decode(self.model, self.lm_head, input_ids, adapter, attention_mask, position_ids)
 
     @staticmethod

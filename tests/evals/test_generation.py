@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from transformers import PreTrainedTokenizerFast, StopStringCriteria
+from transformers import GenerationConfig, PreTrainedTokenizerFast, StopStringCriteria
 
 from pha.data.tokenizer import load_tokenizer
 from pha.evals.generation import (
@@ -73,6 +73,29 @@ def test_temperature_0_is_greedy(writer: LoadedModel) -> None:
         ids = torch.cat([ids, writer.model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     assert result.text == writer.tokenizer.decode(ids[0, 7:], skip_special_tokens=True)
     assert len(set(ids[0, 7:].tolist())) > 2
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"num_beams": 3},
+        {"repetition_penalty": 50.0},
+        {"repetition_penalty": 0},
+        {"min_new_tokens": "many"},
+        {"bad_words_ids": [["x"]]},
+        {"penalty_alpha": 1},
+    ],
+)
+def test_settings_beside_a_model_change_no_text(writer: LoadedModel, own: dict[str, Any]) -> None:
+    asked = Sampling(12, temperature=0)
+    expected = texts(writer, ["one two"], asked)
+    kept = writer.model.generation_config
+    writer.model.generation_config = changed = GenerationConfig.from_dict(kept.to_dict() | own)
+    try:
+        assert texts(writer, ["one two"], asked) == expected
+        assert writer.model.generation_config is changed
+    finally:
+        writer.model.generation_config = kept
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

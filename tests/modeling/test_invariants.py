@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -184,6 +186,38 @@ def test_rows_of_other_tokens_are_refused(shape: tuple[int, ...]) -> None:
     cache = model(tokens(2, 9), use_cache=True).past_key_values
     with pytest.raises(PHAError, match=r"it must be \(2, 10\)"):
         model(tokens(2, 1), attention_mask=torch.ones(2, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(0.0, -1e9), (1, 2), (0.5, 1.0), (1.0, math.nan)],
+    ids=["added", "numbers", "half", "nan"],
+)
+@pytest.mark.parametrize("past", [0, 6])
+def test_masks_of_more_than_0_and_1_are_refused(values: tuple[float, float], past: int) -> None:
+    model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
+    ids, mask = tokens(2, 7), torch.tensor(values).repeat_interleave(4)[:7].expand(2, 7)
+    with torch.inference_mode():
+        cache = model(ids[:, :past], use_cache=True).past_key_values if past else None
+        with pytest.raises(PHAError, match="more than 0 and 1"):
+            model(ids[:, past:], attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("new", [1, 3])
+def test_after_padding_a_mask_is_needed(new: int) -> None:
+    model = cached_model("parallel", ("gss", "attention", "aux_ffn"))
+    ids, mask = padded_batch((9, 4), 9, "left")
+    with torch.inference_mode():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        for count in (1, 1, new):  # the first by layers, then by compiled instructions
+            with pytest.raises(PHAError, match="holds padding; give attention_mask"):
+                model(tokens(2, count), past_key_values=copy.deepcopy(cache))
+            mask = torch.cat([mask, mask.new_ones(2, count)], 1)
+            cache = model(
+                tokens(2, count), attention_mask=mask, past_key_values=cache
+            ).past_key_values
+        cache.reset()
+        model(tokens(2, 5), past_key_values=cache)
 
 
 @each_main_kind

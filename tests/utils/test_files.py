@@ -25,6 +25,47 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [f.name for f in target.parent.iterdir()] == ["here"]
 
 
+@pytest.mark.parametrize("refused", [1, 2])
+def test_a_folder_stays_where_the_new_one_cannot_be_renamed(
+    refused: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "here"
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("old")
+    renames, rename = 0, Path.rename
+
+    def failing(path: Path, to: Path) -> Path:
+        nonlocal renames
+        renames += 1
+        assert any((each / "a").is_file() for each in tmp_path.iterdir())  # the old one, somewhere
+        if renames == refused:
+            raise OSError("no rename")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="no rename"), atomic_folder(target) as folder:
+        (folder / "b").write_text("new")
+    assert (target / "a").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_stays_where_the_new_one_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.json"
+    write_json(path, 1)
+
+    def failing(_: Path, __: Path) -> None:
+        assert read_json(path) == 1
+        raise OSError("no replacement")
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(OSError, match="no replacement"):
+        write_json(path, 2)
+    assert read_json(path) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_json_round_trip_and_refusals(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_json(path, {"ä": [1.5, None]})

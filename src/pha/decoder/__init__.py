@@ -85,7 +85,7 @@ def decode(
         layer.keys, layer.values = keys[:, :, : length + 1], values[:, :, : length + 1]
     if not writer.room:
         adapter.count(x[:, None])
-    adapter.leave()
+    adapter.leave(padded=bool(starts.any()))
     return logits[:, None]
 
 
@@ -163,6 +163,8 @@ def _starts(attention_mask: Tensor | None, batch: int, places: int) -> Tensor | 
     if attention_mask.shape != (batch, places):
         return None
     mask = attention_mask.bool()
+    if bool((attention_mask != mask).any()):
+        return None
     if not bool((mask[:, -1:] & (mask[:, 1:] >= mask[:, :-1]).all(-1, keepdim=True)).all()):
         return None
     return (~mask).sum(-1)

@@ -57,7 +57,7 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise PHAError(f"the number of new tokens is {self.max_new_tokens}; at least 1")
         if not 0 <= self.temperature < float("inf"):
-            raise PHAError(f"temperature is {self.temperature}; it must not be negative")
+            raise PHAError(f"temperature is {self.temperature}; it must be finite and not negative")
         if not 0 < self.top_p <= 1:
             raise PHAError(f"top-p is {self.top_p}; it must be in (0, 1]")
         if self.seed < 0:
@@ -270,20 +270,25 @@ def _continue(
         criteria.append(_Stop(tokenizer, sampling.stop, ids.shape[1]))
     synchronise(model.device)
     begin = time.perf_counter()
-    tokens = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=False,  # the largest is the choice
-            eos_token_id=end,
-            pad_token_id=pad,
-            prefill_chunk_size=piece or None,
-        ),
-        logits_processor=draws(keys, sampling),
-        stopping_criteria=criteria,
-        streamer=_Writer(tokenizer, write) if write and not sampling.stop else None,
-    )
+    # What settings beside the model add, such as beams or penalties, nobody has asked for here.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        tokens = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=GenerationConfig(
+                max_new_tokens=sampling.max_new_tokens,
+                do_sample=False,  # the largest is the choice
+                eos_token_id=end,
+                pad_token_id=pad,
+                prefill_chunk_size=piece or None,
+            ),
+            logits_processor=draws(keys, sampling),
+            stopping_criteria=criteria,
+            streamer=_Writer(tokenizer, write) if write and not sampling.stop else None,
+        )
+    finally:
+        model.generation_config = own
     texts = [
         Continuation(r.prompt, text, r.index, r.sample, len(r.ids), count, finish)
         for r, row in zip(batch, tokens[:, ids.shape[1] :].tolist(), strict=True)

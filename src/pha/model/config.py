@@ -117,7 +117,7 @@ class ArchitectureConfig:
         hints = get_type_hints(ArchitectureConfig)
         for item in fields(ArchitectureConfig):
             value, hint = getattr(self, item.name), hints[item.name]
-            wanted = f"it must be {item.type}"
+            wanted = f"it must be {'a finite number' if hint is float else item.type}"
             if get_origin(hint) is Literal:
                 wanted = f"choose {' or '.join(get_args(hint))}"
             _require(_is_a(value, hint), f"{item.name} is {value!r}; {wanted}")
@@ -155,6 +155,9 @@ class ArchitectureConfig:
             f"attention_window is {self.attention_window}; at least 2, or null for no window",
         )
         _require(0 <= self.dropout < 1, f"dropout is {self.dropout}; it must be in [0, 1)")
+        for name in ("rope_theta", "initializer_range", "rms_norm_eps"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} is {value}; it must be above 0")
         _require(bool(self.branches), "branches is empty; name at least one, such as gss")
         _require(
             len(set(self.branches)) == len(self.branches),
