@@ -113,6 +113,11 @@ class RGLRU(Branch):
         self.keep(context, h=last, conv=conv)
         return self.W_o(h * F.gelu(self.W_g(z)))
 
+    def flops(self, length: int) -> float:
+        """Of taps, blocks, gates (nine a state) and the recurrence."""
+        n = self.Lambda.numel()
+        return 2.0 * (self.taps.numel() + self.W_r.numel() + self.W_i.numel()) + 11.0 * n
+
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """Its decays where the gate is open, the shortest memory it has."""
         return Diagnostics(decays=(-RATE * F.softplus(self.Lambda.float())).exp())

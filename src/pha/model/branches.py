@@ -152,6 +152,13 @@ class Branch(nn.Module):
         """Map (B, T, d) to (B, T, d)."""
         raise NotImplementedError
 
+    def flops(self, length: int) -> float:
+        """FLOPs a token of reading `length` tokens, products with its linear layers left out.
+
+        A multiplication with an addition counts two, any other function of a number one.
+        """
+        return 0.0
+
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """What there is to watch, at some of the tokens that entered, (B, T', d)."""
         return Diagnostics()

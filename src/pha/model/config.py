@@ -187,6 +187,11 @@ class ArchitectureConfig:
             )
 
 
+def vars_of(config: ArchitectureConfig) -> dict[str, Any]:
+    """The fields of an architecture as keyword arguments, of whatever class it is."""
+    return {item.name: getattr(config, item.name) for item in fields(ArchitectureConfig)}
+
+
 def _is_a(value: Any, hint: Any) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is list:
