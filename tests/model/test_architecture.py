@@ -53,6 +53,8 @@ MINIATURES |= {
         (f"pha-125m-{system}", f"pha-125m-{system}-tiny"),
     )
 }
+CONTROLS = {"attention-125m": "attention-only-tiny-shallow", "gss-125m": "gss-only-tiny"}
+MINIATURES |= CONTROLS
 MEHTA = [name for name in MINIATURES if "mehta" in name]
 TINY = [name for name in PRESETS if "tiny" in name]
 # The published sizes in miniature differ in size on purpose, as the published ones do.
@@ -166,7 +168,7 @@ def test_the_layer_of_mehta_gives_the_stated_sizes(name: str, total: float) -> N
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_other_systems_are_of_the_size_of_pha_125m(system: str) -> None:
-    for name in (f"{system}-125m", f"pha-125m-{system}"):
+    for name in (f"{system}-125m", f"pha-125m-{system}", *CONTROLS):
         total = sum(count_parameters(preset_config(name)).values())
         assert 124.75e6 <= total <= 125.05e6, name
 
@@ -209,7 +211,7 @@ def test_every_full_size_has_a_tiny_one_of_its_kind(full: str, tiny: str) -> Non
 def test_no_preset_is_left_out() -> None:
     assert set(PRESETS) == {*MINIATURES, *MINIATURES.values(), "pha-tiny"}
     systems = {f"{x}-125m" for x in SYSTEMS} | {f"pha-125m-{x}" for x in SYSTEMS}
-    assert set(MINIATURES) == {*PAPER_PARAMETERS, *ABLATIONS, *MEHTA, *systems}
+    assert set(MINIATURES) == {*PAPER_PARAMETERS, *ABLATIONS, *MEHTA, *CONTROLS, *systems}
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

@@ -206,6 +206,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     **_system("rg-lru", "rg_lru", ({}, {}, {}), (2304, 2728, 912, 672)),
     **_system("mamba", "mamba", ({}, {}, {}), (1488, 2088, 736, 496)),
     **_system("qrnn", "qrnn", ({}, {}, {}), (2032, 2528, 848, 608)),
+    # What the others stand beside: attention and Eq. 2, each as the only branch.
+    "attention-125m": _ALONE | _ATTENTION | {"primary_ffn_expansion": 2440 / 768},
+    "gss-125m": _ALONE | _GSS | {"state_size": 2176, "primary_ffn_expansion": 944 / 768},
     # Attention stays where it is in PHA, beside the GSS.
     "alibi-125m": _ALONE | _ATTENTION | _ALIBI | {"primary_ffn_expansion": 2440 / 768},
     "pha-125m-alibi": _125M | _ALIBI,
