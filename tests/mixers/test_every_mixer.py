@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mamba2": {"state_size": 10, "head_size": 8},
     "mehta_gss": {"channels": 12, "modes": 20, "expansion": 2},
     "retnet": {"heads": 2},
+    "s4d": {"modes": 5},
 }
 """Options of mixers whose defaults are too large for tests; others are made without any."""
 

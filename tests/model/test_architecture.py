@@ -43,7 +43,7 @@ MINIATURES = {
 # Systems of others, alone in our block and in PHA in the place of the GSS.
 SYSTEMS = [
     *("mamba2", "gated-deltanet", "rg-lru", "mamba", "qrnn", "alibi", "retnet"),
-    *("linear", "delta", "cosformer", "hedgehog"),
+    *("linear", "delta", "cosformer", "hedgehog", "s4d"),
 ]
 MINIATURES |= {
     full: tiny

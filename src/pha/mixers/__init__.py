@@ -11,10 +11,12 @@ from pha.mixers.mehta import MehtaGSS
 from pha.mixers.qrnn import QRNN
 from pha.mixers.retnet import Retention
 from pha.mixers.rg_lru import RGLRU
+from pha.mixers.s4d import S4D
 
 __all__ = [
     "QRNN",
     "RGLRU",
+    "S4D",
     "GatedDeltaNet",
     "LinearAttention",
     "Mamba",

@@ -245,6 +245,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         ({"heads": 3}, {"heads": 2}, {"heads": 2}),
         (1072, 1768, 680, 440),
     ),
+    **_system("s4d", "s4d", ({}, {}, {"modes": 8}), (2568, 2944, 984, 744)),
 }
 
 # Parameters that the paper states (Table 1; its ablations are "comparable" to the full model).
