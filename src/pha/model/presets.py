@@ -144,6 +144,15 @@ _ALIBI: dict[str, Any] = {
     "attention_logits": "dot-product",
 }
 
+# Stacks that put layers of attention between others, with the mixers' own sizes.
+_GRIFFIN: dict[str, Any] = {
+    "layer_pattern": [["rg_lru"], ["rg_lru"], [{"attention": {"window": 1024}}]]
+}
+_JAMBA: dict[str, Any] = {
+    "layer_pattern": [*[["mamba"]] * 4, [{"attention": {"positions": "none"}}], *[["mamba"]] * 3]
+}
+_THREE_TO_ONE: dict[str, Any] = {"layer_pattern": [*[["gated_deltanet"]] * 3, ["attention"]]}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "pha-90m": _90M,
     "pha-125m": _125M,
@@ -246,6 +255,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         (1072, 1768, 680, 440),
     ),
     **_system("s4d", "s4d", ({}, {}, {"modes": 8}), (2568, 2944, 984, 744)),
+}
+
+PRESETS |= {
+    "griffin-125m": _ALONE | _GRIFFIN | {"primary_ffn_expansion": 2352 / 768},
+    "griffin-tiny": _TINY | _GRIFFIN | {"num_hidden_layers": 3, "primary_ffn_expansion": 8.15},
+    "jamba-125m": _ALONE
+    | _JAMBA
+    | {"hidden_size": 640, "head_dim": 80, "num_attention_heads": 8, "num_key_value_heads": 2}
+    | {"num_hidden_layers": 16, "primary_ffn_expansion": 1752 / 640},
+    "jamba-tiny": _TINY | _JAMBA | {"num_hidden_layers": 8, "primary_ffn_expansion": 1.3},
+    "gated-deltanet-hybrid-125m": _ALONE | _THREE_TO_ONE | {"primary_ffn_expansion": 1792 / 768},
+    "gated-deltanet-hybrid-tiny": _TINY
+    | _THREE_TO_ONE
+    | {
+        "branch_options": {"gated_deltanet": {"heads": 3, "key_size": 40, "value_size": 80}},
+        "primary_ffn_expansion": 5.15,
+    },
 }
 
 # Parameters that the paper states (Table 1; its ablations are "comparable" to the full model).

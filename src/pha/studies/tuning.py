@@ -26,15 +26,12 @@ class Choice:
             f"{value} ({DASH if found is None else f'{found:.1f}'})"
             for value, found in self.tried.items()
         )
-        ends = "" if len(self.tried) < 3 or self._inside() else ", at an end of what was tried"
+        values = list(map(float, self.tried))
+        ends = ", at an end of what was tried" * (self.value in (min(values), max(values)))
         return (
             f"{self.label} has {self.key} {self.value:g}{ends}: "
             f"validation perplexity after the trials {tried}."
         )
-
-    def _inside(self) -> bool:
-        place = list(self.tried).index(f"{self.value:g}")
-        return 0 < place < len(self.tried) - 1
 
 
 def settle(plan: StudyPlan) -> tuple[StudyPlan, list[Choice]]:
@@ -50,8 +47,9 @@ def settle(plan: StudyPlan) -> tuple[StudyPlan, list[Choice]]:
         for name, trial in own.items():
             key, value = list(trial.places.items())[-1]
             result = plan.trials.runs[name][0].result()
-            tried[value] = None if result is None else MEASURES["validation"].value(result)
-        best = min(tried, key=lambda value: math.inf if tried[value] is None else tried[value])
+            found = math.nan if result is None else MEASURES["validation"].value(result)
+            tried[value] = found if found is not None and math.isfinite(found) else None
+        best = min(tried, key=lambda value: tried[value] or math.inf)
         chosen = trials[f"{variant.name}/{best}"].set[key]
         choices.append(Choice(variant.name, variant.label, key, tried, chosen))
         variants.append(replace(variant, set=variant.set | {key: chosen}))
