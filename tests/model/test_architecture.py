@@ -39,11 +39,12 @@ MINIATURES = {
     "pha-180m-mehta": "pha-180m-mehta-tiny",
     "mehta-gss-only-125m": "mehta-gss-only-tiny",
     "mehta-gss-hybrid-125m": "mehta-gss-hybrid-tiny",
+    "h3-hybrid-125m": "h3-hybrid-tiny",
 }
 # Systems of others, alone in our block and in PHA in the place of the GSS.
 SYSTEMS = [
     *("mamba2", "gated-deltanet", "rg-lru", "mamba", "qrnn", "alibi", "retnet"),
-    *("linear", "delta", "cosformer", "hedgehog", "s4d"),
+    *("linear", "delta", "cosformer", "hedgehog", "s4d", "h3", "hyena"),
 ]
 MINIATURES |= {
     full: tiny
@@ -173,7 +174,8 @@ def test_the_layer_of_mehta_gives_the_stated_sizes(name: str, total: float) -> N
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_other_systems_are_of_the_size_of_pha_125m(system: str) -> None:
-    for name in (f"{system}-125m", f"pha-125m-{system}"):
+    hybrids = ["h3-hybrid-125m"] if system == "h3" else []
+    for name in (f"{system}-125m", f"pha-125m-{system}", *hybrids):
         total = sum(count_parameters(preset_config(name)).values())
         assert 124.75e6 <= total <= 125.05e6, name
 
@@ -191,7 +193,7 @@ def test_models_of_table_5_are_of_the_125m_class(name: str) -> None:
 
 
 def test_attention_is_the_second_layer_and_one_half_a_depth_later() -> None:
-    for name in ("mehta-gss-hybrid-125m", "mehta-gss-hybrid-tiny"):
+    for name in (x for x in PRESETS if "hybrid" in x):
         config = preset_config(name)
         assert config.attention_layers == [1, 1 + config.num_hidden_layers // 2]
 
@@ -224,7 +226,8 @@ def test_no_preset_is_left_out() -> None:
     assert set(PRESETS) == {*MINIATURES, *MINIATURES.values(), "pha-tiny"}
     layouts = {f"{x}-125m" for x in LAYOUTS}
     systems = {f"{x}-125m" for x in SYSTEMS} | {f"pha-125m-{x}" for x in SYSTEMS}
-    assert set(MINIATURES) == {*PAPER_PARAMETERS, *ABLATIONS, *MEHTA, *CONTROLS, *systems, *layouts}
+    names = {*CONTROLS, *layouts, "h3-hybrid-125m", *systems}
+    assert set(MINIATURES) == {*PAPER_PARAMETERS, *ABLATIONS, *MEHTA, *names}
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

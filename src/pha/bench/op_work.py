@@ -24,6 +24,7 @@ OP_MODES = {
     "attention": "attention",
     "documents": "attention",
     "short-convolution": "short_convolution",
+    "long-convolution": "long_convolution",
     "linear-scan": "linear_scan",
     "selective-scan": "selective_scan",
     "linear-attention": "linear_attention",
@@ -217,6 +218,9 @@ def _elementwise(
     if job.mode == "short-convolution":
         inputs = [_random(device, dtype, *batch, d), _random(device, dtype, d, 4)]
         words += ", 4 taps"
+    elif job.mode == "long-convolution":
+        inputs = [_random(device, dtype, *batch, d), _random(device, dtype, job.length, d)]
+        words += f", {job.length} taps"
     elif job.mode == "linear-scan":
         decays = torch.sigmoid(4 + _random(device, torch.float32, *batch, d))
         inputs = [_random(device, dtype, *batch, d), decays]

@@ -22,6 +22,7 @@ OpMode = Literal[
     "attention",
     "documents",
     "short-convolution",
+    "long-convolution",
     "linear-scan",
     "selective-scan",
     "linear-attention",
@@ -65,8 +66,8 @@ def bench(
     transformers with random weights, so nothing is downloaded: hf:gpt2, hf:llama,
     hf:falcon-h1, hf:mamba2, hf:recurrent-gemma. What the machine can do is measured in the
     same processes, and every row says how much of it was reached. gated-scan, loss,
-    attention, documents (attention within them), short-convolution, linear-scan,
-    selective-scan, linear-attention and delta-rule time the backends of one op at the
+    attention, documents (attention within them), short-convolution, long-convolution,
+    linear-scan, selective-scan, linear-attention and delta-rule time the backends of one op at the
     shapes of a preset. kernels times steps, prompts and tokens with each kernel and without.
 
     Args:

@@ -101,9 +101,9 @@ class GatedDeltaNet(Branch):
         return self.A_log.exp() * F.logsigmoid(-(a.to(accumulation_type(a)) + self.dt_bias))
 
     def flops(self, length: int) -> float:
-        """Of the convolution and of the delta rule."""
+        """Of the delta rule."""
         H, K, P = self.heads, *(size // self.heads for size in self.sizes[1:])
-        return 2.0 * self.conv_weight.numel() + chunked_flops(H, H, K, P, length, True)
+        return chunked_flops(H, H, K, P, length, True)
 
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """The decays of its states and what it writes with, at these tokens."""

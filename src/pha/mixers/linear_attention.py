@@ -166,12 +166,11 @@ class LinearAttention(Branch):
         return F.normalize(x, p=1.0, dim=-1)  # none is below zero
 
     def flops(self, length: int) -> float:
-        """Of the rule, with the features that there are, and of Hedgehog's maps."""
+        """Of the rule, with the features that there are."""
         H, P = self.heads, self.W_v.out_features // self.heads
         features = P * {"elu": 1, "dpfp": 2 * self.nu}.get(self.feature_map, 2)
-        maps = 4.0 * H * P * P if self.feature_map == "hedgehog" else 0.0
         P += not self.delta  # the normaliser
-        return maps + chunked_flops(H, H, features, P, length, self.delta)
+        return chunked_flops(H, H, features, P, length, self.delta)
 
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """The strengths of the delta rule."""

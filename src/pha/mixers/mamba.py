@@ -94,8 +94,8 @@ class Mamba(Branch):
         return self.W_o((y + self.skip * x).to(x.dtype) * F.silu(gate))
 
     def flops(self, length: int) -> float:
-        """Of the taps, and seven a mode: its decay, its input, a step and the output."""
-        return 2.0 * self.taps.numel() + 7.0 * self.log_A.numel()
+        """Seven a mode: its decay, its input, a step and the output."""
+        return 7.0 * self.log_A.numel()
 
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """Its decays at the time steps of a low-rank input of zero."""

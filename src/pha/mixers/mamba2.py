@@ -111,10 +111,10 @@ class Mamba2(Branch):
         return F.softplus(dt.to(accumulation_type(dt)) + self.dt_bias)
 
     def flops(self, length: int) -> float:
-        """Of the convolution and of linear attention, whose queries and keys all heads share."""
+        """Of linear attention, whose queries and keys all heads share."""
         inner, mixed, heads = self.sizes
         N, P = (mixed - inner) // 2, self.head_size
-        return 2.0 * self.conv_weight.numel() + chunked_flops(heads, 1, N, P, length, False)
+        return chunked_flops(heads, 1, N, P, length, False)
 
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """The decays of its states at these tokens."""

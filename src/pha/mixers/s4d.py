@@ -10,6 +10,7 @@ from pha.mixers.common import check_sizes, continuous_modes, start_modes
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import diagonal_ssm
+from pha.ops.long_convolution import long_convolution_flops
 
 
 @register_branch("s4d")
@@ -67,6 +68,10 @@ class S4D(Branch):
         )
         self.keep(context, h=h)
         return F.glu(self.W_o(F.gelu(y)), dim=-1)
+
+    def flops(self, length: int) -> float:
+        """Of the convolution; its kernel serves the whole batch."""
+        return long_convolution_flops(self.D.numel(), length)
 
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """The decays of its modes."""

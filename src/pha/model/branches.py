@@ -153,7 +153,7 @@ class Branch(nn.Module):
         raise NotImplementedError
 
     def flops(self, length: int) -> float:
-        """FLOPs a token of reading `length` tokens, products with its linear layers left out.
+        """FLOPs a token of reading `length` tokens, products with its parameters left out.
 
         A multiplication with an addition counts two, any other function of a number one.
         """

@@ -139,6 +139,7 @@ def _system(
     }
 
 
+_NO_POSITIONS: dict[str, Any] = {"attention": {"positions": "none"}}
 _ALIBI: dict[str, Any] = {
     "branch_options": {"attention": {"positions": "alibi"}},
     "attention_logits": "dot-product",
@@ -255,6 +256,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         (1072, 1768, 680, 440),
     ),
     **_system("s4d", "s4d", ({}, {}, {"modes": 8}), (2568, 2944, 984, 744)),
+    **_system("h3", "h3", ({}, {}, {"modes": 8}), (1984, 2472, 832, 592)),
+    # The hybrid of H3's paper: attention in the second layer and half a depth later, no positions.
+    "h3-hybrid-125m": _ALONE
+    | {"branches": ["h3"], "attention_layers": [1, 7], "primary_ffn_expansion": 2064 / 768}
+    | {"branch_options": _NO_POSITIONS},
+    "h3-hybrid-tiny": _TINY
+    | {"branches": ["h3"], "attention_layers": [1, 3], "primary_ffn_expansion": 896 / 160}
+    | {"branch_options": _NO_POSITIONS | {"h3": {"modes": 8}}},
+    # In miniature a filter is as long as sequences are there.
+    **_system(
+        *("hyena", "hyena"),
+        ({}, {}, {"max_length": 256, "filter_size": 16}),
+        (2064, 2552, 880, 640),
+    ),
 }
 
 PRESETS |= {

@@ -6,6 +6,7 @@ nothing else, reaches from later inputs to earlier outputs.
 
 from __future__ import annotations
 
+import math
 from itertools import groupby
 from typing import Any
 
@@ -56,6 +57,11 @@ def long_convolution(
         return _OP(x.device.type)(x, kernel, starts, T)
 
     return with_past(convolve, x, L, past, starts, mask, last_state)
+
+
+def long_convolution_flops(channels: int, length: int) -> float:
+    """FLOPs a token: three transforms of twice the length, 5/2 N log2 N each, and their product."""
+    return channels * (15 * math.log2(2 * length) + 6.0)
 
 
 def long_convolution_naive(
