@@ -93,8 +93,9 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
     @property
     def has_windows(self) -> bool:
         """Whether attention has a window in some layer, the model's or its own."""
-        own = self.branch_options.get("attention", {}).get("window")
-        return self.attention_window is not None or own is not None
+        layers = map(self.layer_branches, range(self.num_hidden_layers))
+        own = any(layer.get("attention", {}).get("window") for layer in layers)
+        return self.attention_window is not None or own
 
     @property
     def layer_types(self) -> list[str]:

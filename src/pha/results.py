@@ -97,10 +97,12 @@ class Parameters:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The preset, if the model is one, and its size."""
+    """The preset, if the model is one, and its size; older runs do not say all of it."""
 
     preset: str | None
     parameters: Parameters
+    cache_bytes: int | None = None  # `pha.costs.cache_bytes`, at the length of training
+    flops_per_token: float | None = None  # `pha.costs.training_flops`, at that length
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,15 +25,18 @@ from tests.modeling.common import (
 
 SMALL: dict[str, dict[str, Any]] = {
     "gated_deltanet": {"heads": 3, "key_size": 6, "value_size": 10},
+    "h3": {"modes": 5},
+    "hyena": {"order": 3, "max_length": 20, "filter_size": 8},
     "linear_attention": {"heads": 4},
     "mamba2": {"state_size": 10, "head_size": 8},
     "mehta_gss": {"channels": 12, "modes": 20, "expansion": 2},
     "retnet": {"heads": 2},
+    "s4d": {"modes": 5},
 }
 """Options of mixers whose defaults are too large for tests; others are made without any."""
 
 MIXERS = sorted(BRANCHES)
-LENGTHS = [1, 63, 129]
+LENGTHS = [1, 129]
 ATOL = 1e-11  # float64, of logits of order one; also where an FFT lets rounding flow back
 
 each_mixer = pytest.mark.parametrize("name", MIXERS)
@@ -65,31 +68,27 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 @each_mixer
 @each_place
-@pytest.mark.parametrize("T", LENGTHS)
-def test_a_prefix_gives_the_same_outputs(name: str, place: str, T: int) -> None:
-    model, ids = exact_model(name, place), tokens(2, T)
+def test_a_prefix_gives_the_same_outputs(name: str, place: str) -> None:
+    model, ids = exact_model(name, place), tokens(2, 129)
     whole = model(ids).logits
-    for t in {1, T // 2, T - 1} - {0}:
+    for t in (1, 31, 64, 128):
         assert_close(model(ids[:, :t]).logits, whole[:, :t])
 
 
 @each_mixer
 @each_place
-@pytest.mark.parametrize("cuts", [[1, 2, 4, 31, 62], [*range(1, 7), 55]])
 @pytest.mark.parametrize("where", ["plain", "packed", "padded"])
-def test_any_split_through_the_cache_equals_the_whole(
-    name: str, place: str, cuts: list[int], where: str
-) -> None:
-    model, ids = exact_model(name, place), tokens(3, 63)
+def test_any_split_through_the_cache_equals_the_whole(name: str, place: str, where: str) -> None:
+    model, ids = exact_model(name, place), tokens(3, 39)
     real: Tensor | slice = slice(None)
     options: dict[str, Any] = {}
     if where == "packed":
-        options["document_starts"] = torch.rand(3, 63) < 0.1
+        options["document_starts"] = torch.rand(3, 39) < 0.1
     elif where == "padded":
-        ids, mask = padded_batch((63, 5, 30), 63, "holes")
+        ids, mask = padded_batch((39, 5, 20), 39, "holes")
         options["attention_mask"], real = mask, mask.bool()
     whole = model(ids, use_cache=False, **options).logits
-    assert_close(run_in_pieces(model, ids, cuts, **options)[real], whole[real])
+    assert_close(run_in_pieces(model, ids, [1, 2, 4, 20, 38], **options)[real], whole[real])
 
 
 @each_mixer
@@ -106,7 +105,7 @@ def test_packed_documents_equal_separate_ones(name: str, place: str) -> None:
 @pytest.mark.parametrize("side", ["left", "right", "holes"])
 def test_a_padded_batch_equals_its_rows(name: str, place: str, side: str) -> None:
     model = exact_model(name, place)
-    ids, mask = padded_batch((67, 5, 1, 12), 67, side)
+    ids, mask = padded_batch((35, 5, 1), 35, side)
     logits = model(ids, attention_mask=mask).logits
     assert bool(logits.isfinite().all())
     for row, real in enumerate(mask.bool()):

@@ -39,11 +39,12 @@ MINIATURES = {
     "pha-180m-mehta": "pha-180m-mehta-tiny",
     "mehta-gss-only-125m": "mehta-gss-only-tiny",
     "mehta-gss-hybrid-125m": "mehta-gss-hybrid-tiny",
+    "h3-hybrid-125m": "h3-hybrid-tiny",
 }
 # Systems of others, alone in our block and in PHA in the place of the GSS.
 SYSTEMS = [
     *("mamba2", "gated-deltanet", "rg-lru", "mamba", "qrnn", "alibi", "retnet"),
-    *("linear", "delta", "cosformer", "hedgehog"),
+    *("linear", "delta", "cosformer", "hedgehog", "s4d", "h3", "hyena"),
 ]
 MINIATURES |= {
     full: tiny
@@ -53,6 +54,9 @@ MINIATURES |= {
         (f"pha-125m-{system}", f"pha-125m-{system}-tiny"),
     )
 }
+CONTROLS = {"attention-125m": "attention-only-tiny-shallow", "gss-125m": "gss-only-tiny"}
+LAYOUTS = ["griffin", "jamba", "gated-deltanet-hybrid"]
+MINIATURES |= CONTROLS | {f"{layout}-125m": f"{layout}-tiny" for layout in LAYOUTS}
 MEHTA = [name for name in MINIATURES if "mehta" in name]
 TINY = [name for name in PRESETS if "tiny" in name]
 # The published sizes in miniature differ in size on purpose, as the published ones do.
@@ -81,6 +85,10 @@ BAD_SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("initializer_range", {"initializer_range": 0}),
     ("branches", {"branches": []}),
     ("branches", {"branches": ["gss", "gss"]}),
+    ("layer_pattern", {"layer_pattern": [["gss"], []]}),
+    ("layer_pattern", {"layer_pattern": [["gss", {"gss": {}}]]}),
+    ("layer_pattern", {"layer_pattern": [[{"gss": {}, "attention": {}}]]}),
+    ("layer_pattern", {"layer_pattern": ["gss"]}),
     ("branch_options", {"branch_options": {"other": {}}}),
     ("attention_layers", {"attention_layers": [12]}),
     ("attention_layers", {"attention_layers": [-1]}),
@@ -170,9 +178,16 @@ def test_the_layer_of_mehta_gives_the_stated_sizes(name: str, total: float) -> N
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_other_systems_are_of_the_size_of_pha_125m(system: str) -> None:
-    for name in (f"{system}-125m", f"pha-125m-{system}"):
+    hybrids = ["h3-hybrid-125m"] if system == "h3" else []
+    for name in (f"{system}-125m", f"pha-125m-{system}", *hybrids):
         total = sum(count_parameters(preset_config(name)).values())
         assert 124.75e6 <= total <= 125.05e6, name
+
+
+@pytest.mark.parametrize("name", [*CONTROLS, *(f"{layout}-125m" for layout in LAYOUTS)])
+def test_controls_and_layouts_are_of_the_same_size(name: str) -> None:
+    total = sum(count_parameters(preset_config(name)).values())
+    assert 124.75e6 <= total <= 125.05e6
 
 
 @pytest.mark.parametrize("name", [name for name in MEHTA if "only" in name or "hybrid" in name])
@@ -182,7 +197,7 @@ def test_models_of_table_5_are_of_the_125m_class(name: str) -> None:
 
 
 def test_attention_is_the_second_layer_and_one_half_a_depth_later() -> None:
-    for name in ("mehta-gss-hybrid-125m", "mehta-gss-hybrid-tiny"):
+    for name in (x for x in PRESETS if "hybrid" in x):
         config = preset_config(name)
         assert config.attention_layers == [1, 1 + config.num_hidden_layers // 2]
 
@@ -206,14 +221,17 @@ def test_tiny_twins_are_within_one_percent(name: str) -> None:
 def test_every_full_size_has_a_tiny_one_of_its_kind(full: str, tiny: str) -> None:
     large, small = preset_config(full), preset_config(tiny)
     assert (large.block, large.branches) == (small.block, small.branches)
+    assert large.layer_pattern == small.layer_pattern
     assert large.attention_logits == small.attention_logits
     assert small.hidden_size < large.hidden_size
 
 
 def test_no_preset_is_left_out() -> None:
     assert set(PRESETS) == {*MINIATURES, *MINIATURES.values(), "pha-tiny"}
+    layouts = {f"{x}-125m" for x in LAYOUTS}
     systems = {f"{x}-125m" for x in SYSTEMS} | {f"pha-125m-{x}" for x in SYSTEMS}
-    assert set(MINIATURES) == {*PAPER_PARAMETERS, *ABLATIONS, *MEHTA, *systems}
+    names = {*CONTROLS, *layouts, "h3-hybrid-125m", *systems}
+    assert set(MINIATURES) == {*PAPER_PARAMETERS, *ABLATIONS, *MEHTA, *names}
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -292,6 +310,24 @@ def test_counts_of_layers_with_different_branches(block: Literal["parallel", "se
         "norms_and_mixing": norms,
     }
     assert sum(counts.values()) == sum(p.numel() for p in PHAForCausalLM(config).parameters())
+
+
+def test_a_pattern_gives_each_layer_its_branches_and_options() -> None:
+    config = small(
+        num_hidden_layers=5,
+        layer_pattern=[["gss", "aux_ffn"], [{"attention": {"window": 4, "positions": "none"}}]],
+        branch_options={"attention": {"window": 8}},
+        attention_layers=[2],
+    )
+    layers = [dict(layer.branches.items()) for layer in Backbone(config).layers]
+    assert [list(layer) for layer in layers] == [
+        *(["gss", "aux_ffn"], ["attention"], ["attention"], ["attention"], ["gss", "aux_ffn"])
+    ]
+    assert [layers[i]["attention"].window for i in (1, 2, 3)] == [4, 8, 4]
+    assert [layers[i]["attention"].positions for i in (1, 2)] == ["none", "rotary"]
+    assert list(count_parameters(config)) == [
+        *("embedding", "gss", "aux_ffn", "attention", "primary_ffn", "norms_and_mixing")
+    ]
 
 
 def test_options_of_attention_where_only_some_layers_have_it() -> None:

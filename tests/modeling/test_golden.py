@@ -63,6 +63,7 @@ CASES |= {
     if branch.__module__.startswith("pha.mixers.") and mixer != "mehta_gss"
     for names in ((mixer,), (mixer, "attention", "aux_ffn"))
 }
+CASES["hybrid h3"] = ("hybrid", ("h3",), {"branch_options": {"h3": SMALL["h3"]}})
 CASES |= {f"PHA, {name}": (*PHA, choice) for name, choice in CHOICES.items()}
 
 

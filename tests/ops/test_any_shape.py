@@ -135,12 +135,26 @@ def short_convolution(new: Problem, B: int, T: int, n: int) -> Inputs:
     return inputs | bias | {"starts": new.flags(B, T)}
 
 
+def long_convolution(new: Problem, B: int, T: int, n: int) -> Inputs:
+    L, before = new.data.draw(lengths), new.data.draw(st.sampled_from([0, 1, 9]))
+    inputs = {"x": new(B, before + T, n), "kernel": new(L, n, wide=True)}
+    return inputs | {"starts": new.flags(B, T), "T": T}
+
+
+def diagonal_ssm(new: Problem, B: int, T: int, n: int) -> Inputs:
+    shape = n, new.data.draw(sizes)
+    inputs = {name: new(*shape, wide=True) for name in ("Lambda_im", "w_re", "w_im")}
+    inputs |= {"u": new(B, T, n), "Lambda_re": -new(*shape, wide=True).exp()}
+    h0 = {"h0": new(B, *shape, 2, wide=True)} if new.data.draw(st.booleans()) else {}
+    return inputs | h0 | {"D": new(n, wide=True), "starts": new.flags(B, T)}
+
+
 PROBLEMS = {
     function.__name__: function
     for function in (
         *(gated_scan, rms_norm, swiglu, unit_rotary, attention),
         *(linear_cross_entropy, dss, linear_attention, short_convolution),
-        *(linear_scan, selective_scan),
+        *(linear_scan, selective_scan, long_convolution, diagonal_ssm),
     )
 }
 

@@ -11,11 +11,13 @@ from torch import Tensor
 from pha.ops import (
     OPS,
     attention,
+    diagonal_ssm,
     dss,
     gated_scan,
     linear_attention,
     linear_cross_entropy,
     linear_scan,
+    long_convolution,
     rms_norm,
     selective_scan,
     short_convolution,
@@ -61,6 +63,14 @@ def problem(name: str, dtype: torch.dtype) -> Problem:
         "linear_attention": (
             lambda q, k, v, g, beta: linear_attention(q, k, v, -g.exp(), beta, starts=starts)[0],
             [*(h.transpose(1, 2) for h in (heads[1], heads[1] / 4, heads[0])), *normal(2, B, T, 4)],
+        ),
+        "long_convolution": (
+            lambda x, kernel: long_convolution(x, kernel, starts=starts)[0],
+            [x, normal(4, n)],
+        ),
+        "diagonal_ssm": (
+            lambda u, rate, *rest: diagonal_ssm(u, -rate.exp(), *rest)[0],
+            [x, *normal(4, n, 3), b, normal(B, n, 3, 2)],
         ),
         "dss": (lambda *inputs: dss(*inputs)[0], [x, *modes]),
     }

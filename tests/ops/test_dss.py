@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pha.ops import OPS, dss
-from pha.ops.dss import _fft_length, _powers
+from pha.ops.dss import _powers
 from tests.ops.common import (
     Function,
     Inputs,
@@ -256,18 +256,6 @@ def test_powers_by_definition(T: int) -> None:
     expected = torch.stack([(Lambda * lag).exp() for lag in range(T)])
     actual = _powers(Lambda, T, torch.complex128)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
-
-
-def test_fft_lengths_hold_the_convolution_and_waste_little() -> None:
-    for T in range(1, 3000):
-        n = _fft_length(T)
-        assert n >= 2 * T - 1
-        odd = n
-        while odd % 2 == 0:
-            odd //= 2
-        assert odd in (1, 3, 5)
-        # From one such length to the next is at most a third.
-        assert n <= max(2, (2 * T - 1) * 4 / 3)
 
 
 @each_backend

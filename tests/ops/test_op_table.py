@@ -13,12 +13,14 @@ from pha.ops import (
     OPS,
     Op,
     attention,
+    diagonal_ssm,
     dss,
     gated_scan,
     in_use,
     linear_attention,
     linear_cross_entropy,
     linear_scan,
+    long_convolution,
     rms_norm,
     selective_scan,
     short_convolution,
@@ -41,11 +43,13 @@ CALLS: dict[str, Callable[[], Any]] = {
     "gated_scan": lambda: gated_scan(u, u, a, a),
     "attention": lambda: attention(q, q, q),
     "dss": lambda: dss(u, a, a, a.expand(3, 3), a.expand(3, 3), a),
+    "diagonal_ssm": lambda: diagonal_ssm(u, -a[:, None], a[:, None], a[:, None], a[:, None], a),
     "linear_attention": lambda: linear_attention(q, q, q),
     "linear_cross_entropy": lambda: linear_cross_entropy(u[0], u[0], torch.zeros(2).long()),
     "rms_norm": lambda: rms_norm(u, a, 1e-6, u.dtype),
     "linear_scan": lambda: linear_scan(u, u),
     "selective_scan": lambda: selective_scan(u, u, a.expand(3, 3), u, u),
+    "long_convolution": lambda: long_convolution(u, a.expand(2, 3), last_state=False),
     "short_convolution": lambda: short_convolution(u, a.expand(2, 3).T, last_state=False),
     "swiglu": lambda: swiglu(u, u),
     "unit_rotary": lambda: unit_rotary(q, None, *[torch.ones(1, 3, 2)] * 2),
@@ -113,6 +117,7 @@ WRONG: dict[str, Callable[..., Any]] = {
         q, k, v, mask
     ),
     "dss": lambda v, *rest: OPS["dss"].backends["naive"](v, *rest[:-1]),
+    "diagonal_ssm": lambda u, *rest: OPS["diagonal_ssm"].backends["naive"](u, *rest[:-1]),
     "linear_attention": lambda q, k, v, *rest: OPS["linear_attention"].backends["naive"](
         k, q, v, *rest
     ),
@@ -122,6 +127,9 @@ WRONG: dict[str, Callable[..., Any]] = {
     "rms_norm": lambda x, gain, *rest: OPS["rms_norm"].backends["naive"](x, gain.flip(0), *rest),
     "linear_scan": lambda *x: OPS["linear_scan"].backends["naive"](*x[:-1], None),
     "selective_scan": lambda *x: OPS["selective_scan"].backends["naive"](*x[:-1], None),
+    "long_convolution": lambda x, kernel, starts, T: OPS["long_convolution"].backends["naive"](
+        x, kernel, None, T
+    ),
     "short_convolution": lambda x, *rest: OPS["short_convolution"].backends["naive"](
         x, *rest[:-1], None
     ),

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from pha.ops import (
     OPS,
+    diagonal_ssm,
     dss,
     gated_scan,
     linear_attention,
     linear_scan,
+    long_convolution,
     selective_scan,
     short_convolution,
 )
@@ -27,8 +29,9 @@ MASKS = {
     "holes": torch.rand(B, T, generator=torch.Generator().manual_seed(0)) < 0.5,
     "nothing": torch.zeros(B, T, dtype=torch.bool),
 }
-RECURRENCES = gated_scan, dss, linear_attention, linear_scan, selective_scan
-STATES: dict[Any, str] = dict.fromkeys(RECURRENCES, "h0") | {short_convolution: "past"}
+RECURRENCES = gated_scan, dss, diagonal_ssm, linear_attention, linear_scan, selective_scan
+CONVOLUTIONS = short_convolution, long_convolution
+STATES: dict[Any, str] = dict.fromkeys(RECURRENCES, "h0") | dict.fromkeys(CONVOLUTIONS, "past")
 
 each_op = pytest.mark.parametrize("op", STATES)
 
@@ -49,6 +52,12 @@ def problem(op: Any, with_h0: bool = True, with_starts: bool = True) -> Inputs:
         inputs |= {"beta": normal(B, T, 2).sigmoid() / 4, "h0": normal(B, 2, 4, 3)}
     elif op is short_convolution:
         inputs = {"x": normal(B, T, 3), "weight": normal(3, 5), "past": normal(B, 4, 3)}
+    elif op is long_convolution:
+        inputs = {"x": normal(B, T, 3), "kernel": normal(6, 3), "past": normal(B, 5, 3)}
+    elif op is diagonal_ssm:
+        inputs = {name: normal(3, 4) for name in ("Lambda_re", "Lambda_im", "w_re", "w_im")}
+        inputs["Lambda_re"] = -inputs["Lambda_re"].exp()
+        inputs |= {"u": normal(B, T, 3), "D": normal(3), "h0": normal(B, 3, 4, 2)}
     elif op is linear_scan:
         inputs = {"u": normal(B, T, 6), "a": normal(B, T, 6).sigmoid(), "h0": normal(B, 6)}
     elif op is selective_scan:

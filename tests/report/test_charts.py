@@ -94,7 +94,7 @@ def test_names_cover_no_other() -> None:
         charts.Point(name, 1e6, [5.0 + index / 100, 5.1 + index / 100], grey=index == 3)
         for index, name in enumerate(names)
     ]
-    (axes,) = charts.against_parameters([("ours", points)], "perplexity").axes
+    (axes,) = charts.against_size([("ours", points)], "perplexity").axes
     heights = sorted(text.get_position()[1] for text in axes.texts)
     assert [text.get_text() for text in axes.texts] == names
     assert min(np.diff(heights)) >= 0.032 - 1e-9

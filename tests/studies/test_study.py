@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from pha.cli import main
+from pha.costs import cache_bytes, training_flops
 from pha.data import TokenStore
 from pha.runs import RunFolder
 from pha.studies.definition import load_study, parse_study, scales, study_names
@@ -74,8 +76,6 @@ def test_every_study_plans_at_every_scale(name: str, store: TokenStore, tmp_path
 
 
 def test_twins_have_the_same_parameters_at_tiny_scale(store: TokenStore, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     from pha.model.parameters import count_parameters
 
     for name in ("branches", "composition", "gss"):
@@ -313,3 +313,64 @@ def test_folders_are_named_by_content(store: TokenStore, tmp_path: Path) -> None
     assert folder() == folder("--run.log_every=3") == folder("--run.seed=5")
     assert folder() == folder("--model.dt_min=0.001")  # the default
     assert len({folder(), folder("--run.steps=9"), folder("--model.dropout=0.1")}) == 3
+
+
+TUNED = """
+title: Rates
+question: Which?
+variants: {a: {model: gss-only}, b: {model: pha}}
+tune: {key: optimizer.learning_rate, values: [0.01, 1000.0], set: {run.steps: 2}}
+columns: [test, bits, cache, flops]
+plots: [cache, time]
+"""
+
+
+def test_variants_choose_their_own_setting_in_short_runs(
+    store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rates.yaml"
+    path.write_text(TUNED, encoding="utf-8")
+    words = study(str(path), tmp_path, store, "--only", "a", "--seeds", "1")
+    main([*words, "--dry-run", "--json"])
+    rows = json.loads(capsys.readouterr().out)["runs"]
+    assert [row["steps"] for row in rows] == [2, 2, 4]
+    main(words)
+    content = read(tmp_path / "rates-tiny" / "study.json")
+    (row,), (choice,) = content["variants"], content["tuning"]
+    assert choice["tried"]["0.01"] > 1
+    assert choice["tried"]["1000"] is None
+    assert row["settings"]["optimizer.learning_rate"] == choice["value"] == 0.01
+    assert row["seeds"][0]["steps"] == 4
+    model = load_recipe(row["recipe"], row["settings"]).model
+    assert row["measures"]["cache"]["mean"] == cache_bytes(model, 32)
+    assert "at an end of what was tried" in " ".join(content["sentences"])
+    for plot in ("cache", "time"):
+        assert (tmp_path / "rates-tiny" / f"{plot}.png").stat().st_size > 1000
+    # A rate that is asked for needs no trials.
+    main([*words, "--dry-run", "--json", "--optimizer.learning_rate", "0.01"])
+    assert len(json.loads(capsys.readouterr().out)["runs"]) == 1
+    words = study(str(path), tmp_path, store, "--only", "c")
+    assert "variant 'c'" in fails(words, capsys)
+
+
+def test_a_study_may_be_like_another() -> None:
+    like = parse_study("mine", {"like": "branches", "title": "Mine", "scales": {"tiny": {}}})
+    model = load_study("branches")
+    assert (like.title, like.variants, like.baseline) == ("Mine", model.variants, model.baseline)
+    with pytest.raises(PHAError, match="did you mean branches"):
+        parse_study("mine", {"like": "branch"})
+
+
+def test_equal_flops_are_those_of_the_baseline(store: TokenStore, tmp_path: Path) -> None:
+    asked = {"data.store": str(store.path)}
+    equal, tokens = (
+        plan_study(load_study(name), scales()["tiny"], [0], tmp_path, asked)
+        for name in ("systems-flops", "systems")
+    )
+    (job,), (same,) = equal.runs["pha"], tokens.runs["pha"]
+    flops = load_recipe(job.recipe, job.settings).run.flops
+    config = load_recipe(same.recipe, same.settings)
+    model = replace(config.model, vocab_size=8192)
+    length = config.data.sequence_length
+    seen = config.run.steps * config.run.global_batch * length
+    assert flops == pytest.approx(seen * training_flops(model, length), rel=0.002)

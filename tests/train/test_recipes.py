@@ -71,7 +71,10 @@ def test_a_path_works_and_a_resolved_config_is_a_recipe(tmp_path: Path) -> None:
         (["--run.stepz", "5"], "run.stepz"),
         (["--run.steps", "many"], "run.steps"),
         (["--run.steps", "0"], "run.steps is 0"),
-        (["--run.steps", "5", "--run.epochs", "1"], "either run.steps or run.epochs"),
+        (
+            ["--run.steps", "5", "--run.epochs", "1"],
+            "give one of run.steps, run.ep",
+        ),
         (["--run.average_best", "2"], "run.average_best is 2"),
         (["--schedule.decay_fraction", "1.5"], "schedule.decay_fraction is 1.5"),
         (["--run.precision", "fp8"], "run.precision"),

@@ -15,6 +15,7 @@ from pha.bench.peers import AttentionShape, model_config
 from pha.bench.work import Job, Work
 from pha.ops import OPS
 from pha.ops.attention import attention_mask
+from pha.ops.linear_attention.chunked import chunked_flops
 from pha.utils.hardware import PRECISIONS
 
 OP_MODES = {
@@ -22,9 +23,16 @@ OP_MODES = {
     "loss": "linear_cross_entropy",
     "attention": "attention",
     "documents": "attention",
+    "short-convolution": "short_convolution",
+    "long-convolution": "long_convolution",
+    "linear-scan": "linear_scan",
+    "selective-scan": "selective_scan",
+    "linear-attention": "linear_attention",
+    "delta-rule": "linear_attention",
 }
 """Mode -> name of the op in `pha.ops.OPS`."""
 
+MODES = 16  # of a channel, in the selective scan
 DOCUMENTS = 8  # of equal length in a sequence of the mode `documents`
 
 PASSES = ("forward", "forward+backward")
@@ -83,8 +91,12 @@ def make_op_work(job: Job, device: torch.device) -> OpWork:
     """The work of a job whose mode is an op."""
     config = model_config(job.model, job.length)
     function = OPS[OP_MODES[job.mode]].backends[job.backend.partition(", ")[0]]
-    makers = {"gated-scan": _gated_scan, "loss": _loss}
-    return makers.get(job.mode, _attention)(job, config, device, function)
+    makers = {
+        **{"gated-scan": _gated_scan, "loss": _loss},
+        **{"attention": _attention, "documents": _attention},
+        **{"linear-attention": _linear_attention, "delta-rule": _linear_attention},
+    }
+    return makers.get(job.mode, _elementwise)(job, config, device, function)
 
 
 def _is_backward(job: Job) -> bool:
@@ -167,3 +179,57 @@ def _attention(
         Need(matmul_flops=flops * (3 if _is_backward(job) else 1)),
         f"H {heads}, G {key_heads}, K {head_size}, T {job.length}{setting}",
     )
+
+
+def _linear_attention(
+    job: Job, config: PreTrainedConfig, device: torch.device, function: Callable[..., Any]
+) -> OpWork:
+    """Must multiply over pairs within chunks and with the state; backward twice as much again.
+
+    With a decay for each head, and with the delta rule where that is the mode.
+    """
+    dtype, delta = PRECISIONS[job.precision], job.mode == "delta-rule"
+    heads, size = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    shape = job.batch, job.length, heads
+    q, k, v = (_random(device, dtype, *shape, size) for _ in range(3))
+    q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    g = torch.nn.functional.logsigmoid(4 + _random(device, torch.float32, *shape))
+    rest = [_random(device, torch.float32, *shape).sigmoid()] if delta else []
+    flops = chunked_flops(heads, heads, size, size, job.length, delta)
+    tokens = job.batch * job.length
+    return OpWork(
+        job,
+        function,
+        [q, k, v, g, *rest],
+        Need(matmul_flops=flops * tokens * (3 if _is_backward(job) else 1)),
+        f"H {heads}, K and P {size}, T {job.length}",
+    )
+
+
+def _elementwise(
+    job: Job, config: PreTrainedConfig, device: torch.device, function: Callable[..., Any]
+) -> OpWork:
+    """Must read the inputs and write an output; backward reads both with dy, and writes gradients.
+
+    At the sizes of the mixers: d channels, in Mamba's scan 2 d with 16 modes each.
+    """
+    dtype, d = PRECISIONS[job.precision], config.hidden_size
+    batch, words = (job.batch, job.length), f"({job.batch}, {job.length}, {d})"
+    if job.mode == "short-convolution":
+        inputs = [_random(device, dtype, *batch, d), _random(device, dtype, d, 4)]
+        words += ", 4 taps"
+    elif job.mode == "long-convolution":
+        inputs = [_random(device, dtype, *batch, d), _random(device, dtype, job.length, d)]
+        words += f", {job.length} taps"
+    elif job.mode == "linear-scan":
+        decays = torch.sigmoid(4 + _random(device, torch.float32, *batch, d))
+        inputs = [_random(device, dtype, *batch, d), decays]
+    else:
+        x = _random(device, dtype, *batch, 2 * d)
+        dt = torch.nn.functional.softplus(_random(device, torch.float32, *batch, 2 * d) - 4)
+        A = -torch.arange(1.0, MODES + 1, device=device).expand(2 * d, -1).contiguous()
+        inputs = [x, dt, A, *(_random(device, dtype, *batch, MODES) for _ in range(2))]
+        words = f"({job.batch}, {job.length}, {2 * d}), {MODES} modes"
+    read, written = sum(x.nbytes for x in inputs), inputs[0].nbytes
+    moved = read + written + (_is_backward(job) and 2 * read + written)
+    return OpWork(job, function, inputs, Need(moved_bytes=float(moved)), words)

@@ -16,7 +16,18 @@ if TYPE_CHECKING:
     from pha.bench.runner import Request
 
 ModelMode = Literal["train", "prefill", "decode"]
-OpMode = Literal["gated-scan", "loss", "attention", "documents"]
+OpMode = Literal[
+    "gated-scan",
+    "loss",
+    "attention",
+    "documents",
+    "short-convolution",
+    "long-convolution",
+    "linear-scan",
+    "selective-scan",
+    "linear-attention",
+    "delta-rule",
+]
 Mode = Literal[ModelMode, OpMode, "kernels"]
 
 LEGEND = """\
@@ -55,7 +66,8 @@ def bench(
     transformers with random weights, so nothing is downloaded: hf:gpt2, hf:llama,
     hf:falcon-h1, hf:mamba2, hf:recurrent-gemma. What the machine can do is measured in the
     same processes, and every row says how much of it was reached. gated-scan, loss,
-    attention and documents (attention within them) time the backends of one op at the
+    attention, documents (attention within them), short-convolution, long-convolution,
+    linear-scan, selective-scan, linear-attention and delta-rule time the backends of one op at the
     shapes of a preset. kernels times steps, prompts and tokens with each kernel and without.
 
     Args:

@@ -15,23 +15,38 @@ from pha.utils.errors import PHAError
 
 
 def params(
-    presets: Sequence[Annotated[str, "PRESET"]] = (), *, vocab_size: int = 50257, json: Json = False
+    presets: Sequence[Annotated[str, "PRESET"]] = (),
+    *,
+    vocab_size: int = 50257,
+    length: int | None = None,
+    json: Json = False,
 ) -> None:
-    """Parameters of every preset by component.
+    """Parameters of every preset by component, and what it costs at a length.
 
     Args:
         presets: only these
         vocab_size: V, by default GPT-2's
+        length: also MFLOP to train on a token, and kB kept of a sequence (float32), at this length
     """
     from pha import mixers as mixers  # which makes them known
+    from pha.costs import cache_bytes, training_flops
     from pha.model.parameters import count_parameters
     from pha.model.presets import PAPER_PARAMETERS, PRESETS, preset_config
 
-    columns = ("total", "paper", "diff", "embed", "mixer", "attn", "aux_ffn", "ffn")
+    columns = ["total", "paper", "diff", "embed", "mixer", "attn", "aux_ffn", "ffn"]
+    if length is not None:
+        if length < 1:
+            raise PHAError(f"--length {length}: at least 1 token")
+        columns += ["MFLOP", "kB"]
     table = figures_table(f"millions of parameters, V = {vocab_size}", "preset", *columns, gap=0)
     rows: list[dict[str, Any]] = []
     for name in presets or PRESETS:
-        components = count_parameters(preset_config(name, vocab_size=vocab_size))
+        config = preset_config(name, vocab_size=vocab_size)
+        components = count_parameters(config)
+        costs = {}
+        if length is not None:
+            flops, kept = training_flops(config, length), cache_bytes(config, length)
+            costs = {"length": length, "flops_per_token": flops, "cache_bytes": kept}
         total = sum(components.values())
         # The paper's counts are those of its own vocabulary.
         paper = PAPER_PARAMETERS.get(name) if vocab_size == 50257 else None
@@ -44,6 +59,7 @@ def params(
                 "components": components,
                 "paper": paper,
                 "difference": difference,
+                **costs,
             }
         )
         part = Counter(components)
@@ -57,6 +73,7 @@ def params(
             "" if paper is None else f"{paper / 1e6:.1f}",
             "" if difference is None else f"{difference:+.2%}",
             *(f"{part[p] / 1e6:.{digits}f}" if part[p] else "" for p in parts),
+            *([f"{flops / 1e6:,.0f}", f"{kept / 1e3:,.0f}"] if costs else []),
         )
     answer(json, {"vocab_size": vocab_size, "presets": rows}, table)
 

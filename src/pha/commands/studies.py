@@ -61,6 +61,7 @@ def study(
     scale: str = "tiny",
     seeds: Seeds = None,
     data: Store | None = None,
+    only: Annotated[str | None, "A,B,..."] = None,
     jobs: Jobs = 1,
     cluster: Partition = None,
     out: Folder = Path("studies"),
@@ -81,10 +82,12 @@ def study(
     Args:
         name: a study, a .yaml file, or list
         scale: tiny, small or paper
+        only: these variants, in a table of their own
         seeds: how many (3: seeds 0, 1, 2), or which (0,7,9); the scale's where left out
         out: folder of all
     """
     from pha.studies.definition import load_scale, load_study
+    from pha.studies.definition import only as only_variants
     from pha.studies.planning import plan_study
 
     if name == "list":
@@ -97,14 +100,16 @@ def study(
     chosen, size = load_study(name), load_scale(scale)
     folder = out / f"{chosen.name}-{size.name}"
     if chosen.kind != "efficiency":
+        if only is not None:
+            chosen = only_variants(chosen, [name.strip() for name in only.split(",")])
         asked = _asked(overrides, data)
         plan = plan_study(chosen, size, _seeds(seeds, size), out / "runs", asked)
         _run(plan, folder, jobs, cluster, dry_run, json)
         return
-    if overrides or data or seeds or cluster or jobs != 1:
+    if overrides or data or seeds or only or cluster or jobs != 1:
         raise PHAError(
-            f"study {chosen.name} trains nothing; leave out --data, --seeds, --jobs, --cluster and "
-            "settings of runs"
+            f"study {chosen.name} trains nothing; leave out --data, --seeds, --only, --jobs, "
+            "--cluster and settings of runs"
         )
     if dry_run:
         from pha.studies.efficiency import describe

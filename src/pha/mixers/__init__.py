@@ -4,6 +4,8 @@ Importing this package makes them known to `branches` in a configuration.
 """
 
 from pha.mixers.gated_deltanet import GatedDeltaNet
+from pha.mixers.h3 import H3
+from pha.mixers.hyena import Hyena
 from pha.mixers.linear_attention import LinearAttention
 from pha.mixers.mamba import Mamba
 from pha.mixers.mamba2 import Mamba2
@@ -11,11 +13,15 @@ from pha.mixers.mehta import MehtaGSS
 from pha.mixers.qrnn import QRNN
 from pha.mixers.retnet import Retention
 from pha.mixers.rg_lru import RGLRU
+from pha.mixers.s4d import S4D
 
 __all__ = [
+    "H3",
     "QRNN",
     "RGLRU",
+    "S4D",
     "GatedDeltaNet",
+    "Hyena",
     "LinearAttention",
     "Mamba",
     "Mamba2",

@@ -32,3 +32,19 @@ def start_time_steps(bias: Tensor) -> None:
     nn.init.uniform_(bias, math.log(1e-3), math.log(1e-1))
     dt = bias.exp()
     bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+def continuous_modes(log_A_re: Tensor, A_im: Tensor, log_dt: Tensor) -> tuple[Tensor, Tensor]:
+    """A = -exp(log_A_re) + i A_im (d, N) complex128, and the time steps (d, 1) float64."""
+    A = torch.complex(-log_A_re.double().exp(), A_im.double())
+    return A, log_dt.double().exp().unsqueeze(-1)
+
+
+def start_modes(
+    log_A_re: Tensor, A_im: Tensor, log_dt: Tensor, C: Tensor, dt_min: float, dt_max: float
+) -> None:
+    """S4D-Lin: A = -1/2 + i pi n, dt log-uniform, C (d, N, 2) complex normal of variance one."""
+    nn.init.constant_(log_A_re, math.log(0.5))
+    A_im.copy_(math.pi * torch.arange(A_im.shape[1]))
+    nn.init.uniform_(log_dt, math.log(dt_min), math.log(dt_max))
+    nn.init.normal_(C, std=0.5**0.5)

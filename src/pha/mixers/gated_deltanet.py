@@ -11,6 +11,7 @@ from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.model.norm import RMSNorm
 from pha.ops import linear_attention, short_convolution, swiglu
+from pha.ops.linear_attention.chunked import chunked_flops
 from pha.ops.precision import accumulation_type
 
 
@@ -98,6 +99,11 @@ class GatedDeltaNet(Branch):
         a = self.W_a(z)
         # That is -softplus, whose own backward pass fails compiled where gradients are strided.
         return self.A_log.exp() * F.logsigmoid(-(a.to(accumulation_type(a)) + self.dt_bias))
+
+    def flops(self, length: int) -> float:
+        """Of the delta rule."""
+        H, K, P = self.heads, *(size // self.heads for size in self.sizes[1:])
+        return chunked_flops(H, H, K, P, length, True)
 
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """The decays of its states and what it writes with, at these tokens."""

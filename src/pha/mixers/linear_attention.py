@@ -17,6 +17,7 @@ from pha.mixers.common import check_sizes
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import linear_attention
+from pha.ops.linear_attention.chunked import chunked_flops
 from pha.ops.precision import accumulation_type
 from pha.utils.errors import PHAError
 
@@ -163,6 +164,13 @@ class LinearAttention(Branch):
         if self.norm == "l2":
             return F.normalize(x, dim=-1)
         return F.normalize(x, p=1.0, dim=-1)  # none is below zero
+
+    def flops(self, length: int) -> float:
+        """Of the rule, with the features that there are."""
+        H, P = self.heads, self.W_v.out_features // self.heads
+        features = P * {"elu": 1, "dpfp": 2 * self.nu}.get(self.feature_map, 2)
+        P += not self.delta  # the normaliser
+        return chunked_flops(H, H, features, P, length, self.delta)
 
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """The strengths of the delta rule."""

@@ -93,6 +93,10 @@ class Mamba(Branch):
         self.keep(context, h=last, conv=conv)
         return self.W_o((y + self.skip * x).to(x.dtype) * F.silu(gate))
 
+    def flops(self, length: int) -> float:
+        """Seven a mode: its decay, its input, a step and the output."""
+        return 7.0 * self.log_A.numel()
+
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """Its decays at the time steps of a low-rank input of zero."""
         dt = F.softplus(self.b_dt.float()).unsqueeze(-1)

@@ -11,6 +11,7 @@ from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.model.norm import RMSNorm
 from pha.ops import linear_attention, short_convolution, swiglu
+from pha.ops.linear_attention.chunked import chunked_flops
 from pha.ops.precision import accumulation_type
 from pha.utils.errors import PHAError
 
@@ -108,6 +109,12 @@ class Mamba2(Branch):
 
     def _time_steps(self, dt: Tensor) -> Tensor:
         return F.softplus(dt.to(accumulation_type(dt)) + self.dt_bias)
+
+    def flops(self, length: int) -> float:
+        """Of linear attention, whose queries and keys all heads share."""
+        inner, mixed, heads = self.sizes
+        N, P = (mixed - inner) // 2, self.head_size
+        return chunked_flops(heads, 1, N, P, length, False)
 
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """The decays of its states at these tokens."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import dss
+from pha.ops.long_convolution import long_convolution_flops
 from pha.utils.errors import PHAError
 
 
@@ -86,6 +87,10 @@ class MehtaGSS(Branch):
         y, h_last = dss(v, *parameters, h0, *flags, last_state=context.cache is not None)
         self.keep(context, h=h_last)
         return self.W_o(self.W_y(y) * u)
+
+    def flops(self, length: int) -> float:
+        """Of the convolution; its kernel serves the whole batch."""
+        return long_convolution_flops(self.D.numel(), length)
 
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """The decays of its modes."""

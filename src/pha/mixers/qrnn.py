@@ -61,6 +61,10 @@ class QRNN(Branch):
         self.keep(context, c=last)
         return self.W_o(o.sigmoid() * c)
 
+    def flops(self, length: int) -> float:
+        """Of gates (six a state) and the recurrence."""
+        return 8.0 * self.W.in_features
+
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """Its forgetting gates, which are its decays, and its output gates, by z_t alone."""
         _, f, o = self.W(z).chunk(3, -1)

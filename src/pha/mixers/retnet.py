@@ -11,6 +11,7 @@ from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.model.norm import RMSNorm
 from pha.ops import linear_attention, rotate, swiglu
+from pha.ops.linear_attention.chunked import chunked_flops
 from pha.utils.errors import PHAError
 
 
@@ -70,6 +71,11 @@ class Retention(Branch):
 
     def _decays(self, device: torch.device) -> Tensor:
         return 1 - 2.0 ** (-5 - torch.arange(self.heads, device=device, dtype=torch.float64))
+
+    def flops(self, length: int) -> float:
+        """Of linear attention."""
+        K = self.W_q.out_features // self.heads
+        return chunked_flops(self.heads, self.heads, K, 2 * K, length, False)
 
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """Its decays, which are fixed."""

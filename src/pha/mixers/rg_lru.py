@@ -113,6 +113,10 @@ class RGLRU(Branch):
         self.keep(context, h=last, conv=conv)
         return self.W_o(h * F.gelu(self.W_g(z)))
 
+    def flops(self, length: int) -> float:
+        """Of the gates (nine a state) and the recurrence."""
+        return 11.0 * self.Lambda.numel()
+
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """Its decays where the gate is open, the shortest memory it has."""
         return Diagnostics(decays=(-RATE * F.softplus(self.Lambda.float())).exp())

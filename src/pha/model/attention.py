@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import attention, rotate, unit_rotary
+from pha.ops.attention import causal_pairs
 from pha.ops.attention.distances import (
     alibi_slopes,
     key_with_positions,
@@ -79,6 +80,7 @@ class GroupedQueryAttention(Branch):
         if window is not None and (type(window) is not int or window < 2):
             raise PHAError(f"model: window of branch attention is {window!r}; at least 2")
         self.positions, self.window = positions, window
+        self.windows = [w for w in (window, config.attention_window) if w is not None]
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
         self.cosine = config.attention_logits == "scaled-cosine"
@@ -136,6 +138,11 @@ class GroupedQueryAttention(Branch):
         behind = context.query_places[:, None] - self.window
         within = torch.arange(keys, device=behind.device) > behind
         return within if mask is None else mask & within, None
+
+    def flops(self, length: int) -> float:
+        """Of q k^T and its product with v, over the pairs that mask and windows leave."""
+        pairs = causal_pairs(length, min([length, *self.windows]))
+        return 4.0 * self.heads * self.head_dim * pairs / length
 
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """The temperatures of its heads, where the logits have any."""

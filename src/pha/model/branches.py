@@ -15,7 +15,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -152,6 +152,13 @@ class Branch(nn.Module):
         """Map (B, T, d) to (B, T, d)."""
         raise NotImplementedError
 
+    def flops(self, length: int) -> float:
+        """FLOPs a token of reading `length` tokens, products with its parameters left out.
+
+        A multiplication with an addition counts two, any other function of a number one.
+        """
+        return 0.0
+
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """What there is to watch, at some of the tokens that entered, (B, T', d)."""
         return Diagnostics()
@@ -186,8 +193,10 @@ def make_branches(config: ArchitectureConfig, layer_idx: int) -> nn.ModuleDict:
         PHAError: no such branch, options that its constructor does not take, or two branches that
             keep keys.
     """
-    names = config.layer_branches(layer_idx)
-    branches = {name: _make_branch(name, config, layer_idx) for name in names}
+    branches = {
+        name: _make_branch(name, options, config, layer_idx)
+        for name, options in config.layer_branches(layer_idx).items()
+    }
     keepers = [name for name, branch in branches.items() if branch.keeps_keys]
     if len(keepers) > 1:
         raise PHAError(
@@ -200,11 +209,12 @@ def make_branches(config: ArchitectureConfig, layer_idx: int) -> nn.ModuleDict:
     return nn.ModuleDict(branches)
 
 
-def _make_branch(name: str, config: ArchitectureConfig, layer_idx: int) -> Branch:
+def _make_branch(
+    name: str, options: dict[str, Any], config: ArchitectureConfig, layer_idx: int
+) -> Branch:
     if name not in BRANCHES:
         known = ", ".join(sorted(BRANCHES))
         raise PHAError(f"model: branches names {name!r}; there is {known}")
-    options = config.branch_options.get(name, {})
     accepted = set(inspect.signature(BRANCHES[name]).parameters) - {"config", "layer_idx"}
     if unknown := set(options) - accepted:
         takes = ", ".join(sorted(accepted)) or "none"

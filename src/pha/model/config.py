@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -26,8 +27,11 @@ class ArchitectureConfig:
             with its own norm and residual, in the order of `branches`.
         branches: names in `pha.model.BRANCHES`; the primary FFN comes after them and is not one.
         branch_options: keyword arguments for the constructors of branches, by branch name.
+        layer_pattern: branches of single layers in the place of `branches`, repeated over the
+            stack. One with options of its own, over those of `branch_options`, is a mapping:
+            `[[rg_lru], [rg_lru], [{attention: {window: 2048}}]]`.
         attention_layers: layers, counted from 0, whose only branch is `attention`, whatever
-            `branches` says, as in stacks of state spaces with a few layers of attention.
+            the others say, as in stacks of state spaces with a few layers of attention.
         num_attention_heads: H, query heads.
         num_key_value_heads: G, shared key-value heads.
         head_dim: K, size of a head (even, for the rotary embedding).
@@ -63,6 +67,7 @@ class ArchitectureConfig:
     block: Literal["parallel", "sequential"] = "parallel"
     branches: list[str] = field(default_factory=lambda: ["gss", "attention", "aux_ffn"])
     branch_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layer_pattern: list[list[str | dict[str, dict[str, Any]]]] = field(default_factory=list)
     attention_layers: list[int] = field(default_factory=list)
     num_attention_heads: int = 8
     num_key_value_heads: int = 2
@@ -96,13 +101,18 @@ class ArchitectureConfig:
 
     @property
     def branch_names(self) -> list[str]:
-        """Every branch that some layer may have: `branches`, and what `attention_layers` adds."""
+        """Every branch that some layer may have."""
         added = ["attention"] if self.attention_layers else []
-        return list(dict.fromkeys([*self.branches, *added]))
+        patterns = self.layer_pattern or [self.branches]
+        return list(dict.fromkeys(name for x in [*patterns, added] for name, _ in _named(x)))
 
-    def layer_branches(self, layer_idx: int) -> list[str]:
-        """Names of the branches of one layer."""
-        return ["attention"] if layer_idx in self.attention_layers else list(self.branches)
+    def layer_branches(self, layer_idx: int) -> dict[str, dict[str, Any]]:
+        """Names of the branches of one layer, each with its options."""
+        patterns: Sequence[Sequence[Any]] = self.layer_pattern or [self.branches]
+        chosen = patterns[layer_idx % len(patterns)]
+        if layer_idx in self.attention_layers:
+            chosen = ["attention"]
+        return {name: self.branch_options.get(name, {}) | own for name, own in _named(chosen)}
 
     def ffn_size(self, expansion: float) -> int:
         """Hidden size of an FFN: `expansion` times d, to the nearest multiple of 8 [ours]."""
@@ -159,10 +169,16 @@ class ArchitectureConfig:
             value = getattr(self, name)
             _require(value > 0, f"{name} is {value}; it must be above 0")
         _require(bool(self.branches), "branches is empty; name at least one, such as gss")
-        _require(
-            len(set(self.branches)) == len(self.branches),
-            f"branches names one twice: {', '.join(self.branches)}",
-        )
+        for what, entries in [
+            ("branches", self.branches),
+            *((f"layer {i} of layer_pattern", layer) for i, layer in enumerate(self.layer_pattern)),
+        ]:
+            _require(
+                bool(entries) and all(isinstance(x, str) or len(x) == 1 for x in entries),
+                f"{what} is {entries}; name at least one, each by itself",
+            )
+            names = [name for name, _ in _named(entries)]
+            _require(len(set(names)) == len(names), f"{what} names one twice: {', '.join(names)}")
         _require(
             self.residual == "post" or not self.deepnorm_init,
             "deepnorm_init needs residual post; with pre, leave it off",
@@ -188,6 +204,17 @@ class ArchitectureConfig:
                 f"{name} is {expansion}, a hidden size of {size}; at least 8 is needed"
                 + (", or 0 for no FFN" if may_be_zero else ""),
             )
+
+
+def _named(entries: Sequence[str | dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and own options, of branches that are named with them or without."""
+    for entry in entries:
+        yield from ({entry: {}} if isinstance(entry, str) else entry).items()
+
+
+def vars_of(config: ArchitectureConfig) -> dict[str, Any]:
+    """The fields of an architecture as keyword arguments, of whatever class it is."""
+    return {item.name: getattr(config, item.name) for item in fields(ArchitectureConfig)}
 
 
 def _is_a(value: Any, hint: Any) -> bool:

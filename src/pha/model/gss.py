@@ -74,6 +74,10 @@ class GatedStateSpace(Branch):
         self.keep(context, h=h_last)
         return self.W_C(h)
 
+    def flops(self, length: int) -> float:
+        """A sigmoid, gating, scaling, and a step of the recurrence for each state."""
+        return 5.0 * self.log_A.numel()
+
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """Its decays and its gates."""
         return Diagnostics(decays=self.decay_and_scale()[0], gates=self.W_g(z).sigmoid())

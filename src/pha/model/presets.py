@@ -139,10 +139,20 @@ def _system(
     }
 
 
+_NO_POSITIONS: dict[str, Any] = {"attention": {"positions": "none"}}
 _ALIBI: dict[str, Any] = {
     "branch_options": {"attention": {"positions": "alibi"}},
     "attention_logits": "dot-product",
 }
+
+# Stacks that put layers of attention between others, with the mixers' own sizes.
+_GRIFFIN: dict[str, Any] = {
+    "layer_pattern": [["rg_lru"], ["rg_lru"], [{"attention": {"window": 1024}}]]
+}
+_JAMBA: dict[str, Any] = {
+    "layer_pattern": [*[["mamba"]] * 4, [{"attention": {"positions": "none"}}], *[["mamba"]] * 3]
+}
+_THREE_TO_ONE: dict[str, Any] = {"layer_pattern": [*[["gated_deltanet"]] * 3, ["attention"]]}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "pha-90m": _90M,
@@ -206,6 +216,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     **_system("rg-lru", "rg_lru", ({}, {}, {}), (2304, 2728, 912, 672)),
     **_system("mamba", "mamba", ({}, {}, {}), (1488, 2088, 736, 496)),
     **_system("qrnn", "qrnn", ({}, {}, {}), (2032, 2528, 848, 608)),
+    # What the others stand beside: attention and Eq. 2, each as the only branch.
+    "attention-125m": _ALONE | _ATTENTION | {"primary_ffn_expansion": 2440 / 768},
+    "gss-125m": _ALONE | _GSS | {"state_size": 2176, "primary_ffn_expansion": 944 / 768},
     # Attention stays where it is in PHA, beside the GSS.
     "alibi-125m": _ALONE | _ATTENTION | _ALIBI | {"primary_ffn_expansion": 2440 / 768},
     "pha-125m-alibi": _125M | _ALIBI,
@@ -242,6 +255,38 @@ PRESETS: dict[str, dict[str, Any]] = {
         ({"heads": 3}, {"heads": 2}, {"heads": 2}),
         (1072, 1768, 680, 440),
     ),
+    **_system("s4d", "s4d", ({}, {}, {"modes": 8}), (2568, 2944, 984, 744)),
+    **_system("h3", "h3", ({}, {}, {"modes": 8}), (1984, 2472, 832, 592)),
+    # The hybrid of H3's paper: attention in the second layer and half a depth later, no positions.
+    "h3-hybrid-125m": _ALONE
+    | {"branches": ["h3"], "attention_layers": [1, 7], "primary_ffn_expansion": 2064 / 768}
+    | {"branch_options": _NO_POSITIONS},
+    "h3-hybrid-tiny": _TINY
+    | {"branches": ["h3"], "attention_layers": [1, 3], "primary_ffn_expansion": 896 / 160}
+    | {"branch_options": _NO_POSITIONS | {"h3": {"modes": 8}}},
+    # In miniature a filter is as long as sequences are there.
+    **_system(
+        *("hyena", "hyena"),
+        ({}, {}, {"max_length": 256, "filter_size": 16}),
+        (2064, 2552, 880, 640),
+    ),
+}
+
+PRESETS |= {
+    "griffin-125m": _ALONE | _GRIFFIN | {"primary_ffn_expansion": 2352 / 768},
+    "griffin-tiny": _TINY | _GRIFFIN | {"num_hidden_layers": 3, "primary_ffn_expansion": 8.15},
+    "jamba-125m": _ALONE
+    | _JAMBA
+    | {"hidden_size": 640, "head_dim": 80, "num_attention_heads": 8, "num_key_value_heads": 2}
+    | {"num_hidden_layers": 16, "primary_ffn_expansion": 1752 / 640},
+    "jamba-tiny": _TINY | _JAMBA | {"num_hidden_layers": 8, "primary_ffn_expansion": 1.3},
+    "gated-deltanet-hybrid-125m": _ALONE | _THREE_TO_ONE | {"primary_ffn_expansion": 1792 / 768},
+    "gated-deltanet-hybrid-tiny": _TINY
+    | _THREE_TO_ONE
+    | {
+        "branch_options": {"gated_deltanet": {"heads": 3, "key_size": 40, "value_size": 80}},
+        "primary_ffn_expansion": 5.15,
+    },
 }
 
 # Parameters that the paper states (Table 1; its ablations are "comparable" to the full model).

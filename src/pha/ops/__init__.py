@@ -6,11 +6,13 @@ n state size, H query heads, G key-value heads, K head size, V vocabulary, N = B
 
 from pha.ops.attention import attention
 from pha.ops.backends import OPS, Op, in_use
+from pha.ops.diagonal_ssm import diagonal_ssm
 from pha.ops.dss import dss
 from pha.ops.gated_scan import gated_scan
 from pha.ops.linear_attention import linear_attention
 from pha.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
 from pha.ops.linear_scan import linear_scan
+from pha.ops.long_convolution import long_convolution
 from pha.ops.rms_norm import rms_norm
 from pha.ops.rotary import rotate, unit_rotary
 from pha.ops.selective_scan import selective_scan
@@ -21,12 +23,14 @@ __all__ = [
     "OPS",
     "Op",
     "attention",
+    "diagonal_ssm",
     "dss",
     "gated_scan",
     "in_use",
     "linear_attention",
     "linear_cross_entropy",
     "linear_scan",
+    "long_convolution",
     "rms_norm",
     "rotate",
     "selective_scan",

@@ -12,18 +12,23 @@ kernel K_h[l] = Re(sum_n C~_hn exp(Lambda_n l)), plus D at l = 0.
 from __future__ import annotations
 
 import math
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from pha.ops.backends import Op
+from pha.ops.long_convolution import long_convolution
+from pha.ops.modes import (
+    as_complex,
+    carried_to_the_end,
+    last_document,
+    one_length,
+    run_visible,
+    step_by_step,
+)
 from pha.ops.precision import accumulation_type
 from pha.ops.testing import relative_error
-from pha.ops.visible import VisibleFirst
-from pha.utils.errors import PHAError
 
 
 def dss(
@@ -57,16 +62,10 @@ def dss(
         y (B, T, H) in the type of `v`, and the last state (B, H, N, 2), or None if not wanted.
         Computed in float32 (float64 for float64 inputs), the type of the last state.
     """
-    run, parameters = _OP(v.device.type), (Lambda_re, Lambda_im, C_re, C_im, D)
-    with torch.autocast(v.device.type, enabled=False):
-        if mask is None:
-            return run(v, *parameters, h0, starts, last_state)
-        visible = VisibleFirst(mask)
-        front = None if starts is None else visible.front_starts(starts)
-        y, last = run(visible.front(v), *parameters, h0, front, last_state, visible.count)
-        if last is not None and starts is not None:
-            last = last.masked_fill(visible.ends_empty(starts).view(-1, 1, 1, 1), 0.0)
-        return visible.back(y), last
+    op, parameters = _OP(v.device.type), (Lambda_re, Lambda_im, C_re, C_im, D)
+    return run_visible(
+        lambda v, starts, count: op(v, *parameters, h0, starts, last_state, count), v, starts, mask
+    )
 
 
 def dss_naive(
@@ -85,22 +84,9 @@ def dss_naive(
 
     The state stays after the first `count` (B,) steps of each row.
     """
-    dtype = accumulation_type(v)
-    Lambda, C = _modes(Lambda_re, Lambda_im, C_re, C_im, dtype)
+    Lambda, C = _modes(Lambda_re, Lambda_im, C_re, C_im, accumulation_type(v))
     decay = Lambda.exp().to(C.dtype)
-    if h0 is None:
-        h = C.new_zeros(v.shape[0], *C.shape)
-    else:
-        h = torch.view_as_complex(h0.to(dtype).contiguous())
-    outputs = []
-    for t in range(v.shape[1]):
-        if starts is not None:
-            h = torch.where(starts[:, t, None, None], 0.0, h)
-        v_t = v[:, t].to(dtype)
-        step = decay * h + v_t.unsqueeze(-1)
-        h = step if count is None else torch.where((t < count).view(-1, 1, 1), step, h)
-        outputs.append((C * h).sum(-1).real + D.to(dtype) * v_t)
-    return torch.stack(outputs, dim=1).to(v.dtype), torch.view_as_real(h) if last_state else None
+    return step_by_step(v, decay, C, D, h0, starts, last_state, count)
 
 
 def _modes(
@@ -134,112 +120,9 @@ def _real(z: Tensor) -> Tensor:
     return torch.view_as_real(z.resolve_conj()).flatten(-2)
 
 
-def _fft_length(T: int) -> int:
-    """A length of at least 2 T - 1 that splits into factors of 2 and at most one 3 or 5."""
-    least = 2 * T - 1
-    return min(odd << ((least - 1) // odd).bit_length() for odd in (1, 3, 5))
-
-
-def _convolution(v_BTH: Tensor, K_TH: Tensor) -> Tensor:
-    """y_t = sum_{l <= t} K[l] v_{t-l} by real FFTs."""
-    T = v_BTH.shape[1]
-    n = _fft_length(T)
-    v_f, K_f = torch.fft.rfft(v_BTH, n, dim=1), torch.fft.rfft(K_TH, n, dim=0)
-    return torch.fft.irfft(v_f * K_f, n, dim=1)[:, :T]
-
-
-def _convolution_gradients(dy_BTH: Tensor, v_BTH: Tensor, K_TH: Tensor) -> tuple[Tensor, Tensor]:
-    """dv is the correlation of dy with K, dK that of dy with v, summed over the batch."""
-    T = v_BTH.shape[1]
-    n = _fft_length(T)
-    dy_f = torch.fft.rfft(dy_BTH, n, dim=1)
-    v_f, K_f = torch.fft.rfft(v_BTH, n, dim=1), torch.fft.rfft(K_TH, n, dim=0)
-    dv = torch.fft.irfft(dy_f * K_f.conj(), n, dim=1)[:, :T]
-    return dv, torch.fft.irfft((dy_f * v_f.conj()).sum(0), n, dim=0)[:T]
-
-
-def _documents(starts: Tensor) -> list[list[tuple[int, int]]]:
-    """(place in the flattened batch, length) of every document, those of similar length together.
-
-    A group has lengths between the same powers of two, so that no more than half of what is
-    transformed is padding, whatever the lengths.
-    """
-    begins = starts.clone()
-    begins[:, 0] = True
-    first = begins.flatten().nonzero().flatten()
-    lengths = first.diff(append=first.new_tensor([starts.numel()]))
-    spans = sorted(torch.stack([first, lengths], dim=1).tolist(), key=lambda span: span[1])
-    return [list(group) for _, group in groupby(spans, lambda span: (span[1] - 1).bit_length())]
-
-
-def _padded(x_BTH: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    rows = x_BTH.flatten(0, 1)
-    return pad_sequence([rows[begin : begin + size] for begin, size in spans], batch_first=True)
-
-
-def _put(y_BTH: Tensor, spans: list[tuple[int, int]], padded: Tensor) -> None:
-    rows = y_BTH.flatten(0, 1)
-    for (begin, size), row in zip(spans, padded, strict=True):
-        rows[begin : begin + size] = row[:size]
-
-
-# Operators, for how documents lie is nothing that a graph of torch.compile could hold. Saved are v
-# and K: transforming them again costs less than their transforms would hold.
-@torch.library.custom_op("pha::convolve", mutates_args=())
-def _convolve(v_BTH: Tensor, K_TH: Tensor, starts: Tensor | None) -> Tensor:
-    """Causal convolution over time, of each document by itself."""
-    if starts is None:
-        return _convolution(v_BTH, K_TH).contiguous()
-    y = torch.empty_like(v_BTH, memory_format=torch.contiguous_format)
-    for spans in _documents(starts):
-        v = _padded(v_BTH, spans)
-        _put(y, spans, _convolution(v, K_TH[: v.shape[1]]))
-    return y
-
-
-@torch.library.custom_op("pha::convolve_backward", mutates_args=())
-def _gradients(
-    dy_BTH: Tensor, v_BTH: Tensor, K_TH: Tensor, starts: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if starts is None:
-        dv, dK = _convolution_gradients(dy_BTH, v_BTH, K_TH)
-        return dv.contiguous(), dK.contiguous()
-    dv = torch.empty_like(v_BTH, memory_format=torch.contiguous_format)
-    dK = torch.zeros_like(K_TH)
-    for spans in _documents(starts):
-        v = _padded(v_BTH, spans)
-        T = v.shape[1]
-        dv_padded, dK_T = _convolution_gradients(_padded(dy_BTH, spans), v, K_TH[:T])
-        _put(dv, spans, dv_padded)
-        dK[:T] += dK_T
-    return dv, dK
-
-
-@_convolve.register_fake
-def _like_v(v_BTH: Tensor, *_: Any) -> Tensor:
-    return v_BTH.new_empty(v_BTH.shape)
-
-
-@_gradients.register_fake
-def _like_v_and_k(dy_BTH: Tensor, v_BTH: Tensor, K_TH: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return v_BTH.new_empty(v_BTH.shape), K_TH.new_empty(K_TH.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, dy_BTH: Tensor) -> tuple[Tensor, Tensor, None]:
-    return (*_gradients(dy_BTH, *ctx.saved_tensors), None)
-
-
-_convolve.register_autograd(_differentiate, setup_context=_save)
-
-
 def _from_state(h0: Tensor, C: Tensor, Lambda: Tensor, modes: Tensor) -> Tensor:
     """What the state before the first step adds to y: Re(C~ exp(Lambda (t + 1)) h0), (B, T, H)."""
-    state = torch.view_as_complex(h0.to(modes.dtype).contiguous())
-    weights = C * Lambda.exp().to(C.dtype) * state
+    weights = C * Lambda.exp().to(C.dtype) * as_complex(h0, modes.dtype)
     return (_real(weights.conj()) @ modes.T).transpose(1, 2)
 
 
@@ -256,23 +139,11 @@ def _last_state(
     Of the first `count` (B,) steps only, where that is given.
     """
     B, T, H = v_BTH.shape
-    steps = v_BTH.new_full((B,), T, dtype=torch.long) if count is None else count
-    if starts is not None:
-        from_here_on = starts.flip(1).cumsum(1).flip(1)
-        ended = (from_here_on - starts.to(from_here_on.dtype)) > 0
-        v_BTH = v_BTH.masked_fill(ended.unsqueeze(-1), 0.0)
-    if count is not None:  # the last of them comes last, after zeros
-        place = torch.arange(T, device=v_BTH.device) - (T - steps)[:, None]
-        v_BTH = v_BTH.take_along_dim(place.clamp(min=0).unsqueeze(-1), 1)
-        v_BTH = v_BTH.masked_fill((place < 0).unsqueeze(-1), 0.0)
+    v_BTH = last_document(v_BTH, starts, count)
     h = (v_BTH.transpose(1, 2) @ modes.flip(0)).view(B, H, -1, 2)
     if h0 is None:
         return h
-    decay = (Lambda * steps[:, None]).exp().to(modes.dtype.to_complex()).unsqueeze(1)
-    carried = torch.view_as_real(decay * torch.view_as_complex(h0.to(modes.dtype).contiguous()))
-    if starts is not None:
-        carried = carried.masked_fill(starts.any(1).view(B, 1, 1, 1), 0.0)
-    return h + carried
+    return h + carried_to_the_end(h0.to(modes.dtype), Lambda, T, starts, count)
 
 
 def dss_fft(
@@ -290,12 +161,10 @@ def dss_fft(
     """Convolution by FFT; one token alone takes a step of the recurrence. See `dss`.
 
     The state h0 and the last state enter by matrix products with exp(Lambda l); no state is formed
-    for the steps between. An FFT adds up all steps: rounding, though nothing else, reaches from
-    later inputs to earlier outputs.
+    for the steps between.
     """
     T = v.shape[1]
-    if isinstance(T, torch.SymInt):
-        raise PHAError("dss: the form of its Fourier transform is of one length; export that one")
+    one_length("dss", T)
     if T == 1:
         return dss_naive(v, Lambda_re, Lambda_im, C_re, C_im, D, h0, starts, last_state, count)
     dtype = accumulation_type(v)
@@ -305,7 +174,7 @@ def dss_fft(
     kernel = modes @ _real(C.conj()).T
     kernel = torch.cat([kernel[:1] + D.to(dtype), kernel[1:]])
     x = v.to(dtype)
-    y = _convolve(x, kernel, starts)
+    y, _ = long_convolution(x, kernel, starts=starts, last_state=False)
     if h0 is not None:
         carried = _from_state(h0, C, Lambda, modes)
         if starts is not None:

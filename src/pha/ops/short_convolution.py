@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pha.ops.backends import Op
+from pha.ops.past_inputs import documents, with_past
 from pha.ops.precision import accumulation_type
 from pha.ops.shapes import require_shapes
 from pha.ops.testing import relative_error
-from pha.ops.visible import VisibleFirst
 from pha.utils.errors import PHAError
 
 MOST = 64  # taps; from there on a transform costs less
@@ -56,33 +56,12 @@ def short_convolution(
     shapes = {"weight": (weight, (C, w)), "bias": (bias, (C,)), "past": (past, (B, w - 1, C))}
     flags = {"starts": (starts, (B, T)), "mask": (mask, (B, T))}
     require_shapes("short_convolution", "x", shapes | flags)
-    before = x.new_zeros(B, w - 1, C) if past is None else past.to(x.dtype)
-    count, empty, visible = torch.full((B,), T, device=x.device), None, None
-    if mask is not None:
-        visible = VisibleFirst(mask)
-        count, x = visible.count, visible.front(x)
-        if starts is not None:
-            empty, starts = visible.ends_empty(starts)[:, None], visible.front_starts(starts)
-    x = torch.cat([before, x], 1)
-    with torch.autocast(x.device.type, enabled=False):
-        y = _OP(x.device.type)(x, weight, bias, starts)
-    if visible is not None:
-        y = visible.back(y)
-    if not last_state:
-        return y, None
-    places = count[:, None] + torch.arange(w - 1, device=x.device)
-    last = x.take_along_dim(places.unsqueeze(-1), 1)
-    if starts is not None:
-        document = _documents(starts, w).take_along_dim(places, 1)
-        old = document < document[:, -1:]
-        old = old if empty is None else old | empty
-        last = torch.where(old.unsqueeze(-1), 0, last)
-    return y, last
 
+    def convolve(x: Tensor, starts: Tensor | None) -> Tensor:
+        x = F.pad(x, (0, 0, w - 1, 0)) if past is None else x
+        return _OP(x.device.type)(x, weight, bias, starts)
 
-def _documents(starts: Tensor, w: int) -> Tensor:
-    """(B, w - 1 + T): the document of each step, 0 for that of the w - 1 inputs before."""
-    return F.pad(starts.cumsum(1), (w - 1, 0))
+    return with_past(convolve, x, w, past, starts, mask, last_state)
 
 
 def short_convolution_naive(
@@ -91,7 +70,7 @@ def short_convolution_naive(
     """The oracle: tap after tap over x (B, w - 1 + T, C), which begins with the past."""
     dtype, w, T = accumulation_type(x), weight.shape[1], x.shape[1] - weight.shape[1] + 1
     wide, taps = x.to(dtype), weight.to(dtype)
-    document = None if starts is None else _documents(starts, w)
+    document = None if starts is None else documents(starts, w - 1)
     y = wide.new_zeros(()) if bias is None else bias.to(dtype)
     for tap in range(w):
         seen = wide[:, tap : tap + T]
@@ -107,7 +86,7 @@ def _spread(x: Tensor, starts: Tensor | None, w: int) -> tuple[Tensor, Tensor | 
     if starts is None:
         return x.mT, None
     B, S, C = x.shape
-    place = torch.arange(S, device=x.device) + (w - 1) * _documents(starts, w)
+    place = torch.arange(S, device=x.device) + (w - 1) * documents(starts, w - 1)
     L = int(place[:, -1].max()) + 1
     rows = (place + L * torch.arange(B, device=x.device)[:, None]).flatten()
     wide = x.new_zeros(B * L, C).index_copy_(0, rows, x.flatten(0, 1))

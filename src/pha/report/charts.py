@@ -45,7 +45,7 @@ class Point:
     """A model in a plot against size."""
 
     label: str  # beside the point
-    x: float  # parameters
+    x: float  # parameters, or another cost
     values: Sequence[float]  # one for each seed, or a published one
     error: float | None = None  # half the height of its bar; None for none
     grey: bool = False  # a figure that does not compare
@@ -77,26 +77,36 @@ def estimates(rows: Sequence[Estimate], x_label: str, reference: float | None = 
 
 
 @plots.styled()
-def against_parameters(panels: Sequence[tuple[str, Sequence[Point]]], y_label: str) -> Figure:
-    """A panel for each title and its points, one above the other."""
+def against_size(
+    panels: Sequence[tuple[str, Sequence[Point]]], y_label: str, cost: str = ""
+) -> Figure:
+    """A panel for each title and its points, one above the other.
+
+    Points stand at their parameters, joined by a line; or at another `cost`, which has no order
+    and is drawn in powers of ten.
+    """
     from matplotlib.ticker import FuncFormatter
 
     heights = [2.9 if len(points) < 8 else 4.8 for _, points in panels]
     figure = plots.new_panels(len(panels), 1, heights)
     for axes, (title, points) in zip(figure.axes, panels, strict=True):
-        plots.label_axes(axes, "parameters" if axes is figure.axes[-1] else "", y_label)
+        x_label = cost or "parameters"
+        plots.label_axes(axes, x_label if axes is figure.axes[-1] else "", y_label)
         axes.set_title(title)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g}M"))
-        _draw_points(axes, points)
+        if cost:
+            axes.set_xscale("log")
+        else:
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g}M"))
+        _draw_points(axes, points, join=not cost)
     return figure
 
 
-def _draw_points(axes: Axes, points: Sequence[Point]) -> None:
+def _draw_points(axes: Axes, points: Sequence[Point], join: bool) -> None:
     places = sorted(
         ((p.x, math.fsum(p.values) / len(p.values), p) for p in points), key=lambda place: place[:2]
     )
     blue = plots.series_color(0)
-    if not any(point.grey for point in points):
+    if join and not any(point.grey for point in points):
         axes.plot([x for x, _, _ in places], [y for _, y, _ in places], linewidth=0.9, color=blue)
     for x, mean, point in places:
         shade = plots.MUTED if point.grey else blue
@@ -114,7 +124,8 @@ def _name_points(axes: Axes, places: Sequence[tuple[float, float, Point]]) -> No
     # All in parts of the panel, as are the size of a line of text and of a letter.
     height, letter = (0.056 if len(places) < 8 else 0.032), 0.0165
     axes.autoscale_view()
-    spots = [(*axes.transLimits.transform((x, mean)), point) for x, mean, point in places]
+    to_panel = axes.transData - axes.transAxes
+    spots = [(*to_panel.transform((x, mean)), point) for x, mean, point in places]
     taken: list[tuple[float, float, float]] = []
     for x, y, point in sorted(spots, key=lambda spot: spot[1]):
         width = letter * len(point.label)

@@ -93,6 +93,9 @@ def _architecture(config: PHAConfig) -> str:
         "mehta_gss": "a gated state space (Mehta et al. 2022)",
         "aux_ffn": "a feed-forward network",
     }
+    if config.layer_pattern:
+        each = map(config.layer_branches, range(config.num_hidden_layers))
+        return f"{layers}: " + ", ".join(" and ".join(branches) for branches in each)
     branches = [names.get(branch, branch) for branch in config.branches]
     together = " and ".join(filter(None, [", ".join(branches[:-1]), branches[-1]]))
     order = "in parallel, mixed with learned weights" if config.block == "parallel" else "in turn"

@@ -29,7 +29,8 @@ def study_cost(plan: StudyPlan, console: Console) -> dict[str, Any]:
     """
     plans: dict[Path, Plan | None] = {}
     rows: dict[Path, dict[str, Any]] = {}
-    for job in plan.jobs():
+    trials = [] if plan.trials is None else plan.trials.jobs()
+    for job in [*trials, *plan.jobs()]:
         home = job.out.parent
         if home not in plans:
             plans[home] = _plan(job, plan)
@@ -47,6 +48,9 @@ def study_cost(plan: StudyPlan, console: Console) -> dict[str, Any]:
         own = [rows[job.out] for job in plan.runs[variant.name]]
         seeds_left = sum(not row["finished"] for row in own)
         table.add_row(variant.label, *_cells(own[0]), f"{seeds_left} of {len(own)}")
+    if trials:
+        unfinished = sum(not rows[job.out]["finished"] for job in trials)
+        table.add_row("trials", *_cells({}), f"{unfinished} of {len(trials)}")
     table.add_section()
     table.add_row(f"{len(left)} of {len(rows)} runs", *_cells(total), "")
     console.print(table)

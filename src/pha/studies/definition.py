@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib import resources
@@ -18,7 +18,10 @@ from pha.utils.formats import read_yaml
 from pha.utils.records import record_from
 
 KINDS = ("training", "mixing", "efficiency")
-PLOTS = ("dots", "differences", "parameters", "accuracy", "curves", "settings", "shares")
+PLOTS = (
+    *("dots", "differences", "parameters", "accuracy", "cache", "time", "curves", "settings"),
+    "shares",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +67,15 @@ class Variant:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """A setting that every variant chooses for itself, by validation perplexity in short runs."""
+
+    key: str  # of a recipe, such as optimizer.learning_rate
+    values: list[float]  # that are tried, each with one seed
+    set: Settings = field(default_factory=dict)  # of those runs, over all else
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """One table or figure of the paper, or a question of one's own."""
 
@@ -75,6 +87,7 @@ class Study:
     # `training`, `mixing` (reads the shares of the runs too) or `efficiency` (no training)
     kind: str = "training"
     protocol: str = ""  # in place of the scale's; empty for that
+    tune: Tuning | None = None  # what every variant chooses before it is trained
     baseline: str = ""  # the variant that the others are compared with
     # pairs of measures compared inside each run, such as average and best checkpoint
     contrasts: list[list[str]] = field(default_factory=list)
@@ -152,12 +165,16 @@ def scales() -> dict[str, Scale]:
 def parse_study(name: str, content: Mapping[str, Any]) -> Study:
     """A checked study from the mapping that its file holds.
 
-    `over` (axis -> value -> settings) multiplies every variant by the values of each axis.
+    `over` (axis -> value -> settings) multiplies every variant by the values of each axis. `like`
+    names a study that ships with the package, whose keys hold where there are none of its own.
 
     Raises:
         PHAError: an unknown or missing key, or names that do not fit together.
     """
     where = f"study {name}"
+    if like := content.get("like"):
+        model = read_yaml(closest(str(like), _shipped(), "study"))
+        content = model | {key: value for key, value in content.items() if key != "like"}
     over = _mapping(content.get("over", {}), f"{where}: over")
     variants = _mapping(content.get("variants", {}), f"{where}: variants")
     axes = {
@@ -185,6 +202,18 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
         for variant in study.variants:
             closest(variant.model, known.models, f"model at scale {known.name}")
     return study
+
+
+def only(study: Study, names: Sequence[str]) -> Study:
+    """The study with these variants alone.
+
+    Raises:
+        PHAError: it has no such variant.
+    """
+    known = {each.name: each for each in study.variants}
+    chosen = [closest(name, known, "variant") for name in names]
+    baseline = study.baseline if study.baseline in names else ""
+    return replace(study, variants=chosen, baseline=baseline)
 
 
 def grid(variant: Variant, axes: Mapping[str, Mapping[str, Settings]]) -> Iterator[Variant]:

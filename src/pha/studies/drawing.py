@@ -13,7 +13,7 @@ from pha.report.charts import (
     Estimate,
     Point,
     Rate,
-    against_parameters,
+    against_size,
     estimates,
     over_settings,
 )
@@ -65,17 +65,23 @@ def _differences(outcome: Outcome) -> Figure | None:
     return estimates(rows, f"test perplexity minus that of\n{base}", reference=0.0)
 
 
-def _parameters(outcome: Outcome, measure: str = MAIN) -> Figure | None:
-    ours = [
-        Point(
-            row.variant.label,
-            size.mean,
-            list(row.values(measure).values()),
-            over.interval,
-        )
+def _points(outcome: Outcome, measure: str, against: str) -> list[Point]:
+    return [
+        Point(row.variant.label, size.mean, list(row.values(measure).values()), over.interval)
         for row in outcome.rows
-        if (over := row.summary(measure)) and (size := row.summary("parameters"))
+        if (over := row.summary(measure)) and (size := row.summary(against))
     ]
+
+
+def _cost(outcome: Outcome, against: str, label: str) -> Figure | None:
+    points = _points(outcome, "bits", against)
+    where = f"{outcome.plan.scale.words}, {outcome.tokens} tokens"
+    panels = [(f"{where}; 95% intervals, rings: seeds", points)]
+    return against_size(panels, MEASURES["bits"].heading, label) if points else None
+
+
+def _parameters(outcome: Outcome, measure: str = MAIN) -> Figure | None:
+    ours = _points(outcome, measure, "parameters")
     if not ours:
         return None
     theirs = []
@@ -91,7 +97,7 @@ def _parameters(outcome: Outcome, measure: str = MAIN) -> Figure | None:
     if theirs:
         grey = "; grey: not like for like" if any(point.grey for point in theirs) else ""
         panels.append((f"published, WikiText-103; ± deviation{grey}", theirs))
-    return against_parameters(panels, f"test {'accuracy, %' if measure != MAIN else 'perplexity'}")
+    return against_size(panels, f"test {'accuracy, %' if measure != MAIN else 'perplexity'}")
 
 
 def _curves(outcome: Outcome) -> Figure | None:
@@ -140,6 +146,14 @@ _PLOTS: dict[str, tuple[Callable[[Outcome], Figure | None], str]] = {
     "differences": (_differences, "paired differences with 95% intervals"),
     "parameters": (_parameters, "test perplexity against parameters"),
     "accuracy": (partial(_parameters, measure="accuracy"), "test accuracy against parameters"),
+    "cache": (
+        partial(_cost, against="cache", label="bytes kept of a sequence"),
+        "bits per byte against the size of the cache",
+    ),
+    "time": (
+        partial(_cost, against="seconds", label="seconds of training"),
+        "bits per byte against training time",
+    ),
     "curves": (_curves, "validation loss against tokens, means over seeds"),
     "settings": (_settings, "validation perplexity over a setting"),
     "shares": (

@@ -66,6 +66,9 @@ MEASURES: dict[str, Measure] = {
     "speed": Measure(
         "training tokens/s", "training speed", lambda r: r.tokens_per_second, 0, False
     ),
+    "seconds": Measure("training time, s", "time of training", lambda r: r.seconds, 0),
+    "flops": Measure("FLOP/token", "work for a token", lambda r: r.model.flops_per_token, 0, None),
+    "cache": Measure("cache, bytes", "size of the cache", lambda r: r.model.cache_bytes, 0, None),
     "memory": Measure("memory, GB", "peak memory", lambda r: r.peak_memory_bytes / 1e9, 2),
 }
 """Name in a study -> measure. Perplexities are on the test split, of the weights that the

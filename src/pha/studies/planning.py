@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pha.data import TokenStore
-from pha.studies.definition import Scale, Study
+from pha.studies.definition import Scale, Study, grid
 from pha.studies.jobs import Job
 from pha.train.config import TrainConfig
 from pha.train.recipes import Settings, load_recipe, merge
@@ -26,6 +26,10 @@ class StudyPlan:
     seeds: Sequence[int]  # of every variant
     # variant -> its runs, in the order of the seeds; some may share a folder
     runs: dict[str, list[Job]]
+    folder: Path  # of all runs
+    asked: Settings  # for all of them
+    # short runs that have to be looked at before; the plan itself is then of a value in the middle
+    trials: StudyPlan | None = None
 
     def jobs(self) -> list[Job]:
         """Every run once."""
@@ -50,6 +54,18 @@ def plan_study(
             "--tokenizer bpe:8192 --out STORE` and add --data STORE"
         )
     protocol = study.protocol or scale.protocol
+    if study.tune is not None and study.tune.key not in asked:
+        tune = study.tune
+        over = {tune.key: {f"{value:g}": {tune.key: value} for value in tune.values}}
+        tried = [one for variant in study.variants for one in grid(variant, over)]
+        trials = plan_study(
+            replace(study, variants=tried, tune=None, baseline=""),
+            *(scale, [0], folder, merge(asked, tune.set)),
+        )
+        middle = tune.values[len(tune.values) // 2]
+        guess = [replace(x, set=x.set | {tune.key: middle}) for x in study.variants]
+        guessed = replace(study, variants=guess, tune=None)
+        return replace(plan_study(guessed, scale, seeds, folder, asked), trials=trials)
     runs: dict[str, list[Job]] = {}
     for variant in study.variants:
         model = scale.models[variant.model]
@@ -62,7 +78,7 @@ def plan_study(
         runs[variant.name] = [
             Job(recipe, home / f"seed-{seed}", settings | {"run.seed": seed}) for seed in seeds
         ]
-    return StudyPlan(study, scale, seeds, runs)
+    return StudyPlan(study, scale, seeds, runs, folder, asked)
 
 
 def _digest(config: TrainConfig) -> str:

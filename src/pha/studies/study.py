@@ -15,12 +15,13 @@ from pha.results import JSON_FORMAT
 from pha.studies import efficiency, shares
 from pha.studies.definition import Scale, Study
 from pha.studies.drawing import draw
-from pha.studies.jobs import run_jobs, run_on_cluster
+from pha.studies.jobs import Job, run_jobs, run_on_cluster
 from pha.studies.measures import MEASURES
 from pha.studies.outcome import Outcome, Seed, make_outcome
 from pha.studies.planning import StudyPlan
 from pha.studies.published import find_published
 from pha.studies.tabulate import study_table
+from pha.studies.tuning import settle
 from pha.utils.files import remove_leftovers, write_json, write_text
 from pha.utils.hardware import default_device, provenance
 from pha.utils.outputs import hold, require_folder, require_own, writing
@@ -122,12 +123,22 @@ def run_study(
     """
     files = Files(plan.study, plan.scale, folder, console)
     with files.kept():
-        if partition is not None:
-            run_on_cluster(plan.jobs(), partition, folder, console)
-        else:
-            run_jobs(plan.jobs(), console, parallel)
+
+        def train(jobs: Sequence[Job]) -> None:
+            if partition is not None:
+                run_on_cluster(jobs, partition, folder, console)
+            else:
+                run_jobs(jobs, console, parallel)
+
+        if plan.trials is not None:
+            train(plan.trials.jobs())
+        plan, choices = settle(plan)
+        train(plan.jobs())
         outcome = make_outcome(plan)
         tables, sentences, content = [study_table(outcome)], outcome.sentences(), record(outcome)
+        if choices:
+            content["tuning"] = list(map(asdict, choices))
+            sentences += [choice.sentence() for choice in choices]
         if plan.study.kind == "mixing":
             table, more, content["mixing"] = shares.analyse(outcome)
             tables.append(table)

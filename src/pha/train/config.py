@@ -94,7 +94,8 @@ class RunConfig:
 
     Attributes:
         steps: optimiser steps; or
-        epochs: passes over the training split.
+        epochs: passes over the training split; or
+        flops: FLOPs of training, those of the mixers counted, as close as whole steps come.
         global_batch: sequences per optimiser step, however they are cut.
         micro_batch: sequences per forward pass and device; chosen from memory when null.
         precision: fp32, bf16 (autocast), or auto: bf16 where the device does it faster.
@@ -121,6 +122,7 @@ class RunConfig:
 
     steps: int | None = None
     epochs: float | None = None
+    flops: float | None = None
     global_batch: int = 24
     micro_batch: int | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -144,6 +146,7 @@ class RunConfig:
 
 MOST = 1 << 53
 """Of any number: floats count no further, and beyond it is only infinity."""
+MOST_FLOPS = 1e30
 
 _ALLOWED: dict[str, Callable[[float], bool]] = {
     "at least 1": lambda value: value >= 1,
@@ -159,7 +162,7 @@ _RULES = {
         "checkpoint_every keep_checkpoints keep_best average_best log_every"
     ),
     ("run", "at least 0"): "sample_tokens seed watch_every",
-    ("run", "above 0"): "epochs",
+    ("run", "above 0"): "epochs flops",
     ("schedule", "at least 0"): "warmup_steps plateau_patience",
     ("schedule", "in [0, 1]"): "floor warmup_fraction decay_fraction plateau_factor",
     ("optimizer", "at least 0"): "weight_decay gradient_clip",
@@ -195,12 +198,14 @@ class TrainConfig:
             (data.store is None) != (data.source is None),
             "name the data: --data STORE (made by `pha prepare`), or data.source, not both",
         )
-        _require((run.steps is None) != (run.epochs is None), "give either run.steps or run.epochs")
+        given = [length is not None for length in (run.steps, run.epochs, run.flops)]
+        _require(sum(given) == 1, "give one of run.steps, run.epochs and run.flops")
         for (section, rule), keys in _RULES.items():
             for key in keys.split():
                 value = getattr(getattr(self, section), key)
-                allowed = value is None or (_ALLOWED[rule](value) and value <= MOST)
-                most = "" if value is None or value <= MOST else f", and at most {MOST}"
+                limit = MOST_FLOPS if key == "flops" else MOST
+                allowed = value is None or (_ALLOWED[rule](value) and value <= limit)
+                most = "" if value is None or value <= limit else f", and at most {limit}"
                 _require(allowed, f"{section}.{key} is {value}; it must be {rule}{most}")
         _require(
             optimizer.muon_learning_rate is None or optimizer.kind == "muon",

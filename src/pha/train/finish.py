@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pha.costs import cache_bytes
 from pha.data.store import TokenStore
 from pha.evals.generation import Sampling, generate
 from pha.evals.perplexity import evaluate
@@ -56,7 +57,7 @@ def finish(session: Session, progress: Progress) -> RunResult:
         seconds=progress.seconds,
         tokens_per_second=speed,
         data_wait=progress.data_seconds / progress.seconds,
-        utilisation=6.0 * plan.parameters * speed / plan.matmul_flops,
+        utilisation=plan.flops_per_token * speed / plan.matmul_flops,
         matmul_flops=plan.matmul_flops,
         peak_memory_bytes=progress.peak_memory,
         chosen=chosen.name,
@@ -65,6 +66,8 @@ def finish(session: Session, progress: Progress) -> RunResult:
         model=ModelSize(
             config.model.preset,
             Parameters(plan.parameters, embedding, plan.parameters - embedding, components),
+            cache_bytes(config.model, config.data.sequence_length),
+            plan.flops_per_token,
         ),
         evaluations=[chosen.evaluation],
         best_validation_perplexity=progress.best[0][0],

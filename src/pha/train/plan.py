@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pha.costs import training_flops
 from pha.model import ArchitectureConfig
+from pha.model.config import vars_of
 from pha.model.parameters import count_parameters
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops.linear_cross_entropy import chunk_logits
@@ -36,7 +37,8 @@ class Plan:
     steps_per_epoch: int  # optimiser steps in a pass over the training split
     micro_batch: int  # sequences per forward pass and device
     accumulation: int  # forward passes per optimiser step and device
-    flops: float  # 6 x parameters x tokens
+    flops_per_token: float  # `pha.costs.training_flops`
+    flops: float  # of the run
     weights_bytes: int  # weights, gradients and two moments
     activation_bytes: int  # what a micro-batch keeps for its backward pass
     free_bytes: int  # what is free now
@@ -70,11 +72,6 @@ def activation_bytes_per_token(config: ArchitectureConfig, precision: str) -> fl
         # Weights cast for autocast and other tensors without a token dimension do not scale.
         scaling = [t for t in saved.values() if PROBE_TOKENS in t.shape]
         return sum(t.nbytes for t in scaling) / PROBE_TOKENS
-
-
-def vars_of(config: ArchitectureConfig) -> dict[str, Any]:
-    """The fields of an architecture as keyword arguments."""
-    return {name: getattr(config, name) for name in ArchitectureConfig.__dataclass_fields__}
 
 
 def make_plan(
@@ -126,11 +123,15 @@ def make_plan(
             f"the training split has {train_windows} sequences of {length} tokens, fewer than one "
             f"global batch of {run.global_batch}; lower run.global_batch or data.sequence_length"
         )
-    steps = run.steps
+    steps, per_step = run.steps, run.global_batch * length
+    flops_per_token = training_flops(config.model, length)
     if steps is None:
-        assert run.epochs is not None
-        steps = max(1, round(run.epochs * steps_per_epoch))
-    tokens = steps * run.global_batch * length
+        if run.flops is not None:
+            steps = max(1, round(run.flops / (per_step * flops_per_token)))
+        else:
+            assert run.epochs is not None
+            steps = max(1, round(run.epochs * steps_per_epoch))
+    tokens = steps * per_step
     rate = matmul_rate(device, precision)
     return Plan(
         parameters=parameters,
@@ -139,10 +140,11 @@ def make_plan(
         steps_per_epoch=steps_per_epoch,
         micro_batch=micro,
         accumulation=math.ceil(share / micro),
-        flops=6.0 * parameters * tokens,
+        flops_per_token=flops_per_token,
+        flops=flops_per_token * tokens,
         weights_bytes=weights,
         activation_bytes=int(per_token * length * micro) + loss_bytes,
         free_bytes=free,
         matmul_flops=rate,
-        seconds=6.0 * parameters * tokens / (rate * processes * ASSUMED_UTILISATION),
+        seconds=flops_per_token * tokens / (rate * processes * ASSUMED_UTILISATION),
     )

@@ -65,17 +65,17 @@ def _read(recipe: str) -> tuple[str, dict[str, Any]]:
     return recipe, content
 
 
-# Pairs of which a configuration gives one: naming either drops the other.
-_EXCLUSIVE = (("run.steps", "run.epochs"), ("data.store", "data.source"))
+# Of these a configuration gives one: naming it drops the others.
+_EXCLUSIVE = (("run.steps", "run.epochs", "run.flops"), ("data.store", "data.source"))
 
 
 def merge(*layers: Mapping[str, Any]) -> Settings:
     """Settings in which later layers win, and of two keys that exclude each other the later one."""
     merged: Settings = {}
     for layer in layers:
-        for pair in _EXCLUSIVE:
-            if layer.keys() & set(pair):
-                for key in pair:
+        for keys in _EXCLUSIVE:
+            if layer.keys() & set(keys):
+                for key in keys:
                     merged.pop(key, None)
         merged |= layer
     return merged

@@ -14,13 +14,13 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from pha.loading import load_model
+from pha.model.config import vars_of
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.results import RunResult
 from pha.train.checkpoint import Progress
 from pha.train.config import TrainConfig
 from pha.train.diagnose import deterministic
 from pha.train.finish import finish
-from pha.train.plan import vars_of
 from pha.train.session import Session, open_session, print_plan, require_same_run
 from pha.train.trainer import Trainer
 from pha.utils.errors import PHAError, is_out_of_memory

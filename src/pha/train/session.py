@@ -20,11 +20,12 @@ from pha.data.store import TokenStore
 from pha.data.tokenizer import tokenizer_sha256
 from pha.loading import load_model
 from pha.model import ArchitectureConfig
+from pha.model.config import vars_of
 from pha.ops import in_use
 from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train.config import TrainConfig
-from pha.train.plan import Plan, make_plan, vars_of
+from pha.train.plan import Plan, make_plan
 from pha.utils.errors import PHAError
 from pha.utils.files import cache_folder
 from pha.utils.hardware import choose_precision, device_name
@@ -152,7 +153,7 @@ def print_plan(session: Session) -> None:
         f"{plan.steps / plan.steps_per_epoch:.2f} epochs",
         f"memory     {memory(plan.weights_bytes)} for weights, gradients and moments, "
         f"{memory(plan.activation_bytes)} for a micro-batch; {memory(plan.free_bytes)} free",
-        f"work       {count(plan.flops)}FLOP (6 x parameters x tokens)",
+        f"work       {count(plan.flops)}FLOP, those of the mixers counted",
         "ops        " + ", ".join(f"{op} {what}" for op, what in in_use(device.type).items()),
         f"time       about {duration(plan.seconds)} if 40% of that rate is reached",
     ]

@@ -154,7 +154,6 @@ class Trainer:
         if self._main:
             self.run.diverged.unlink(missing_ok=True)
         metrics = MetricsWriter(self.run.metrics, progress.metrics_bytes, self.accelerator)
-        flops_per_token = 6.0 * plan.parameters
         matmul = plan.matmul_flops * self.accelerator.num_processes
         tokens_per_step = run.global_batch * self.config.data.sequence_length
         losses: list[Tensor] = []
@@ -191,7 +190,7 @@ class Trainer:
                     mean = float(torch.stack(losses).mean())
                     seconds = progress.seconds - logged_at
                     speed = len(losses) * tokens_per_step / seconds
-                    use = speed * flops_per_token / matmul
+                    use = speed * plan.flops_per_token / matmul
                     record = TrainRecord(
                         step=progress.step,
                         tokens=progress.tokens,

@@ -42,6 +42,11 @@ def attention(
     return function(q, k, v, mask, window)
 
 
+def causal_pairs(length: int, window: int) -> int:
+    """How many (query, key) pairs there are among `length` tokens that see at most `window`."""
+    return window * (window + 1) // 2 + (length - window) * window
+
+
 def attention_mask(
     query: Tensor,
     key: Tensor,

@@ -75,6 +75,16 @@ def linear_attention_chunked(
     return y.to(v.dtype).contiguous(), S
 
 
+def chunked_flops(heads: int, sharers: int, K: int, P: int, length: int, delta: bool) -> float:
+    """FLOPs a token of these products over the pairs within chunks, and of those with the state.
+
+    Queries and keys are those of `sharers` heads; the delta rule has its system besides.
+    """
+    pairs = min(CHUNK, length) + 1  # 2 FLOPs for each, of which half are seen
+    additive = sharers * pairs * K + heads * (pairs * P + 4 * K * P)
+    return float(additive + delta * heads * (2 * pairs * K + pairs * P + 2 * K * P))
+
+
 def _chunks(x: Tensor, C: int) -> Tensor:
     """(B, T, H, ...) as (T / C, B, H, C, ...), with zeros at the end."""
     x = F.pad(x, (*[0, 0] * (x.dim() - 2), 0, -x.shape[1] % C))
