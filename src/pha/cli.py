@@ -108,8 +108,8 @@ def _main(arguments: Sequence[str] | None, asked: Sequence[int]) -> None:
     # kernels between two pieces need. Read when torch is imported, which verbs do later.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     program = "pha"
-    _open_streams()
     try:
+        _open_streams()
         parser, options = _read_start(arguments)
         if options.version:
             from pha import __version__

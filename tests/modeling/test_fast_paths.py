@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from accelerate import cpu_offload
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -361,8 +363,9 @@ def test_a_reordered_or_emptied_cache_goes_on(model: PHAForCausalLM) -> None:
     cache.reorder_cache(torch.tensor([1, 1]))
     logits = model(ids[1:, 5:6].repeat(2, 1), past_key_values=cache).logits
     assert_same(logits, model(ids[[1, 1], :6]).logits[:, -1:])
-    cache.reset()
-    assert_same(model(ids[:, :5], past_key_values=cache).logits, model(ids[:, :5]).logits)
+    if Version(transformers.__version__) >= Version("5.18"):  # before, a reset leaves keys of zero
+        cache.reset()
+        assert_same(model(ids[:, :5], past_key_values=cache).logits, model(ids[:, :5]).logits)
 
 
 @pytest.mark.parametrize("prompt", [1, 4])
