@@ -372,5 +372,6 @@ def test_equal_flops_are_those_of_the_baseline(store: TokenStore, tmp_path: Path
     config = load_recipe(same.recipe, same.settings)
     model = replace(config.model, vocab_size=8192)
     length = config.data.sequence_length
+    assert config.run.steps is not None
     seen = config.run.steps * config.run.global_batch * length
     assert flops == pytest.approx(seen * training_flops(model, length), rel=0.002)

@@ -10,6 +10,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pha.utils.errors import PHAError
 
+_Layer = Sequence[str | dict[str, dict[str, Any]]]
+"""Branches of a layer, those with options of their own as mappings."""
+
 # Far beyond any model: what is above is a slip or a damaged file, and fills the memory.
 MOST, MOST_LAYERS = 1 << 24, 10_000
 
@@ -102,17 +105,20 @@ class ArchitectureConfig:
     @property
     def branch_names(self) -> list[str]:
         """Every branch that some layer may have."""
-        added = ["attention"] if self.attention_layers else []
-        patterns = self.layer_pattern or [self.branches]
-        return list(dict.fromkeys(name for x in [*patterns, added] for name, _ in _named(x)))
+        added = [["attention"]] if self.attention_layers else []
+        layers: list[_Layer] = [*self._patterns(), *added]
+        return list(dict.fromkeys(name for layer in layers for name, _ in _named(layer)))
 
     def layer_branches(self, layer_idx: int) -> dict[str, dict[str, Any]]:
         """Names of the branches of one layer, each with its options."""
-        patterns: Sequence[Sequence[Any]] = self.layer_pattern or [self.branches]
+        patterns = self._patterns()
         chosen = patterns[layer_idx % len(patterns)]
         if layer_idx in self.attention_layers:
             chosen = ["attention"]
         return {name: self.branch_options.get(name, {}) | own for name, own in _named(chosen)}
+
+    def _patterns(self) -> list[_Layer]:
+        return [*self.layer_pattern] or [self.branches]
 
     def ffn_size(self, expansion: float) -> int:
         """Hidden size of an FFN: `expansion` times d, to the nearest multiple of 8 [ours]."""
@@ -169,10 +175,9 @@ class ArchitectureConfig:
             value = getattr(self, name)
             _require(value > 0, f"{name} is {value}; it must be above 0")
         _require(bool(self.branches), "branches is empty; name at least one, such as gss")
-        for what, entries in [
-            ("branches", self.branches),
-            *((f"layer {i} of layer_pattern", layer) for i, layer in enumerate(self.layer_pattern)),
-        ]:
+        layers: list[tuple[str, _Layer]] = [("branches", self.branches)]
+        layers += ((f"layer {i} of layer_pattern", x) for i, x in enumerate(self.layer_pattern))
+        for what, entries in layers:
             _require(
                 bool(entries) and all(isinstance(x, str) or len(x) == 1 for x in entries),
                 f"{what} is {entries}; name at least one, each by itself",
@@ -206,7 +211,7 @@ class ArchitectureConfig:
             )
 
 
-def _named(entries: Sequence[str | dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _named(entries: _Layer) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and own options, of branches that are named with them or without."""
     for entry in entries:
         yield from ({entry: {}} if isinstance(entry, str) else entry).items()
