@@ -8,7 +8,8 @@ from pha.data.store import TokenStore
 from pha.evals.generation import Sampling, generate
 from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
-from pha.loading import LoadedModel, load_model
+from pha.foreign import ForeignModel
+from pha.loading import LanguageModel, LoadedModel, load_model
 from pha.model.parameters import count_parameters
 from pha.results import (
     Candidate,
@@ -68,13 +69,20 @@ def finish(session: Session, progress: Progress) -> RunResult:
         ),
         evaluations=[chosen.evaluation],
         best_validation_perplexity=progress.best[0][0],
-        mixing=[LayerMixing(**layer) for layer in loaded.model.model.mixing_weights()],
+        mixing=mixing_of(loaded.model),
         samples=samples,
         data=store.describe(),
         provenance=provenance(device, config.run.precision),
     )
     result.write(run.result)
     return result
+
+
+def mixing_of(model: LanguageModel) -> list[LayerMixing]:
+    """The mixing of every layer; none of a model that is not ours."""
+    if isinstance(model, ForeignModel):
+        return []
+    return [LayerMixing(**layer) for layer in model.model.mixing_weights()]
 
 
 def _candidates(session: Session, progress: Progress, split: str) -> list[tuple[Candidate, Path]]:
