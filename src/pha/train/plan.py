@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pha.foreign import ForeignModel, make_foreign
 from pha.model import ArchitectureConfig
 from pha.model.parameters import count_parameters
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops.linear_cross_entropy import chunk_logits
+from pha.peers import count_multiplied
 from pha.train.config import TrainConfig
+from pha.train.models import foreign_shape, vars_of
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, free_memory, matmul_rate
 
@@ -23,6 +25,7 @@ ASSUMED_UTILISATION = 0.4
 # Sequences per forward pass are raised up to this many tokens on a CPU, whose caches gain nothing
 # from more.
 CPU_TOKENS = 8192
+PROBE_MOST = 512  # of a model that is not ours, which may pad or go token by token
 PROBE_TOKENS = 23  # a prime, so that no size of a model's own is taken for it
 
 
@@ -31,12 +34,13 @@ class Plan:
     """Sizes, memory, work and time of a run."""
 
     parameters: int  # all of them, the tied head once
+    multiplied: int  # those that multiply every token: not tables that are only looked up
     steps: int  # optimiser steps
     tokens: int  # tokens seen in all
     steps_per_epoch: int  # optimiser steps in a pass over the training split
     micro_batch: int  # sequences per forward pass and device
     accumulation: int  # forward passes per optimiser step and device
-    flops: float  # 6 x parameters x tokens
+    flops: float  # 6 x parameters that multiply x tokens
     weights_bytes: int  # weights, gradients and two moments
     activation_bytes: int  # what a micro-batch keeps for its backward pass
     free_bytes: int  # what is free now
@@ -49,8 +53,18 @@ def activation_bytes_per_token(config: ArchitectureConfig, precision: str) -> fl
 
     Counted by running the model on fake tensors, which have shapes and types but no storage.
     """
+    with FakeTensorMode():
+        model = PHAForCausalLM(PHAConfig(**(vars_of(config) | {"vocab_size": 8})))
+        saved = _kept(model, PROBE_TOKENS, precision)
+        # Weights cast for autocast and other tensors without a token dimension do not scale.
+        scaling = [t for t in saved if PROBE_TOKENS in t.shape]
+        return sum(t.nbytes for t in scaling) / PROBE_TOKENS
+
+
+def _kept(model: PHAForCausalLM | ForeignModel, tokens: int, precision: str) -> list[torch.Tensor]:
+    """What autograd keeps of so many tokens in training; weights are not among it."""
     saved: dict[int, torch.Tensor] = {}
-    own: set[int] = set()
+    own = {id(p) for p in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         base = tensor if tensor._base is None else tensor._base
@@ -58,23 +72,41 @@ def activation_bytes_per_token(config: ArchitectureConfig, precision: str) -> fl
             saved[id(base)] = base
         return tensor
 
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", PRECISIONS[precision], enabled=precision != "fp32"),
+    ):
+        model.train().states(torch.zeros(1, tokens, dtype=torch.long))
+    return list(saved.values())
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What of a model decides what its run costs."""
+
+    parameters: int
+    multiplied: int
+    layers: int
+    width: int
+    per_token: float  # bytes that autograd keeps
+
+
+def _measure(config: TrainConfig, precision: str) -> _Size:
+    """The size of a run's model, found without room for its weights."""
+    if config.transformers.name is None:
+        ours = config.model
+        total = sum(count_parameters(ours).values())
+        kept = activation_bytes_per_token(ours, precision)
+        return _Size(total, total, ours.num_hidden_layers, ours.hidden_size, kept)
+    shape, tokens = foreign_shape(config), min(config.data.sequence_length, PROBE_MOST)
     with FakeTensorMode():
-        model = PHAForCausalLM(PHAConfig(**(vars_of(config) | {"vocab_size": 8}))).train()
-        own.update(id(p) for p in model.parameters())
-        ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", PRECISIONS[precision], enabled=precision != "fp32"),
-        ):
-            model.model(input_ids=ids)
-        # Weights cast for autocast and other tensors without a token dimension do not scale.
-        scaling = [t for t in saved.values() if PROBE_TOKENS in t.shape]
-        return sum(t.nbytes for t in scaling) / PROBE_TOKENS
-
-
-def vars_of(config: ArchitectureConfig) -> dict[str, Any]:
-    """The fields of an architecture as keyword arguments."""
-    return {name: getattr(config, name) for name in ArchitectureConfig.__dataclass_fields__}
+        model = make_foreign(shape)
+        weights = {p.shape for p in model.parameters()}  # cast for autocast they do not scale
+        saved = [t for t in _kept(model, tokens, precision) if t.shape not in weights]
+        # All logits are among it: whether the loss can go in chunks shows only with weights.
+        kept = sum(t.nbytes for t in saved) / tokens + 2 * 4 * shape.vocab_size
+        total, multiplied = count_multiplied(model.inner)
+    return _Size(total, multiplied, shape.num_hidden_layers, shape.hidden_size, kept)
 
 
 def make_plan(
@@ -99,17 +131,16 @@ def make_plan(
             f"processes ({processes})"
         )
     share = run.global_batch // processes
-    parameters = sum(count_parameters(config.model).values())
+    size = _measure(config, precision)
+    parameters, per_token, width = size.parameters, size.per_token, size.width
     weights = parameters * 4 * 4
-    per_token = activation_bytes_per_token(config.model, precision)
     if run.gradient_checkpointing:
         # What enters each layer, in float32, and the inside of one layer at a time.
-        layers = config.model.num_hidden_layers
-        per_token = 4 * layers * config.model.hidden_size + per_token / layers
+        per_token = 4 * size.layers * width + per_token / size.layers
     free = free_memory(device)
     # The loss holds a chunk of logits and what is computed from it, and the head's gradient.
     chunk = min(chunk_logits(device.type), share * length * config.model.vocab_size)
-    loss_bytes = 3 * 4 * chunk + 4 * config.model.vocab_size * config.model.hidden_size
+    loss_bytes = 3 * 4 * chunk + 4 * config.model.vocab_size * width
     budget = 0.8 * free - weights - loss_bytes
     fits = int(budget / (per_token * length))
     if device.type == "cpu":
@@ -134,15 +165,16 @@ def make_plan(
     rate = matmul_rate(device, precision)
     return Plan(
         parameters=parameters,
+        multiplied=size.multiplied,
         steps=steps,
         tokens=tokens,
         steps_per_epoch=steps_per_epoch,
         micro_batch=micro,
         accumulation=math.ceil(share / micro),
-        flops=6.0 * parameters * tokens,
+        flops=6.0 * size.multiplied * tokens,
         weights_bytes=weights,
         activation_bytes=int(per_token * length * micro) + loss_bytes,
         free_bytes=free,
         matmul_flops=rate,
-        seconds=6.0 * parameters * tokens / (rate * processes * ASSUMED_UTILISATION),
+        seconds=6.0 * size.multiplied * tokens / (rate * processes * ASSUMED_UTILISATION),
     )
