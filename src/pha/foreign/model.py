@@ -51,6 +51,7 @@ class ForeignModel(nn.Module):
         self.inner = inner
         self.chunked = False
         self._continues: bool | None = None
+        self._pads: bool | None = None
         self.no_decay = tuple(n for n, _ in self.named_parameters() if n.endswith("A_log"))
         reach = getattr(inner.config, "max_position_embeddings", None)
         embedding = inner.get_input_embeddings()
@@ -156,12 +157,19 @@ class ForeignModel(nn.Module):
         """As of transformers.
 
         Raises:
-            PHAError: more tokens than it has positions, or a prompt in pieces that it cannot read.
+            PHAError: more tokens than it has positions, a prompt in pieces or prompts side by side
+                that it cannot read.
         """
         settings: GenerationConfig = arguments["generation_config"]
         self._require_room(input_ids.shape[1] + int(settings.max_new_tokens or 0))
         if settings.prefill_chunk_size:
             self._require_continuation()
+        mask: Tensor | None = arguments.get("attention_mask")
+        if mask is not None and not mask.all():
+            self._require_padding()
+        # RecurrentGemma keeps its state in its modules, and a prompt of one token would go on
+        # from that of the text before; reading without a cache clears it.
+        self.inner(input_ids[:, :1], use_cache=False)
         return self.inner.generate(input_ids, **arguments)
 
     @torch.no_grad()
@@ -233,6 +241,28 @@ class ForeignModel(nn.Module):
             raise PHAError(
                 f"transformers' {self.config.model_type} does not go on from its cache with more "
                 "than one token: read all at once (a larger --piece), or use `pha eval`"
+            )
+
+    @torch.no_grad()
+    def _require_padding(self) -> None:
+        """Refuse prompts of several lengths for a model that reads what pads them."""
+        if self._pads is None:
+            settings = GenerationConfig(
+                max_new_tokens=1, pad_token_id=0, return_dict_in_generate=True, output_logits=True
+            )
+            with self._trial() as ids:
+                alone = ids[:, :_CUT]
+                padded = F.pad(alone, (5, 0))
+                mask = F.pad(torch.ones_like(alone), (5, 0))
+                one, two = (
+                    self.inner.generate(x, attention_mask=m, generation_config=settings).logits[0]
+                    for x, m in ((alone, torch.ones_like(alone)), (padded, mask))
+                )
+            self._pads = _close(one, two, 1e-4)
+        if not self._pads:
+            raise PHAError(
+                f"transformers' {self.config.model_type} reads what pads shorter prompts: "
+                "continue one at a time (--batch-size 1)"
             )
 
     def _require_room(self, tokens: int) -> None:
