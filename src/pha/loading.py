@@ -1,22 +1,32 @@
-"""From a path to a model: a run folder, one of its checkpoints, or any saved PHA model."""
+"""From a path to a model: a run folder, one of its checkpoints, or any saved model.
+
+`hf:` before a path or a name of the Hub stands for a model of transformers that is not ours.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging
 
-from pha.data.tokenizer import read_saved_tokenizer
+from pha.data.tokenizer import load_tokenizer, read_saved_tokenizer, vocabulary_size
+from pha.foreign import ForeignModel, in_one_line, load_foreign, source_folder
 from pha.model.parameters import count_parameters
 from pha.modeling import PHAConfig, PHAForCausalLM
+from pha.peers import PREFIX
 from pha.runs import RunFolder
-from pha.utils.errors import PHAError, is_out_of_memory
+from pha.utils.errors import PHAError
 from pha.utils.formats import read_json
 from pha.utils.records import record_from
 from pha.utils.text import shorten
+
+LanguageModel = PHAForCausalLM | ForeignModel
+"""What is trained and evaluated: it has `states`, `token_statistics` and a loss in `forward`."""
 
 _INDEX = "model.safetensors.index.json"
 
@@ -33,19 +43,34 @@ class LoadedModel:
     """A model ready for evaluation, with the tokenizer that travels with it."""
 
     path: Path
-    model: PHAForCausalLM
+    model: LanguageModel
     tokenizer: PreTrainedTokenizerFast
     run: RunFolder | None
+
+    @property
+    def pha(self) -> PHAForCausalLM:
+        """The model, for what only ours can do.
+
+        Raises:
+            PHAError: it is another one.
+        """
+        if not isinstance(self.model, PHAForCausalLM):
+            kind = self.model.config.model_type
+            raise PHAError(f"{self.path} holds a {kind!r} model; this command reads PHA models")
+        return self.model
 
 
 def model_folder(path: Path) -> tuple[Path, RunFolder | None]:
     """The folder with config.json and weights that `path` stands for, and the run it belongs to.
 
     A run stands for its chosen weights in `model/`, or its newest checkpoint before there are any.
+    Behind `hf:` a name that is no folder is one of the Hub.
 
     Raises:
         PHAError: nothing there, or nothing of a model in it.
     """
+    if str(path).startswith(PREFIX):
+        path = source_folder(str(path).removeprefix(PREFIX))
     if not path.is_dir():
         raise PHAError(f"{path} does not exist; give a run folder or a saved model")
     if (path / "config.json").is_file():
@@ -62,19 +87,15 @@ def model_folder(path: Path) -> tuple[Path, RunFolder | None]:
     raise PHAError(f"{path} is neither a run folder nor a saved model (no config.json)")
 
 
-def _check_files(folder: Path) -> None:
-    """Refuse what transformers would take from elsewhere, or make room for without having weights.
+def _check_files(folder: Path) -> dict[str, Any]:
+    """Refuse what transformers would take from elsewhere; the configuration.
 
     Raises:
-        PHAError: another kind of model, no tokenizer, files outside the folder, or a configuration
-            of more parameters than there are bytes of weights.
+        PHAError: files outside the folder, or an adapter.
     """
     config = read_json(folder / "config.json")
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "pha":
-        raise PHAError(f"{folder} holds a {kind!r} model; this command reads PHA models")
-    if not (folder / "tokenizer.json").is_file():
-        raise PHAError(f"{folder} has no tokenizer.json; models are saved with their tokenizer")
+    if not isinstance(config, dict):
+        raise PHAError(f"{folder}/config.json is damaged; get it again")
     names = [config.get("transformers_weights") or "model.safetensors"]
     if (folder / _INDEX).is_file():
         index = record_from(_Index, read_json(folder / _INDEX), str(folder / _INDEX))
@@ -83,6 +104,18 @@ def _check_files(folder: Path) -> None:
         raise PHAError(f"{folder} names weights that are no file in it; get the model again")
     if (folder / "adapter_config.json").exists():
         raise PHAError(f"{folder} holds an adapter; merge it into its model with PEFT first")
+    return config
+
+
+def _check_ours(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a folder of which transformers would make room for more than it has weights for.
+
+    Raises:
+        PHAError: no tokenizer, or a configuration of more parameters than there are bytes of
+            weights.
+    """
+    if not (folder / "tokenizer.json").is_file():
+        raise PHAError(f"{folder} has no tokenizer.json; models are saved with their tokenizer")
     try:
         parameters = sum(count_parameters(PHAConfig(**config)).values())
     except PHAError:
@@ -98,7 +131,10 @@ def _check_files(folder: Path) -> None:
 
 
 def load_model(
-    path: Path, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    path: Path,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> LoadedModel:
     """Load a run, checkpoint or model for evaluation. Weights come from safetensors only.
 
@@ -106,31 +142,39 @@ def load_model(
         path: see `model_folder`.
         device: where the model goes; the CPU if absent.
         dtype: of the weights, whatever they are saved in; decays and mixing stay in fp32.
+        changes: fields of the configuration to change, of a model that is not ours.
 
     Raises:
         PHAError: nothing there, damaged weights, or another kind of model.
     """
     folder, run = model_folder(path)
-    _check_files(folder)
-    tokenizer = read_saved_tokenizer(folder)
-    logging.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is wrong with weights is told in one line
-    try:
-        model = PHAForCausalLM.from_pretrained(
+    config = _check_files(folder)
+    kind = config.get("model_type")
+    if kind == "pha":
+        _check_ours(folder, config)
+        tokenizer = read_saved_tokenizer(folder)
+        model: LanguageModel = _load_ours(folder, dtype)
+    elif run is not None or str(path).startswith(PREFIX):
+        model = load_foreign(folder, dtype, changes)
+        is_saved = (folder / "tokenizer.json").is_file()
+        tokenizer = read_saved_tokenizer(folder) if is_saved else load_tokenizer(str(folder))
+        if vocabulary_size(tokenizer) > model.config.vocab_size:
+            raise PHAError(f"{folder} has a tokenizer of another model; get both from one place")
+    else:
+        raise PHAError(f"{folder} holds a {kind!r} model; write {PREFIX}{path}, or give one of PHA")
+    model = model.to(device or "cpu").eval()
+    if isinstance(model, ForeignModel):
+        model.look()
+    return LoadedModel(path, model, tokenizer, run)
+
+
+def _load_ours(folder: Path, dtype: torch.dtype) -> PHAForCausalLM:
+    with in_one_line(f"{folder} is damaged and cannot be loaded"):
+        model: PHAForCausalLM = PHAForCausalLM.from_pretrained(
             folder,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             dtype=dtype,
         )
-    except PHAError:
-        raise
-    except Exception as error:  # whatever transformers and safetensors make of damaged files
-        if is_out_of_memory(error):
-            raise
-        reason = shorten(str(error), 200)
-        raise PHAError(f"{folder} is damaged and cannot be loaded ({reason})") from error
-    finally:
-        logging.set_verbosity(verbosity)
-    return LoadedModel(path, model.to(device or "cpu").eval(), tokenizer, run)
+    return model

@@ -420,6 +420,22 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         wide = logits.flatten(0, 1).to(accumulation_type(logits))
         return nn.functional.cross_entropy(wide, targets.flatten(), reduction="sum"), logits
 
+    def states(
+        self,
+        input_ids: Tensor,
+        document_starts: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Last hidden states (B, T, d) of tokens (B, T), which go into a cache if there is one."""
+        body: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            document_starts=document_starts,
+        )
+        assert body.last_hidden_state is not None
+        return body.last_hidden_state
+
     def token_statistics(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """What `pha.ops.token_statistics` says of hidden states (N, d), whatever the head is."""
         if is_plain_linear(self.lm_head):

@@ -9,19 +9,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pha.bench.peers import (
-    PEERS,
-    VOCABULARY,
-    AttentionShape,
-    attention_shape,
-    build,
-    count_multiplied,
-    model_config,
-    peer_names,
-)
+from pha.bench.peers import VOCABULARY, AttentionShape, attention_shape, build, model_config
 from pha.bench.work import Job, Prefill, Train
 from pha.model.parameters import count_parameters
 from pha.model.presets import preset_config
+from pha.peers import PEERS, count_multiplied, peer_names
 from pha.utils.errors import PHAError
 
 META = torch.device("meta")
@@ -76,6 +68,8 @@ def test_attention_layers_are_those_with_keys() -> None:
     assert layers("hf:mamba2") == 0
     assert layers("hf:gpt2") == layers("hf:falcon-h1") == 12
     assert layers("hf:recurrent-gemma") == 4
+    assert layers("hf:jamba") == layers("hf:bamba") == 2
+    assert layers("hf:mamba") == 0
 
 
 def matmul_flops(work: Callable[[], Any]) -> float:

@@ -246,7 +246,7 @@ def test_weights_load_in_either_type_whatever_they_are_saved_in(
     folder = tmp_path_factory.mktemp("saved")
     writer.model.save_pretrained(folder)
     writer.tokenizer.save_pretrained(folder)
-    half = load_model(folder, dtype=torch.bfloat16).model
+    half = load_model(folder, dtype=torch.bfloat16).pha
     kinds = {name.rpartition(".")[2]: p.dtype for name, p in half.named_parameters()}
     assert kinds["log_A"] == kinds["theta"] == torch.float32
     assert half.model.embed_tokens.weight.dtype == torch.bfloat16

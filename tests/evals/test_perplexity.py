@@ -22,7 +22,7 @@ STARTS = np.array([0, 40, 41, 100, 777], dtype=np.int64)
 
 @pytest.fixture(scope="module")
 def model(writer: LoadedModel) -> PHAForCausalLM:
-    return writer.model
+    return writer.pha
 
 
 def by_hand(

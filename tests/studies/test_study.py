@@ -346,6 +346,7 @@ def test_variants_choose_their_own_setting_in_short_runs(
     assert "at an end of what was tried" in " ".join(content["sentences"])
     for plot in ("cache", "time"):
         assert (tmp_path / "rates-tiny" / f"{plot}.png").stat().st_size > 1000
+    capsys.readouterr()
     # A rate that is asked for needs no trials.
     main([*words, "--dry-run", "--json", "--optimizer.learning_rate", "0.01"])
     assert len(json.loads(capsys.readouterr().out)["runs"]) == 1

@@ -15,15 +15,9 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from pha.bench.floors import Need
 from pha.bench.graphs import GraphedStep
-from pha.bench.peers import (
-    CHECKPOINTING,
-    attention_shape,
-    build,
-    count_multiplied,
-    is_ours,
-    model_config,
-)
+from pha.bench.peers import CHECKPOINTING, attention_shape, build, is_ours, model_config
 from pha.modeling import PHAForCausalLM
+from pha.peers import count_multiplied
 from pha.train.config import OptimizerConfig
 from pha.train.optim import make_optimizer
 from pha.utils.errors import PHAError
@@ -33,6 +27,7 @@ DECODE_TOKENS = 8  # new tokens of each sequence in one timed unit
 DECODE_UNITS = 32  # more would be decoding after a much longer prompt
 TRIAL_UNITS = 2  # of each kind of cache, the first to warm up
 STATIC_CACHES = ("pha", "gpt2", "llama")  # model types that can fill keys in place
+STATE_SPACES = ("mamba", "mamba2", "jamba", "falcon_h1", "bamba")
 KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d")
 
 
@@ -112,7 +107,7 @@ class ModelWork(Work):
 
     def _kernels(self) -> list[str]:
         """How transformers runs the state spaces of this model."""
-        if self.config.model_type not in ("mamba2", "falcon_h1"):
+        if self.config.model_type not in STATE_SPACES:
             return []
         fast = self.device.type == "cuda" and all(map(importlib.util.find_spec, KERNEL_PACKAGES))
         return ["mamba_ssm kernels" if fast else "scan in plain PyTorch"]
@@ -180,7 +175,7 @@ class _Inference(ModelWork):
         self.model.eval()
         self.setting += f", prompt {job.chunk} at a time" if job.chunk else ""
         self.cache_argument = (
-            "cache_params" if self.config.model_type == "mamba2" else "past_key_values"
+            "cache_params" if self.config.model_type in ("mamba", "mamba2") else "past_key_values"
         )
 
     def new_cache(self, static: bool = False) -> Cache:

@@ -19,7 +19,11 @@ from pha.utils.text import printable
 # docstring of a verb does not.
 Folder = Annotated[Path, "DIR"]
 File = Annotated[Path, "FILE"]
-Model = Annotated[Path, "RUN_OR_MODEL", "a run, a checkpoint or a saved model"]
+Model = Annotated[
+    Path,
+    "RUN_OR_MODEL",
+    "a run, a checkpoint or a saved model; hf:FOLDER or hf:NAME of transformers",
+]
 Store = Annotated[Path, "STORE", "token store made by `pha prepare`"]
 Recipe = Annotated[str, "RECIPE", "PRESET.PROTOCOL, or a path that ends in .yaml"]
 Dtype = Annotated[Literal["fp32", "bf16"], None, "type of the weights"]

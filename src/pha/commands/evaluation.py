@@ -96,7 +96,8 @@ def evaluate(
         packed_documents: reset at document starts (as the run was trained)
         protocol: see above; again for more, side by side
     """
-    from pha.data import TokenStore, tokenizer_sha256
+    from pha.data import TokenStore
+    from pha.data.tokenizer import tokenizer_hashes
     from pha.evals.perplexity import evaluate as run_evaluation
     from pha.evals.protocols import parse_protocols, trained_protocol
     from pha.loading import load_model
@@ -107,7 +108,7 @@ def evaluate(
     device = default_device()
     loaded = load_model(model, device)
     store = TokenStore.open(data)
-    store.require_tokenizer(tokenizer_sha256(loaded.tokenizer))
+    store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
     base = choose_protocol(sequence_length, stride, packed_documents, trained_protocol(loaded.run))
     protocols = [base]
     if protocol:

@@ -90,7 +90,7 @@ def mixing(model: Model, *, json: Json = False) -> None:
     from pha.runs import RunFolder
 
     records = RunFolder(model).read_metrics().mixing
-    final = load_model(model).model.model.mixing_weights()
+    final = load_model(model).pha.model.mixing_weights()
     if not final:
         raise PHAError(f"{model} has sequential blocks, which mix nothing")
     layers = [LayerMixing(**layer) for layer in final]

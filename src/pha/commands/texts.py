@@ -214,8 +214,8 @@ def score(
     device = default_device()
     loaded = load_model(model, device)
     if attention_window is not None:
-        loaded.model.config.attention_window = attention_window
-        loaded.model.config.check()
+        loaded.pha.config.attention_window = attention_window
+        loaded.pha.config.check()
     chosen = choose_precision(precision, device)
     facts = {"format": JSON_FORMAT, "provenance": provenance(device, chosen)}
     results: list[dict[str, Any]] = []

@@ -22,6 +22,7 @@ from pha.commands.common import (
     figures_table,
 )
 from pha.utils.progress import make_console
+from pha.utils.text import file_name
 
 
 def demo(*, out: Folder = Path("runs/demo"), steps: int | None = None) -> None:
@@ -123,7 +124,8 @@ def train(
 ) -> None:
     """Train a model by a recipe.
 
-    RECIPE is PRESET.PROTOCOL (`pha recipes` lists both) or a YAML file. Any key can be set:
+    RECIPE is PRESET.PROTOCOL (`pha recipes` lists both) or a YAML file; hf:NAME in the place of
+    a preset is a model of transformers. Any key can be set:
       pha train pha-tiny.text --data stores/mine --run.epochs 3 --model.dropout 0.2
     `pha recipes --keys` explains every key. The same command continues a stopped run.
 
@@ -144,7 +146,7 @@ def train(
     if init_from is not None:
         words += ["--run.init_from", init_from]
     config = load_recipe(recipe, words)
-    out = out or Path("runs") / str(config.recipe)
+    out = out or Path("runs") / file_name(str(config.recipe))
     console = console_for(json)
     if dry_run:
         answer(json, plan_training(config, out, console, resume))
@@ -191,6 +193,7 @@ def recipes(recipe: Recipe | None = None, *, keys: bool = False) -> None:
     import yaml
 
     from pha.model.presets import PRESETS
+    from pha.peers import PEERS, PREFIX
     from pha.train.recipes import describe, load_recipe, make_parser, protocols
 
     if keys:
@@ -210,3 +213,5 @@ def recipes(recipe: Recipe | None = None, *, keys: bool = False) -> None:
         table.add_row(name, describe(text))
     console.print(table)
     console.print("presets: " + "  ".join(PRESETS), highlight=False)
+    peers = "  ".join(PREFIX + name for name in PEERS)
+    console.print(f"models of transformers, also hf:FOLDER: {peers}", highlight=False)

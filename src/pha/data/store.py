@@ -143,16 +143,16 @@ class TokenStore:
         """Load the tokenizer that made the ids."""
         return load_tokenizer(str(self.path / TOKENIZER))
 
-    def require_tokenizer(self, sha256: str) -> None:
-        """Check that a model's tokenizer, given by its hash, is the one that made the ids.
+    def require_tokenizer(self, *hashes: str) -> None:
+        """Check that a model's tokenizer, given by its hashes, is the one that made the ids.
 
         Raises:
             PHAError: it is another one.
         """
-        if sha256 != self.tokenizer_sha256:
+        if self.tokenizer_sha256 not in hashes:
             raise PHAError(
                 f"{self.path} was made with the tokenizer {self._record['tokenizer']} "
-                f"({self.tokenizer_sha256[:12]}), but the model has another ({sha256[:12]}): "
+                f"({self.tokenizer_sha256[:12]}), but the model has another ({hashes[0][:12]}): "
                 "prepare a store with the model's tokenizer"
             )
 

@@ -71,6 +71,21 @@ def tokenizer_sha256(tokenizer: PreTrainedTokenizerFast) -> str:
     return _state_sha256(json.loads(tokenizer.backend_tokenizer.to_str()))
 
 
+def tokenizer_hashes(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """`tokenizer_sha256`, and what it would be had we written the same tokenizer.
+
+    GPT-2's own file says in other words what `gpt2` makes of its vocabulary and merges.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    found = [_state_sha256(state)]
+    if state["normalizer"] is None:  # so nothing is normalised, whatever is said of it
+        state["added_tokens"] = [t | {"normalized": False} for t in state["added_tokens"]]
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if key in state["model"]:
+            state["model"][key] = state["model"][key] or None
+    return list(dict.fromkeys([*found, _state_sha256(state)]))
+
+
 def saved_tokenizer_sha256(folder: Path) -> str:
     """`tokenizer_sha256` of the tokenizer that `save_pretrained` wrote to `folder`.
 

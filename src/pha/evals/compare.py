@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pha.data.store import TokenStore
-from pha.data.tokenizer import tokenizer_sha256
+from pha.data.tokenizer import tokenizer_hashes
 from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
 from pha.evals.where import Bins, Passage, divisions, passages
@@ -211,13 +211,13 @@ def compare_models(
     Raises:
         PHAError: different tokenizers, too little text, or losses that are not finite.
     """
-    hashes = [tokenizer_sha256(model.tokenizer) for model in (a, b)]
-    if hashes[0] != hashes[1]:
+    mine, other = (tokenizer_hashes(model.tokenizer) for model in (a, b))
+    if not set(mine) & set(other):
         raise PHAError(
             f"{a.path} and {b.path} have different tokenizers, so their tokens differ: compare "
             "perplexities per word or byte (`pha eval`)"
         )
-    store.require_tokenizer(hashes[0])
+    store.require_tokenizer(*mine)
     count = store.counts(split).tokens - 1
     size = first_block(count, protocol.stride, block)
     evaluations, losses = [], []

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pha.data.store import TokenStore
 from pha.evals.protocols import Protocol, Window
-from pha.modeling import PHAForCausalLM
+from pha.loading import LanguageModel
 from pha.results import Evaluation
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, synchronise
@@ -22,7 +22,7 @@ BATCH_TOKENS = 8192
 
 
 def evaluate(
-    model: PHAForCausalLM,
+    model: LanguageModel,
     store: TokenStore,
     split: str,
     protocol: Protocol,
@@ -142,7 +142,7 @@ def _batches(
 
 @torch.inference_mode()
 def _score(
-    model: PHAForCausalLM, rows: np.ndarray, marks: np.ndarray | None, first: int, precision: str
+    model: LanguageModel, rows: np.ndarray, marks: np.ndarray | None, first: int, precision: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Losses and hits, each (B, T - first), of rows (B, T + 1) and document starts (B, T).
 
@@ -152,8 +152,7 @@ def _score(
     ids = torch.from_numpy(rows).to(device)
     starts = None if marks is None else torch.from_numpy(marks).to(device)
     with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
-        body = model.model(input_ids=ids[:, :-1], document_starts=starts, use_cache=False)
-        x = body.last_hidden_state
+        x = model.states(ids[:, :-1], starts)
         nats, hits = model.token_statistics(
             x[:, first:].flatten(0, 1), ids[:, first + 1 :].flatten()
         )

@@ -109,7 +109,7 @@ def stream(
     for array in _regroup(map(encoder.encode, encoder.pieces_of(parts)), piece):
         ids = torch.from_numpy(array).to(device)
         with autocast:
-            hidden = model.model(ids[None], past_key_values=cache).last_hidden_state[0]
+            hidden = model.states(ids[None], cache=cache)[0]
             before = hidden[:-1] if previous is None else torch.cat([previous, hidden[:-1]])
             targets = ids[1:] if previous is None else ids
             nats, hits = model.token_statistics(before, targets)
@@ -173,7 +173,7 @@ def score(
         protocol={
             "windows": "one document, state carried from piece to piece",
             "piece": piece,
-            "attention_window": loaded.model.config.attention_window,
+            "attention_window": getattr(loaded.model.config, "sliding_window", None),
             "first_token": "not scored",
             "precision": precision,
         },

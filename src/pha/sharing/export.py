@@ -72,7 +72,7 @@ def _export(
     loaded = load_model(source, dtype=dtype)
     card = model_card(
         out.resolve().name,
-        loaded.model.config,
+        loaded.pha.config,
         result,
         {} if loaded.run is None else loaded.run.read_config(),
         no_results=note,
@@ -110,7 +110,7 @@ def _require_replaceable(out: Path, force: bool) -> None:
 
 
 def _write(loaded: LoadedModel, card: ModelCard, out: Path) -> None:
-    model, tokenizer = loaded.model, loaded.tokenizer
+    model, tokenizer = loaded.pha, loaded.tokenizer
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     for name, value in ids.items():
         setattr(model.config, name, value)

@@ -12,6 +12,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pha.peers import PREFIX
 from pha.train.recipes import Settings
 from pha.utils.errors import PHAError
 from pha.utils.formats import read_yaml
@@ -46,6 +47,16 @@ class Scale:
     set: Settings  # recipe key -> value, for every run
     models: dict[str, Model]  # name in studies -> preset and changes
 
+    def model(self, name: str) -> Model:
+        """What a name is at this scale; one with `hf:` stands for itself.
+
+        Raises:
+            PHAError: there is no such name.
+        """
+        if name not in self.models and name.startswith(PREFIX):
+            return Model(preset=name)
+        return closest(name, self.models, f"model at scale {self.name}")
+
     @property
     def words(self) -> str:
         """In tables and plots."""
@@ -58,7 +69,7 @@ class Variant:
 
     name: str  # key in the study, unique
     label: str  # in tables and plots
-    model: str  # name in `Scale.models`
+    model: str  # name in `Scale.models`, or hf: and a model of transformers
     set: Settings = field(default_factory=dict)  # recipe key -> value
     # axis -> value, where the study goes over a grid
     places: dict[str, str] = field(default_factory=dict)
@@ -200,7 +211,7 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
         load_scale(scale)
     for known in scales().values():
         for variant in study.variants:
-            closest(variant.model, known.models, f"model at scale {known.name}")
+            known.model(variant.model)
     return study
 
 

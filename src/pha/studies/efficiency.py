@@ -49,7 +49,7 @@ def requests(study: Study, scale: Scale) -> list[Request]:
     return [
         Request(
             mode=mode,
-            models=tuple(scale.models[variant.model].preset for variant in _order(study)),
+            models=tuple(scale.model(variant.model).preset for variant in _order(study)),
             lengths=(length,),
             batch=given["batch"],
             precisions=(given["precision"],),
@@ -157,7 +157,7 @@ def draw(study: Study, scale: Scale, measured: Measured, folder: Path) -> list[P
 
 def _labels(study: Study, scale: Scale) -> dict[str, str]:
     """Preset -> label, the baseline first."""
-    return {scale.models[each.model].preset: each.label for each in _order(study)}
+    return {scale.model(each.model).preset: each.label for each in _order(study)}
 
 
 def _table(

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pha.data import TokenStore
+from pha.peers import PREFIX
 from pha.studies.definition import Scale, Study, grid
 from pha.studies.jobs import Job
 from pha.train.config import TrainConfig
 from pha.train.recipes import Settings, load_recipe, merge
 from pha.train.session import FREE_KEYS
 from pha.utils.errors import PHAError
+from pha.utils.text import file_name
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,18 @@ def plan_study(
         return replace(plan_study(guessed, scale, seeds, folder, asked), trials=trials)
     runs: dict[str, list[Job]] = {}
     for variant in study.variants:
-        model = scale.models[variant.model]
-        at_scale = study.scales.get(scale.name, {})
-        settings = merge(scale.set, model.set, at_scale, variant.set, asked)
+        model = scale.model(variant.model)
+        shared, at_scale = scale.set, study.scales.get(scale.name, {})
+        if model.preset.startswith(PREFIX):  # the shape of ours is nothing to it
+            shared, at_scale = (
+                {key: value for key, value in given.items() if not key.startswith("model.")}
+                for given in (shared, at_scale)
+            )
+        settings = merge(shared, model.set, at_scale, variant.set, asked)
         settings.pop("run.seed", None)
         recipe = f"{model.preset}.{protocol}" if protocol else model.preset
         config = load_recipe(recipe, settings)
-        home = folder / f"{config.model.preset or 'custom'}-{_digest(config)}"
+        home = folder / f"{file_name(config.model_name or 'custom')}-{_digest(config)}"
         runs[variant.name] = [
             Job(recipe, home / f"seed-{seed}", settings | {"run.seed": seed}) for seed in seeds
         ]

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from pha.modeling import PHAForCausalLM
+from pha.loading import LanguageModel
 from pha.runs import RunFolder
 from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.files import atomic_folder, remove_folder, sha256_file, write_json
@@ -62,13 +62,13 @@ class Progress:
         return self.best.index(entry) if entry in self.best else None
 
 
-def save_model(folder: Path, model: PHAForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def save_model(folder: Path, model: LanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write weights, configuration and tokenizer as `from_pretrained` reads them, atomically."""
     with atomic_folder(folder) as temporary:
         _write_model(temporary, model, tokenizer)
 
 
-def _write_model(folder: Path, model: PHAForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def _write_model(folder: Path, model: LanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
     # A bar for each of many small files would tear the progress line of the run apart.
     logging.disable_progress_bar()
     model.save_pretrained(folder)
@@ -77,7 +77,7 @@ def _write_model(folder: Path, model: PHAForCausalLM, tokenizer: PreTrainedToken
 
 def save_checkpoint(
     run: RunFolder,
-    model: PHAForCausalLM,
+    model: LanguageModel,
     tokenizer: PreTrainedTokenizerFast,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
@@ -169,8 +169,10 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         raise DamagedError(f"checkpoint {folder} is damaged: {shorten(str(error), 200)}") from error
     try:
         missing, unexpected = model.load_state_dict(weights, strict=False)
-        # The head is tied with the embedding and stored once.
-        if unexpected or set(missing) - {"lm_head.weight"}:
+        # Weights that are tied, such as head and embedding, are stored once.
+        own = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+        stored = {own[name] for name in weights.keys() & own.keys()}
+        if unexpected or any(own[name] not in stored for name in missing):
             raise PHAError(f"checkpoint {folder} belongs to another model; choose another --out")
         optimizer.load_state_dict(state)
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:

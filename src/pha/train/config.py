@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pha.model import ArchitectureConfig
+from pha.peers import PREFIX
 from pha.results import CONFIG_FORMAT
 from pha.utils.errors import PHAError
 
@@ -30,6 +31,19 @@ class DataConfig:
     tokenizer: str = "bpe:2048"
     sequence_length: int = 1024
     packed_documents: bool = False
+
+
+@dataclass(kw_only=True)
+class TransformersConfig:
+    """A model of transformers in the place of ours, from random weights.
+
+    Attributes:
+        name: a peer of `pha bench`, a folder or a model of the Hub, whose shape it has; null: ours.
+        set: fields of its own configuration to change, dropout among them.
+    """
+
+    name: str | None = None
+    set: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -177,10 +191,17 @@ class TrainConfig:
 
     recipe: str | None = None
     model: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    transformers: TransformersConfig = field(default_factory=TransformersConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def model_name(self) -> str | None:
+        """The preset, or `hf:` and the name of another model; None where it has no name."""
+        other = self.transformers.name
+        return self.model.preset if other is None else PREFIX + other
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested mapping, as written to config.yaml, with its format."""
@@ -217,6 +238,23 @@ class TrainConfig:
             f"run.average_best is {run.average_best}, more than the run.keep_best "
             f"({run.keep_best}) that are kept; raise run.keep_best",
         )
+        _require(
+            not self.transformers.set or bool(self.transformers.name or run.init_from),
+            "transformers.set is for a model of transformers; name it, or use model.FIELD",
+        )
+        if self.transformers.name is not None:
+            ours = ArchitectureConfig(vocab_size=self.model.vocab_size)
+            changed = [k for k, v in vars(self.model).items() if v != getattr(ours, k)]
+            _require(
+                not changed,
+                f"model.{min(changed, default='')} is a field of ours; {self.model_name} takes its "
+                "own in transformers.set",
+            )
+            _require(
+                not (run.compile and data.packed_documents),
+                "run.compile needs rows of one length, and the documents of packed rows go through "
+                f"{self.model_name} apart; set one of run.compile and data.packed_documents false",
+            )
         _require(run.trackers is not None, "run.trackers is null; write [] for none")
         unknown = set(run.trackers) - {"tensorboard", "wandb"}
         _require(

@@ -9,7 +9,8 @@ from pha.data.store import TokenStore
 from pha.evals.generation import Sampling, generate
 from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
-from pha.loading import LoadedModel, load_model
+from pha.foreign import ForeignModel
+from pha.loading import LanguageModel, LoadedModel, load_model
 from pha.model.parameters import count_parameters
 from pha.results import (
     Candidate,
@@ -22,6 +23,7 @@ from pha.results import (
 )
 from pha.train.averaging import average_models
 from pha.train.checkpoint import Progress
+from pha.train.config import TrainConfig
 from pha.train.session import Session
 from pha.utils.files import copy_folder
 from pha.utils.hardware import provenance
@@ -39,13 +41,18 @@ def finish(session: Session, progress: Progress) -> RunResult:
         copy_folder(folder, run.model)
     loaded = load_model(run.path, device)
     samples = []
+    most, length = 24, config.run.sample_tokens
+    if isinstance(loaded.model, ForeignModel) and loaded.model.longest is not None:
+        most, length = (min(n, max(1, loaded.model.longest // 3)) for n in (most, length))
     if config.run.sample_tokens:
         with console.status(f"{run.name}: sampling"):
             samples = [
-                _sample(loaded, prompt, Sampling(config.run.sample_tokens, seed=i))
-                for i, prompt in enumerate(_prompts(store))
+                _sample(loaded, prompt, Sampling(length, seed=i))
+                for i, prompt in enumerate(_prompts(store, most))
             ]
-    components = count_parameters(config.model)
+    components = _components(config, loaded.model)
+    ours, length = config.transformers.name is None, config.data.sequence_length
+    kept = cache_bytes(config.model, length) if ours else None
     embedding = components["embedding"]
     speed = progress.tokens / progress.seconds
     result = RunResult(
@@ -64,20 +71,39 @@ def finish(session: Session, progress: Progress) -> RunResult:
         chosen_step=chosen.steps[0] if len(chosen.steps) == 1 else None,
         candidates=[candidate for candidate, _ in found],
         model=ModelSize(
-            config.model.preset,
+            config.model_name,
             Parameters(plan.parameters, embedding, plan.parameters - embedding, components),
-            cache_bytes(config.model, config.data.sequence_length),
+            kept,
             plan.flops_per_token,
         ),
         evaluations=[chosen.evaluation],
         best_validation_perplexity=progress.best[0][0],
-        mixing=[LayerMixing(**layer) for layer in loaded.model.model.mixing_weights()],
+        mixing=mixing_of(loaded.model),
         samples=samples,
         data=store.describe(),
         provenance=provenance(device, config.run.precision),
     )
     result.write(run.result)
     return result
+
+
+def _components(config: TrainConfig, model: LanguageModel) -> dict[str, int]:
+    """Parameters by component; of a model that is not ours, what it begins and ends with apart."""
+    if not isinstance(model, ForeignModel):
+        return count_parameters(config.model)
+    inner = model.inner
+    ends = {
+        id(p): p.numel() for m in (inner.get_input_embeddings(), model.head) for p in m.parameters()
+    }
+    embedding = sum(ends.values())
+    return {"embedding": embedding, "other": sum(p.numel() for p in inner.parameters()) - embedding}
+
+
+def mixing_of(model: LanguageModel) -> list[LayerMixing]:
+    """The mixing of every layer; none of a model that is not ours."""
+    if isinstance(model, ForeignModel):
+        return []
+    return [LayerMixing(**layer) for layer in model.model.mixing_weights()]
 
 
 def _candidates(session: Session, progress: Progress, split: str) -> list[tuple[Candidate, Path]]:
@@ -116,10 +142,10 @@ def _sample(loaded: LoadedModel, prompt: str, sampling: Sampling) -> Sample:
     return Sample(prompt, made.text, sampling.temperature, sampling.top_p, sampling.seed)
 
 
-def _prompts(store: TokenStore) -> list[str]:
+def _prompts(store: TokenStore, length: int) -> list[str]:
     """The openings of two validation documents, or of the two halves of a running text."""
     tokens = store.tokens("validation")
     starts = store.document_starts("validation")
     second = int(starts[len(starts) // 2]) if len(starts) > 1 else len(tokens) // 2
     tokenizer = store.tokenizer()
-    return [tokenizer.decode(tokens[s : s + 24].tolist()) for s in (0, second)]
+    return [tokenizer.decode(tokens[s : s + length].tolist()) for s in (0, second)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pha.foreign import ForeignModel
 from pha.model import Branch
 from pha.train.config import OptimizerConfig, ScheduleConfig
 from pha.utils.errors import PHAError
@@ -55,6 +56,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
     """
     hidden, matrices, vectors, capped = [], [], [], []
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    if isinstance(model, ForeignModel):
+        embeddings |= {id(p) for p in model.head.parameters()}  # which may be another matrix
     with_cap, without_decay = (_named(model, kind) for kind in ("capped_rate", "no_decay"))
     for parameter in model.parameters():
         if id(parameter) in with_cap:
@@ -98,8 +101,8 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 
 
 def _named(model: nn.Module, kind: str) -> set[int]:
-    """The parameters that branches name in their attribute `kind`."""
-    branches = (module for module in model.modules() if isinstance(module, Branch))
+    """The parameters that branches, or a model that is not ours, name in their attribute `kind`."""
+    branches = (module for module in model.modules() if isinstance(module, Branch | ForeignModel))
     return {id(branch.get_parameter(name)) for branch in branches for name in getattr(branch, kind)}
 
 

@@ -9,12 +9,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pha.costs import training_flops
+from pha.foreign import ForeignModel, make_foreign
 from pha.model import ArchitectureConfig
 from pha.model.config import vars_of
 from pha.model.parameters import count_parameters
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops.linear_cross_entropy import chunk_logits
+from pha.peers import count_multiplied
 from pha.train.config import TrainConfig
+from pha.train.models import foreign_shape
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, free_memory, matmul_rate
 
@@ -24,6 +27,7 @@ ASSUMED_UTILISATION = 0.4
 # Sequences per forward pass are raised up to this many tokens on a CPU, whose caches gain nothing
 # from more.
 CPU_TOKENS = 8192
+PROBE_MOST = 512  # of a model that is not ours, which may pad or go token by token
 PROBE_TOKENS = 23  # a prime, so that no size of a model's own is taken for it
 
 
@@ -37,7 +41,7 @@ class Plan:
     steps_per_epoch: int  # optimiser steps in a pass over the training split
     micro_batch: int  # sequences per forward pass and device
     accumulation: int  # forward passes per optimiser step and device
-    flops_per_token: float  # `pha.costs.training_flops`
+    flops_per_token: float  # to train on one, the work of mixers counted as far as it is known
     flops: float  # of the run
     weights_bytes: int  # weights, gradients and two moments
     activation_bytes: int  # what a micro-batch keeps for its backward pass
@@ -51,8 +55,18 @@ def activation_bytes_per_token(config: ArchitectureConfig, precision: str) -> fl
 
     Counted by running the model on fake tensors, which have shapes and types but no storage.
     """
+    with FakeTensorMode():
+        model = PHAForCausalLM(PHAConfig(**(vars_of(config) | {"vocab_size": 8})))
+        saved = _kept(model, PROBE_TOKENS, precision)
+        # Weights cast for autocast and other tensors without a token dimension do not scale.
+        scaling = [t for t in saved if PROBE_TOKENS in t.shape]
+        return sum(t.nbytes for t in scaling) / PROBE_TOKENS
+
+
+def _kept(model: PHAForCausalLM | ForeignModel, tokens: int, precision: str) -> list[torch.Tensor]:
+    """What autograd keeps of so many tokens in training; weights are not among it."""
     saved: dict[int, torch.Tensor] = {}
-    own: set[int] = set()
+    own = {id(p) for p in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         base = tensor if tensor._base is None else tensor._base
@@ -60,18 +74,44 @@ def activation_bytes_per_token(config: ArchitectureConfig, precision: str) -> fl
             saved[id(base)] = base
         return tensor
 
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", PRECISIONS[precision], enabled=precision != "fp32"),
+    ):
+        model.train().states(torch.zeros(1, tokens, dtype=torch.long))
+    return list(saved.values())
+
+
+@dataclass(frozen=True)
+class _Size:
+    """What of a model decides what its run costs."""
+
+    parameters: int
+    flops_per_token: float
+    layers: int
+    width: int
+    per_token: float  # bytes that autograd keeps
+
+
+def _measure(config: TrainConfig, precision: str) -> _Size:
+    """The size of a run's model, found without room for its weights."""
+    length = config.data.sequence_length
+    if config.transformers.name is None:
+        ours = config.model
+        total = sum(count_parameters(ours).values())
+        kept = activation_bytes_per_token(ours, precision)
+        flops = training_flops(ours, length)
+        return _Size(total, flops, ours.num_hidden_layers, ours.hidden_size, kept)
+    shape, tokens = foreign_shape(config), min(length, PROBE_MOST)
     with FakeTensorMode():
-        model = PHAForCausalLM(PHAConfig(**(vars_of(config) | {"vocab_size": 8}))).train()
-        own.update(id(p) for p in model.parameters())
-        ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", PRECISIONS[precision], enabled=precision != "fp32"),
-        ):
-            model.model(input_ids=ids)
-        # Weights cast for autocast and other tensors without a token dimension do not scale.
-        scaling = [t for t in saved.values() if PROBE_TOKENS in t.shape]
-        return sum(t.nbytes for t in scaling) / PROBE_TOKENS
+        model = make_foreign(shape)
+        weights = {p.shape for p in model.parameters()}  # cast for autocast they do not scale
+        saved = [t for t in _kept(model, tokens, precision) if t.shape not in weights]
+        # All logits are among it: whether the loss can go in chunks shows only with weights.
+        kept = sum(t.nbytes for t in saved) / tokens + 2 * 4 * shape.vocab_size
+        total, multiplied = count_multiplied(model.inner)
+    # What its attention and state spaces compute besides is not known.
+    return _Size(total, 6.0 * multiplied, shape.num_hidden_layers, shape.hidden_size, kept)
 
 
 def make_plan(
@@ -96,17 +136,16 @@ def make_plan(
             f"processes ({processes})"
         )
     share = run.global_batch // processes
-    parameters = sum(count_parameters(config.model).values())
+    size = _measure(config, precision)
+    parameters, per_token, width = size.parameters, size.per_token, size.width
     weights = parameters * 4 * 4
-    per_token = activation_bytes_per_token(config.model, precision)
     if run.gradient_checkpointing:
         # What enters each layer, in float32, and the inside of one layer at a time.
-        layers = config.model.num_hidden_layers
-        per_token = 4 * layers * config.model.hidden_size + per_token / layers
+        per_token = 4 * size.layers * width + per_token / size.layers
     free = free_memory(device)
     # The loss holds a chunk of logits and what is computed from it, and the head's gradient.
     chunk = min(chunk_logits(device.type), share * length * config.model.vocab_size)
-    loss_bytes = 3 * 4 * chunk + 4 * config.model.vocab_size * config.model.hidden_size
+    loss_bytes = 3 * 4 * chunk + 4 * config.model.vocab_size * width
     budget = 0.8 * free - weights - loss_bytes
     fits = int(budget / (per_token * length))
     if device.type == "cpu":
@@ -124,7 +163,7 @@ def make_plan(
             f"global batch of {run.global_batch}; lower run.global_batch or data.sequence_length"
         )
     steps, per_step = run.steps, run.global_batch * length
-    flops_per_token = training_flops(config.model, length)
+    flops_per_token = size.flops_per_token
     if steps is None:
         if run.flops is not None:
             steps = max(1, round(run.flops / (per_step * flops_per_token)))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pha.model.presets import PRESETS, preset
+from pha.peers import PEERS, PREFIX
 from pha.results import CONFIG_FORMAT
 from pha.train.config import TrainConfig
 from pha.utils.errors import PHAError
@@ -52,8 +53,9 @@ def _read(recipe: str) -> tuple[str, dict[str, Any]]:
         return Path(recipe).stem, read_yaml(Path(recipe))
     model, dot, protocol = recipe.rpartition(".")
     known = protocols()
-    if not dot or protocol not in known or model not in PRESETS:
-        names = [f"{m}.{p}" for p in known for m in PRESETS]
+    foreign = model.startswith(PREFIX)
+    if not dot or protocol not in known or not (foreign or model in PRESETS):
+        names = [f"{m}.{p}" for p in known for m in (*PRESETS, *(PREFIX + peer for peer in PEERS))]
         close = difflib.get_close_matches(recipe, names, n=2, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise PHAError(
@@ -61,6 +63,9 @@ def _read(recipe: str) -> tuple[str, dict[str, Any]]:
             ".yaml file works too"
         )
     content = yaml.safe_load(known[protocol])
+    if foreign:  # whose dropout is a field of its own
+        del content["model"]
+        return recipe, content | {"transformers": {"name": model.removeprefix(PREFIX)}}
     content["model"] = {"preset": model} | content.get("model", {})
     return recipe, content
 

@@ -8,19 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-import torch
 import yaml
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
-from pha.loading import load_model
-from pha.model.config import vars_of
-from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.results import RunResult
 from pha.train.checkpoint import Progress
 from pha.train.config import TrainConfig
 from pha.train.diagnose import deterministic
 from pha.train.finish import finish
+from pha.train.models import make_model
 from pha.train.session import Session, open_session, print_plan, require_same_run
 from pha.train.trainer import Trainer
 from pha.utils.errors import PHAError, is_out_of_memory
@@ -125,16 +122,3 @@ def _train(session: Session) -> Progress:
     if config.run.trackers:
         accelerator.end_training()
     return progress
-
-
-def make_model(config: TrainConfig) -> PHAForCausalLM:
-    """A model with seeded initial weights, or those of `run.init_from`."""
-    torch.manual_seed(config.run.seed)
-    length = {"max_position_embeddings": config.data.sequence_length}
-    model_config = PHAConfig(**(vars_of(config.model) | length))
-    if config.run.init_from is None:
-        return PHAForCausalLM(model_config)
-    model = load_model(Path(config.run.init_from)).model
-    fresh = PHAForCausalLM(model_config)
-    fresh.load_state_dict(model.state_dict())
-    return fresh

@@ -17,14 +17,16 @@ from rich.console import Console
 from pha.data.display import PreparationDisplay
 from pha.data.preparation import cached_store
 from pha.data.store import TokenStore
-from pha.data.tokenizer import tokenizer_sha256
+from pha.data.tokenizer import tokenizer_hashes
+from pha.foreign import ForeignModel
 from pha.loading import load_model
 from pha.model import ArchitectureConfig
 from pha.model.config import vars_of
 from pha.ops import in_use
+from pha.peers import PREFIX
 from pha.results import RunResult
 from pha.runs import RunFolder
-from pha.train.config import TrainConfig
+from pha.train.config import TrainConfig, TransformersConfig
 from pha.train.plan import Plan, make_plan
 from pha.utils.errors import PHAError
 from pha.utils.files import cache_folder
@@ -71,14 +73,17 @@ def resolve(
         PHAError: the run folder holds a run with another configuration.
     """
     if config.run.init_from is not None:
-        loaded = load_model(Path(config.run.init_from))
-        store.require_tokenizer(tokenizer_sha256(loaded.tokenizer))
-        config = replace(
-            config,
-            model=ArchitectureConfig(
-                **(vars_of(loaded.model.config) | {"dropout": config.model.dropout})
-            ),
-        )
+        begin, other = config.run.init_from, config.transformers
+        loaded = load_model(Path(begin), changes=other.set)
+        store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
+        if isinstance(loaded.model, ForeignModel):
+            other = replace(other, name=begin.removeprefix(PREFIX))
+            config = replace(config, model=ArchitectureConfig(), transformers=other)
+        else:
+            fields = vars_of(loaded.model.config) | {"dropout": config.model.dropout}
+            config = replace(
+                config, model=ArchitectureConfig(**fields), transformers=TransformersConfig()
+            )
     model = replace(config.model, vocab_size=store.vocab_size)
     settings = replace(config.run)
     before = run.read_config().get("run", {})
@@ -131,7 +136,7 @@ def finished_result(run: RunFolder, config: TrainConfig) -> RunResult | None:
     asked = config.to_dict()
     asked["model"]["vocab_size"] = saved.get("model", {}).get("vocab_size")
     if config.run.init_from is not None:
-        asked["model"] = saved.get("model", {})
+        asked |= {section: saved.get(section, {}) for section in ("model", "transformers")}
     for key, unsettled in (("precision", "auto"), ("micro_batch", None)):
         if asked["run"][key] == unsettled:
             asked["run"][key] = saved.get("run", {}).get(key)
@@ -145,7 +150,7 @@ def print_plan(session: Session) -> None:
     device = session.accelerator.device
     cut = f"{plan.micro_batch} at a time" if plan.accumulation > 1 else "at once"
     lines = [
-        f"model      {config.model.preset or 'custom'}, {count(plan.parameters)} parameters",
+        f"model      {config.model_name or 'custom'}, {count(plan.parameters)} parameters",
         f"device     {device_name(device)}, {run.precision}, matrix products at "
         f"{count(plan.matmul_flops)}FLOP/s measured",
         f"batch      {run.global_batch} sequences of {config.data.sequence_length} tokens, {cut}",
@@ -153,8 +158,10 @@ def print_plan(session: Session) -> None:
         f"{plan.steps / plan.steps_per_epoch:.2f} epochs",
         f"memory     {memory(plan.weights_bytes)} for weights, gradients and moments, "
         f"{memory(plan.activation_bytes)} for a micro-batch; {memory(plan.free_bytes)} free",
-        f"work       {count(plan.flops)}FLOP, those of the mixers counted",
-        "ops        " + ", ".join(f"{op} {what}" for op, what in in_use(device.type).items()),
+        f"work       {count(plan.flops)}FLOP, those of mixers counted",
+        "ops        " + ", ".join(f"{op} {what}" for op, what in in_use(device.type).items())
+        if config.transformers.name is None
+        else "watch      off: it knows the layers of ours alone",
         f"time       about {duration(plan.seconds)} if 40% of that rate is reached",
     ]
     for line in lines:

@@ -19,6 +19,7 @@ from pha.data.sampler import WindowSampler
 from pha.data.store import TokenStore
 from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
+from pha.loading import LanguageModel
 from pha.modeling import PHAForCausalLM
 from pha.results import EvalRecord, LayerMixing, MixingRecord, Scores, TrainRecord, WarningRecord
 from pha.runs import RunFolder
@@ -58,7 +59,7 @@ class Trainer:
         config: TrainConfig,
         plan: Plan,
         run: RunFolder,
-        model: PHAForCausalLM,
+        model: LanguageModel,
         tokenizer: PreTrainedTokenizerFast,
         store: TokenStore,
         accelerator: Accelerator,
@@ -75,7 +76,6 @@ class Trainer:
             config.run.seed,
             store.document_starts("train") if data.packed_documents else None,
         )
-        model.model.gradient_checkpointing = config.run.gradient_checkpointing
         optimizer = make_optimizer(model, config.optimizer)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if config.run.compile:
@@ -93,13 +93,15 @@ class Trainer:
         self.schedule = Schedule(config.schedule, config.optimizer.learning_rate, plan.steps)
         self.progress = Progress()
         self.watch: Watch | None = None
-        if config.run.watch_every and accelerator.is_main_process:
+        plain = self.plain_model
+        watched = config.run.watch_every and accelerator.is_main_process
+        if watched and isinstance(plain, PHAForCausalLM):
             tokens = config.run.global_batch * data.sequence_length
-            self.watch = Watch(self.plain_model, config.run.watch_every, tokens, self.autocast)
+            self.watch = Watch(plain, config.run.watch_every, tokens, self.autocast)
         self.stop_requested = 0  # by the signal of this number
 
     @property
-    def plain_model(self) -> PHAForCausalLM:
+    def plain_model(self) -> LanguageModel:
         """The model without what Accelerate may have wrapped around it."""
         return self.accelerator.unwrap_model(self.model)
 
@@ -168,7 +170,7 @@ class Trainer:
         ):
             self._show(display, "")
             if progress.step == 0:
-                metrics.write(self._mixing())
+                self._write_mixing(metrics)
             while progress.step < plan.steps:
                 begin = time.perf_counter()
                 rate = self.schedule.rate(progress.step)
@@ -324,7 +326,7 @@ class Trainer:
         metrics.write(
             EvalRecord(step=progress.step, tokens=progress.tokens, seconds=result.seconds, **scores)
         )
-        metrics.write(self._mixing())
+        self._write_mixing(metrics)
         display.line(
             f"{self.run.name}: step {progress.step}: validation perplexity "
             f"{result.perplexity:.2f}, accuracy {result.accuracy:.1%}"
@@ -343,9 +345,11 @@ class Trainer:
         if rank == 0:
             copy_folder(kept, self.run.model)
 
-    def _mixing(self) -> MixingRecord:
-        layers = [LayerMixing(**layer) for layer in self.plain_model.model.mixing_weights()]
-        return MixingRecord(step=self.progress.step, tokens=self.progress.tokens, layers=layers)
+    def _write_mixing(self, metrics: MetricsWriter) -> None:
+        model, at = self.plain_model, self.progress
+        if isinstance(model, PHAForCausalLM):  # no other has any
+            layers = [LayerMixing(**layer) for layer in model.model.mixing_weights()]
+            metrics.write(MixingRecord(step=at.step, tokens=at.tokens, layers=layers))
 
     def _checkpoint(self, metrics: MetricsWriter) -> None:
         progress = self.progress

@@ -20,6 +20,11 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(_picture, text)
 
 
+def file_name(text: str) -> str:
+    """`text` as the name of one file: what systems give a meaning of their own is a dash."""
+    return re.sub(r"[/\\:]+", "-", text)
+
+
 def shorten(text: str, limit: int) -> str:
     """`text` on one line, cut in its middle to at most `limit` characters."""
     line = " ".join(printable(text).split())
