@@ -228,7 +228,8 @@ def test_dry_run_spends_nothing(pha: Pha, store: TokenStore, tmp_path: Path) -> 
     assert not out.exists()
     plan = json.loads(pha(*words, "--json"))["plan"]
     assert plan["tokens"] == 8 * 4 * 32
-    assert plan["flops"] == 6 * plan["parameters"] * plan["tokens"]
+    assert plan["flops"] == plan["flops_per_token"] * plan["tokens"]
+    assert 6 * plan["parameters"] < plan["flops_per_token"] < 7 * plan["parameters"]
 
 
 def test_eval_of_run_checkpoint_and_model_agree(pha: Pha, run: Path, store: TokenStore) -> None:

@@ -327,7 +327,7 @@ def test_untied_embeddings_are_refused() -> None:
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_configuration_survives_json(name: str, tmp_path: Path) -> None:
-    branch = PHAConfig.from_preset(name).branches[0]
+    branch = PHAConfig.from_preset(name).branch_names[0]
     config = PHAConfig.from_preset(
         name, dropout=0.1, eos_token_id=7, branch_options={branch: {"option": [1, "two"]}}
     )

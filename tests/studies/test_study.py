@@ -15,11 +15,13 @@ from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from pha.cli import main
 from pha.costs import cache_bytes, training_flops
 from pha.data import TokenStore
 from pha.runs import RunFolder
+from pha.studies import tuning
 from pha.studies.definition import load_study, parse_study, scales, study_names
 from pha.studies.planning import plan_study
 from pha.train.recipes import load_recipe, parse_overrides
@@ -67,6 +69,8 @@ def test_every_study_plans_at_every_scale(name: str, store: TokenStore, tmp_path
         assert set(chosen.benchmark) == set(scales())
         return
     for scale in scales().values():
+        if name == "systems-flops" and scale.name != "tiny":
+            continue  # as in systems
         asked = {"data.store": str(store.path)} if scale.needs_data else {}
         plan = plan_study(chosen, scale, [0, 1], tmp_path, asked)
         jobs = plan.jobs()
@@ -325,6 +329,28 @@ plots: [cache, time]
 """
 
 
+@pytest.mark.parametrize(
+    ("found", "best"), [({0.01: 9.0, 1000.0: 8.5}, 1000.0), ({0.01: 9.0, 1000.0: None}, 0.01)]
+)
+def test_the_lowest_trial_decides(
+    found: dict[float, float | None],
+    best: float,
+    store: TokenStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study = parse_study("rates", yaml.safe_load(TUNED))
+    plan = plan_study(study, scales()["tiny"], [0], tmp_path, {"data.store": str(store.path)})
+    key = "optimizer.learning_rate"
+    monkeypatch.setattr(tuning, "_perplexity", lambda job: found[job.settings[key]])
+    settled, choices = tuning.settle(plan)
+    assert settled.trials is None
+    assert [choice.value for choice in choices] == [best, best]
+    assert {jobs[0].settings[key] for jobs in settled.runs.values()} == {best}
+    assert all(jobs[0].settings["run.steps"] == 200 for jobs in settled.runs.values())
+
+
+@pytest.mark.slow
 def test_variants_choose_their_own_setting_in_short_runs(
     store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from rich.table import Table
 from rich.text import Text
@@ -28,7 +28,11 @@ OpMode = Literal[
     "linear-attention",
     "delta-rule",
 ]
-Mode = Literal[ModelMode, OpMode, "kernels"]
+Mode = Annotated[
+    Literal[ModelMode, OpMode, "kernels"],
+    "MODE",
+    "train, prefill or decode of models; kernels; or an op",
+]
 
 LEGEND = """\
 ±  half the range of the runs      ratio  against the first row      GB  peak memory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from pha.studies.jobs import Job
 from pha.studies.measures import MEASURES
 from pha.studies.planning import StudyPlan, plan_study
 from pha.utils.text import DASH
@@ -46,12 +47,17 @@ def settle(plan: StudyPlan) -> tuple[StudyPlan, list[Choice]]:
         tried: dict[str, float | None] = {}
         for name, trial in own.items():
             key, value = list(trial.places.items())[-1]
-            result = plan.trials.runs[name][0].result()
-            found = math.nan if result is None else MEASURES["validation"].value(result)
-            tried[value] = found if found is not None and math.isfinite(found) else None
+            tried[value] = _perplexity(plan.trials.runs[name][0])
         best = min(tried, key=lambda value: tried[value] or math.inf)
         chosen = trials[f"{variant.name}/{best}"].set[key]
         choices.append(Choice(variant.name, variant.label, key, tried, chosen))
         variants.append(replace(variant, set=variant.set | {key: chosen}))
     study = replace(plan.study, variants=variants)
     return plan_study(study, plan.scale, plan.seeds, plan.folder, plan.asked), choices
+
+
+def _perplexity(job: Job) -> float | None:
+    """On the validation split, of a trial that has ended; None where it diverged."""
+    result = job.result()
+    found = None if result is None else MEASURES["validation"].value(result)
+    return found if found is not None and math.isfinite(found) else None
