@@ -52,5 +52,7 @@ def _make_foreign(config: TrainConfig) -> ForeignModel:
         model = load_model(Path(config.run.init_from), changes=config.transformers.set).model
     assert isinstance(model, ForeignModel)
     if config.run.gradient_checkpointing:
-        model.inner.activation_checkpointing_enable()
+        # The second is its name in older versions of transformers.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        next(getattr(model.inner, name) for name in names if hasattr(model.inner, name))()
     return model
