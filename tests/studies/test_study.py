@@ -22,7 +22,7 @@ from pha.costs import cache_bytes, training_flops
 from pha.data import TokenStore
 from pha.runs import RunFolder
 from pha.studies import tuning
-from pha.studies.definition import load_study, parse_study, scales, study_names
+from pha.studies.definition import load_study, only, parse_study, scales, study_names
 from pha.studies.planning import plan_study
 from pha.train.recipes import load_recipe, parse_overrides
 from pha.utils.errors import PHAError
@@ -391,7 +391,7 @@ def test_a_study_may_be_like_another() -> None:
 def test_equal_flops_are_those_of_the_baseline(store: TokenStore, tmp_path: Path) -> None:
     asked = {"data.store": str(store.path)}
     equal, tokens = (
-        plan_study(load_study(name), scales()["tiny"], [0], tmp_path, asked)
+        plan_study(only(load_study(name), ["pha"]), scales()["tiny"], [0], tmp_path, asked)
         for name in ("systems-flops", "systems")
     )
     (job,), (same,) = equal.runs["pha"], tokens.runs["pha"]
