@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pha.ops.backends import Op
+from pha.ops.linear_attention import fla
 from pha.ops.linear_attention.chunked import linear_attention_chunked
 from pha.ops.linear_attention.naive import linear_attention_naive
 from pha.ops.shapes import require_shapes
@@ -107,11 +108,22 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     )
 
 
+def _fault(backend: str, device_type: str) -> str | None:
+    return fla.fault(torch.empty(0, device=device_type).device) if backend == "fla" else None
+
+
+_BACKENDS: dict[str, Any] = {"naive": linear_attention_naive, "chunked": linear_attention_chunked}
+_PREFERRED = {"default": "chunked"}
+if fla.is_installed():
+    _BACKENDS["fla"], _PREFERRED["cuda"] = fla.linear_attention_fla, "fla"
+
 _OP = Op(
     "linear_attention",
-    {"naive": linear_attention_naive, "chunked": linear_attention_chunked},
-    {"default": "chunked"},
+    _BACKENDS,
+    _PREFERRED,
     _check,
+    only_on={"fla": "cuda"},
+    fault=_fault,
     plain="chunked",
-    limits={"chunked": "naive for one step"},
+    limits={"chunked": "naive for one step", "fla": fla.LIMITS},
 )
