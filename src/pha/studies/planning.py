@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from pha.data import TokenStore
+from pha.data.store import RECORD
 from pha.peers import PREFIX
 from pha.studies.definition import Scale, Study, grid
 from pha.studies.jobs import Job
@@ -102,9 +104,17 @@ def _digest(config: TrainConfig) -> str:
         if value != defaults[section][key] and f"{section}.{key}" not in FREE_KEYS
     }
     if config.data.store is not None:
-        # Every run checks the tokens themselves before it trains.
-        content["data"] = TokenStore.open(Path(config.data.store), verify=False).sha256
+        record = Path(config.data.store) / RECORD
+        changed = record.stat().st_mtime_ns if record.is_file() else 0
+        content["data"] = _store_sha256(record.parent, changed)
     else:
         content["data"] = [config.data.source, config.data.tokenizer]
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+@lru_cache
+def _store_sha256(folder: Path, changed: int) -> str:
+    """Of a store whose record was written then; opened once, for a plan has many runs."""
+    # Every run checks the tokens themselves before it trains.
+    return TokenStore.open(folder, verify=False).sha256
