@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple
 
 from pha import mixers as mixers  # which makes them known
-from pha.caching import CacheAdapter, PHACache
+from pha.caching import CacheAdapter, CarriedCache, PHACache
 from pha.conversion import is_old
 from pha.inputs import check_rows, packed_starts, token_mask
 from pha.model import BRANCHES, ArchitectureConfig, Backbone, Branch
@@ -237,7 +237,8 @@ class PHAModel(Backbone, PHAPreTrainedModel):
                 either side, or holes. What comes out in these places means nothing.
             position_ids: (B, T); may be left out, since positions enter only as differences. Where
                 they do not grow, a new document begins.
-            past_key_values: the model's whole state: keys, values and recurrent states; updated.
+            past_key_values: the model's whole state: keys, values and recurrent states; updated. Or
+                the past of rows in training, a `CarriedCache`, which is not.
             inputs_embeds: (B, T, d) in place of `input_ids`.
             use_cache: return the state; off while training.
             output_hidden_states: return what enters each layer, and what leaves the last norm.
@@ -261,7 +262,10 @@ class PHAModel(Backbone, PHAPreTrainedModel):
         (batch, new), cache = tokens.shape[:2], None
         past: int | Tensor = 0
         if past_key_values is not None:
-            cache = CacheAdapter(past_key_values, self.config)
+            if isinstance(past_key_values, CarriedCache):
+                cache = past_key_values
+            else:
+                cache = CacheAdapter(past_key_values, self.config)
             cache.enter(batch, attention_mask)
             past = cache.length()
         total = past + new if isinstance(past, int) else None
