@@ -244,7 +244,8 @@ class PHAModel(Backbone, PHAPreTrainedModel):
             output_hidden_states: return what enters each layer, and what leaves the last norm.
             output_attentions: return the weights (B, H, T, S) of each layer with attention.
             document_starts: (B, S) bool, true where a packed document begins.
-            others: ignored, but for other ways to pack rows, which are refused.
+            others: `own_losses`, see `Context`; the rest is ignored, but for other ways to pack
+                rows, which are refused.
 
         Returns:
             last_hidden_state (B, T, d), past_key_values, hidden_states, attentions.
@@ -291,6 +292,7 @@ class PHAModel(Backbone, PHAPreTrainedModel):
             attention_backend=_BACKENDS.get(self.config._attn_implementation),
             layer_inputs=layer_inputs,
             attention_weights=weights,
+            own_losses=others.get("own_losses"),
         )
         if cache is not None:
             if not self.config.keeps_keys:
@@ -375,6 +377,8 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
             logits = self._decode(input_ids, past_key_values, attention_mask, position_ids)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        is_taught = torch.is_grad_enabled() and not (labels is None and shift_labels is None)
+        own_losses: list[Tensor] | None = [] if is_taught else None
         body: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -385,6 +389,7 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             document_starts=document_starts,
+            own_losses=own_losses,
             **others,
         )
         x = body.last_hidden_state
@@ -400,6 +405,8 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
                     "give one for each token"
                 )
             total, logits = self._summed_loss(x, shift_labels)
+            for own in own_losses or ():
+                total = total + (own - own.detach())  # the gradient, not the value
             items = num_items_in_batch
             items = (shift_labels != -100).sum() if items is None else items
             loss = total / (items + (items == 0))  # a batch without labels teaches nothing

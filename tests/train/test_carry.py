@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pha.data import TokenStore
 from pha.data.sampler import StretchSampler
 from pha.modeling import PHAForCausalLM
 from pha.runs import RunFolder
@@ -20,8 +24,8 @@ from pha.train.config import DataConfig, RunConfig, TrainConfig
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from tests.mixers.test_every_mixer import SMALL
 from tests.modeling.common import scrambled, small_config, tokens
-from tests.train.conftest import Train
-from tests.train.test_runs import assert_same_weights, stop_after, timeless, weights
+from tests.train.conftest import Train, arguments
+from tests.train.test_runs import assert_same_weights, stop_after, timeless
 
 T, ROWS, STEPS = 7, 3, 4
 
@@ -30,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "windowed": {"attention_window": 6},
     "mamba2": {"branches": ["mamba2", "attention"]},
     "gated_deltanet": {"branches": ["gated_deltanet"]},
+    "compressive": {"branches": ["compressive_attention"]},
     "alibi": {
         "branches": ["attention"],
         "attention_logits": "dot-product",
@@ -191,11 +196,12 @@ def test_rows_go_on_and_begin_anew_with_text_and_epoch() -> None:
         assert torch.equal(starts, expected)
 
 
-@pytest.mark.parametrize("carry", ["chunks", "states"])
+@pytest.mark.parametrize("carry", ["chunks", pytest.param("states", marks=pytest.mark.slow)])
 def test_interrupted_and_resumed_equals_uninterrupted(
     train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, carry: str
 ) -> None:
-    train_small = partial(train_small, data__carry=carry, run__gradient_checkpointing=True)
+    settings = {"data__carry": carry, "run__gradient_checkpointing": True, "run__micro_batch": 3}
+    train_small = partial(train_small, **settings, run__evaluate_tokens=100)
     train_small("whole")
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -209,15 +215,25 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert timeless(whole) == timeless(cut)
 
 
-def test_accumulation_does_not_change_the_steps(train_small: Train, tmp_path: Path) -> None:
-    for name, micro in (("one", 4), ("two", 3)):
-        train_small(name, data__carry="chunks", run__micro_batch=micro, model__dropout=0.0)
-    one, two = (weights(RunFolder(tmp_path / name).checkpoint(8)) for name in ("one", "two"))
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=2e-5)
-    train_small("none", model__dropout=0.0)
-    none = weights(RunFolder(tmp_path / "none").checkpoint(8))
-    assert any(not torch.equal(none[key], value) for key, value in one.items())
+@pytest.mark.slow
+def test_two_processes_take_the_same_steps_as_one(
+    train_small: Train, store: TokenStore, tmp_path: Path
+) -> None:
+    """And with other micro-batches; a checkpoint holds the rows of both."""
+    changes = {"data__carry": "chunks", "model__dropout": 0.0, "run__watch_every": 0}
+    train_small("one", **changes)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "pha", "train", "pha-tiny.text", "--out", str(tmp_path / "two"), "--json"]
+    command += arguments(store, run__epochs="null", run__micro_batch=1, **changes)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("ACCELERATE_USE_CPU", None)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (RunFolder(tmp_path / name).checkpoint(8) for name in ("one", "two"))
+    for name, limits in (("model", (1e-4, 2e-5)), ("carried", (1e-3, 1e-3))):
+        a, b = (load_file(folder / f"{name}.safetensors") for folder in (one, two))
+        for key, value in a.items():
+            torch.testing.assert_close(b[key], value, rtol=limits[0], atol=limits[1])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pha.mixers.common import check_sizes
 from pha.model.attention import MAX_LOG_SCALE, GroupedQueryAttention, rotary_angles
@@ -18,7 +18,7 @@ from pha.ops.attention import causal_pairs
 from pha.ops.attention.naive import attention_weights
 from pha.utils.errors import PHAError
 
-POOLING = ("mean", "max")
+POOLING = ("convolution", "mean", "max")
 
 
 @register_branch("compressive_attention")
@@ -30,6 +30,10 @@ class CompressiveAttention(GroupedQueryAttention):
     the pooled ones, the last `slots` that begin at p - w or before. What is pooled has no gradient
     but that of the projections. As in the paper, kept are inputs, not keys.
 
+    A convolution, y = W_c [z_gc; ..; z_gc+c-1], learns from a loss of its own: how far attention of
+    the inputs, by content alone, to what is pooled now comes from attention to it as it was. Its
+    gradient goes to W_c and nowhere else, and no other goes there. We take the mean square.
+
     The paper's windows move by a segment at a time, ours by a token: any split of a sequence
     gives the same. Its relative positions are rotary here.
 
@@ -39,7 +43,7 @@ class CompressiveAttention(GroupedQueryAttention):
         window: w; None is the model's `attention_window`.
         slots: how many pooled inputs are seen.
         rate: c.
-        pooling: `mean` or `max`.
+        pooling: `convolution`, `mean` or `max`.
 
     Raises:
         PHAError: no window or one below the rate, another pooling, or no whole number of slots.
@@ -55,7 +59,7 @@ class CompressiveAttention(GroupedQueryAttention):
         window: int | None = None,
         slots: int = 512,
         rate: int = 4,
-        pooling: Literal["mean", "max"] = "mean",
+        pooling: Literal["convolution", "mean", "max"] = "convolution",
     ) -> None:
         super().__init__(config, layer_idx, window=window)
         check_sizes("compressive_attention", slots=slots, rate=rate)
@@ -70,6 +74,8 @@ class CompressiveAttention(GroupedQueryAttention):
                 f"at least its rate, {rate}: set attention_window or its own"
             )
         self.reach, self.slots, self.rate, self.pooling = min(self.windows), slots, rate, pooling
+        if pooling == "convolution":
+            self.W_c = nn.Linear(rate * config.hidden_size, config.hidden_size, bias=False)
         self.theta = config.rope_theta
         # Of those pooled, any query still to come may see so many, or finds them in its window.
         self.kept = slots + self.reach // rate + 2
@@ -94,8 +100,11 @@ class CompressiveAttention(GroupedQueryAttention):
             x, at, of = _last(at > 0, x.shape[1], x, at, of)
 
         is_new = torch.arange(x.shape[1], device=z.device) >= x.shape[1] - count
-        pooled, pooled_at, pooled_of = self._pooled(x.detach(), at, of, is_new)
-        slots = torch.cat([slots.to(z.dtype), pooled], 1)
+        groups, pooled_at, pooled_of = self._groups(x.detach(), at, of, is_new)
+        pooled = self._pooled(groups)
+        if self.pooling == "convolution" and context.own_losses is not None:
+            context.own_losses.append(self._lost(z.detach(), groups, pooled, pooled_at > 0))
+        slots = torch.cat([slots.to(z.dtype), pooled.detach().to(z.dtype)], 1)
         slots_at = torch.cat([slots_at, pooled_at], 1)
         slots_of = F.pad(pooled_of, (slots_at.shape[1] - pooled_of.shape[1], 0))
 
@@ -132,16 +141,50 @@ class CompressiveAttention(GroupedQueryAttention):
             for x, shape in zip(past, shapes, strict=True)
         )
 
-    def _pooled(self, x: Tensor, at: Tensor, of: Tensor, is_new: Tensor) -> tuple[Tensor, ...]:
-        """What the new inputs complete, the places of its ends, 0 where nothing, its documents."""
+    def _groups(self, x: Tensor, at: Tensor, of: Tensor, is_new: Tensor) -> tuple[Tensor, ...]:
+        """What the new inputs complete, (B, S, c, d), the places of its ends, its documents.
+
+        A place is 0 where there is nothing.
+        """
         c, many = self.rate, -(-(x.shape[1] - self.reach + 1) // self.rate)
         ends = is_new & (at % c == 0)
         places = torch.arange(x.shape[1], device=x.device).expand_as(at)
         is_end, last, at, of = _last(ends, many, ends, places, at, of)
-        groups = (last[..., None] + torch.arange(1 - c, 1, device=x.device)).clamp(min=0)
-        inputs = x.take_along_dim(groups.flatten(1)[..., None], 1).unflatten(1, groups.shape[1:])
-        pooled = inputs.mean(2) if self.pooling == "mean" else inputs.amax(2)
-        return pooled, torch.where(is_end, at, 0), of
+        inside = (last[..., None] + torch.arange(1 - c, 1, device=x.device)).clamp(min=0)
+        groups = x.take_along_dim(inside.flatten(1)[..., None], 1).unflatten(1, inside.shape[1:])
+        return groups, torch.where(is_end, at, 0), of
+
+    def _pooled(self, groups: Tensor) -> Tensor:
+        """One input (B, S, d) for each group (B, S, c, d)."""
+        if self.pooling == "convolution":
+            pooled: Tensor = self.W_c(groups.flatten(2))
+            return pooled
+        return groups.mean(2) if self.pooling == "mean" else groups.amax(2)
+
+    def _lost(self, z: Tensor, groups: Tensor, pooled: Tensor, real: Tensor) -> Tensor:
+        """How far attention of z (B, T, d) to what is pooled is from that to groups (B, S, c, d).
+
+        The mean square over the heads' values, summed over z; 0 in a row without `real` groups.
+        """
+        some = real.any(1)[:, None]
+        real = real | ~some  # a softmax over nothing is not a number
+        whole = self._by_content(z, groups.flatten(1, 2), real.repeat_interleave(self.rate, 1))
+        short = self._by_content(z, pooled.to(z.dtype), real)
+        return ((whole - short).float().square().mean((1, 3)) * some).sum()
+
+    def _by_content(self, z: Tensor, inputs: Tensor, real: Tensor) -> Tensor:
+        """Attention (B, H, T, K) of z to inputs (B, S, d), wherever they are, by fixed weights."""
+        q, k, v = (
+            F.linear(x, W.weight.detach()).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for W, x in ((self.W_q, z), (self.W_k, inputs), (self.W_v, inputs))
+        )
+        if self.cosine:
+            scale = self.logit_scale.detach().clamp(max=MAX_LOG_SCALE).exp()
+            q, k = F.normalize(q, dim=-1) * scale[:, None, None], F.normalize(k, dim=-1)
+        else:
+            q = q / math.sqrt(self.head_dim)
+        mask = real[:, None, None].expand(-1, -1, z.shape[1], -1)
+        return attention(q.to(v.dtype), k.to(v.dtype), v, mask)
 
     def _sees_slots(self, here: Tensor, slots_at: Tensor) -> Tensor:
         """(B, T, N) which pooled inputs, ending at `slots_at` (B, N), each query sees."""
