@@ -260,7 +260,8 @@ class PHAModel(Backbone, PHAPreTrainedModel):
         past_key_values = self.cache_for(past_key_values, use_cache)
         if tokens.dim() != (2 if inputs_embeds is None else 3):
             raise PHAError(f"tokens are {tuple(tokens.shape)}; give them as (batch, tokens)")
-        (batch, new), cache = tokens.shape[:2], None
+        batch, new = tokens.shape[:2]
+        cache: CacheAdapter | None = None
         past: int | Tensor = 0
         if past_key_values is not None:
             if isinstance(past_key_values, CarriedCache):

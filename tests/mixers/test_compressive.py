@@ -35,7 +35,7 @@ def literal(layer: Any, z_Td: Tensor) -> list[Tensor]:
         for g in groups[-SLOTS:]:
             inside = z_Td[RATE * g : RATE * g + RATE].detach()
             if layer.pooling == "mean":
-                one = sum(inside) / RATE
+                one = inside.sum(0) / RATE
             elif layer.pooling == "max":
                 one = inside.max(0).values
             else:
