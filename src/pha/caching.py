@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -139,6 +139,67 @@ class CacheAdapter:
             if _keeps_state(layer)
             for place, state in layer.recurrent_states.items()
         ]
+
+
+class CarriedCache(CacheAdapter):
+    """The past of rows as a forward pass of training reads it, without gradient.
+
+    What is read stays as it is, and what the rows leave is put beside it. So a layer that is
+    computed a second time, as by gradient checkpointing, finds the same past.
+
+    Args:
+        past: what an earlier pass left, by name: keys and values (B, G, S, K), states (B, ...);
+            empty at the beginning.
+        memory: how many keys to leave; 0 for states alone.
+
+    Attributes:
+        left: what this pass leaves, detached.
+    """
+
+    is_static = False
+
+    def __init__(self, past: Mapping[str, Tensor], memory: int) -> None:
+        self.past, self.memory = past, memory
+        self.left: dict[str, Tensor] = {}
+
+    def length(self) -> int:
+        """Keys of each row, which are as many in every layer that has any."""
+        return next((x.shape[2] for name, x in self.past.items() if name.startswith("key")), 0)
+
+    def key_range(self, queries: int) -> tuple[int, int]:
+        """As of `CacheAdapter`."""
+        return self.length() + queries, 0
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the past with these behind them."""
+        return self._extended(f"key.{layer_idx}", key), self._extended(f"value.{layer_idx}", value)
+
+    def _extended(self, name: str, new: Tensor) -> Tensor:
+        if name in self.past:
+            new = torch.cat([self.past[name].to(new.dtype), new], 2)
+        if self.memory:
+            self._leave(name, new[:, :, -self.memory :])
+        return new
+
+    def state(self, layer_idx: int, place: int) -> Tensor | None:
+        """A state of the past, or None."""
+        return self.past.get(f"state.{layer_idx}.{place}")
+
+    def set_state(self, layer_idx: int, place: int, state: Tensor) -> None:
+        """Leave a state."""
+        self._leave(f"state.{layer_idx}.{place}", state)
+
+    def _leave(self, name: str, x: Tensor) -> None:
+        self.left[name] = x.detach().clone(memory_format=torch.contiguous_format)
+
+    def count(self, x_BTd: Tensor) -> None:
+        """Nothing: whoever carries the rows says where they are."""
+
+    def enter(self, batch: int, attention_mask: Tensor | None) -> None:
+        """Nothing: the past is of these rows."""
+
+    def leave(self, padded: bool) -> None:
+        """Nothing: see `left`."""
 
 
 @dataclass

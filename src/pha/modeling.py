@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple
 
 from pha import mixers as mixers  # which makes them known
-from pha.caching import CacheAdapter, PHACache
+from pha.caching import CacheAdapter, CarriedCache, PHACache
 from pha.conversion import is_old
 from pha.inputs import check_rows, packed_starts, token_mask
 from pha.model import BRANCHES, ArchitectureConfig, Backbone, Branch
@@ -237,13 +237,15 @@ class PHAModel(Backbone, PHAPreTrainedModel):
                 either side, or holes. What comes out in these places means nothing.
             position_ids: (B, T); may be left out, since positions enter only as differences. Where
                 they do not grow, a new document begins.
-            past_key_values: the model's whole state: keys, values and recurrent states; updated.
+            past_key_values: the model's whole state: keys, values and recurrent states; updated. Or
+                the past of rows in training, a `CarriedCache`, which is not.
             inputs_embeds: (B, T, d) in place of `input_ids`.
             use_cache: return the state; off while training.
             output_hidden_states: return what enters each layer, and what leaves the last norm.
             output_attentions: return the weights (B, H, T, S) of each layer with attention.
             document_starts: (B, S) bool, true where a packed document begins.
-            others: ignored, but for other ways to pack rows, which are refused.
+            others: `own_losses`, see `Context`; the rest is ignored, but for other ways to pack
+                rows, which are refused.
 
         Returns:
             last_hidden_state (B, T, d), past_key_values, hidden_states, attentions.
@@ -258,10 +260,14 @@ class PHAModel(Backbone, PHAPreTrainedModel):
         past_key_values = self.cache_for(past_key_values, use_cache)
         if tokens.dim() != (2 if inputs_embeds is None else 3):
             raise PHAError(f"tokens are {tuple(tokens.shape)}; give them as (batch, tokens)")
-        (batch, new), cache = tokens.shape[:2], None
+        batch, new = tokens.shape[:2]
+        cache: CacheAdapter | None = None
         past: int | Tensor = 0
         if past_key_values is not None:
-            cache = CacheAdapter(past_key_values, self.config)
+            if isinstance(past_key_values, CarriedCache):
+                cache = past_key_values
+            else:
+                cache = CacheAdapter(past_key_values, self.config)
             cache.enter(batch, attention_mask)
             past = cache.length()
         total = past + new if isinstance(past, int) else None
@@ -287,6 +293,7 @@ class PHAModel(Backbone, PHAPreTrainedModel):
             attention_backend=_BACKENDS.get(self.config._attn_implementation),
             layer_inputs=layer_inputs,
             attention_weights=weights,
+            own_losses=others.get("own_losses"),
         )
         if cache is not None:
             if not self.config.keeps_keys:
@@ -371,6 +378,8 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
             logits = self._decode(input_ids, past_key_values, attention_mask, position_ids)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        is_taught = torch.is_grad_enabled() and not (labels is None and shift_labels is None)
+        own_losses: list[Tensor] | None = [] if is_taught else None
         body: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -381,6 +390,7 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             document_starts=document_starts,
+            own_losses=own_losses,
             **others,
         )
         x = body.last_hidden_state
@@ -396,6 +406,8 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
                     "give one for each token"
                 )
             total, logits = self._summed_loss(x, shift_labels)
+            for own in own_losses or ():
+                total = total + (own - own.detach())  # the gradient, not the value
             items = num_items_in_batch
             items = (shift_labels != -100).sum() if items is None else items
             loss = total / (items + (items == 0))  # a batch without labels teaches nothing

@@ -56,7 +56,7 @@ MINIATURES |= {
     )
 }
 CONTROLS = {"attention-125m": "attention-only-tiny-shallow", "gss-125m": "gss-only-tiny"}
-LAYOUTS = ["griffin", "jamba", "gated-deltanet-hybrid"]
+LAYOUTS = ["griffin", "jamba", "gated-deltanet-hybrid", "transformer-xl", "compressive"]
 MINIATURES |= CONTROLS | {f"{layout}-125m": f"{layout}-tiny" for layout in LAYOUTS}
 MEHTA = [name for name in MINIATURES if "mehta" in name]
 TINY = [name for name in PRESETS if "tiny" in name]

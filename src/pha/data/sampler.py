@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,9 +76,7 @@ class WindowSampler:
         """The global batch of a step (counted from 0 over all epochs), or its rows start:stop."""
         import torch
 
-        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-        first = step_of_epoch * self.global_batch
-        windows = self._epoch_order(epoch)[first : first + self.global_batch][start:stop]
+        windows, new = (x[start:stop] for x in self._windows(*divmod(step, self.steps_per_epoch)))
         positions = windows[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
         ids = torch.from_numpy(np.asarray(self._tokens[positions], dtype=np.int64))
         marks = None
@@ -86,9 +84,15 @@ class WindowSampler:
             inputs = positions[:, :-1]
             next_starts = np.searchsorted(self._starts, inputs).clip(max=len(self._starts) - 1)
             is_first = self._starts[next_starts] == inputs
-            is_first[:, 0] = True
+            is_first[new, 0] = True
             marks = torch.from_numpy(is_first)
         return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), marks)
+
+    def _windows(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Windows of a step of an epoch; and which of them go on from nothing, all of them."""
+        first = step * self.global_batch
+        windows = self._epoch_order(epoch)[first : first + self.global_batch]
+        return windows, np.ones(len(windows), dtype=bool)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         """A permutation of the windows for this epoch (only the latest is kept).
@@ -100,3 +104,32 @@ class WindowSampler:
             bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
             self._order = (epoch, np.argsort(bits.random_raw(self.windows), kind="stable"))
         return self._order[1]
+
+
+class StretchSampler(WindowSampler):
+    """Batches in which each row goes on where it ended in the step before.
+
+    The windows, in their order, are a ring. In each epoch row r has the r-th of `global_batch`
+    stretches of it, all of `steps_per_epoch` windows, from a beginning that the seed draws. A row
+    begins anew with the epoch and with the text, which `document_starts` of a batch marks whether
+    documents are kept apart or not; where no row does, it is None.
+    """
+
+    def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
+        """As of `WindowSampler`."""
+        batch = super().batch(step, start, stop)
+        new = self._windows(*divmod(step, self.steps_per_epoch))[1][start:stop]
+        if batch.document_starts is not None or not new.any():
+            return batch
+        import torch
+
+        marks = torch.zeros(batch.inputs.shape, dtype=torch.bool)
+        marks[:, 0] = torch.from_numpy(new)
+        return replace(batch, document_starts=marks)
+
+    def _windows(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Windows of a step of an epoch; and which of them go on from nothing."""
+        bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
+        stretches = np.arange(self.global_batch) * self.steps_per_epoch
+        windows = (int(bits.random_raw()) % self.windows + stretches + step) % self.windows
+        return windows, (windows == 0) | (step == 0)

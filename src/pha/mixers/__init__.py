@@ -3,6 +3,7 @@
 Importing this package makes them known to `branches` in a configuration.
 """
 
+from pha.mixers.compressive import CompressiveAttention
 from pha.mixers.gated_deltanet import GatedDeltaNet
 from pha.mixers.h3 import H3
 from pha.mixers.hyena import Hyena
@@ -20,6 +21,7 @@ __all__ = [
     "QRNN",
     "RGLRU",
     "S4D",
+    "CompressiveAttention",
     "GatedDeltaNet",
     "Hyena",
     "LinearAttention",

@@ -59,6 +59,7 @@ class Backbone(nn.Module):
         attention_backend: str | None = None,
         layer_inputs: list[Tensor] | None = None,
         attention_weights: list[Tensor] | None = None,
+        own_losses: list[Tensor] | None = None,
     ) -> Tensor:
         """Hidden states (B, T, d) after the final norm, in the compute type.
 
@@ -72,13 +73,14 @@ class Backbone(nn.Module):
             attention_backend: name in the op table; None for the one of the device.
             layer_inputs: receives what enters each layer, (B, T, d).
             attention_weights: receives those of each layer with attention, (B, H, T, S).
+            own_losses: receives losses of branches, see `Context`.
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         context = self._context(
             inputs_embeds, positions, document_starts, token_mask, cache, attention_backend
         )
-        context.attention_weights = attention_weights
+        context.attention_weights, context.own_losses = attention_weights, own_losses
         x = self.dropout(inputs_embeds * math.sqrt(self.config.hidden_size))
         for layer in self.layers:
             if layer_inputs is not None:

@@ -68,6 +68,8 @@ class Context:
             not looked at; every other token must be as if they were left out.
         cache: where the past is, or None when the tokens are the whole sequence.
         attention_weights: receives the weights (B, H, T, S) of each layer, where they are wanted.
+        own_losses: receives losses that a branch has besides the model's, summed over tokens, where
+            they are wanted; training follows their gradients too.
     """
 
     rotary: tuple[Tensor, Tensor]
@@ -80,6 +82,7 @@ class Context:
     token_mask: Tensor | None = None
     cache: StateCache | None = None
     attention_weights: list[Tensor] | None = None
+    own_losses: list[Tensor] | None = None
 
 
 @dataclass

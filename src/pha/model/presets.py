@@ -289,6 +289,28 @@ PRESETS |= {
     },
 }
 
+# Transformers with a memory of the text before, which `data.carry chunks` brings along in training:
+# 1,024 tokens, and 512 with 512 slots of 4; in miniature 256, for sequences as long.
+_COMPRESSIVE: dict[str, Any] = {"branches": ["compressive_attention"]}
+
+
+def _slots(slots: int) -> dict[str, Any]:
+    return {"branch_options": {"compressive_attention": {"slots": slots}}}
+
+
+PRESETS |= {
+    "transformer-xl-125m": PRESETS["attention-125m"] | {"attention_window": 1025},
+    "transformer-xl-tiny": PRESETS["attention-only-tiny-shallow"] | {"attention_window": 257},
+    "compressive-125m": _ALONE
+    | _COMPRESSIVE
+    | _slots(512)
+    | {"attention_window": 513, "primary_ffn_expansion": 1416 / 768},
+    "compressive-tiny": _TINY
+    | _COMPRESSIVE
+    | _slots(256)
+    | {"attention_window": 257, "primary_ffn_expansion": 4.75},
+}
+
 # Parameters that the paper states (Table 1; its ablations are "comparable" to the full model).
 PAPER_PARAMETERS: dict[str, float] = {
     "pha-90m": 89.7e6,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -26,6 +26,8 @@ from pha.utils.text import shorten
 from pha.utils.versions import check_format
 
 FORMAT = 4  # 3 had no state of the numerics watch
+
+CARRIED = "carried.safetensors"
 
 
 class DamagedError(PHAError):
@@ -82,12 +84,18 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     keep: int,
+    carried: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write `checkpoints/step-N` and delete all but the newest `keep`."""
+    """Write `checkpoints/step-N` and delete all but the newest `keep`.
+
+    `carried` is what the rows of this step leave to the next ones, by name, if they do.
+    """
     with atomic_folder(run.checkpoint(progress.step)) as folder:
         _write_model(folder, model, tokenizer)
         with (folder / "optimizer.pt").open("wb") as file:  # by name, no error would say its reason
             torch.save(optimizer.state_dict(), file)
+        if carried is not None:
+            save_file(carried, folder / CARRIED)
         files = {f.name: sha256_file(f) for f in sorted(folder.iterdir()) if f.is_file()}
         content = {"format": FORMAT, "progress": asdict(progress), "sha256": files}
         write_json(folder / "trainer.json", content | {"digest": _digest(content)})

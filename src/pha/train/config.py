@@ -24,6 +24,11 @@ class DataConfig:
         sequence_length: T, tokens per sequence.
         packed_documents: reset the state and bound attention at document starts. Off for
             WikiText, whose benchmark ignores them.
+        carry: what a row gets of the step before: `none`; `chunks`, the states and keys of the text
+            that it continues, truncated backpropagation through time; or `states`, those that
+            another text left, in `carry_share` of the steps.
+        memory: keys that `chunks` carries; null: `model.attention_window` less one, or a sequence.
+        carry_share: of the steps, for `states`; the others begin with nothing.
     """
 
     store: str | None = None
@@ -31,6 +36,9 @@ class DataConfig:
     tokenizer: str = "bpe:2048"
     sequence_length: int = 1024
     packed_documents: bool = False
+    carry: Literal["none", "chunks", "states"] = "none"
+    memory: int | None = None
+    carry_share: float = 0.5
 
 
 @dataclass(kw_only=True)
@@ -171,6 +179,8 @@ _ALLOWED: dict[str, Callable[[float], bool]] = {
 # Section and rule -> keys; a key that may be null may always be so.
 _RULES = {
     ("data", "at least 1"): "sequence_length",
+    ("data", "at least 0"): "memory",
+    ("data", "in [0, 1]"): "carry_share",
     ("run", "at least 1"): (
         "steps global_batch micro_batch evaluate_every evaluations evaluate_tokens "
         "checkpoint_every keep_checkpoints keep_best average_best log_every"
@@ -255,6 +265,21 @@ class TrainConfig:
                 "run.compile needs rows of one length, and the documents of packed rows go through "
                 f"{self.model_name} apart; set one of run.compile and data.packed_documents false",
             )
+        _require(
+            data.memory is None or data.carry == "chunks",
+            f"data.memory is {data.memory}, and data.carry {data.carry} carries no keys; set "
+            "data.carry chunks, or leave data.memory out",
+        )
+        _require(
+            data.carry == "none" or self.transformers.name is None,
+            f"data.carry is {data.carry}, and {self.model_name} cannot begin anew in a single row "
+            "of a batch, as ours can; leave data.carry out",
+        )
+        _require(
+            data.carry == "none" or not run.compile,
+            f"data.carry is {data.carry}, whose past grows, and run.compile needs one shape; leave "
+            "one of them out",
+        )
         _require(run.trackers is not None, "run.trackers is null; write [] for none")
         unknown = set(run.trackers) - {"tensorboard", "wandb"}
         _require(

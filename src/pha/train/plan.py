@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pha.caching import CarriedCache
 from pha.costs import training_flops
 from pha.foreign import ForeignModel, make_foreign
 from pha.model import ArchitectureConfig
@@ -16,6 +17,7 @@ from pha.model.parameters import count_parameters
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops.linear_cross_entropy import chunk_logits
 from pha.peers import count_multiplied
+from pha.train.carry import memory_of
 from pha.train.config import TrainConfig
 from pha.train.models import foreign_shape
 from pha.utils.errors import PHAError
@@ -45,6 +47,7 @@ class Plan:
     flops: float  # of the run
     weights_bytes: int  # weights, gradients and two moments
     activation_bytes: int  # what a micro-batch keeps for its backward pass
+    carried_bytes: int  # what the rows of a step leave to the next, on each device
     free_bytes: int  # what is free now
     matmul_flops: float  # measured rate of matrix products, FLOP/s
     seconds: float  # expected time of the training alone, at `ASSUMED_UTILISATION`
@@ -61,6 +64,26 @@ def activation_bytes_per_token(config: ArchitectureConfig, precision: str) -> fl
         # Weights cast for autocast and other tensors without a token dimension do not scale.
         scaling = [t for t in saved if PROBE_TOKENS in t.shape]
         return sum(t.nbytes for t in scaling) / PROBE_TOKENS
+
+
+def carried_bytes_per_row(config: TrainConfig, precision: str) -> int:
+    """Bytes that a row leaves to the next step, counted in the same way.
+
+    Raises:
+        PHAError: it is to leave states, and the model has none.
+    """
+    if config.data.carry == "none":
+        return 0
+    cache = CarriedCache({}, memory=1)
+    with FakeTensorMode(), torch.no_grad():
+        model = PHAForCausalLM(PHAConfig(**(vars_of(config.model) | {"vocab_size": 8})))
+        with torch.autocast("cpu", PRECISIONS[precision], enabled=precision != "fp32"):
+            model.model(torch.zeros(1, PROBE_TOKENS, dtype=torch.long), past_key_values=cache)
+    states = sum(x.nbytes for name, x in cache.left.items() if name.startswith("state"))
+    if config.data.carry == "states" and not states:
+        raise PHAError("data.carry is states, and no branch of this model keeps any; use chunks")
+    keys = sum(x.nbytes for x in cache.left.values()) - states  # of one token
+    return states + keys * memory_of(config.data, config.model)
 
 
 def _kept(model: PHAForCausalLM | ForeignModel, tokens: int, precision: str) -> list[torch.Tensor]:
@@ -138,7 +161,7 @@ def make_plan(
     share = run.global_batch // processes
     size = _measure(config, precision)
     parameters, per_token, width = size.parameters, size.per_token, size.width
-    weights = parameters * 4 * 4
+    weights, carried = parameters * 4 * 4, carried_bytes_per_row(config, precision)
     if run.gradient_checkpointing:
         # What enters each layer, in float32, and the inside of one layer at a time.
         per_token = 4 * size.layers * width + per_token / size.layers
@@ -146,8 +169,8 @@ def make_plan(
     # The loss holds a chunk of logits and what is computed from it, and the head's gradient.
     chunk = min(chunk_logits(device.type), share * length * config.model.vocab_size)
     loss_bytes = 3 * 4 * chunk + 4 * config.model.vocab_size * width
-    budget = 0.8 * free - weights - loss_bytes
-    fits = int(budget / (per_token * length))
+    budget = 0.8 * free - weights - loss_bytes - carried * share
+    fits = int(budget / (per_token * length + carried))
     if device.type == "cpu":
         fits = min(fits, max(1, CPU_TOKENS // length))
     if run.micro_batch is not None:
@@ -182,7 +205,8 @@ def make_plan(
         flops_per_token=flops_per_token,
         flops=flops_per_token * tokens,
         weights_bytes=weights,
-        activation_bytes=int(per_token * length * micro) + loss_bytes,
+        activation_bytes=int((per_token * length + carried) * micro) + loss_bytes,
+        carried_bytes=carried * share,
         free_bytes=free,
         matmul_flops=rate,
         seconds=flops_per_token * tokens / (rate * processes * ASSUMED_UTILISATION),

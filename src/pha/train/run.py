@@ -50,9 +50,10 @@ def run_training(
         console.print(f"{out} is finished; its result.json is as it was", soft_wrap=True)
         return finished if session.accelerator.is_main_process else None
     print_plan(session)
-    if plan.activation_bytes + plan.weights_bytes > plan.free_bytes:
+    needed = plan.weights_bytes + plan.activation_bytes + plan.carried_bytes
+    if needed > plan.free_bytes:
         raise PHAError(
-            f"this needs about {memory(plan.weights_bytes + plan.activation_bytes)} and "
+            f"this needs about {memory(needed)} and "
             f"{memory(plan.free_bytes)} is free; lower data.sequence_length or use a smaller preset"
         )
     repeatable = deterministic(session.config.run.deterministic)

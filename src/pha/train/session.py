@@ -149,6 +149,7 @@ def print_plan(session: Session) -> None:
     config, plan, run = session.config, session.plan, session.config.run
     device = session.accelerator.device
     cut = f"{plan.micro_batch} at a time" if plan.accumulation > 1 else "at once"
+    carried = f", {memory(plan.carried_bytes)} carried" if plan.carried_bytes else ""
     lines = [
         f"model      {config.model_name or 'custom'}, {count(plan.parameters)} parameters",
         f"device     {device_name(device)}, {run.precision}, matrix products at "
@@ -157,7 +158,8 @@ def print_plan(session: Session) -> None:
         f"length     {plan.steps} steps, {count(plan.tokens)} tokens, "
         f"{plan.steps / plan.steps_per_epoch:.2f} epochs",
         f"memory     {memory(plan.weights_bytes)} for weights, gradients and moments, "
-        f"{memory(plan.activation_bytes)} for a micro-batch; {memory(plan.free_bytes)} free",
+        f"{memory(plan.activation_bytes)} for a micro-batch{carried}; "
+        f"{memory(plan.free_bytes)} free",
         f"work       {count(plan.flops)}FLOP, those of mixers counted",
         "ops        " + ", ".join(f"{op} {what}" for op, what in in_use(device.type).items())
         if config.transformers.name is None

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pha.data.sampler import WindowSampler
 from pha.data.store import TokenStore
 from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
@@ -24,7 +24,9 @@ from pha.modeling import PHAForCausalLM
 from pha.results import EvalRecord, LayerMixing, MixingRecord, Scores, TrainRecord, WarningRecord
 from pha.runs import RunFolder
 from pha.train.batches import BatchFeed
+from pha.train.carry import Carried, sampler_class
 from pha.train.checkpoint import (
+    CARRIED,
     DamagedError,
     Progress,
     load_checkpoint,
@@ -69,7 +71,7 @@ class Trainer:
         self.tokenizer, self.store = tokenizer, store
         self.accelerator, self.console = accelerator, console
         data = config.data
-        self.sampler = WindowSampler(
+        self.sampler = sampler_class(data)(
             store.tokens("train"),
             data.sequence_length,
             config.run.global_batch,
@@ -90,6 +92,9 @@ class Trainer:
             ],
             accelerator.device,
         )
+        self.carried: Carried | None = None
+        if data.carry != "none":
+            self.carried = Carried(config, self.feed.pieces, accelerator.device)
         self.schedule = Schedule(config.schedule, config.optimizer.learning_rate, plan.steps)
         self.progress = Progress()
         self.watch: Watch | None = None
@@ -132,6 +137,8 @@ class Trainer:
                 )
                 if self._main:
                     set_aside(bad)
+            if self.carried is not None:
+                self.carried.load_state(load_file(folder / CARRIED))
             self.schedule.load_state(self.progress.schedule)
             if self.watch is not None:
                 self.watch.load_state(self.progress.watch)
@@ -257,12 +264,17 @@ class Trainer:
             inputs = self.feed.get(step, piece)
             if piece == 0 and self.watch is not None:
                 self.watch.before(step + 1, inputs)
+            given = inputs
+            if self.carried is not None:
+                given = self.carried.enter(step, piece, inputs)
             # Dropout is a pure function of the seed and of which sequences these are, in whichever
             # process: no generator has a state.
             torch.manual_seed((run.seed << 40) + step * run.global_batch + first)
             context = contextlib.nullcontext() if piece == last else accelerator.no_sync(self.model)
             with context:
-                total += self._backward(inputs)
+                total += self._backward(given)
+            if self.carried is not None:
+                self.carried.leave(piece, given)
         loss = accelerator.reduce(total, "mean")
         if self.watch is not None:
             self.watch.gradients()
@@ -270,7 +282,7 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(self.model.parameters(), clip)
         # On a GPU this waits for the step; it is the only wait in it.
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
-            self._diverged(step, float(loss), inputs)
+            self._diverged(step, float(loss), given)
         if self.watch is not None:
             self.watch.after(step + 1, float(loss), inputs)
         set_rate(self.optimizer.optimizer, rate)
@@ -356,6 +368,9 @@ class Trainer:
         progress.peak_memory = max(progress.peak_memory, peak_memory(self.accelerator.device))
         progress.schedule = self.schedule.state()
         progress.watch = self.watch.state() if self.watch is not None else {}
+        carried = None
+        if self.carried is not None:  # of the rows of all processes
+            carried = self.accelerator.gather(self.carried.state())
         if self._main:
             progress.metrics_bytes = metrics.flush()
             save_checkpoint(
@@ -365,6 +380,7 @@ class Trainer:
                 self.optimizer.optimizer,
                 progress,
                 self.config.run.keep_checkpoints,
+                carried,
             )
             # Only now: until this checkpoint was whole, a resumed run might have needed them.
             for step in set(self.run.best_steps()) - steps_needed(self.run):
