@@ -98,8 +98,10 @@ def test_no_gradient_flows_back_from_later_tokens(name: str) -> None:
     for t in (0, 20, 40):
         (gradient,) = torch.autograd.grad(logits[0, t].square().sum(), embedded, retain_graph=True)
         assert torch.equal(gradient[:, t + 1 :], torch.zeros_like(gradient[:, t + 1 :]))
-        # Every preset has a branch that sees the past: all of it counts.
-        assert bool(gradient[0, : t + 1].abs().amax(-1).gt(0).all())
+        # Every preset has a branch that sees the past: all of it counts. A gradient ends where
+        # inputs are pooled.
+        first = max(0, t - 2 * 4) if name.startswith("compressive") else 0
+        assert bool(gradient[0, first : t + 1].abs().amax(-1).gt(0).all())
 
 
 @pytest.mark.usefixtures("steps")

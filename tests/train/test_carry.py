@@ -200,18 +200,18 @@ def test_rows_go_on_and_begin_anew_with_text_and_epoch() -> None:
 def test_interrupted_and_resumed_equals_uninterrupted(
     train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, carry: str
 ) -> None:
-    settings = {"data__carry": carry, "run__gradient_checkpointing": True, "run__micro_batch": 3}
-    train_small = partial(train_small, **settings, run__evaluate_tokens=100)
+    settings = {"data__carry": carry, "run__micro_batch": 3, "run__steps": 4}
+    train_small = partial(train_small, **settings, run__watch_every=0)
     train_small("whole")
     with monkeypatch.context() as patch:
-        stop_after(patch, 3)
+        stop_after(patch, 2)
         with pytest.raises(TrainingInterruptedError):
             train_small("cut")
-    kept = load_file(RunFolder(tmp_path / "cut").checkpoint(3) / "carried.safetensors")
+    kept = load_file(RunFolder(tmp_path / "cut").checkpoint(2) / "carried.safetensors")
     assert {len(x) for x in kept.values()} == {4}
     train_small("cut")
     whole, cut = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "cut")
-    assert_same_weights(whole.checkpoint(8), cut.checkpoint(8))
+    assert_same_weights(whole.checkpoint(4), cut.checkpoint(4))
     assert timeless(whole) == timeless(cut)
 
 
