@@ -26,11 +26,13 @@ def harness_command(model: Path, arguments: Sequence[str]) -> list[str]:
         PHAError: no such model.
     """
     folder, run = model_folder(model)
-    ours = {"pretrained": str(folder), "add_bos_token": False}
-    if trained := trained_protocol(run):
-        ours["max_length"] = trained.sequence_length
-    elif length := read_json(folder / "config.json").get("max_position_embeddings"):
-        ours["max_length"] = length
+    trained = trained_protocol(run)
+    if trained is None:  # what a configuration of ours says too, and GPT-2's in another word
+        length = read_json(folder / "config.json").get("max_position_embeddings")
+    else:
+        length = trained.sequence_length
+    longest = {} if length is None else {"max_length": length}
+    ours = {"pretrained": str(folder), **longest, "add_bos_token": False}
     return ["lm_eval", "run", "--model", "hf", "--model_args", json.dumps(ours), *arguments]
 
 
