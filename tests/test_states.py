@@ -237,5 +237,6 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         save_state(book, state, loaded.pha)
     assert book.read_text() == "a book"
     save_state(tmp_path / "state", state, loaded.pha)
+    assert (tmp_path / "state").stat().st_mode == book.stat().st_mode
     save_state(tmp_path / "state", replace(state, texts=[]), loaded.pha)  # of a state, a new one
     assert load_state(tmp_path / "state", loaded.pha).texts == []

@@ -88,12 +88,13 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
     @property
     def windows(self) -> list[int | None]:
         """How many keys a query sees in each layer that keeps keys, its own included; None: all."""
-        return [
-            min((w for w in (self.attention_window, own) if w is not None), default=None)
-            for layer in range(self.num_hidden_layers)
-            if self._keeps(layer, "keeps_keys")
-            for own in [self.layer_branches(layer).get("attention", {}).get("window")]
-        ]
+        found = []
+        for layer in range(self.num_hidden_layers):
+            own = self.layer_branches(layer).get("attention", {}).get("window")
+            bounds = [w for w in (self.attention_window, own) if w is not None]
+            if self._keeps(layer, "keeps_keys"):
+                found.append(min(bounds) if bounds else None)
+        return found
 
     @property
     def sliding_window(self) -> int | None:
@@ -101,7 +102,7 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
         bounds = [window for window in self.windows if window is not None]
         if len(bounds) < len(self.windows):
             return None
-        return max(bounds, default=self.attention_window)
+        return max(bounds) if bounds else self.attention_window
 
     @property
     def has_windows(self) -> bool:

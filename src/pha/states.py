@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
@@ -163,7 +163,8 @@ def save_state(
     )
     record = dataclasses.replace(record, digest=_digest(record, tensors))
     with writing(path), atomic_file(path) as temporary:
-        save_file(tensors, temporary, {_RECORD: json.dumps(asdict(record))})
+        # Not by `save_file`, which gives a mode of its own and hides why a disk refuses.
+        temporary.write_bytes(save(tensors, {_RECORD: json.dumps(asdict(record))}))
 
 
 def load_state(
