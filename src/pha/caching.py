@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,7 +24,19 @@ _REMEDY = "make one with model.new_cache()"
 
 
 class PHACache(DynamicCache):
-    """A growing cache whose sequences can be repeated and selected, recurrent states included."""
+    """A growing cache whose sequences can be copied, repeated and selected, states included."""
+
+    def copy(self) -> PHACache:
+        """Another cache of the same past: either may go on, and the other does not change.
+
+        Keys are shared, since nothing writes over them.
+        """
+        made = copy.copy(self)
+        made.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in made.layers:
+            vars(layer).update({k: dict(v) for k, v in vars(layer).items() if isinstance(v, dict)})
+        made._each_state(torch.clone)
+        return made
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Have every sequence `repeats` times, one after the other."""

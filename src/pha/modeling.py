@@ -86,16 +86,28 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
         return cls(**(preset(name) | overrides))
 
     @property
+    def windows(self) -> list[int | None]:
+        """How many keys a query sees in each layer that keeps keys, its own included; None: all."""
+        found = []
+        for layer in range(self.num_hidden_layers):
+            own = self.layer_branches(layer).get("attention", {}).get("window")
+            bounds = [w for w in (self.attention_window, own) if w is not None]
+            if self._keeps(layer, "keeps_keys"):
+                found.append(min(bounds) if bounds else None)
+        return found
+
+    @property
     def sliding_window(self) -> int | None:
-        """transformers' word for `attention_window`."""
-        return self.attention_window
+        """transformers' word for the most keys that a query sees; None: all, in some layer."""
+        bounds = [window for window in self.windows if window is not None]
+        if len(bounds) < len(self.windows):
+            return None
+        return max(bounds) if bounds else self.attention_window
 
     @property
     def has_windows(self) -> bool:
         """Whether attention has a window in some layer, the model's or its own."""
-        layers = map(self.layer_branches, range(self.num_hidden_layers))
-        own = any(layer.get("attention", {}).get("window") for layer in layers)
-        return self.attention_window is not None or own
+        return self.attention_window is not None or any(self.windows)
 
     @property
     def layer_types(self) -> list[str]:
@@ -104,7 +116,7 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
         Where no layer keeps keys, the first still has room for them, which then counts the past.
         """
         keys_kind, both = "full_attention", "hybrid"
-        if self.attention_window is not None and self.keeps_keys:
+        if self.sliding_window is not None and self.keeps_keys:
             keys_kind, both = "sliding_attention", "hybrid_sliding"
         # A layer that keeps nothing counts as linear: one with keys would be asked for its length.
         kinds = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_the_task_of_the_docs_agrees_with_a_count_by_hand(
     scores = record["results"]["lambada_local"]
     assert scores["perplexity,none"] == pytest.approx(math.exp(-np.mean(totals)), rel=1e-5)
     assert scores["acc,none"] == np.mean(hits)
-    assert record["config"]["model_args"]["max_length"] == 2048
+    assert record["config"]["model_args"]["max_length"] == 1024
 
     # It cuts texts as the harness's own task does.
     from lm_eval.utils import apply_template
@@ -147,5 +148,16 @@ def test_the_command_names_model_and_length(saved: Path) -> None:
     *start, ours, last = harness_command(saved, ["--limit=2"])
     assert start == ["lm_eval", "run", "--model", "hf", "--model_args"]
     assert json.loads(ours)["pretrained"] == str(saved)
-    assert json.loads(ours)["max_length"] == 2048
+    assert json.loads(ours)["max_length"] == 1024  # of a configuration that says nothing else
     assert last == "--limit=2"
+
+
+def test_the_length_is_that_of_training(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "model")
+    content = "data: {sequence_length: 48, packed_documents: false}\n"
+    (tmp_path / "config.yaml").write_text(content)
+    assert json.loads(harness_command(tmp_path, [])[5])["max_length"] == 48
+    config = json.loads((saved / "config.json").read_text()) | {"max_position_embeddings": 96}
+    (tmp_path / "config.yaml").unlink()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    assert json.loads(harness_command(tmp_path / "model", [])[5])["max_length"] == 96

@@ -6,6 +6,7 @@ import cmath
 import math
 from typing import Any
 
+import mpmath
 import pytest
 import torch
 from torch import Tensor, nn
@@ -138,21 +139,21 @@ def test_normalisation_survives_a_zero_vector() -> None:
     assert bool(z.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("shift", [1, 17, 4096])
+@pytest.mark.parametrize("shift", [1, 17, 4096, 10**6, 2**31])
 def test_shifting_all_positions_changes_nothing(shift: int) -> None:
     attention, config = make_attention()
     z = torch.randn(2, 9, 24)
     positions = torch.arange(9).expand(2, 9).clone()
     y = attention(z, plain_context(config, 9, positions))
     shifted = attention(z, plain_context(config, 9, positions + shift))
-    # An angle of `shift` radians in float32 is off by shift * eps / 2, a logit by ten times that.
-    limit = (30 + 10 * shift) * EPS32 * y.abs().max().item()
+    # Angles are float64, and those of 2^31 tokens good to ten units of float32.
+    limit = (30 + 100 * (shift > 10**6)) * EPS32 * y.abs().max().item()
     assert (shifted - y).abs().max().item() <= limit
     # The control: moving half of them does change the result, in that row only.
     positions[1, 5:] += 1
     moved = attention(z, plain_context(config, 9, positions))
     assert torch.equal(moved[0], y[0])
-    assert (moved[1] - y[1]).abs().max().item() > 100 * limit / (1 + shift)
+    assert (moved[1] - y[1]).abs().max().item() > 100 * limit
 
 
 @pytest.mark.parametrize("head_dim", [2, 10, 60, 76])
@@ -163,9 +164,19 @@ def test_rotation_is_the_complex_one(head_dim: int, theta: float) -> None:
     y = rotate(x, *rotary_angles(positions, head_dim, theta))
     for i, p in enumerate(positions[0].tolist()):
         expected = turned(x[0, 0, i], p, theta)
-        # The angle, at most p, is float32.
-        torch.testing.assert_close(y[0, 0, i], expected, rtol=0, atol=(2 + p) * 4 * EPS32)
+        # Cosines and sines are float32.
+        torch.testing.assert_close(y[0, 0, i], expected, rtol=0, atol=8 * EPS32)
     assert torch.equal(y[:, :, 0], x[:, :, 0])
+
+
+@pytest.mark.parametrize("place", [0, 10**3, 10**6, 10**7, 2**31])
+@pytest.mark.parametrize("theta", [500.0, 1e4, 1.28e8])
+def test_angles_are_exact_however_far(place: int, theta: float) -> None:
+    cos, sin = rotary_angles(torch.tensor([place]), 24, theta)
+    with mpmath.workdps(50):
+        angles = [place * mpmath.mpf(theta) ** (mpmath.mpf(-2 * i) / 24) for i in range(12)]
+        exact = torch.tensor([[float(f(x)) for x in angles] for f in (mpmath.cos, mpmath.sin)])
+    torch.testing.assert_close(torch.cat([cos, sin]), exact, rtol=0, atol=1e-6)
 
 
 def test_bfloat16_computes_cosines_in_float32() -> None:

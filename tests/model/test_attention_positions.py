@@ -122,10 +122,30 @@ def test_a_window_of_its_own_is_that_of_the_model(others: dict[str, Any]) -> Non
     assert (whole - model_of(others)(ids).logits).abs().max() > 0.01
     both = model_of({"window": 9} | others, attention_window=7)
     assert_close(both(ids).logits, whole)
-    cache = own(ids).past_key_values
-    assert cache.layers[0].keys.shape[2] == 40
     with pytest.raises(PHAError, match="takes padding on the left only"):
         own(ids, attention_mask=padded_batch((40, 5), 40, "holes")[1], use_cache=True)
+
+
+@pytest.mark.parametrize(
+    ("windows", "kept"), [([4, 9], 8), ([4, None], 40), ([9, None], 40), ([None, None], 40)]
+)
+def test_keys_behind_all_windows_are_dropped(windows: list[int | None], kept: int) -> None:
+    pattern = [["gss", {"attention": {"window": window}}] for window in windows]
+    model = scrambled(small_config(layer_pattern=pattern)).double().requires_grad_(False)
+    ids, cache = tokens(2, 40), model.new_cache()
+    pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([1, 20, 2, 17], 1)]
+    assert_close(torch.cat(pieces, 1), model(ids, use_cache=False).logits)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [kept, kept]
+    model.config.attention_window = 3
+    assert [layer.keys.shape[2] for layer in model(ids).past_key_values.layers] == [2, 2]
+
+
+@pytest.mark.parametrize("which", ["rotary", "alibi"])
+@pytest.mark.parametrize("first", [10**6, 2**24 - 20, 2**31])
+def test_only_distances_matter_however_far(which: str, first: int) -> None:
+    model, ids = model_of({"positions": which}), tokens(2, 40)
+    far = model(ids, position_ids=torch.arange(first, first + 40)[None]).logits
+    torch.testing.assert_close(far, model(ids).logits, rtol=0, atol=2e-5)
 
 
 @each_option

@@ -66,10 +66,10 @@ def harness(model: Model, *arguments: str) -> None:
     """Tasks of EleutherAI's lm-evaluation-harness.
 
     Needs `pip install 'pha[harness]'`. All further options are those of `lm_eval run`, such as
-    --tasks A,B, --include_path DIR, --limit N, --batch_size N and --output_path DIR. Sequences
-    have at most 2048 tokens; --model_args max_length=N sets another length. Tasks with local data
-    run without a network; the harness's own fetch theirs from the Hugging Face Hub. No code is
-    fetched.
+    --tasks A,B, --include_path DIR, --limit N, --batch_size N and --output_path DIR. Longer texts
+    than the model was trained on lose their beginning; --model_args max_length=N sets another
+    length, which for PHA may be any. Tasks with local data run without a network; the harness's own
+    fetch theirs from the Hugging Face Hub. No code is fetched.
     """
     from pha.evals.harness import run_harness
 

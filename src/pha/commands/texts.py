@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+
+from rich.console import Console
 
 from pha.commands.common import (
     Dtype,
@@ -27,6 +30,8 @@ from pha.utils.outputs import require_file, require_folder, require_own, writing
 
 if TYPE_CHECKING:
     from pha.evals.generation import Speed
+    from pha.loading import LoadedModel
+    from pha.states import State
 
 
 def generate(
@@ -34,6 +39,9 @@ def generate(
     *,
     prompt: Annotated[str | None, "TEXT"] = None,
     prompts: File | None = None,
+    prefix: File | None = None,
+    load_state: File | None = None,
+    save_state: File | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.8,
     top_p: float = 0.95,
@@ -42,6 +50,7 @@ def generate(
     num_samples: int = 1,
     batch_size: int = 8,
     piece: int = 0,
+    attention_window: int | None = None,
     dtype: Dtype = "fp32",
     out: File | None = None,
     json: Json = False,
@@ -53,9 +62,17 @@ def generate(
     second go to standard error: prompts and decoding apart, with the bytes of weights that decoding
     read per second. One seed gives one text for a prompt, whatever else is in the batch.
 
+    --prefix reads a text of any length before all prompts. --save-state keeps what the model then
+    remembers, and --load-state goes on from it bit for bit, without reading again; no prompt is
+    needed to save. A text and what follows it become tokens apart, so let a text end where a word
+    does and the next begin with the blank.
+
     Args:
         prompt: text to continue; - reads it from standard input
         prompts: one prompt a line, or .jsonl with a field prompt or text in each
+        prefix: UTF-8 text to read first, after the state if one is loaded
+        load_state: go on from this state of the same model
+        save_state: write the state before the prompts here
         max_new_tokens: at most
         temperature: 0: always the likeliest
         top_p: sample from this much probability
@@ -63,26 +80,43 @@ def generate(
         stop: end before this; may be repeated
         num_samples: texts for each prompt
         batch_size: texts at a time
-        piece: prompt tokens per forward pass; bounds the memory of long prompts; 0: all
+        piece: prompt tokens per forward pass; bounds the memory of long prompts; 0: all, and 2048
+            of --prefix
+        attention_window: keys that a query sees (as the model was trained)
         out: write JSON lines to FILE
         json: print JSON lines
     """
-    texts = _prompts(prompt, prompts)
+    if save_state is not None and prefix is None and load_state is None:
+        raise PHAError("there is no state to save; give the text to read with --prefix")
+    only_saves = save_state is not None and prompt is None and prompts is None
+    texts = [] if only_saves else _prompts(prompt, prompts)
     for text in stop:
         require_encodable(text, "--stop")
     require_file(out)
+    if prefix is not None:
+        _require_there(prefix)
     if out is not None and prompts is not None and out.exists() and out.samefile(prompts):
         raise PHAError(f"{out} holds the prompts; choose another --out")
     from pha.evals.generation import Sampling, Speed
     from pha.evals.generation import generate as continue_texts
     from pha.loading import load_model
+    from pha.states import require_state_file
     from pha.utils.files import write_text
     from pha.utils.hardware import PRECISIONS, default_device
 
+    if save_state is not None:
+        require_state_file(save_state)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop))
     loaded = load_model(model, default_device(), dtype=PRECISIONS[dtype])
+    _set_window(loaded, attention_window)
     streamed = len(texts) * num_samples == 1 and not json and out is None
     speed = Speed()
+    state = _read_past(loaded, prefix, load_state, piece or 2048, speed)
+    if save_state is not None and state is not None:
+        kept = _save(save_state, state, loaded)
+        if only_saves:
+            answer(json, kept, f"{save_state}: {kept['tokens']:,} tokens, {kept['bytes']:,} bytes")
+            return
     continuations = continue_texts(
         loaded,
         texts,
@@ -92,6 +126,7 @@ def generate(
         piece=piece,
         write=_print if streamed else None,
         speed=speed,
+        past=None if state is None else state.cache,
     )
     if streamed:
         _print(texts[0])
@@ -111,6 +146,69 @@ def generate(
             write_text(out, "".join(lines))
     weight_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     print(_speed_line(speed, weight_bytes), file=sys.stderr)
+
+
+def _set_window(loaded: LoadedModel, attention_window: int | None) -> None:
+    """Have attention of a PHA model see so many keys; None leaves it as it was trained."""
+    if attention_window is not None:
+        loaded.pha.config.attention_window = attention_window
+        loaded.pha.config.check()
+
+
+def _require_there(path: Path) -> None:
+    if not path.is_file():
+        raise PHAError(f"there is no file {path}")
+
+
+def _read_past(
+    loaded: LoadedModel, prefix: Path | None, saved: Path | None, piece: int, speed: Speed
+) -> State | None:
+    """The state before the prompts: a saved one, after another text if one is given."""
+    from pha import states
+    from pha.utils.hardware import seconds_of
+
+    state = None if saved is None else states.load_state(saved, loaded.pha, loaded.tokenizer)
+    if prefix is None:
+        return state
+    with _counting(console_for(True), prefix.name) as count:
+
+        def read() -> None:
+            nonlocal state
+            text = read_text(prefix, Meter())
+            state = states.read_text(loaded, text, state, piece, count)
+
+        speed.prefill_seconds += seconds_of(read, loaded.model.device)
+    assert state is not None
+    speed.prompt_tokens += state.texts[-1].tokens
+    return state
+
+
+def _save(path: Path, state: State, loaded: LoadedModel) -> dict[str, Any]:
+    """Write a state; what was written, as a record."""
+    from pha.states import save_state
+
+    save_state(path, state, loaded.pha, loaded.tokenizer)
+    texts = [asdict(text) for text in state.texts]
+    tokens = sum(text.tokens for text in state.texts)
+    return {"path": str(path), "tokens": tokens, "bytes": path.stat().st_size, "texts": texts}
+
+
+@contextmanager
+def _counting(console: Console, name: str) -> Iterator[Callable[[int], None]]:
+    """A line that counts the tokens of a text; yields what to call with more of them."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    shape = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    seen = 0
+    with Progress(*shape, console=console, transient=True) as progress:
+        task = progress.add_task("")
+
+        def count(tokens: int) -> None:
+            nonlocal seen
+            seen += tokens
+            progress.update(task, description=f"{name}: {seen:,} tokens")
+
+        yield count
 
 
 def _prompts(prompt: str | None, path: Path | None) -> list[str]:
@@ -192,8 +290,6 @@ def score(
         attention_window: keys that a query sees (as the model was trained)
         shown: tokens shown as text in the page
     """
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     from pha.evals.score import score as score_text
     from pha.loading import load_model
     from pha.report.surprise import Collector, write_page
@@ -202,8 +298,7 @@ def score(
     from pha.utils.hardware import choose_precision, default_device, provenance, return_freed_memory
 
     for path in files:
-        if not path.is_file():
-            raise PHAError(f"there is no file {path}")
+        _require_there(path)
     if out is not None and len({path.stem for path in files}) < len(files):
         raise PHAError("two files have the same name; score them into different --out folders")
     if out is not None:
@@ -213,34 +308,27 @@ def score(
     return_freed_memory()
     device = default_device()
     loaded = load_model(model, device)
-    if attention_window is not None:
-        loaded.pha.config.attention_window = attention_window
-        loaded.pha.config.check()
+    _set_window(loaded, attention_window)
     chosen = choose_precision(precision, device)
     facts = {"format": JSON_FORMAT, "provenance": provenance(device, chosen)}
     results: list[dict[str, Any]] = []
-    shape = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*shape, console=console_for(json), transient=True) as progress:
-        task = progress.add_task("")
-        for path in files:
-            collected = Collector(shown)
-            seen = 0
+    for path in files:
+        collected = Collector(shown)
+        with _counting(console_for(json), path.name) as count:
 
-            def look(found: Any, collected: Collector = collected, name: str = path.name) -> None:
-                nonlocal seen
+            def look(found: Any, collected: Collector = collected, count: Any = count) -> None:
                 collected(found)
-                seen += len(found.ids)
-                progress.update(task, description=f"{name}: {seen:,} tokens")
+                count(len(found.ids))
 
             text = read_text(path, Meter())
             result = score_text(loaded, path.name, text, piece=piece, precision=chosen, each=look)
-            results.append(asdict(result))
-            if out is not None:
-                page, name = out / f"{path.stem}.html", model.name or str(model)
-                nats = [None, *(round(float(x), 4) for x in collected.all_nats()[1:])]
-                with writing(out):
-                    write_json(page.with_suffix(".json"), results[-1] | {"nats": nats} | facts)
-                    write_page(page, name, result, collected, loaded.tokenizer)
+        results.append(asdict(result))
+        if out is not None:
+            page, name = out / f"{path.stem}.html", model.name or str(model)
+            nats = [None, *(round(float(x), 4) for x in collected.all_nats()[1:])]
+            with writing(out):
+                write_json(page.with_suffix(".json"), results[-1] | {"nats": nats} | facts)
+                write_page(page, name, result, collected, loaded.tokenizer)
     title = f"perplexity of {model}, state carried through each document"
     columns = ("tokens", "per token", "per word", "per byte", "tok/s", "memory")
     table = figures_table(title, "document", *columns)

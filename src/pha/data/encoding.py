@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pha.utils.errors import PHAError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -78,6 +80,27 @@ class TextEncoder:
         It is cut as `cut` does where that is sound for the tokenizer, and else whole.
         """
         return cut(parts) if self._cuts else iter(("".join(parts),))
+
+    def in_pieces(self, parts: Iterable[str], size: int) -> Iterator[np.ndarray]:
+        """Yield the ids of a text that comes in parts, `size` at a time, the last ones fewer.
+
+        Raises:
+            PHAError: a size below 1.
+        """
+        if size < 1:
+            raise PHAError(f"a piece has {size} tokens; at least 1")
+        held: list[np.ndarray] = []
+        count = 0
+        for array in map(self.encode, self.pieces_of(parts)):
+            held.append(array)
+            count += len(array)
+            if count >= size:
+                ids = np.concatenate(held)
+                whole = count - count % size
+                yield from np.split(ids[:whole], whole // size)
+                held, count = [ids[whole:]], count - whole
+        if count:
+            yield np.concatenate(held)
 
     def encode(self, text: str) -> np.ndarray:
         """The ids (int64, one dimension) of one text."""

@@ -6,10 +6,12 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -25,6 +27,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from pha.caching import PHACache
 from pha.loading import LoadedModel
 from pha.utils.errors import PHAError
 from pha.utils.hardware import synchronise
@@ -193,6 +196,7 @@ def generate(
     piece: int = 0,
     write: Callable[[str], None] | None = None,
     speed: Speed | None = None,
+    past: PHACache | None = None,
 ) -> Iterator[Continuation]:
     """Continue prompts, each `num_samples` times; texts come when their batch is done.
 
@@ -210,6 +214,7 @@ def generate(
         write: called with new text as it comes, for one text in all: word by word, or at its end
             where there are stop strings.
         speed: what this took is added to it.
+        past: of one sequence, without padding, which all texts go on from; it stays as it is.
 
     Returns:
         An iterator over the texts, by prompt and then sample.
@@ -233,11 +238,19 @@ def generate(
     speed = Speed() if speed is None else speed
     return (
         continuation
-        for first in range(0, len(requests), batch_size)
-        for continuation in _continue(
-            loaded, requests[first : first + batch_size], sampling, piece, speed, write
-        )
+        for batch in _batches(requests, batch_size, alike=past is not None)
+        for continuation in _continue(loaded, batch, sampling, piece, speed, write, past)
     )
+
+
+def _batches(requests: list[_Request], size: int, alike: bool) -> Iterator[list[_Request]]:
+    """The requests in order, up to `size` at a time; if `alike`, of as many tokens each.
+
+    After a past there is no padding then, which would lie between tokens.
+    """
+    for _, group in groupby(requests, key=lambda request: len(request.ids) if alike else 0):
+        together = list(group)
+        yield from (together[i : i + size] for i in range(0, len(together), size))
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
@@ -255,6 +268,7 @@ def _continue(
     piece: int,
     speed: Speed,
     write: Callable[[str], None] | None,
+    past: PHACache | None,
 ) -> list[Continuation]:
     """The texts of one batch."""
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -263,6 +277,14 @@ def _continue(
     prompts = [torch.tensor(request.ids) for request in batch]
     ids = pad_sequence(prompts, batch_first=True, padding_value=pad, padding_side="left")
     mask = pad_sequence([torch.ones_like(p) for p in prompts], True, 0, "left")
+    read = int(mask.sum())
+    cached: dict[str, Any] = {}
+    if past is not None:
+        cached["past_key_values"] = cache = past.copy()
+        if len(batch) > 1:
+            cache.batch_repeat_interleave(len(batch))
+        # A byte for each token: the mask is all that still grows with them under a window.
+        mask = F.pad(mask.bool(), (past.get_seq_length(), 0), value=True)
     keys = [[sampling.seed, request.sample, *request.ids] for request in batch]
     clock = _Clock()
     criteria = StoppingCriteriaList([clock])
@@ -286,6 +308,7 @@ def _continue(
             logits_processor=draws(keys, sampling),
             stopping_criteria=criteria,
             streamer=_Writer(tokenizer, write) if write and not sampling.stop else None,
+            **cached,
         )
     finally:
         model.generation_config = own
@@ -296,7 +319,7 @@ def _continue(
     ]
     if write and sampling.stop:
         write(texts[0].text)
-    speed.prompt_tokens += int(mask.sum())
+    speed.prompt_tokens += read
     speed.prefill_seconds += clock.times[0] - begin
     speed.decode_tokens += sum(made.new_tokens - 1 for made in texts)
     speed.decode_steps += len(clock.times) - 1

@@ -7,16 +7,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from pha.evals.protocols import trained_protocol
 from pha.loading import model_folder
-
-MAX_LENGTH = 2048
+from pha.utils.formats import read_json
 
 
 def harness_command(model: Path, arguments: Sequence[str]) -> list[str]:
     """`lm_eval run` on a model, as a list of words.
 
-    Our configuration names no longest sequence, because the model has none, and the harness would
-    take 2048 in silence; here it is always set, and so in what the harness prints and writes.
+    The longest sequence is set, and so in what the harness prints and writes: that of training. Of
+    longer ones it leaves out the beginning. A PHA model reads any length that `max_length` says.
 
     Args:
         model: a run, checkpoint or saved model.
@@ -25,8 +25,14 @@ def harness_command(model: Path, arguments: Sequence[str]) -> list[str]:
     Raises:
         PHAError: no such model.
     """
-    folder, _ = model_folder(model)
-    ours = {"pretrained": str(folder), "max_length": MAX_LENGTH, "add_bos_token": False}
+    folder, run = model_folder(model)
+    trained = trained_protocol(run)
+    if trained is None:  # what a configuration of ours says too, and GPT-2's in another word
+        length = read_json(folder / "config.json").get("max_position_embeddings")
+    else:
+        length = trained.sequence_length
+    longest = {} if length is None else {"max_length": length}
+    ours = {"pretrained": str(folder), **longest, "add_bos_token": False}
     return ["lm_eval", "run", "--model", "hf", "--model_args", json.dumps(ours), *arguments]
 
 

@@ -68,22 +68,6 @@ class Score:
     protocol: dict[str, Any]
 
 
-def _regroup(arrays: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """The same ids in arrays of `size`, the last one shorter."""
-    held: list[np.ndarray] = []
-    count = 0
-    for array in arrays:
-        held.append(array)
-        count += len(array)
-        if count >= size:
-            ids = np.concatenate(held)
-            whole = count - count % size
-            yield from np.split(ids[:whole], whole // size)
-            held, count = [ids[whole:]], count - whole
-    if count:
-        yield np.concatenate(held)
-
-
 @torch.inference_mode()
 def stream(
     loaded: LoadedModel, parts: Iterator[str], piece: int = 2048, precision: str = "fp32"
@@ -99,14 +83,11 @@ def stream(
     Raises:
         PHAError: a piece of less than one token.
     """
-    if piece < 1:
-        raise PHAError(f"a piece has {piece} tokens; at least 1")
     model, device = loaded.model, loaded.model.device
     cache = model.new_cache()
     previous: torch.Tensor | None = None  # hidden state at the last token of the piece before
     autocast = torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
-    encoder = TextEncoder(loaded.tokenizer)
-    for array in _regroup(map(encoder.encode, encoder.pieces_of(parts)), piece):
+    for array in TextEncoder(loaded.tokenizer).in_pieces(parts, piece):
         ids = torch.from_numpy(array).to(device)
         with autocast:
             hidden = model.states(ids[None], cache=cache)[0]

@@ -33,11 +33,14 @@ def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
         theta: the base.
 
     Returns:
-        Two tensors (..., T, K / 2), float32.
+        Two tensors (..., T, K / 2), float32. The angles are float64: in float32 one of a million
+        is off by 0.03.
     """
-    i = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
-    angles = positions.float().unsqueeze(-1) * theta ** (-i / head_dim)
-    return angles.cos(), angles.sin()
+    place = positions.device if positions.device.type != "mps" else "cpu"  # MPS has no float64
+    i = torch.arange(0, head_dim, 2, device=place, dtype=torch.float64)
+    angles = positions.to(place, torch.float64).unsqueeze(-1) * theta ** (-i / head_dim)
+    cos, sin = (x.to(positions.device, torch.float32) for x in (angles.cos(), angles.sin()))
+    return cos, sin
 
 
 @register_branch("attention")
@@ -52,7 +55,8 @@ class GroupedQueryAttention(Branch):
         layer_idx: which layer this is, counted from 0.
         positions: `rotary`, `alibi` (with logits of dot products) or `none`.
         window: how many keys a query of this branch sees, its own included; None is all that the
-            model's `attention_window` lets it. Keys behind it are kept all the same.
+            model's `attention_window` lets it. Keys behind it are dropped where every layer with
+            attention has a window, and the widest of these is kept.
 
     Raises:
         PHAError: other positions, or a window below 2.

@@ -109,7 +109,7 @@ class Backbone(nn.Module):
         new: Tensor | slice = slice(-T, None)
         if cache is not None and cache.is_static:  # whose keys have fixed places, filled or not
             mask = attention_mask(query, key, document_starts, token_mask, window)
-            window, places, new = None, query, query
+            window, places, new = None, query - first, query
         elif document_starts is not None or token_mask is not None:
             mask = attention_mask(query, key, document_starts, token_mask)
         if positions is None:

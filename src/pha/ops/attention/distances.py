@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DIGITS, BASE = 3, 256  # of a position, each exact in half precision
+DIGITS, BASE = 4, 256  # of a position below 2^32, each exact in half precision
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -26,14 +26,14 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 def query_with_slopes(q: Tensor, slopes: list[float]) -> Tensor:
-    """q (B, H, T, K) with the entries that `key_with_positions` asks for, (B, H, T, K + 3)."""
+    """q (B, H, T, K) with the entries that `key_with_positions` asks for, (B, H, T, K + 4)."""
     slope = q.new_tensor(slopes)[:, None, None]  # rounded once, the digits' values not at all
     digits = slope * BASE ** torch.arange(DIGITS, device=q.device, dtype=q.dtype)
     return torch.cat([q, digits.expand(*q.shape[:3], -1)], -1)
 
 
 def key_with_positions(k: Tensor, positions: Tensor) -> Tensor:
-    """k (B, G, T, K) with the digits of its positions (B or 1, T), (B, G, T, K + 3)."""
+    """k (B, G, T, K) with the digits of its positions (B or 1, T), (B, G, T, K + 4)."""
     digits = torch.stack([positions // BASE**i % BASE for i in range(DIGITS)], -1)
     return torch.cat([k, digits.to(k.dtype).unsqueeze(1).expand(*k.shape[:3], -1)], -1)
 
