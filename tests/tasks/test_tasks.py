@@ -25,7 +25,8 @@ Answers = dict[int, tuple[str, int]]
 def read_pairs(words: list[str], queries: int) -> Answers:
     """Reads pairs up to the last `queries` of them, which ask for what was read last."""
     begin = next(i for i, word in enumerate(words) if word[0] == "k")
-    known, found = {}, {}
+    known: dict[str, tuple[str, int]] = {}
+    found: Answers = {}
     first = len(words) - 2 * queries
     for i in range(begin, len(words) - 1):
         if i >= first and words[i] in known and (i - first) % 2 == 0:
@@ -117,7 +118,7 @@ def test_labels_are_what_the_tokens_say(
         if name == "gist":  # whose last answer comes after the end
             asked = asked[:-1]
         assert asked.tolist() == sorted(answers)
-        for i in asked:
+        for i in asked.tolist():
             word, place = answers[i]
             assert words[drawn.labels[row, i]] == word
             if drawn.distances is not None:

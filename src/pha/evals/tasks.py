@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -59,20 +59,18 @@ def evaluate_task(
             best = np.zeros(drawn.labels.shape) if best is None else best
             many = max(1, BATCH_TOKENS // drawn.tokens.shape[1])
             for first in range(0, len(drawn.tokens), many):
-                part = slice(first, first + many)
-                piece = Drawn(*(x if x is None else x[part] for x in drawn))
-                _add(sums, model, piece, best[part], precision)
+                _add(sums, model, drawn, best, slice(first, first + many), precision)
     finally:
         model.train(was_training)
     synchronise(model.device)
     if reduce is not None:
         sums = reduce(sums)
     parts = {
-        str(1 << octave): _part(*values, knows_best)
+        str(1 << octave): _part(values, knows_best)
         for octave, values in enumerate(sums.tolist())
         if values[0]
     }
-    whole = _part(*sums.sum(0).tolist(), knows_best)
+    whole = _part(sums.sum(0).tolist(), knows_best)
     return Evaluation(
         split=split,
         loss=whole.loss,
@@ -91,30 +89,35 @@ def evaluate_task(
     )
 
 
-def _part(answers: float, nats: float, hits: float, best: float, knows_best: bool) -> Part:
-    return Part(
-        int(answers), nats / answers, hits / answers, best / answers if knows_best else None
-    )
+def _part(sums: Sequence[float], knows_best: bool) -> Part:
+    answers, nats, hits, best = sums
+    best_nats = best / answers if knows_best else None
+    return Part(int(answers), nats / answers, hits / answers, best_nats)
 
 
 @torch.inference_mode()
 def _add(
-    sums: Tensor, model: LanguageModel, drawn: Drawn, best: np.ndarray, precision: str
+    sums: Tensor,
+    model: LanguageModel,
+    drawn: Drawn,
+    best: np.ndarray,
+    rows: slice,
+    precision: str,
 ) -> None:
-    """Add what the model makes of some sequences to the sums of their octaves."""
-    device = model.device
-    asked = (drawn.labels != IGNORE).ravel()
-    targets = torch.from_numpy(drawn.labels.ravel()[asked]).to(device)
-    places = torch.from_numpy(asked.nonzero()[0]).to(device)
+    """Add what the model makes of some rows to the sums of their octaves."""
+    device, labels = model.device, drawn.labels[rows]
+    asked = labels != IGNORE
+    targets = torch.from_numpy(labels[asked]).to(device)
+    places = torch.from_numpy(asked.ravel().nonzero()[0]).to(device)
     with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
-        x = model.states(torch.from_numpy(np.ascontiguousarray(drawn.tokens)).to(device))
+        x = model.states(torch.from_numpy(np.ascontiguousarray(drawn.tokens[rows])).to(device))
         nats, hits = model.token_statistics(x.flatten(0, 1)[places], targets)
-    distances = drawn.distances
-    if distances is None:
-        distances = np.broadcast_to(1 + np.arange(drawn.labels.shape[1]), drawn.labels.shape)
-    octaves = np.frexp(distances.ravel()[asked])[1] - 1
+    distances = np.broadcast_to(1 + np.arange(labels.shape[1]), labels.shape)
+    if drawn.distances is not None:
+        distances = drawn.distances[rows]
+    octaves = np.frexp(distances[asked])[1] - 1
     values = np.stack(
-        [np.ones(len(octaves)), nats.double().cpu(), hits.double().cpu(), best.ravel()[asked]],
+        [np.ones(len(octaves)), nats.double().cpu(), hits.double().cpu(), best[rows][asked]],
         axis=1,
     )
     sums.index_add_(0, torch.from_numpy(octaves).long(), torch.from_numpy(values))

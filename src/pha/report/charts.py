@@ -78,15 +78,15 @@ def fans(panels: Sequence[tuple[str, Sequence[Fan]]], x_label: str, y_label: str
     """
     from matplotlib.lines import Line2D
 
-    names = [fan.label for fan in panels[0][1]]
+    names = list(dict.fromkeys(fan.label for _, series in panels for fan in series))
     rows = math.ceil(len(names) / 2)
     heights = [2.4 + 0.2 * rows, *[2.4] * (len(panels) - 1)]
     figure = plots.new_panels(len(panels), 1, heights)
     for axes, (title, series) in zip(figure.axes, panels, strict=True):
         words = dict.fromkeys(place for fan in series for seed in fan.seeds for place in seed)
         places = _places(list(words))
-        for index, fan in enumerate(series):
-            style = plots.look(index)
+        for fan in series:
+            style = plots.look(names.index(fan.label))
             for seed in fan.seeds:
                 points = sorted((places[word], y) for word, y in seed.items())
                 axes.plot(*zip(*points, strict=True), **style | {"marker": None}, lw=0.6, alpha=0.4)

@@ -12,7 +12,8 @@ from rich.table import Table
 from pha.data import TokenStore
 from pha.studies.jobs import Job
 from pha.studies.planning import StudyPlan
-from pha.train.data import UNBOUNDED, TaskData
+from pha.tasks import make_task
+from pha.train.data import UNBOUNDED
 from pha.train.plan import ASSUMED_UTILISATION, Plan, make_plan
 from pha.train.recipes import load_recipe
 from pha.utils.hardware import choose_precision, default_device
@@ -62,8 +63,8 @@ def _plan(job: Job, plan: StudyPlan) -> Plan | None:
     config = load_recipe(job.recipe, job.settings)
     length = config.data.sequence_length
     if config.data.task is not None:
-        task = TaskData(config.data)
-        windows, vocabulary = task.windows(), task.vocab_size
+        task = make_task(config.data.task, config.data.task_options)
+        windows, vocabulary = UNBOUNDED, len(task.words())
     elif config.data.store is not None:
         store = TokenStore.open(Path(config.data.store), verify=False)
         windows, vocabulary = (len(store.tokens("train")) - 1) // length, store.vocab_size

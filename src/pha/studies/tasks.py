@@ -103,15 +103,20 @@ def _range(steps: Sequence[float]) -> str:
 
 
 def by_test(outcome: Outcome) -> list[tuple[str, list[Fan]]]:
-    """Every variant's score over the tests, in one panel."""
-    fans = [
-        Fan(
-            row.variant.label,
-            [{each.split: score_of(each) for each in r.evaluations} for r in results_of(row)],
+    """Every variant's score over the tests, a panel for each place of the grid."""
+    return [
+        (
+            place,
+            [
+                Fan(
+                    label,
+                    [{e.split: score_of(e) for e in r.evaluations} for r in results_of(row)],
+                )
+                for label, row in rows
+            ],
         )
-        for row in outcome.rows
+        for place, rows in _panels(outcome).items()
     ]
-    return [("", fans)]
 
 
 def by_distance(outcome: Outcome) -> list[tuple[str, list[Fan]]]:
@@ -119,18 +124,30 @@ def by_distance(outcome: Outcome) -> list[tuple[str, list[Fan]]]:
     tests = dict.fromkeys(each.split for r in outcome.results for each in r.evaluations)
     return [
         (
-            label,
+            f"{place}, test {test}".removeprefix(", "),
             [
                 Fan(
-                    row.variant.label,
+                    label,
                     [
                         {start: score_of(part) for start, part in each.parts.items()}
                         for r in results_of(row)
-                        if (each := r.evaluation(label)) is not None
+                        if (each := r.evaluation(test)) is not None
                     ],
                 )
-                for row in outcome.rows
+                for label, row in rows
             ],
         )
-        for label in tests
+        for place, rows in _panels(outcome).items()
+        for test in tests
     ]
+
+
+def _panels(outcome: Outcome) -> dict[str, list[tuple[str, Row]]]:
+    """Place of the grid -> its variants, with the labels that they have apart from the place."""
+    found: dict[str, list[tuple[str, Row]]] = {}
+    for row in outcome.rows:
+        label, places = row.variant.label, row.variant.places
+        for axis, value in places.items():
+            label = label.removesuffix(f", {axis} {value}")
+        found.setdefault(", ".join(places.values()), []).append((label, row))
+    return found

@@ -43,7 +43,7 @@ class MQAR(Task):
     values: int = 224
     noise: int = 32
     pairs: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64])
-    odds: list[float] | None = field(default_factory=lambda: [30, 25, 20, 15, 10])
+    odds: list[float] | None = field(default_factory=lambda: [30.0, 25.0, 20.0, 15.0, 10.0])
     gap: list[int] | None = None
     updates: int = 0
 
@@ -132,7 +132,7 @@ class ZoologyMQAR(Task):
     sizes: list[list[int]] = field(
         default_factory=lambda: [[64, 4], [128, 8], [256, 16], [256, 32], [256, 64]]
     )
-    odds: list[float] | None = field(default_factory=lambda: [5, 1, 1, 1, 1])
+    odds: list[float] | None = field(default_factory=lambda: [5.0, 1.0, 1.0, 1.0, 1.0])
     random_filler: bool = True
 
     tests: ClassVar = {
