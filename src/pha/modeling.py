@@ -371,7 +371,9 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
             document_starts: (B, S) bool.
             num_items_in_batch: what the summed loss is divided by; the number of labels if absent.
             others: `shift_labels` (B, T), the token that follows each one, in place of `labels`.
-                Trainer would look for it in every batch if it were an argument of its own.
+                Trainer would look for it in every batch if it were an argument of its own. With it
+                may come `label_places` (N,), where in the flattened batch there are labels: only
+                these states then meet the head.
 
         Returns:
             loss (nats per token), logits (B, T', V), past_key_values, hidden_states, attentions.
@@ -382,6 +384,7 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         """
         past_key_values = self.model.cache_for(past_key_values, use_cache)
         shift_labels: Tensor | None = others.pop("shift_labels", None)
+        label_places: Tensor | None = others.pop("label_places", None)
         wanted = [output_attentions, output_hidden_states]
         wanted += [self.config.output_attentions, self.config.output_hidden_states]
         if not (any(wanted) or self.training) and all(
@@ -417,14 +420,18 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
                     f"labels are {tuple(shift_labels.shape)} for a batch of {tuple(x.shape[:2])}; "
                     "give one for each token"
                 )
-            total, logits = self._summed_loss(x, shift_labels)
+            rows, targets = x.flatten(0, 1), shift_labels.flatten()
+            if label_places is None:
+                total, logits = self._summed_loss(rows, targets)
+            else:
+                total, _ = self._summed_loss(rows[label_places], targets[label_places])
             for own in own_losses or ():
                 total = total + (own - own.detach())  # the gradient, not the value
             items = num_items_in_batch
             items = (shift_labels != -100).sum() if items is None else items
             loss = total / (items + (items == 0))  # a batch without labels teaches nothing
         if logits is not None:
-            logits = logits[:, kept]
+            logits = logits.unflatten(0, x.shape[:2])[:, kept]
         elif loss is None or not self.training:
             logits = self.lm_head(x[:, kept])
         return CausalLMOutputWithPast(
@@ -436,13 +443,13 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         )
 
     def _summed_loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Cross-entropy summed over labels; and the logits, where they had to be formed for it."""
+        """Cross-entropy of states (N, d) summed over labels (N,); the logits, if it forms them."""
         if is_plain_linear(self.lm_head):
             weight = self.lm_head.weight
-            return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten()), None
+            return linear_cross_entropy(x, weight, targets), None
         logits = self.lm_head(x)
-        wide = logits.flatten(0, 1).to(accumulation_type(logits))
-        return nn.functional.cross_entropy(wide, targets.flatten(), reduction="sum"), logits
+        wide = logits.to(accumulation_type(logits))
+        return nn.functional.cross_entropy(wide, targets, reduction="sum"), logits
 
     def states(
         self,

@@ -23,6 +23,9 @@ CONFIG_FORMAT = 1
 METRICS_FORMAT = 1
 """Of `metrics.jsonl`, in its first line. A kind of record or a field that is added leaves it."""
 
+SOLVED = 0.9
+"""Accuracy from which on a task is solved."""
+
 JSON_FORMAT = 1
 """Of what studies, benchmarks, comparisons and scores write as JSON."""
 
@@ -34,21 +37,37 @@ class Scores:
     split: str  # name of the split
     loss: float  # mean negative log-likelihood (NLL) per token, in nats
     perplexity: float  # exp(loss), per token
-    word_perplexity: float  # exp(total NLL / (whitespace words + line ends))
+    # exp(total NLL / (whitespace words + line ends)); not a number for a task, as are the next two
+    word_perplexity: float
     byte_perplexity: float  # exp(total NLL / UTF-8 bytes)
     bits_per_byte: float  # total NLL / UTF-8 bytes, in bits
     accuracy: float  # fraction of tokens that were the top prediction
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some answers of a task."""
+
+    answers: int
+    loss: float  # nats per answer
+    accuracy: float
+    best: float | None  # nats per answer of the best predictor there is, where that is known
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Scores):
     """Scores with what they are of."""
 
-    tokens: int  # tokens scored
-    words: float  # words and line ends they spell
-    bytes: float  # UTF-8 bytes they spell
+    tokens: int  # tokens scored; of a task, answers
+    # words and line ends, and UTF-8 bytes, that they spell; not a number for a task
+    words: float
+    bytes: float
     seconds: float  # wall time
     protocol: dict[str, Any]  # how it was measured
+    best: float | None = None  # of a task, as in `Part`
+    # of a task: answers that rest on what stands 1, 2 to 3, 4 to 7, ... tokens before them, by the
+    # first of these numbers
+    parts: dict[str, Part] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain mapping for JSON."""
@@ -128,6 +147,8 @@ class RunResult:
     model: ModelSize
     evaluations: list[Evaluation]  # of the chosen weights
     best_validation_perplexity: float  # on what is evaluated during training
+    # of a task: the first evaluation during training with `SOLVED` of the answers right
+    solved_step: int | None = None
     mixing: list[LayerMixing]  # of every layer
     samples: list[Sample]
     data: dict[str, Any]  # what the token store says of itself, hashes included

@@ -253,8 +253,8 @@ def test_a_bad_step_updates_nothing(
     trainers: list[Any] = []
     before: dict[str, torch.Tensor] = {}
 
-    def backward(self: Any, inputs: Any) -> torch.Tensor:
-        loss = original(self, inputs)
+    def backward(self: Any, inputs: Any, labels: int) -> torch.Tensor:
+        loss = original(self, inputs, labels)
         if self.progress.step == bad_step and not trainers:
             trainers.append(self)
             before.update({n: p.clone() for n, p in self.plain_model.named_parameters()})

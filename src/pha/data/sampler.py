@@ -18,12 +18,14 @@ class Batch:
     """Rows of a global batch: (rows, T) int64 ids; `targets` are `inputs` one token later.
 
     `document_starts` (rows, T) is True at the first token of a document and at position 0, or None
-    when documents are not kept apart.
+    when documents are not kept apart. `labels` is how many targets there are in the whole global
+    batch, of which these rows may be a part.
     """
 
     inputs: Tensor
     targets: Tensor
     document_starts: Tensor | None
+    labels: int
 
 
 class WindowSampler:
@@ -86,7 +88,8 @@ class WindowSampler:
             is_first = self._starts[next_starts] == inputs
             is_first[new, 0] = True
             marks = torch.from_numpy(is_first)
-        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), marks)
+        labels = self.global_batch * self.sequence_length
+        return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), marks, labels)
 
     def _windows(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Windows of a step of an epoch; and which of them go on from nothing, all of them."""

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,7 +101,7 @@ def evaluate(
     )
 
 
-def figures(nll: float, hits: int, tokens: int, words: float, size: float) -> dict[str, float]:
+def figures(nll: float, hits: int, tokens: int, words: float, size: float) -> dict[str, Any]:
     """What `Evaluation` says of a text, by name, from its sums.
 
     These are the negative log-likelihood in nats, separators between documents included, how many

@@ -107,10 +107,13 @@ class ForeignModel(nn.Module):
         shift_labels: Tensor,
         document_starts: Tensor | None = None,
         num_items_in_batch: int | float | None = None,
+        label_places: Tensor | None = None,
     ) -> CausalLMOutput:
         """The loss of tokens (B, T) that are to predict `shift_labels` (B, T), as of our model."""
         x = self.states(input_ids, document_starts).flatten(0, 1)
         targets = shift_labels.flatten()
+        if label_places is not None:
+            x, targets = x[label_places], targets[label_places]
         if self._in_chunks():
             total = linear_cross_entropy(x, self.head.weight, targets)  # type: ignore[arg-type]
         else:

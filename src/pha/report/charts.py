@@ -49,6 +49,7 @@ class Point:
     values: Sequence[float]  # one for each seed, or a published one
     error: float | None = None  # half the height of its bar; None for none
     grey: bool = False  # a figure that does not compare
+    place: float | None = None  # where it stands; the mean of its values where left out
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,60 @@ class Rate:
     label: str
     values: Mapping[str, Sequence[float]]
     diverged: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Fan:
+    """A series of several seeds: place along the axis -> value, of each."""
+
+    label: str
+    seeds: Sequence[Mapping[str, float]]
+
+
+@plots.styled()
+def fans(panels: Sequence[tuple[str, Sequence[Fan]]], x_label: str, y_label: str) -> Figure:
+    """A panel for each title, one above the other: thin lines for seeds, thick for their medians.
+
+    Places that are numbers stand at their logarithms, zero half a step before the least of them;
+    others stand side by side in the order in which they come.
+    """
+    from matplotlib.lines import Line2D
+
+    names = list(dict.fromkeys(fan.label for _, series in panels for fan in series))
+    rows = math.ceil(len(names) / 2)
+    heights = [2.4 + 0.2 * rows, *[2.4] * (len(panels) - 1)]
+    figure = plots.new_panels(len(panels), 1, heights)
+    for axes, (title, series) in zip(figure.axes, panels, strict=True):
+        words = dict.fromkeys(place for fan in series for seed in fan.seeds for place in seed)
+        places = _places(list(words))
+        for fan in series:
+            style = plots.look(names.index(fan.label))
+            for seed in fan.seeds:
+                points = sorted((places[word], y) for word, y in seed.items())
+                axes.plot(*zip(*points, strict=True), **style | {"marker": None}, lw=0.6, alpha=0.4)
+            middle = [
+                (x, float(np.median([seed[word] for seed in fan.seeds if word in seed])))
+                for word, x in sorted(places.items(), key=lambda each: each[1])
+                if any(word in seed for seed in fan.seeds)
+            ]
+            if middle:
+                axes.plot(*zip(*middle, strict=True), **style, lw=1.8)
+        axes.set_xticks(list(places.values()), list(places))
+        axes.set_title(title)
+        plots.label_axes(axes, x_label if axes is figure.axes[-1] else "", y_label)
+    handles = [Line2D([], [], **plots.look(index)) for index in range(len(names))]
+    plots.add_legend(figure, handles, names)
+    return figure
+
+
+def _places(words: Sequence[str]) -> dict[str, float]:
+    """Where words stand along an axis."""
+    try:
+        numbers = {word: float(word) for word in words}
+    except ValueError:
+        return {word: float(place) for place, word in enumerate(words)}
+    least = min((x for x in numbers.values() if x > 0), default=1.0)
+    return {word: math.log2(x if x > 0 else least / math.sqrt(2)) for word, x in numbers.items()}
 
 
 @plots.styled()
@@ -102,9 +157,7 @@ def against_size(
 
 
 def _draw_points(axes: Axes, points: Sequence[Point], join: bool) -> None:
-    places = sorted(
-        ((p.x, math.fsum(p.values) / len(p.values), p) for p in points), key=lambda place: place[:2]
-    )
+    places = sorted(((p.x, _height(p), p) for p in points), key=lambda place: place[:2])
     blue = plots.series_color(0)
     if join and not any(point.grey for point in points):
         axes.plot([x for x, _, _ in places], [y for _, y, _ in places], linewidth=0.9, color=blue)
@@ -116,6 +169,10 @@ def _draw_points(axes: Axes, points: Sequence[Point], join: bool) -> None:
             axes.plot([x] * len(point.values), point.values, **_RING)
     axes.margins(x=0.2, y=0.15)
     _name_points(axes, places)
+
+
+def _height(point: Point) -> float:
+    return math.fsum(point.values) / len(point.values) if point.place is None else point.place
 
 
 def _name_points(axes: Axes, places: Sequence[tuple[float, float, Point]]) -> None:

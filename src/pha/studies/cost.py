@@ -12,13 +12,14 @@ from rich.table import Table
 from pha.data import TokenStore
 from pha.studies.jobs import Job
 from pha.studies.planning import StudyPlan
+from pha.tasks import make_task
+from pha.train.data import UNBOUNDED
 from pha.train.plan import ASSUMED_UTILISATION, Plan, make_plan
 from pha.train.recipes import load_recipe
 from pha.utils.hardware import choose_precision, default_device
 from pha.utils.text import DASH, count, duration
 
 VOCABULARY = 50257  # of GPT-2, where the data are not there yet
-UNBOUNDED = 1 << 40  # sequences, where the number of steps does not depend on the data
 
 
 def study_cost(plan: StudyPlan, console: Console) -> dict[str, Any]:
@@ -61,7 +62,10 @@ def _plan(job: Job, plan: StudyPlan) -> Plan | None:
     """The sizes of a run; None where they depend on data that are not there."""
     config = load_recipe(job.recipe, job.settings)
     length = config.data.sequence_length
-    if config.data.store is not None:
+    if config.data.task is not None:
+        task = make_task(config.data.task, config.data.task_options)
+        windows, vocabulary = UNBOUNDED, len(task.words())
+    elif config.data.store is not None:
         store = TokenStore.open(Path(config.data.store), verify=False)
         windows, vocabulary = (len(store.tokens("train")) - 1) // length, store.vocab_size
     else:

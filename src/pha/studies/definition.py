@@ -18,10 +18,10 @@ from pha.utils.errors import PHAError
 from pha.utils.formats import read_yaml
 from pha.utils.records import record_from
 
-KINDS = ("training", "mixing", "efficiency")
+KINDS = ("training", "mixing", "tasks", "efficiency")
 PLOTS = (
     *("dots", "differences", "parameters", "accuracy", "cache", "time", "curves", "settings"),
-    "shares",
+    *("shares", "tests", "state", "distances"),
 )
 
 
@@ -95,7 +95,8 @@ class Study:
     question: str  # what is asked, in a sentence
     paper: str = ""  # the tables and figures it answers to, in words; empty for a question of ours
     variants: list[Variant] = field(default_factory=list)  # what is compared
-    # `training`, `mixing` (reads the shares of the runs too) or `efficiency` (no training)
+    # `training`, `mixing` (reads the shares of the runs too), `tasks` (counts the seeds that solve
+    # one, with a table of its own) or `efficiency` (no training)
     kind: str = "training"
     protocol: str = ""  # in place of the scale's; empty for that
     tune: Tuning | None = None  # what every variant chooses before it is trained

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,11 @@ from pha.report.charts import (
     Rate,
     against_size,
     estimates,
+    fans,
     over_settings,
 )
 from pha.report.plots import save_picture
+from pha.studies import tasks
 from pha.studies.measures import MEASURES
 from pha.studies.outcome import MAIN, Outcome
 from pha.studies.published import find_published
@@ -141,6 +144,34 @@ def _shares(outcome: Outcome) -> Figure | None:
     return figures.mixing_heat_map(mean_layers(runs), 0) if runs else None
 
 
+def _tests(outcome: Outcome) -> Figure | None:
+    if not outcome.results:
+        return None
+    return fans(tasks.by_test(outcome), "test", tasks.score_label(outcome))
+
+
+def _distances(outcome: Outcome) -> Figure | None:
+    if not outcome.results:
+        return None
+    label = "tokens back, or read"
+    return fans(tasks.by_distance(outcome), label, tasks.score_label(outcome))
+
+
+def _state(outcome: Outcome) -> Figure | None:
+    points = []
+    for row in outcome.rows:
+        scores = [tasks.score_of(r.evaluations[0]) for r in tasks.results_of(row)]
+        kept = row.summary("cache")
+        if scores and kept:
+            label, median = row.variant.label, statistics.median(scores)
+            points.append(Point(label, kept.mean, scores, place=median))
+    if not points:
+        return None
+    test = outcome.results[0].evaluations[0].split
+    panels = [(f"test {test}; medians, rings: seeds", points)]
+    return against_size(panels, tasks.score_label(outcome), "bytes kept of a sequence")
+
+
 _PLOTS: dict[str, tuple[Callable[[Outcome], Figure | None], str]] = {
     "dots": (_dots, "test perplexity of every seed, with means and 95% intervals"),
     "differences": (_differences, "paired differences with 95% intervals"),
@@ -154,6 +185,9 @@ _PLOTS: dict[str, tuple[Callable[[Outcome], Figure | None], str]] = {
         partial(_cost, against="seconds", label="seconds of training"),
         "bits per byte against training time",
     ),
+    "tests": (_tests, "every test, thin lines for seeds and thick ones for their medians"),
+    "distances": (_distances, "over distance, thin lines for seeds and thick ones for medians"),
+    "state": (_state, "the first test against the size of the state"),
     "curves": (_curves, "validation loss against tokens, means over seeds"),
     "settings": (_settings, "validation perplexity over a setting"),
     "shares": (

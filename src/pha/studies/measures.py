@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,4 +79,9 @@ validation split chose, unless they say otherwise."""
 def measure_all(result: RunResult) -> dict[str, float]:
     """Every measure that a run has, by name."""
     found = {name: measure.value(result) for name, measure in MEASURES.items()}
-    return {name: float(value) for name, value in found.items() if value is not None}
+    # Not a number is what has no meaning for a task.
+    return {
+        name: float(value)
+        for name, value in found.items()
+        if value is not None and not math.isnan(value)
+    }

@@ -52,11 +52,6 @@ def plan_study(
     Raises:
         PHAError: no data named, a bad store, an impossible setting.
     """
-    if scale.needs_data and not asked.keys() & {"data.store", "data.source"}:
-        raise PHAError(
-            f"{scale.words} needs a token store; make one with `pha prepare FOLDER "
-            "--tokenizer bpe:8192 --out STORE` and add --data STORE"
-        )
     protocol = study.protocol or scale.protocol
     if study.tune is not None and study.tune.key not in asked:
         tune = study.tune
@@ -83,6 +78,12 @@ def plan_study(
         settings.pop("run.seed", None)
         recipe = f"{model.preset}.{protocol}" if protocol else model.preset
         config = load_recipe(recipe, settings)
+        named = config.data.task or asked.keys() & {"data.store", "data.source"}
+        if scale.needs_data and not named:
+            raise PHAError(
+                f"{scale.words} needs a token store; make one with `pha prepare FOLDER "
+                "--tokenizer bpe:8192 --out STORE` and add --data STORE"
+            )
         home = folder / f"{file_name(config.model_name or 'custom')}-{_digest(config)}"
         runs[variant.name] = [
             Job(recipe, home / f"seed-{seed}", settings | {"run.seed": seed}) for seed in seeds
@@ -107,7 +108,7 @@ def _digest(config: TrainConfig) -> str:
         record = Path(config.data.store) / RECORD
         changed = record.stat().st_mtime_ns if record.is_file() else 0
         content["data"] = _store_sha256(record.parent, changed)
-    else:
+    elif config.data.task is None:
         content["data"] = [config.data.source, config.data.tokenizer]
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]

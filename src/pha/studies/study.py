@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pha.report.tables import TextTable
 from pha.results import JSON_FORMAT
-from pha.studies import efficiency, shares
+from pha.studies import efficiency, shares, tasks
 from pha.studies.definition import Scale, Study
 from pha.studies.drawing import draw
 from pha.studies.jobs import Job, run_jobs, run_on_cluster
@@ -142,6 +142,10 @@ def run_study(
         if plan.study.kind == "mixing":
             table, more, content["mixing"] = shares.analyse(outcome)
             tables.append(table)
+            sentences += more
+        if plan.study.kind == "tasks":
+            table, more, content["tasks"] = tasks.analyse(outcome)
+            tables = [table]
             sentences += more
         content = files.write(tables, sentences, content)
         files.tell(tables, sentences, draw(outcome, folder))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pha.studies.jobs import Job
 from pha.studies.measures import MEASURES
 from pha.studies.planning import StudyPlan, plan_study
-from pha.utils.text import DASH
+from pha.utils.text import perplexity
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,7 @@ class Choice:
 
     def sentence(self) -> str:
         """What was chosen, and from what."""
-        tried = ", ".join(
-            f"{value} ({DASH if found is None else f'{found:.1f}'})"
-            for value, found in self.tried.items()
-        )
+        tried = ", ".join(f"{value} ({perplexity(found)})" for value, found in self.tried.items())
         values = list(map(float, self.tried))
         ends = ", at an end of what was tried" * (self.value in (min(values), max(values)))
         return (

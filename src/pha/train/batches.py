@@ -8,8 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pha.data.sampler import WindowSampler
+from pha.ops.linear_cross_entropy import IGNORE_INDEX
+from pha.tasks.sampler import TaskSampler
 
 
 class BatchFeed:
@@ -21,6 +24,8 @@ class BatchFeed:
         device: where they go.
         ahead: whether a thread reads the next one meanwhile; by default on a GPU, where the host
             has time to spare.
+        gather: name the places that have a label where not all do, so that only these meet the
+            head. Their number varies, so it is not for a compiled graph.
 
     Attributes:
         waited: seconds that `get` has taken so far, in which the host could do nothing else.
@@ -28,12 +33,14 @@ class BatchFeed:
 
     def __init__(
         self,
-        sampler: WindowSampler,
+        sampler: WindowSampler | TaskSampler,
         pieces: Sequence[tuple[int, int]],
         device: torch.device,
         ahead: bool | None = None,
+        gather: bool = True,
     ) -> None:
         self.sampler, self.pieces, self.device = sampler, list(pieces), device
+        self.gather = gather
         ahead = device.type == "cuda" if ahead is None else ahead
         self.thread = ThreadPoolExecutor(1) if ahead else None
         self.next: tuple[tuple[int, int], Future[dict[str, Any]]] | None = None
@@ -50,7 +57,9 @@ class BatchFeed:
         """Micro-batch number `piece` of a step, on the device or being copied there.
 
         Returns:
-            `input_ids` and `shift_labels`, (rows, T), and `document_starts`, the same or None.
+            `input_ids` and `shift_labels`, (rows, T), and `document_starts`, the same or None;
+            `label_places` (N,) in the flattened rows, where it is there; and `labels`, how many
+            targets the global batch has.
         """
         begin = time.perf_counter()
         tensors = self._move(self._take((step, piece)))
@@ -76,14 +85,17 @@ class BatchFeed:
             "input_ids": batch.inputs,
             "shift_labels": batch.targets,
             "document_starts": batch.document_starts,
+            "labels": batch.labels,
         }
+        if self.gather and not (labelled := batch.targets.flatten() != IGNORE_INDEX).all():
+            tensors["label_places"] = labelled.nonzero().flatten()
         if self.device.type != "cuda":
             return tensors
         # Only from pinned memory does a copy not hold up the host.
-        return {name: None if x is None else x.pin_memory() for name, x in tensors.items()}
+        return {n: x.pin_memory() if isinstance(x, Tensor) else x for n, x in tensors.items()}
 
     def _move(self, tensors: dict[str, Any]) -> dict[str, Any]:
         return {
-            name: None if x is None else x.to(self.device, non_blocking=True)
+            name: x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x
             for name, x in tensors.items()
         }

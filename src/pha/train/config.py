@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pha.model import ArchitectureConfig
 from pha.peers import PREFIX
 from pha.results import CONFIG_FORMAT
+from pha.tasks.testing import make_tests
 from pha.utils.errors import PHAError
 
 
@@ -19,7 +20,11 @@ class DataConfig:
     Attributes:
         store: folder of a token store made by `pha prepare`; or
         source: what to prepare one from (stdlib, files, a folder, a Hub data set), kept in a
-            cache.
+            cache; or
+        task: a synthetic task, whose sequences are drawn anew at every step.
+        task_options: of the task.
+        tests: of the task: label -> options that differ from `task_options`, `length` (tokens) and
+            `rows`. The first one chooses the weights, on sequences of its own.
         tokenizer: for `source`: gpt2, gpt2:FOLDER, bytes, bpe:SIZE or a folder.
         sequence_length: T, tokens per sequence.
         packed_documents: reset the state and bound attention at document starts. Off for
@@ -33,6 +38,9 @@ class DataConfig:
 
     store: str | None = None
     source: str | None = None
+    task: str | None = None
+    task_options: dict[str, Any] = field(default_factory=dict)
+    tests: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokenizer: str = "bpe:2048"
     sequence_length: int = 1024
     packed_documents: bool = False
@@ -226,8 +234,9 @@ class TrainConfig:
         self.model.check()
         data, optimizer, run = self.data, self.optimizer, self.run
         _require(
-            (data.store is None) != (data.source is None),
-            "name the data: --data STORE (made by `pha prepare`), or data.source, not both",
+            [data.store, data.source, data.task].count(None) == 2,
+            "name the data: --data STORE (made by `pha prepare`), data.source or data.task, one of "
+            "them",
         )
         given = [length is not None for length in (run.steps, run.epochs, run.flops)]
         _require(sum(given) == 1, "give one of run.steps, run.epochs and run.flops")
@@ -280,12 +289,29 @@ class TrainConfig:
             f"data.carry is {data.carry}, whose past grows, and run.compile needs one shape; leave "
             "one of them out",
         )
+        self._check_task()
         _require(run.trackers is not None, "run.trackers is null; write [] for none")
         unknown = set(run.trackers) - {"tensorboard", "wandb"}
         _require(
             not unknown,
             f"run.trackers names {', '.join(sorted(unknown))}; there are tensorboard and wandb",
         )
+
+    def _check_task(self) -> None:
+        data = self.data
+        if data.task is None:
+            _require(
+                not (data.task_options or data.tests),
+                "data.task_options and data.tests belong to a task; name data.task, or leave them",
+            )
+            return
+        _require(
+            not data.packed_documents,
+            "data.packed_documents is for texts; the sequences of a task stand apart already",
+        )
+        _require(data.carry == "none", "data.carry is for texts; no sequence of a task goes on")
+        _require(self.run.epochs is None, "a task has no epochs; give run.steps or run.flops")
+        make_tests(data.task, data.task_options, data.tests, data.sequence_length)
 
 
 def _require(condition: bool, message: str) -> None:

@@ -1,20 +1,19 @@
-"""The end of a run: weights chosen by validation perplexity, evaluated on the test split."""
+"""The end of a run: weights chosen by validation perplexity, evaluated on the test."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from pha.costs import cache_bytes
-from pha.data.store import TokenStore
 from pha.evals.generation import Sampling, generate
-from pha.evals.perplexity import evaluate
-from pha.evals.protocols import Protocol
 from pha.foreign import ForeignModel
 from pha.loading import LanguageModel, LoadedModel, load_model
 from pha.model.parameters import count_parameters
 from pha.results import (
+    SOLVED,
     Candidate,
-    Evaluation,
     LayerMixing,
     ModelSize,
     Parameters,
@@ -30,12 +29,11 @@ from pha.utils.hardware import provenance
 
 
 def finish(session: Session, progress: Progress) -> RunResult:
-    """Choose the weights, evaluate them on the test split and write result.json."""
+    """Choose the weights, evaluate them on the test and write result.json."""
     config, plan, run = session.config, session.plan, session.run
-    store, console, device = session.store, session.console, session.accelerator.device
+    data, console, device = session.data, session.console, session.accelerator.device
     # The validation split chooses the weights; what counts is the one that they never met.
-    split = "test" if "test" in store.splits else "validation"
-    found = _candidates(session, progress, split)
+    found = _candidates(session, progress)
     chosen, folder = min(found, key=lambda each: each[0].validation_perplexity)
     if folder != run.model:
         copy_folder(folder, run.model)
@@ -48,11 +46,13 @@ def finish(session: Session, progress: Progress) -> RunResult:
         with console.status(f"{run.name}: sampling"):
             samples = [
                 _sample(loaded, prompt, Sampling(length, seed=i))
-                for i, prompt in enumerate(_prompts(store, most))
+                for i, prompt in enumerate(data.prompts(most))
             ]
     components = _components(config, loaded.model)
-    ours, length = config.transformers.name is None, config.data.sequence_length
-    kept = cache_bytes(config.model, length) if ours else None
+    kept = cache_bytes(config.model, data.length) if config.transformers.name is None else None
+    with console.status(f"{run.name}: evaluating the other tests"):
+        others = data.other_tests(loaded.model, config.run.precision)
+    solved = (x.step for x in run.read_metrics().eval if x.accuracy >= SOLVED)
     embedding = components["embedding"]
     speed = progress.tokens / progress.seconds
     result = RunResult(
@@ -76,11 +76,12 @@ def finish(session: Session, progress: Progress) -> RunResult:
             kept,
             plan.flops_per_token,
         ),
-        evaluations=[chosen.evaluation],
+        evaluations=[chosen.evaluation, *others],
         best_validation_perplexity=progress.best[0][0],
+        solved_step=None if config.data.task is None else next(solved, None),
         mixing=mixing_of(loaded.model),
         samples=samples,
-        data=store.describe(),
+        data=data.describe(),
         provenance=provenance(device, config.run.precision),
     )
     result.write(run.result)
@@ -106,25 +107,19 @@ def mixing_of(model: LanguageModel) -> list[LayerMixing]:
     return [LayerMixing(**layer) for layer in model.model.mixing_weights()]
 
 
-def _candidates(session: Session, progress: Progress, split: str) -> list[tuple[Candidate, Path]]:
+def _candidates(session: Session, progress: Progress) -> list[tuple[Candidate, Path]]:
     """The best checkpoint and, where the run asks for one, the average; each with its folder."""
-    config, run, store, console = session.config, session.run, session.store, session.console
-    device, data = session.accelerator.device, config.data
+    config, run, data = session.config, session.run, session.data
+    device, precision = session.accelerator.device, config.run.precision
 
-    def score(name: str, folder: Path, which: str) -> Evaluation:
-        with console.status(f"{run.name}: evaluating the {name} on the {which} split"):
-            return evaluate(
-                load_model(folder, device).model,
-                store,
-                which,
-                Protocol(data.sequence_length, data.sequence_length, data.packed_documents),
-                precision=config.run.precision,
-            )
+    def working(name: str) -> AbstractContextManager[Any]:
+        return session.console.status(f"{run.name}: evaluating the {name}")
 
     perplexity, step = progress.best[0]
     averaged = [step for _, step in progress.best[: config.run.average_best]]
     if len(averaged) < 2:
-        only = score("best checkpoint", run.model, split)
+        with working("best checkpoint"):
+            only = data.test(load_model(run.model, device).model, precision)
         return [(Candidate("best checkpoint", [step], perplexity, only), run.model)]
     average_models([run.best_model(step) for step in averaged], run.averaged)
     found = []
@@ -132,20 +127,13 @@ def _candidates(session: Session, progress: Progress, split: str) -> list[tuple[
         ("best checkpoint", run.best_model(step), [step]),
         ("average", run.averaged, averaged),
     ):
-        validation = score(name, folder, "validation").perplexity
-        found.append((Candidate(name, steps, validation, score(name, folder, split)), folder))
+        with working(name):
+            model = load_model(folder, device).model
+            validation = data.validate(model, precision).perplexity
+            found.append((Candidate(name, steps, validation, data.test(model, precision)), folder))
     return found
 
 
 def _sample(loaded: LoadedModel, prompt: str, sampling: Sampling) -> Sample:
     [made] = generate(loaded, [prompt], sampling)
     return Sample(prompt, made.text, sampling.temperature, sampling.top_p, sampling.seed)
-
-
-def _prompts(store: TokenStore, length: int) -> list[str]:
-    """The openings of two validation documents, or of the two halves of a running text."""
-    tokens = store.tokens("validation")
-    starts = store.document_starts("validation")
-    second = int(starts[len(starts) // 2]) if len(starts) > 1 else len(tokens) // 2
-    tokenizer = store.tokenizer()
-    return [tokenizer.decode(tokens[s : s + length].tolist()) for s in (0, second)]

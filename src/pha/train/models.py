@@ -24,7 +24,8 @@ def foreign_shape(config: TrainConfig) -> PreTrainedConfig:
     changes = config.transformers.set
     if config.run.init_from is not None:
         return read_shape(model_folder(Path(config.run.init_from))[0], changes)
-    length = config.data.sequence_length
+    data = config.data
+    length = max([data.sequence_length, *(x.get("length", 1) for x in data.tests.values())])
     return shape_config(config.transformers.name, config.model.vocab_size, length, changes)
 
 

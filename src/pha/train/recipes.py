@@ -17,6 +17,8 @@ import yaml
 from pha.model.presets import PRESETS, preset
 from pha.peers import PEERS, PREFIX
 from pha.results import CONFIG_FORMAT
+from pha.tasks import TASKS
+from pha.tasks.testing import recipe_of
 from pha.train.config import TrainConfig
 from pha.utils.errors import PHAError
 from pha.utils.formats import read_yaml
@@ -38,6 +40,15 @@ def protocols() -> dict[str, str]:
     return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in files}
 
 
+def task_recipe(name: str) -> dict[str, Any]:
+    """The recipe of a task: what all share, and what it says itself."""
+    content = read_yaml(resources.files("pha.tasks") / "recipe.yaml")
+    for key, value in recipe_of(name).items():
+        section, _, rest = key.partition(".")
+        content.setdefault(section, {})[rest] = value
+    return content
+
+
 def describe(text: str) -> str:
     """The comment at the top of a recipe, on one line."""
     lines = []
@@ -52,7 +63,7 @@ def _read(recipe: str) -> tuple[str, dict[str, Any]]:
     if recipe.lower().endswith((".yaml", ".yml")) or Path(recipe).is_file():
         return Path(recipe).stem, read_yaml(Path(recipe))
     model, dot, protocol = recipe.rpartition(".")
-    known = protocols()
+    known = [*protocols(), *TASKS]
     foreign = model.startswith(PREFIX)
     if not dot or protocol not in known or not (foreign or model in PRESETS):
         names = [f"{m}.{p}" for p in known for m in (*PRESETS, *(PREFIX + peer for peer in PEERS))]
@@ -62,7 +73,7 @@ def _read(recipe: str) -> tuple[str, dict[str, Any]]:
             f"there is no recipe {recipe!r}; {hint}`pha recipes` lists them, and a path to a "
             ".yaml file works too"
         )
-    content = yaml.safe_load(known[protocol])
+    content = task_recipe(protocol) if protocol in TASKS else yaml.safe_load(protocols()[protocol])
     if foreign:  # whose dropout is a field of its own
         del content["model"]
         return recipe, content | {"transformers": {"name": model.removeprefix(PREFIX)}}
@@ -71,7 +82,10 @@ def _read(recipe: str) -> tuple[str, dict[str, Any]]:
 
 
 # Of these a configuration gives one: naming it drops the others.
-_EXCLUSIVE = (("run.steps", "run.epochs", "run.flops"), ("data.store", "data.source"))
+_EXCLUSIVE = (
+    ("run.steps", "run.epochs", "run.flops"),
+    ("data.store", "data.source", "data.task"),
+)
 
 
 def merge(*layers: Mapping[str, Any]) -> Settings:

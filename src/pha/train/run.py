@@ -45,7 +45,7 @@ def run_training(
     plan, run, console = session.plan, session.run, session.console
     if run.result.is_file():
         finished = run.read_result()
-        if finished.data["sha256"] != session.store.sha256:
+        if finished.data["sha256"] != session.data.sha256:
             raise PHAError(f"{out} is finished, on other data; choose another --out")
         console.print(f"{out} is finished; its result.json is as it was", soft_wrap=True)
         return finished if session.accelerator.is_main_process else None
@@ -100,7 +100,7 @@ def _alone(session: Session) -> Iterator[None]:
 
 
 def _train(session: Session) -> Progress:
-    plan, run, store, accelerator = session.plan, session.run, session.store, session.accelerator
+    plan, run, data, accelerator = session.plan, session.run, session.data, session.accelerator
     config = replace(session.config, run=replace(session.config.run, micro_batch=plan.micro_batch))
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -110,15 +110,15 @@ def _train(session: Session) -> Progress:
         write_text(run.config, yaml.safe_dump(config.to_dict(), sort_keys=False))
     if config.run.trackers:
         accelerator.init_trackers("pha", config={"recipe": config.recipe or "custom"})
-    model, tokenizer = make_model(config), store.tokenizer()
+    model, tokenizer = make_model(config), data.tokenizer()
     # So that generation from a saved model ends where a document does.
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
-    trainer = Trainer(config, plan, run, model, tokenizer, store, accelerator, session.console)
+    trainer = Trainer(config, plan, run, model, tokenizer, data, accelerator, session.console)
     if trainer.resume():
-        if trainer.progress.data_sha256 != store.sha256:
-            raise PHAError(f"{store.path} is not the data that {run.path} was trained on")
+        if trainer.progress.data_sha256 != data.sha256:
+            raise PHAError(f"{data.name} is not the data that {run.path} was trained on")
         session.console.print(f"continuing after step {trainer.progress.step}", highlight=False)
-    trainer.progress.data_sha256 = store.sha256
+    trainer.progress.data_sha256 = data.sha256
     progress = trainer.train()
     if config.run.trackers:
         accelerator.end_training()

@@ -27,6 +27,7 @@ from pha.peers import PREFIX
 from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train.config import TrainConfig, TransformersConfig
+from pha.train.data import TaskData, TextData, TrainingData
 from pha.train.plan import Plan, make_plan
 from pha.utils.errors import PHAError
 from pha.utils.files import cache_folder
@@ -50,22 +51,25 @@ FREE_KEYS = {
 }
 
 
-def open_data(config: TrainConfig, console: Console) -> TokenStore:
-    """The token store of a run, prepared and kept in the cache if it names a source.
+def open_data(config: TrainConfig, console: Console) -> TrainingData:
+    """The task of a run or its token store, prepared and kept in the cache if it names a source.
 
     Raises:
         PHAError: no store there, a damaged one, or a source without text.
     """
+    if config.data.task is not None:
+        return TaskData(config.data)
     if config.data.store is not None:
-        return TokenStore.open(Path(config.data.store))
+        return TextData(TokenStore.open(Path(config.data.store)), config.data)
     assert config.data.source is not None
     source, tokenizer = config.data.source, config.data.tokenizer
     with PreparationDisplay(console) as display:
-        return cached_store(source, tokenizer, cache_folder() / "stores", display)
+        store = cached_store(source, tokenizer, cache_folder() / "stores", display)
+    return TextData(store, config.data)
 
 
 def resolve(
-    config: TrainConfig, run: RunFolder, store: TokenStore, device: torch.device
+    config: TrainConfig, run: RunFolder, data: TrainingData, device: torch.device
 ) -> TrainConfig:
     """Fill in what was left to choose: vocabulary, precision; on resuming, as it was before.
 
@@ -75,7 +79,7 @@ def resolve(
     if config.run.init_from is not None:
         begin, other = config.run.init_from, config.transformers
         loaded = load_model(Path(begin), changes=other.set)
-        store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
+        data.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
         if isinstance(loaded.model, ForeignModel):
             other = replace(other, name=begin.removeprefix(PREFIX))
             config = replace(config, model=ArchitectureConfig(), transformers=other)
@@ -84,7 +88,7 @@ def resolve(
             config = replace(
                 config, model=ArchitectureConfig(**fields), transformers=TransformersConfig()
             )
-    model = replace(config.model, vocab_size=store.vocab_size)
+    model = replace(config.model, vocab_size=data.vocab_size)
     settings = replace(config.run)
     before = run.read_config().get("run", {})
     if settings.precision == "auto":
@@ -155,8 +159,8 @@ def print_plan(session: Session) -> None:
         f"device     {device_name(device)}, {run.precision}, matrix products at "
         f"{count(plan.matmul_flops)}FLOP/s measured",
         f"batch      {run.global_batch} sequences of {config.data.sequence_length} tokens, {cut}",
-        f"length     {plan.steps} steps, {count(plan.tokens)} tokens, "
-        f"{plan.steps / plan.steps_per_epoch:.2f} epochs",
+        f"length     {plan.steps} steps, {count(plan.tokens)} tokens"
+        + (f", {plan.steps / plan.steps_per_epoch:.2f} epochs" if config.data.task is None else ""),
         f"memory     {memory(plan.weights_bytes)} for weights, gradients and moments, "
         f"{memory(plan.activation_bytes)} for a micro-batch{carried}; "
         f"{memory(plan.free_bytes)} free",
@@ -177,7 +181,7 @@ class Session:
     config: TrainConfig
     plan: Plan
     run: RunFolder
-    store: TokenStore
+    data: TrainingData
     accelerator: Accelerator
     console: Console
 
@@ -229,17 +233,16 @@ def open_session(
         _require_compiler(accelerator.device)
     console = console if accelerator.is_main_process else make_console(quiet=True)
     with accelerator.main_process_first():
-        store = open_data(config, console)
+        data = open_data(config, console)
     device = accelerator.device
-    config = resolve(config, run, store, device)
+    config = resolve(config, run, data, device)
     # What is measured could differ between processes: the main one decides for all.
     precision = [config.run.precision]
     broadcast_object_list(precision)
     config = replace(config, run=replace(config.run, precision=precision[0]))
-    windows = max(0, (len(store.tokens("train")) - 1) // config.data.sequence_length)
-    plans = [make_plan(config, windows, device, precision[0], accelerator.num_processes)]
+    plans = [make_plan(config, data.windows(), device, precision[0], accelerator.num_processes)]
     broadcast_object_list(plans)
-    return Session(config, plans[0], run, store, accelerator, console)
+    return Session(config, plans[0], run, data, accelerator, console)
 
 
 def _used(folder: Path) -> bool:

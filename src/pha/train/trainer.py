@@ -16,15 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pha.data.store import TokenStore
-from pha.evals.perplexity import evaluate
-from pha.evals.protocols import Protocol
 from pha.loading import LanguageModel
 from pha.modeling import PHAForCausalLM
 from pha.results import EvalRecord, LayerMixing, MixingRecord, Scores, TrainRecord, WarningRecord
 from pha.runs import RunFolder
 from pha.train.batches import BatchFeed
-from pha.train.carry import Carried, sampler_class
+from pha.train.carry import Carried
 from pha.train.checkpoint import (
     CARRIED,
     DamagedError,
@@ -36,6 +33,7 @@ from pha.train.checkpoint import (
     steps_needed,
 )
 from pha.train.config import TrainConfig
+from pha.train.data import TrainingData
 from pha.train.diagnose import first_bad_gradient, first_bad_value
 from pha.train.metrics import MetricsWriter
 from pha.train.optim import Schedule, make_optimizer, set_rate
@@ -63,21 +61,13 @@ class Trainer:
         run: RunFolder,
         model: LanguageModel,
         tokenizer: PreTrainedTokenizerFast,
-        store: TokenStore,
+        data: TrainingData,
         accelerator: Accelerator,
         console: Console,
     ) -> None:
         self.config, self.plan, self.run = config, plan, run
-        self.tokenizer, self.store = tokenizer, store
+        self.tokenizer, self.data = tokenizer, data
         self.accelerator, self.console = accelerator, console
-        data = config.data
-        self.sampler = sampler_class(data)(
-            store.tokens("train"),
-            data.sequence_length,
-            config.run.global_batch,
-            config.run.seed,
-            store.document_starts("train") if data.packed_documents else None,
-        )
         optimizer = make_optimizer(model, config.optimizer)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if config.run.compile:
@@ -85,15 +75,16 @@ class Trainer:
         share = config.run.global_batch // accelerator.num_processes
         first = accelerator.process_index * share
         self.feed = BatchFeed(
-            self.sampler,
+            data.sampler(config),
             [
                 (start, min(start + plan.micro_batch, first + share))
                 for start in range(first, first + share, plan.micro_batch)
             ],
             accelerator.device,
+            gather=not config.run.compile,
         )
         self.carried: Carried | None = None
-        if data.carry != "none":
+        if config.data.carry != "none":
             self.carried = Carried(config, self.feed.pieces, accelerator.device)
         self.schedule = Schedule(config.schedule, config.optimizer.learning_rate, plan.steps)
         self.progress = Progress()
@@ -101,7 +92,7 @@ class Trainer:
         plain = self.plain_model
         watched = config.run.watch_every and accelerator.is_main_process
         if watched and isinstance(plain, PHAForCausalLM):
-            tokens = config.run.global_batch * data.sequence_length
+            tokens = config.run.global_batch * config.data.sequence_length
             self.watch = Watch(plain, config.run.watch_every, tokens, self.autocast)
         self.stop_requested = 0  # by the signal of this number
 
@@ -262,6 +253,7 @@ class Trainer:
         last = len(self.feed.pieces) - 1
         for piece, (first, _) in enumerate(self.feed.pieces):
             inputs = self.feed.get(step, piece)
+            labels = inputs.pop("labels")
             if piece == 0 and self.watch is not None:
                 self.watch.before(step + 1, inputs)
             given = inputs
@@ -272,7 +264,7 @@ class Trainer:
             torch.manual_seed((run.seed << 40) + step * run.global_batch + first)
             context = contextlib.nullcontext() if piece == last else accelerator.no_sync(self.model)
             with context:
-                total += self._backward(given)
+                total += self._backward(given, labels)
             if self.carried is not None:
                 self.carried.leave(piece, given)
         loss = accelerator.reduce(total, "mean")
@@ -290,13 +282,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
-    def _backward(self, inputs: dict[str, Any]) -> Tensor:
+    def _backward(self, inputs: dict[str, Any], labels: int) -> Tensor:
         """Add the gradients of a micro-batch; its part of the mean loss over the global batch."""
-        # Gradients are averaged over processes; the loss is a mean over all tokens.
-        items = self.config.run.global_batch * self.config.data.sequence_length
-        items_here = items / self.accelerator.num_processes
+        # Gradients are averaged over processes; the loss is a mean over all labels. Their number is
+        # kept out of the model, whose graph may be compiled for one.
         with self.autocast():
-            loss: Tensor = self.model(**inputs, num_items_in_batch=items_here).loss
+            total: Tensor = self.model(**inputs, num_items_in_batch=1).loss
+        loss = total / (labels / self.accelerator.num_processes)
         self.accelerator.backward(loss)
         return loss.detach()
 
@@ -323,13 +315,10 @@ class Trainer:
         )
 
     def _evaluate(self, metrics: MetricsWriter, display: ProgressLine) -> None:
-        progress, accelerator, data = self.progress, self.accelerator, self.config.data
-        result = evaluate(
+        progress, accelerator = self.progress, self.accelerator
+        result = self.data.validate(
             self.plain_model,
-            self.store,
-            "validation",
-            Protocol(data.sequence_length, data.sequence_length, data.packed_documents),
-            precision=self.config.run.precision,
+            self.config.run.precision,
             max_tokens=self.config.run.evaluate_tokens,
             share=(accelerator.process_index, accelerator.num_processes),
             reduce=lambda sums: accelerator.reduce(sums.to(accelerator.device), "sum").cpu(),
