@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from pha.data.planting import SPAN
 from pha.model import ArchitectureConfig
 from pha.peers import PREFIX
 from pha.results import CONFIG_FORMAT
@@ -24,6 +25,8 @@ class DataConfig:
         sequence_length: T, tokens per sequence.
         packed_documents: reset the state and bound attention at document starts. Off for
             WikiText, whose benchmark ignores them.
+        planted_repeats: odds that a training sequence has 32 random tokens written into two of its
+            places, so that `pha probe` asks nothing that training has not shown.
     """
 
     store: str | None = None
@@ -31,6 +34,7 @@ class DataConfig:
     tokenizer: str = "bpe:2048"
     sequence_length: int = 1024
     packed_documents: bool = False
+    planted_repeats: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -171,6 +175,7 @@ _ALLOWED: dict[str, Callable[[float], bool]] = {
 # Section and rule -> keys; a key that may be null may always be so.
 _RULES = {
     ("data", "at least 1"): "sequence_length",
+    ("data", "in [0, 1]"): "planted_repeats",
     ("run", "at least 1"): (
         "steps global_batch micro_batch evaluate_every evaluations evaluate_tokens "
         "checkpoint_every keep_checkpoints keep_best average_best log_every"
@@ -228,6 +233,12 @@ class TrainConfig:
                 allowed = value is None or (_ALLOWED[rule](value) and value <= limit)
                 most = "" if value is None or value <= limit else f", and at most {limit}"
                 _require(allowed, f"{section}.{key} is {value}; it must be {rule}{most}")
+        _require(
+            not data.planted_repeats
+            or (data.sequence_length >= 2 * SPAN and not data.packed_documents),
+            f"data.planted_repeats needs data.sequence_length from {2 * SPAN} on and "
+            "data.packed_documents false, so that a sequence holds both copies",
+        )
         _require(
             optimizer.muon_learning_rate is None or optimizer.kind == "muon",
             "optimizer.muon_learning_rate is set, but optimizer.kind is adamw; set it to muon, or "

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from pha.data.planting import Planter
 from pha.data.sampler import WindowSampler
 from pha.data.store import TokenStore
 from pha.evals.perplexity import evaluate
@@ -75,6 +76,8 @@ class Trainer:
             config.run.global_batch,
             config.run.seed,
             store.document_starts("train") if data.packed_documents else None,
+            Planter(store.frequencies("train")) if data.planted_repeats else None,
+            data.planted_repeats,
         )
         optimizer = make_optimizer(model, config.optimizer)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
