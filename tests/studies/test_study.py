@@ -402,3 +402,41 @@ def test_equal_flops_are_those_of_the_baseline(store: TokenStore, tmp_path: Path
     assert config.run.steps is not None
     seen = config.run.steps * config.run.global_batch * length
     assert flops == pytest.approx(seen * training_flops(model, length), rel=0.002)
+
+
+def test_a_study_probes_its_runs_once(
+    store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a probe finds is kept beside the run, and tabulated and drawn for each variant."""
+    content = {
+        "title": "Probed",
+        "question": "How far?",
+        "baseline": "attention",
+        "variants": {
+            "pha": {"label": "PHA", "model": "pha"},
+            "attention": {"label": "attention", "model": "attention-only-shallow"},
+        },
+        "plots": [],
+        "probes": ["position", "context"],
+    }
+    file = tmp_path / "probed.yaml"
+    file.write_text(yaml.safe_dump(content))
+    main(study(str(file), tmp_path, store, "--seeds", "2", "--jobs", "2"))
+    assert "PHA - attention" in capsys.readouterr().out
+    record = read(tmp_path / "probed-tiny" / "study.json")
+    panel = record["probes"]["position"][0]
+    assert list(panel["means"]) == ["attention", "PHA"]
+    kept = sorted(tmp_path.glob("runs/*/seed-*/probe-position.json"))
+    assert len(kept) == 4
+    for name in ("probe-position", "probe-context"):
+        assert (tmp_path / "probed-tiny" / f"{name}.png").stat().st_size > 1000
+    stamps = [path.stat().st_mtime_ns for path in kept]
+    kept[0].unlink()
+    main(study(str(file), tmp_path, store, "--seeds", "2", "--json"))
+    assert json.loads(capsys.readouterr().out)["probes"] == record["probes"]
+    now = [path.stat().st_mtime_ns for path in kept]
+    assert now[1:] == stamps[1:]
+    assert now[0] > stamps[0]
+    content["probes"] = ["colour"]
+    file.write_text(yaml.safe_dump(content))
+    assert "no probe 'colour'" in fails(study(str(file), tmp_path, store), capsys)

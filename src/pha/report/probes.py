@@ -47,7 +47,6 @@ def estimates(
     found = {
         point.label: estimate(readings[model], number, point.label, less=less, than=other)
         for point in panels_of(readings)[number].points
-        if point.label != less
     }
     return {label: value for label, value in found.items() if value is not None}
 
@@ -57,7 +56,7 @@ def probe_tables(readings: Readings) -> list[TextTable]:
     first, *others = readings
     tables = []
     for number, panel in enumerate(panels_of(readings)):
-        if panel.second:
+        if panel.second or not panel.points:
             continue
         columns = [(name, estimates(readings, number, name)) for name in readings]
         contrasts = [
@@ -140,7 +139,7 @@ def _curves(readings: Readings) -> Figure:
     first, *others = readings
     jobs: list[tuple[Panel, str, Mapping[str, Estimates]]] = []
     for number, panel in enumerate(panels_of(readings)):
-        if panel.second:
+        if panel.second or not panel.points:
             continue
         if panel.axis or not others:
             found = {name: estimates(readings, number, name) for name in readings}
@@ -181,7 +180,8 @@ def _draw_line(
     """Lines over an axis in powers of two, with bars."""
     places = {point.label: float(point.x or 0.0) for point in panel.points}
     handles = {}
-    for name, values in found.items():
+    for name, every in found.items():
+        values = _with_interval(every)
         x = [places[label] for label in values]
         y = [value.mean for value in values.values()]
         bars = [value.half_width or 0.0 for value in values.values()]
@@ -194,6 +194,11 @@ def _draw_line(
     axes.set_xticks([places[label] for label in shown], list(map(_short, names)))
     plots.label_axes(axes, panel.axis, measure)
     return handles
+
+
+def _with_interval(found: Estimates) -> Estimates:
+    """What has an interval; all where nothing has."""
+    return {label: v for label, v in found.items() if v.half_width is not None} or found
 
 
 def _short(number: str) -> str:
@@ -214,12 +219,12 @@ def _draw_rows(
     handles = {}
     for place, (name, values) in enumerate(found.items()):
         shift = 0.6 * ((place + 0.5) / len(found) - 0.5)
-        known = {label: v for label, v in values.items() if v.half_width is not None}
+        known = _with_interval(values)
         style = plots.look(colors[name]) | {"linestyle": "none", "markersize": 3.5}
         handles[name] = axes.errorbar(
             [value.mean for value in known.values()],
             [rows[label] + shift for label in known],
-            xerr=[value.half_width for value in known.values()],
+            xerr=[value.half_width or 0.0 for value in known.values()],
             **style,
         )
     axes.set_yticks(range(len(rows)), list(rows))
@@ -249,7 +254,7 @@ def _maps(readings: Readings, number: int, panel: Panel) -> Figure:
             if math.isfinite(value):
                 ink = "white" if abs(value) > 0.6 * reach else "black"
                 axes.text(
-                    *(column, row, f"{value:.1f}"),
+                    *(column, row, f"{value:.{1 if reach >= 1 else 2}f}"),
                     **{"ha": "center", "va": "center", "fontsize": 7, "color": ink},
                 )
         axes.set_title(name, fontsize=9)
