@@ -22,9 +22,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_probe_prints_and_writes(
     pha: Pha, runs: tuple[Path, Path], store: TokenStore, tmp_path: Path
 ) -> None:
-    words = ["probe", *runs, "--data", store.path, "--probes", "position,planted,classes"]
-    printed = pha(*words, "--length", 128, "--out", tmp_path)
-    for word in ("loss by position", "65–128", "b - a", "5-gram"):
+    words = ["--data", store.path, "--max-tokens", 700, "--length", 128]
+    printed = pha("probe", *runs, *words, "--out", tmp_path)
+    for word in ("loss by position", "65–128", "b - a", f"a: {runs[0]}"):
         assert word in printed
     content = json.loads((tmp_path / "probe-position.json").read_text(encoding="utf-8"))
     assert content["models"] == {"a": str(runs[0]), "b": str(runs[1])}
@@ -33,15 +33,14 @@ def test_probe_prints_and_writes(
     apart = content["panels"][0]["less_first"]["b"]
     for label, one in means["a"].items():
         assert apart[label]["mean"] == pytest.approx(means["b"][label]["mean"] - one["mean"])
-    names = [f"probe-{n}.{e}" for n in ("classes", "planted", "position") for e in ("png", "svg")]
-    assert {*names} < {path.name for path in tmp_path.iterdir()}
-    again = json.loads(pha(*words, "--length", 128, "--json"))
-    assert again["probes"]["position"]["panels"] == content["panels"]
-    same = json.loads(pha("probe", runs[0], runs[0], *words[3:], "--length", 128, "--json"))
-    for entry in same["probes"].values():
-        for panel in entry["panels"]:
-            for value in panel["less_first"]["B: a"].values():
-                assert value["mean"] == 0
+    assert {f"probe-position.{ending}" for ending in ("json", "png", "svg")} == {
+        path.name for path in tmp_path.iterdir()
+    }
+    words += ["--probes", "position,classes"]
+    same = json.loads(pha("probe", runs[0], runs[0], *words, "--json"))["probes"]
+    assert same["position"]["panels"][0]["means"]["B: a"] == means["a"]
+    for panel in (*same["position"]["panels"], *same["classes"]["panels"]):
+        assert {value["mean"] for value in panel["less_first"]["B: a"].values()} == {0}
 
 
 @pytest.mark.parametrize(

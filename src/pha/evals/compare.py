@@ -224,7 +224,7 @@ def compare_models(
     for name, loaded in (("A", a), ("B", b)):
         shown = None if progress is None else partial(progress, name)
         kept.append(keep_nats(loaded, store, split, protocol, precision, shown))
-    return compare_nats(*kept, store, block=block)
+    return compare_nats(kept[0], kept[1], store, block=block)
 
 
 def keep_nats(

@@ -137,32 +137,35 @@ def _curves(readings: Readings) -> Figure:
     the first model.
     """
     first, *others = readings
-    jobs: list[tuple[Panel, str, Mapping[str, Estimates]]] = []
+    jobs: list[tuple[Panel, str, dict[str, Estimates]]] = []
+
     for number, panel in enumerate(panels_of(readings)):
         if panel.second or not panel.points:
             continue
+        kinds: list[tuple[str, str | None, str | None]] = []
         if panel.axis or not others:
-            found = {name: estimates(readings, number, name) for name in readings}
-            jobs.append((panel, panel.measure, found))
+            kinds.append((panel.measure, None, None))
         if panel.reference is not None:
-            found = {n: estimates(readings, number, n, less=panel.reference) for n in readings}
-            jobs.append((panel, f"{panel.measure}, less at {panel.reference}", found))
+            kinds.append((f"{panel.measure}, less at {panel.reference}", panel.reference, None))
         if not panel.axis and others:
-            found = {name: estimates(readings, number, name, than=first) for name in others}
-            jobs.append((panel, f"{panel.measure}, less {first}", found))
+            kinds.append((f"{panel.measure}, less {first}", None, first))
+        for measure, less, than in kinds:
+            names = [name for name in readings if name != than]
+            found = {name: estimates(readings, number, name, less, than) for name in names}
+            jobs.append((panel, measure, found))
     columns = min(2, len(jobs))
     rows = math.ceil(len(jobs) / columns)
     figure = plots.new_panels(rows, columns, [3.0] * rows, width=3.9 * columns + 0.6)
     colors = {name: index for index, name in enumerate(readings)}
     handles: dict[str, Any] = {}
     for axes, (panel, measure, found) in zip(figure.axes, jobs, strict=False):
-        draw = _draw_line if panel.axis else _draw_rows
+        draw_panel = _draw_line if panel.axis else _draw_rows
         axes.set_title(panel.title, fontsize=9)
         zero = 0.0 if "less" in measure else panel.chance
         if zero is not None:
             line = axes.axhline if panel.axis else axes.axvline
             line(zero, color=plots.MUTED, linewidth=0.8)
-        handles |= draw(axes, panel, measure, found, colors)
+        handles |= draw_panel(axes, panel, measure, found, colors)
         axes.tick_params(labelsize=8)
     for axes in figure.axes[len(jobs) :]:
         axes.remove()
@@ -253,10 +256,8 @@ def _maps(readings: Readings, number: int, panel: Panel) -> Figure:
         for (row, column), value in np.ndenumerate(grid):
             if math.isfinite(value):
                 ink = "white" if abs(value) > 0.6 * reach else "black"
-                axes.text(
-                    *(column, row, f"{value:.{1 if reach >= 1 else 2}f}"),
-                    **{"ha": "center", "va": "center", "fontsize": 7, "color": ink},
-                )
+                shown = f"{value:.{1 if reach >= 1 else 2}f}"
+                axes.text(column, row, shown, ha="center", va="center", fontsize=7, color=ink)
         axes.set_title(name, fontsize=9)
         axes.set_xticks(range(len(columns)), [_short(f"{x:.0f}") for x in columns])
         axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])

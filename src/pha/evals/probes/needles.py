@@ -132,8 +132,8 @@ def _contexts(store: TokenStore, split: str, tokens: np.ndarray, longest: int) -
         free = free[: max(needed, len(free) // 2)]
         drawn = free[np.argsort(bits.random_raw(len(free)), kind="stable")[:needed]]
         pairs = drawn[ABSENT:].reshape(-1, 2)
-        parts = np.split(pairs, [DEPTHS, 2 * DEPTHS])
-        found.append(_Context(text, *parts, drawn[:ABSENT]))
+        facts, others, examples = np.split(pairs, [DEPTHS, 2 * DEPTHS])
+        found.append(_Context(text, facts, others, examples, drawn[:ABSENT]))
     return found
 
 
