@@ -319,7 +319,7 @@ def _draw_bins(axes: Axes, name: str, bins: Sequence[BinDifference]) -> None:
         _draw_interval(axes, entry.difference, row)
     axes.set_yticks(range(len(bins)), [f"{entry.label}  ({entry.share:.0%})" for entry in bins])
     axes.set_ylim(len(bins) - 0.4, -0.6)
-    axes.set_title(f"by {name}, with shares")
+    axes.set_title(f"by {name}")
     plots.label_axes(axes, "", "")
 
 

@@ -150,8 +150,8 @@ def _curves(readings: Readings) -> Figure:
         if not panel.axis and others:
             kinds.append((f"{panel.measure}, less {first}", None, first))
         for measure, less, than in kinds:
-            names = [name for name in readings if name != than]
-            found = {name: estimates(readings, number, name, less, than) for name in names}
+            shown = [name for name in readings if name != than]
+            found = {name: estimates(readings, number, name, less, than) for name in shown}
             jobs.append((panel, measure, found))
     columns = min(2, len(jobs))
     rows = math.ceil(len(jobs) / columns)
@@ -169,7 +169,8 @@ def _curves(readings: Readings) -> Figure:
         axes.tick_params(labelsize=8)
     for axes in figure.axes[len(jobs) :]:
         axes.remove()
-    plots.add_legend(figure, list(handles.values()), list(handles))
+    names = [name for name in readings if name in handles]
+    plots.add_legend(figure, [handles[name] for name in names], names)
     return figure
 
 
