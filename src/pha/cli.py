@@ -50,6 +50,7 @@ VERBS = {
     "params": "inspection:params",
     "eval": "evaluation:evaluate",
     "compare": "evaluation:compare",
+    "probe": "probing:probe",
     "generate": "texts:generate",
     "score": "texts:score",
     "export": "sharing:export",

@@ -248,7 +248,8 @@ def test_a_model_against_itself_is_exactly_zero(writer: LoadedModel, store: Toke
 
 
 def test_bins_hold_every_token(result: PairedComparison, store: TokenStore) -> None:
-    names = ["context (tokens)", "token rank (train split)", "token in its context"]
+    names = ["context (tokens)", "context (octaves)", "token rank (train split)"]
+    names += ["token in its context", "repeated n-gram"]
     assert list(result.breakdowns) == names
     for bins in result.breakdowns.values():
         assert sum(b.difference.tokens for b in bins) == store.counts("test").tokens - 1

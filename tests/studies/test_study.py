@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ import yaml
 from pha.cli import main
 from pha.costs import cache_bytes, training_flops
 from pha.data import TokenStore
+from pha.evals.probes import PROBES
 from pha.runs import RunFolder
 from pha.studies import tuning
 from pha.studies.definition import load_study, only, parse_study, scales, study_names
 from pha.studies.planning import plan_study
 from pha.train.recipes import load_recipe, parse_overrides
 from pha.utils.errors import PHAError
+from pha.utils.formats import read_yaml
 
 MINIATURE = {
     "model.hidden_size": 32,
@@ -402,3 +405,46 @@ def test_equal_flops_are_those_of_the_baseline(store: TokenStore, tmp_path: Path
     assert config.run.steps is not None
     seen = config.run.steps * config.run.global_batch * length
     assert flops == pytest.approx(seen * training_flops(model, length), rel=0.002)
+
+
+def test_probes_of_a_study_are_known() -> None:
+    content = read_yaml(resources.files("pha.studies") / "definitions" / "context.yaml")
+    assert parse_study("context", content).probes == list(PROBES)
+    with pytest.raises(PHAError, match="no probe 'colour'; choose position"):
+        parse_study("context", content | {"probes": ["colour"]})
+
+
+@pytest.mark.slow
+def test_a_study_probes_its_runs_once(
+    store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a probe finds is kept beside the run, and tabulated and drawn for each variant."""
+    content = {
+        "title": "Probed",
+        "question": "How far?",
+        "baseline": "attention",
+        "variants": {
+            "pha": {"label": "PHA", "model": "pha"},
+            "attention": {"label": "attention", "model": "attention-only-shallow"},
+        },
+        "plots": [],
+        "probes": ["position", "context"],
+    }
+    file = tmp_path / "probed.yaml"
+    file.write_text(yaml.safe_dump(content))
+    main(study(str(file), tmp_path, store, "--seeds", "2", "--jobs", "2"))
+    assert "PHA - attention" in capsys.readouterr().out
+    record = read(tmp_path / "probed-tiny" / "study.json")
+    panel = record["probes"]["position"][0]
+    assert list(panel["means"]) == ["attention", "PHA"]
+    kept = sorted(tmp_path.glob("runs/*/seed-*/probe-position.json"))
+    assert len(kept) == 4
+    for name in ("probe-position", "probe-context"):
+        assert (tmp_path / "probed-tiny" / f"{name}.png").stat().st_size > 1000
+    stamps = [path.stat().st_mtime_ns for path in kept]
+    kept[0].unlink()
+    main(study(str(file), tmp_path, store, "--seeds", "2", "--json"))
+    assert json.loads(capsys.readouterr().out)["probes"] == record["probes"]
+    now = [path.stat().st_mtime_ns for path in kept]
+    assert now[1:] == stamps[1:]
+    assert now[0] > stamps[0]

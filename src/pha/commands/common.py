@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import codecs
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rich import box
 from rich.console import Console, RenderableType
+from rich.progress import Progress
 from rich.table import Table
 
 from pha.utils.formats import to_json
@@ -68,3 +71,18 @@ def figures_table(title: str, first: str, *others: str, gap: int = 1) -> Table:
     for heading in others:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
+
+
+@contextmanager
+def progress_bars(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields what shows how many of a named walk's steps are done; nothing outside a terminal."""
+    console = console_for(as_json)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(f"scoring {name}".rstrip())
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield show

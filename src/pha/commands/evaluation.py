@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import RenderableType
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from pha.commands.common import (
+    File,
     Folder,
     Json,
     Model,
     Precision,
     Store,
     answer,
-    console_for,
     figures_table,
+    progress_bars,
 )
 from pha.utils.errors import PHAError
-from pha.utils.outputs import require_folder, require_own, writing
+from pha.utils.outputs import require_file, require_folder, require_own, writing
 from pha.utils.text import perplexity, printable
 
 if TYPE_CHECKING:
@@ -78,6 +77,7 @@ def evaluate(
     packed_documents: bool | None = None,
     precision: Precision = "fp32",
     protocol: Sequence[Annotated[str, "NAME_OR_SPEC"]] = (),
+    nats: File | None = None,
     json: Json = False,
 ) -> None:
     """Token, word and byte perplexity and accuracy over a whole split.
@@ -95,9 +95,11 @@ def evaluate(
         stride: advance per window (its length)
         packed_documents: reset at document starts (as the run was trained)
         protocol: see above; again for more, side by side
+        nats: keep the loss of every token here (safetensors), for `pha compare`
     """
     from pha.data import TokenStore
     from pha.data.tokenizer import tokenizer_hashes
+    from pha.evals.compare import keep_nats
     from pha.evals.perplexity import evaluate as run_evaluation
     from pha.evals.protocols import parse_protocols, trained_protocol
     from pha.loading import load_model
@@ -105,6 +107,7 @@ def evaluate(
 
     if protocol and stride is not None:
         raise PHAError("--stride goes with one protocol; write --protocol LENGTH/STRIDE")
+    require_file(nats)
     device = default_device()
     loaded = load_model(model, device)
     store = TokenStore.open(data)
@@ -113,19 +116,23 @@ def evaluate(
     protocols = [base]
     if protocol:
         protocols = parse_protocols(protocol, base.sequence_length, base.packed_documents)
+    if nats is not None and len(protocols) > 1:
+        raise PHAError("--nats keeps the losses of one protocol; name one")
     chosen = choose_precision(precision, device)
-    with _progress(json) as progress:
-        results = [
-            run_evaluation(
-                loaded.model,
-                store,
-                split,
-                each,
-                precision=chosen,
-                progress=partial(progress, f"{split} {each.name}"),
-            )
-            for each in protocols
-        ]
+    with progress_bars(json) as progress:
+        results = []
+        for each in protocols:
+            shown = partial(progress, f"{split} {each.name}")
+            if nats is None:
+                found = run_evaluation(
+                    loaded.model, store, split, each, precision=chosen, progress=shown
+                )
+            else:
+                kept = keep_nats(loaded, store, split, each, chosen, shown)
+                found = kept.evaluation
+                with writing(nats):
+                    kept.write(nats)
+            results.append(found)
     content = [result.to_dict() for result in results]
     facts = {"provenance": provenance(device, chosen)}
     title, windows = f"{model} on the {split} split of {data}", results[0].protocol
@@ -158,9 +165,10 @@ def compare(
     Both models score the same windows of the same tokens. The difference in loss, A - B,
     has an interval over blocks of consecutive text, and is broken down by context,
     frequency and recall of the token. The interval covers the text, not training seeds.
+    In the place of the models, two files of `pha eval --nats` compare at once.
 
     Args:
-        a: run, checkpoint or saved model
+        a: run, checkpoint or saved model, or its kept losses
         b: the other
         split: train, validation or test
         sequence_length: tokens per window (the runs' own, else 1024)
@@ -170,7 +178,8 @@ def compare(
         out: write comparison.json, .svg and .png
     """
     from pha.data import TokenStore
-    from pha.evals.compare import compare_models
+    from pha.evals.compare import compare_models, compare_nats
+    from pha.evals.nats import KeptNats
     from pha.loading import load_model
     from pha.results import JSON_FORMAT
     from pha.utils.hardware import choose_precision, default_device, provenance
@@ -178,16 +187,21 @@ def compare(
     if out is not None:
         require_folder(out)
         require_own(*(out / f"comparison.{ending}" for ending in ("json", "svg", "png")))
-    device = default_device()
-    models = load_model(a, device), load_model(b, device)
-    store = TokenStore.open(data)
-    trained = _common_protocol(*models, sequence_length, packed_documents)
-    protocol = choose_protocol(sequence_length, stride, packed_documents, trained)
+    device, store = default_device(), TokenStore.open(data)
     chosen = choose_precision(precision, device)
-    with _progress(json) as progress:
-        result = compare_models(
-            *models, store, split, protocol, precision=chosen, block=block, progress=progress
-        )
+    if a.is_file() or b.is_file():
+        if (sequence_length, stride, packed_documents) != (None, None, None):
+            raise PHAError("kept losses have windows of their own; leave out options of windows")
+        kept = KeptNats.read(a, store, split), KeptNats.read(b, store, split)
+        result = compare_nats(*kept, store, block=block)
+    else:
+        models = load_model(a, device), load_model(b, device)
+        trained = _common_protocol(*models, sequence_length, packed_documents)
+        protocol = choose_protocol(sequence_length, stride, packed_documents, trained)
+        with progress_bars(json) as progress:
+            result = compare_models(
+                *models, store, split, protocol, precision=chosen, block=block, progress=progress
+            )
     facts = {"format": JSON_FORMAT, "provenance": provenance(device, chosen)}
     content = result.to_dict() | facts
     if out is not None:
@@ -236,21 +250,6 @@ def _common_protocol(
                 "without; choose with --packed-documents or --no-packed-documents"
             )
     return mine or other
-
-
-@contextmanager
-def _progress(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields what shows how many of a named walk's steps are done; nothing outside a terminal."""
-    console = console_for(as_json)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(f"scoring {name}".rstrip())
-            bars.update(tasks[name], completed=done, total=total)
-
-        yield show
 
 
 def _heading(protocol: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pha.data.planting import Planter
 from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class WindowSampler:
         seed: not negative.
         document_starts: (documents,) ascending positions of first tokens, to mark them in the
             batches.
+        planter: of repeats, with `planted_repeats`, the odds that a window has one.
+        planted_repeats: 0 for none.
 
     Raises:
         PHAError: fewer windows than one global batch.
@@ -58,6 +61,8 @@ class WindowSampler:
         global_batch: int,
         seed: int,
         document_starts: np.ndarray | None = None,
+        planter: Planter | None = None,
+        planted_repeats: float = 0.0,
     ) -> None:
         self.windows = max(0, len(tokens) - 1) // sequence_length
         if self.windows < global_batch:
@@ -72,6 +77,7 @@ class WindowSampler:
         self._tokens = tokens
         self._seed = seed
         self._starts = document_starts
+        self._planter, self._planted = planter, planted_repeats
         self._order: tuple[int, np.ndarray] | None = None
 
     def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
@@ -80,7 +86,11 @@ class WindowSampler:
 
         windows, new = (x[start:stop] for x in self._windows(*divmod(step, self.steps_per_epoch)))
         positions = windows[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
-        ids = torch.from_numpy(np.asarray(self._tokens[positions], dtype=np.int64))
+        read = np.asarray(self._tokens[positions], dtype=np.int64)
+        if self._planter is not None:
+            for number, row in enumerate(read, start=start):
+                self._planter.plant(row, self._planted, [self._seed, step, number])
+        ids = torch.from_numpy(read)
         marks = None
         if self._starts is not None:
             inputs = positions[:, :-1]

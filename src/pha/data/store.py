@@ -139,6 +139,15 @@ class TokenStore:
         self._require(split)
         return self._counts[split]
 
+    def frequencies(self, split: str) -> np.ndarray:
+        """How often each id occurs in a split: (vocab_size,) int64."""
+        tokens = self.tokens(split)
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for start in range(0, len(tokens), _CHECK_TOKENS):
+            part = tokens[start : start + _CHECK_TOKENS]
+            counts += np.bincount(part, minlength=self.vocab_size)
+        return counts
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """Load the tokenizer that made the ids."""
         return load_tokenizer(str(self.path / TOKENIZER))

@@ -23,6 +23,7 @@ import numpy as np
 
 from pha.data.store import TokenStore
 from pha.data.tokenizer import tokenizer_hashes
+from pha.evals.nats import KeptNats
 from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
 from pha.evals.where import Bins, Passage, divisions, passages
@@ -218,42 +219,76 @@ def compare_models(
             "perplexities per word or byte (`pha eval`)"
         )
     store.require_tokenizer(*mine)
-    count = store.counts(split).tokens - 1
-    size = first_block(count, protocol.stride, block)
-    evaluations, losses = [], []
+    first_block(store.counts(split).tokens - 1, protocol.stride, block)
+    kept = []
     for name, loaded in (("A", a), ("B", b)):
-        nats = np.empty(count, dtype=np.float32)
-        evaluation = evaluate(
-            loaded.model,
-            store,
-            split,
-            protocol,
-            precision=precision,
-            progress=None if progress is None else partial(progress, name),
-            losses=nats,
-        )
-        if not np.isfinite(nats).all():
-            raise PHAError(f"{loaded.path} has losses that are not finite; its weights are unfit")
-        evaluations.append(evaluation)
-        losses.append(nats)
-    difference = losses[0].astype(np.float64) - losses[1]
+        shown = None if progress is None else partial(progress, name)
+        kept.append(keep_nats(loaded, store, split, protocol, precision, shown))
+    return compare_nats(kept[0], kept[1], store, block=block)
+
+
+def keep_nats(
+    loaded: LoadedModel,
+    store: TokenStore,
+    split: str,
+    protocol: Protocol,
+    precision: str = "fp32",
+    progress: Callable[[int, int], None] | None = None,
+) -> KeptNats:
+    """Score a split, and keep the loss of every token.
+
+    Raises:
+        PHAError: no such split, too few tokens, or losses that are not finite.
+    """
+    nats = np.empty(max(0, store.counts(split).tokens - 1), dtype=np.float32)
+    evaluation = evaluate(
+        *(loaded.model, store, split, protocol),
+        precision=precision,
+        progress=progress,
+        losses=nats,
+    )
+    if not np.isfinite(nats).all():
+        raise PHAError(f"{loaded.path} has losses that are not finite; its weights are unfit")
+    return KeptNats(str(loaded.path), evaluation, protocol, nats)
+
+
+def compare_nats(
+    a: KeptNats, b: KeptNats, store: TokenStore, *, block: int | None = None
+) -> PairedComparison:
+    """Compare token by token what two models made of the same windows of a split.
+
+    Raises:
+        PHAError: other windows or another precision, or too little text.
+    """
+    one, two = (
+        {**asdict(each.protocol), "precision": each.evaluation.protocol["precision"]}
+        for each in (a, b)
+    )
+    for key in one:
+        if key != "name" and one[key] != two[key]:
+            raise PHAError(
+                f"A was scored with {key} {one[key]} and B with {two[key]}; score both alike"
+            )
+    split = a.evaluation.split
+    size = first_block(len(a.nats), a.protocol.stride, block)
+    difference = a.nats.astype(np.float64) - b.nats
     if block is None:
         size = grown_block(difference, size)
-    blocks = block_numbers(count, size)
+    blocks = block_numbers(len(difference), size)
     sums, counts = block_sums(difference, blocks)
     return PairedComparison(
-        str(a.path),
-        str(b.path),
-        (evaluations[0], evaluations[1]),
+        a.model,
+        b.model,
+        (a.evaluation, b.evaluation),
         mean_interval(sums, counts),
         bootstrap_interval(sums, counts),
         size,
         sums / counts,
         {
-            bins.name: break_down(losses[0], losses[1], blocks, bins)
-            for bins in divisions(store, split, protocol)
+            bins.name: break_down(a.nats, b.nats, blocks, bins)
+            for bins in divisions(store, split, a.protocol)
         },
-        passages(store.tokens(split), difference, counts, a.tokenizer),
+        passages(store.tokens(split), difference, counts, store.tokenizer()),
     )
 
 

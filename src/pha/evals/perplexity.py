@@ -35,6 +35,7 @@ def evaluate(
     reduce: Callable[[Tensor], Tensor] | None = None,
     progress: Callable[[int, int], None] | None = None,
     losses: np.ndarray | None = None,
+    piece: int | None = None,
 ) -> Evaluation:
     """Score every token of a split but its first, each exactly once.
 
@@ -51,6 +52,7 @@ def evaluate(
         reduce: sums a float64 tensor over those processes.
         progress: called with (windows done, windows in all).
         losses: (N - 1,), to be filled: entry i with -log p of token i + 1, in nats.
+        piece: see `score_rows`.
 
     Raises:
         PHAError: no such split, or fewer than two tokens.
@@ -66,7 +68,8 @@ def evaluate(
     model.eval()
     try:
         for batch, ids, starts in _batches(store, split, protocol, windows, batch_tokens):
-            nats, hits = _score(model, ids, starts, batch[0].first_scored, precision)
+            wanted = np.arange(batch[0].first_scored, ids.shape[1] - 1)
+            nats, hits = score_rows(model, ids, wanted, precision, starts, piece)
             found = [nats.sum(dtype="float64"), hits.sum(), nats.size]
             sums += torch.tensor(found, dtype=torch.float64)
             if losses is not None:
@@ -142,23 +145,49 @@ def _batches(
 
 
 @torch.inference_mode()
-def _score(
-    model: LanguageModel, rows: np.ndarray, marks: np.ndarray | None, first: int, precision: str
+def score_rows(
+    model: LanguageModel,
+    rows: np.ndarray,
+    wanted: np.ndarray,
+    precision: str = "fp32",
+    marks: np.ndarray | None = None,
+    piece: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Losses and hits, each (B, T - first), of rows (B, T + 1) and document starts (B, T).
+    """Losses in nats and hits, each (B, W), of what follows W positions of rows of tokens.
 
-    Only the states at scored positions meet the output head.
+    Only the states at these positions meet the output head.
+
+    Args:
+        model: in evaluation mode.
+        rows: (B, T + 1) ids, each row a text of its own.
+        wanted: (W,) positions from 0 to T - 1, ascending.
+        precision: fp32, or bf16 for autocast.
+        marks: (B, T) document starts, which reset state and attention.
+        piece: longer rows without `marks` go through the model in pieces of so many tokens, their
+            state carried along, which bounds the memory and changes no number but by rounding;
+            None for all at once.
+
+    Raises:
+        PHAError: a model that does not go on from its cache.
     """
     device = model.device
     ids = torch.from_numpy(rows).to(device)
     starts = None if marks is None else torch.from_numpy(marks).to(device)
-    with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
-        x = model.states(ids[:, :-1], starts)
-        nats, hits = model.token_statistics(
-            x[:, first:].flatten(0, 1), ids[:, first + 1 :].flatten()
-        )
-    shape = len(rows), -1
-    return nats.view(shape).float().cpu().numpy(), hits.view(shape).cpu().numpy()
+    length = ids.shape[1] - 1
+    size = length if piece is None or starts is not None else min(piece, length)
+    cache = model.new_cache() if size < length else None
+    found = []
+    for begin in range(0, length, size):
+        here = wanted[(wanted >= begin) & (wanted < begin + size)]
+        at = torch.from_numpy(here).to(device)
+        with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+            x = model.states(ids[:, begin : min(begin + size, length)], starts, cache)
+            nats, hits = model.token_statistics(
+                x[:, at - begin].flatten(0, 1), ids[:, at + 1].flatten()
+            )
+        found.append([each.view(len(ids), len(here)) for each in (nats.float(), hits)])
+    nats, hits = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return nats.cpu().numpy(), hits.cpu().numpy()
 
 
 def _exp(x: float) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pha.data.store import TokenStore
+from pha.evals.ngrams import NGrams, Repeats, repeats
 from pha.evals.protocols import Protocol
 
 RECENT_TOKENS = 64
@@ -16,8 +17,8 @@ POSITION_BINS = 8
 RANK_BOUNDS = (10, 100, 1000, 10_000)
 PASSAGES = 5
 EXCERPT_TOKENS = 64
-
-_COUNTED_TOKENS = 1 << 22  # at a time
+NGRAMS = (1, 2, 5)
+COUNT_BOUNDS = (0, 3, 15)  # last counts of ranges
 
 
 class Bins(NamedTuple):
@@ -56,20 +57,29 @@ class Passage:
 
 
 def divisions(store: TokenStore, split: str, protocol: Protocol) -> tuple[Bins, ...]:
-    """By context, by frequency and by recall."""
+    """By context, by frequency, by recall and by n-gram."""
     tokens = np.asarray(store.tokens(split))
     contexts = context_starts(store, split, protocol)
-    reference = "train" if "train" in store.splits else split
-    counted = store.tokens(reference)
-    counts = np.zeros(store.vocab_size, dtype=np.int64)
-    for start in range(0, len(counted), _COUNTED_TOKENS):
-        part = counted[start : start + _COUNTED_TOKENS]
-        counts += np.bincount(part, minlength=store.vocab_size)
+    lengths = np.arange(1, len(tokens)) - contexts
+    reference = reference_split(store, split)
     return (
-        context_bins(np.arange(1, len(tokens)) - contexts, protocol.sequence_length),
-        frequency_bins(tokens[1:], counts, reference),
+        context_bins(lengths, protocol.sequence_length),
+        octave_bins(lengths, protocol.sequence_length, protocol.sequence_length),
+        frequency_bins(tokens[1:], store.frequencies(reference), reference),
         recall_bins(tokens, contexts),
+        ngram_bins(find_repeats(store, split, contexts), reference),
     )
+
+
+def reference_split(store: TokenStore, split: str) -> str:
+    """The split in which tokens and n-grams are counted."""
+    return "train" if "train" in store.splits else split
+
+
+def find_repeats(store: TokenStore, split: str, contexts: np.ndarray) -> dict[int, Repeats]:
+    """n -> the repeated n-grams of a split, for every n of `NGRAMS`; see `repeats`."""
+    reference = store.tokens(reference_split(store, split))
+    return repeats(np.asarray(store.tokens(split)), contexts, NGRAMS, store.vocab_size, reference)
 
 
 def context_starts(store: TokenStore, split: str, protocol: Protocol) -> np.ndarray:
@@ -113,25 +123,52 @@ def frequency_bins(targets: np.ndarray, counts: np.ndarray, split: str) -> Bins:
     return Bins(f"token rank ({split} split)", [*_ranges(last), "not in it"], members)
 
 
+def octave_bins(values: np.ndarray, around: int, longest: int) -> Bins:
+    """Bins of doubling width for `values` from 1 to `longest`, one of which ends at `around`."""
+    last = octaves(around, longest)
+    return Bins("context (octaves)", _ranges(last), np.searchsorted(last, values))
+
+
+def octaves(around: int, longest: int) -> list[int]:
+    """Last numbers of ranges that double up to `longest`, such that one of them is `around`."""
+    last = {around >> k for k in range(around.bit_length())}
+    while max(last) < longest:
+        last.add(2 * max(last))
+    return sorted({min(each, longest) for each in last})
+
+
 def recall_bins(tokens: np.ndarray, contexts: np.ndarray) -> Bins:
     """Bins by where a token last occurred in the context it is predicted from.
 
     `contexts` (N - 1,) is the first token that the prediction of token i + 1 of `tokens` (N,) sees.
     """
-    order = np.argsort(tokens, kind="stable")
-    same = tokens[order[1:]] == tokens[order[:-1]]
-    previous = np.full(len(tokens), -1, dtype=np.int64)  # where each token occurred last before
-    previous[order[1:][same]] = order[:-1][same]
+    previous = NGrams(tokens, 1, 0).earlier(1)
     near = np.arange(len(tokens)) - previous <= RECENT_TOKENS
     members = np.where(previous[1:] < contexts, 0, np.where(near[1:], 1, 2))
     labels = ("new", f"seen ≤ {RECENT_TOKENS} back", f"seen > {RECENT_TOKENS} back")
     return Bins("token in its context", labels, members)
 
 
-def _ranges(last: Sequence[int] | np.ndarray) -> list[str]:
+def ngram_bins(found: Mapping[int, Repeats], split: str) -> Bins:
+    """Bins by the longest n-gram of `NGRAMS` that a token completes a second time.
+
+    Repeated bigrams and 5-grams are told apart by how often they occur in `split`.
+    """
+    members = np.where(found[1].seen, 1, 0)
+    labels = ["new", "seen, bigram new"]
+    for n in NGRAMS[1:]:
+        grade = np.searchsorted(COUNT_BOUNDS, found[n].counts)
+        members = np.where(found[n].seen, len(labels) + grade, members)
+        counts = [*_ranges(COUNT_BOUNDS, first=0), f"{COUNT_BOUNDS[-1] + 1:,}+"]
+        labels += [f"{'bigram' if n == 2 else f'{n}-gram'}, {each} in {split}" for each in counts]
+    return Bins("repeated n-gram", labels, members)
+
+
+def _ranges(last: Sequence[int] | np.ndarray, first: int = 1) -> list[str]:
     """`1–10`, `11–100`, ...: names of ranges that follow one another, by their last numbers."""
-    first = [1, *(int(number) + 1 for number in last[:-1])]
-    return [f"{a:,}" if a == b else f"{a:,}\u2013{b:,}" for a, b in zip(first, last, strict=True)]
+    firsts = [first, *(int(number) + 1 for number in last[:-1])]
+    pairs = zip(firsts, last, strict=True)
+    return [f"{a:,}" if a == b else f"{a:,}\u2013{b:,}" for a, b in pairs]
 
 
 def passages(

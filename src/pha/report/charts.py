@@ -311,7 +311,8 @@ _LOOKS = {
 @plots.styled()
 def paired_figure(comparison: PairedComparison) -> Figure:
     """Distribution of the block differences, and the mean difference in each bin, with 95% bars."""
-    figure = plots.new_panels(2, 2, [3.0, 3.0], width=7.6)
+    rows = math.ceil((1 + len(comparison.breakdowns)) / 2)
+    figure = plots.new_panels(rows, 2, [3.0] * rows, width=7.6)
     blocks, *panels = figure.axes
     _draw_blocks(blocks, comparison)
     drawn = list(zip(panels, comparison.breakdowns.items(), strict=False))
@@ -375,7 +376,7 @@ def _draw_bins(axes: Axes, name: str, bins: Sequence[BinDifference]) -> None:
         _draw_interval(axes, entry.difference, row)
     axes.set_yticks(range(len(bins)), [f"{entry.label}  ({entry.share:.0%})" for entry in bins])
     axes.set_ylim(len(bins) - 0.4, -0.6)
-    axes.set_title(f"by {name}, with shares")
+    axes.set_title(f"by {name}")
     plots.label_axes(axes, "", "")
 
 

@@ -12,6 +12,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pha.evals.probes import PROBES
 from pha.peers import PREFIX
 from pha.train.recipes import Settings
 from pha.utils.errors import PHAError
@@ -111,6 +112,7 @@ class Study:
     published: list[str] = field(default_factory=list)
     plots: list[str] = field(default_factory=lambda: ["dots"])  # names in `PLOTS`
     axis: str = ""  # of the grid, along the plot `settings`
+    probes: list[str] = field(default_factory=list)  # of `pha probe`, asked of every finished run
     # scale -> recipe key -> value, on top of the scale's own
     scales: dict[str, Settings] = field(default_factory=dict)
     # scale -> lengths, batch and modes of an efficiency study
@@ -208,6 +210,8 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
         closest(study.baseline, {each.name: each for each in study.variants}, "variant")
     for plot in study.plots:
         _require(plot in PLOTS, f"{where} has no plot {plot!r}; choose {', '.join(PLOTS)}")
+    for probe in study.probes:
+        _require(probe in PROBES, f"{where}: no probe {probe!r}; choose {', '.join(PROBES)}")
     for scale in (*study.scales, *study.benchmark):
         load_scale(scale)
     for known in scales().values():

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pha.report.probes import probe_record, probe_tables, save_probe
 from pha.report.tables import TextTable
 from pha.results import JSON_FORMAT
 from pha.studies import efficiency, shares, tasks
@@ -19,6 +20,7 @@ from pha.studies.jobs import Job, run_jobs, run_on_cluster
 from pha.studies.measures import MEASURES
 from pha.studies.outcome import Outcome, Seed, make_outcome
 from pha.studies.planning import StudyPlan
+from pha.studies.probing import probe_runs
 from pha.studies.published import find_published
 from pha.studies.tabulate import study_table
 from pha.studies.tuning import settle
@@ -148,7 +150,15 @@ def run_study(
             tables = [table]
             sentences += more
         content = files.write(tables, sentences, content)
-        files.tell(tables, sentences, draw(outcome, folder))
+        pictures = draw(outcome, folder)
+        for name in plan.study.probes:
+            if readings := probe_runs(outcome, name, console):
+                tables += probe_tables(readings)
+                content.setdefault("probes", {})[name] = probe_record(readings)
+                content = files.write(tables, sentences, content)
+                about = f"{plan.study.title}, {plan.scale.words}"
+                pictures += save_probe(readings, folder / f"probe-{name}", about)
+        files.tell(tables, sentences, pictures)
     return content
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from pha.data.planting import SPAN
 from pha.model import ArchitectureConfig
 from pha.peers import PREFIX
 from pha.results import CONFIG_FORMAT
@@ -34,6 +35,8 @@ class DataConfig:
             another text left, in `carry_share` of the steps.
         memory: keys that `chunks` carries; null: `model.attention_window` less one, or a sequence.
         carry_share: of the steps, for `states`; the others begin with nothing.
+        planted_repeats: odds that a training sequence has 32 random tokens written into two of its
+            places, so that `pha probe` asks nothing that training has not shown.
     """
 
     store: str | None = None
@@ -47,6 +50,7 @@ class DataConfig:
     carry: Literal["none", "chunks", "states"] = "none"
     memory: int | None = None
     carry_share: float = 0.5
+    planted_repeats: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -188,7 +192,7 @@ _ALLOWED: dict[str, Callable[[float], bool]] = {
 _RULES = {
     ("data", "at least 1"): "sequence_length",
     ("data", "at least 0"): "memory",
-    ("data", "in [0, 1]"): "carry_share",
+    ("data", "in [0, 1]"): "carry_share planted_repeats",
     ("run", "at least 1"): (
         "steps global_batch micro_batch evaluate_every evaluations evaluate_tokens "
         "checkpoint_every keep_checkpoints keep_best average_best log_every"
@@ -247,6 +251,12 @@ class TrainConfig:
                 allowed = value is None or (_ALLOWED[rule](value) and value <= limit)
                 most = "" if value is None or value <= limit else f", and at most {limit}"
                 _require(allowed, f"{section}.{key} is {value}; it must be {rule}{most}")
+        _require(
+            not data.planted_repeats
+            or (data.sequence_length >= 2 * SPAN and not data.packed_documents),
+            f"data.planted_repeats needs data.sequence_length from {2 * SPAN} on and "
+            "data.packed_documents false, so that a sequence holds both copies",
+        )
         _require(
             optimizer.muon_learning_rate is None or optimizer.kind == "muon",
             "optimizer.muon_learning_rate is set, but optimizer.kind is adamw; set it to muon, or "
@@ -310,6 +320,7 @@ class TrainConfig:
             "data.packed_documents is for texts; the sequences of a task stand apart already",
         )
         _require(data.carry == "none", "data.carry is for texts; no sequence of a task goes on")
+        _require(data.planted_repeats == 0, "data.planted_repeats is for texts; leave it out")
         _require(self.run.epochs is None, "a task has no epochs; give run.steps or run.flops")
         make_tests(data.task, data.task_options, data.tests, data.sequence_length)
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from pha.data.planting import Planter
 from pha.data.sampler import WindowSampler
 from pha.data.store import TokenStore
 from pha.data.tokenizer import tokenizer_sha256
@@ -111,6 +112,8 @@ class TextData:
             config.run.global_batch,
             config.run.seed,
             store.document_starts("train") if packed else None,
+            Planter(store.frequencies("train")) if self.data.planted_repeats else None,
+            self.data.planted_repeats,
         )
 
     def validate(

@@ -1,0 +1,25 @@
+"""Probes of long context: what a model makes of a text by position and by kind of token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pha.evals.probes.classes import classes
+from pha.evals.probes.context import context
+from pha.evals.probes.needles import needles
+from pha.evals.probes.planted import planted
+from pha.evals.probes.position import position
+from pha.evals.probes.reading import Progress, Question, Reading
+from pha.loading import LoadedModel
+
+Probe = Callable[[LoadedModel, Question, Progress | None], Reading]
+"""Asks a model."""
+
+PROBES: dict[str, Probe] = {
+    "position": position,
+    "context": context,
+    "classes": classes,
+    "planted": planted,
+    "needles": needles,
+}
+"""By the names in `pha probe --probes` and in studies."""
