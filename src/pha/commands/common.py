@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import codecs
+import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rich import box
 from rich.console import Console, RenderableType
+from rich.progress import Progress
 from rich.table import Table
 
+from pha.utils.errors import PHAError
 from pha.utils.formats import to_json
 from pha.utils.progress import make_console
 from pha.utils.text import printable
@@ -32,6 +37,31 @@ Precision = Annotated[
 ]
 DryRun = Annotated[bool, None, "say what it takes, do nothing"]
 Json = Annotated[bool, None, "print as JSON"]
+Attention = Annotated[
+    str,
+    "NAME=VALUE",
+    "attend otherwise than in training: window, theta, length_scaling or positions; again for more",
+]
+
+
+def read_attention(words: Sequence[str]) -> dict[str, Any]:
+    """Options of attention that words such as `window=64` and `positions=none` give.
+
+    Raises:
+        PHAError: a word of another form.
+    """
+    options = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or name not in ("window", "theta", "length_scaling", "positions"):
+            raise PHAError(
+                f"--attention {word}: write window=N, theta=X, length_scaling=N or positions=none"
+            )
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            options[name] = text
+    return options
 
 
 def console_for(as_json: bool) -> Console:
@@ -68,3 +98,18 @@ def figures_table(title: str, first: str, *others: str, gap: int = 1) -> Table:
     for heading in others:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
+
+
+@contextmanager
+def showing_progress(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Yields what shows how many of a named walk's steps are done; nothing outside a terminal."""
+    console = console_for(as_json)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(f"scoring {name}".rstrip())
+            bars.update(tasks[name], completed=done, total=total)
+
+        yield show

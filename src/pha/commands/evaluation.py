@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import RenderableType
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from pha.commands.common import (
+    Attention,
     Folder,
     Json,
     Model,
     Precision,
     Store,
     answer,
-    console_for,
     figures_table,
+    read_attention,
+    showing_progress,
 )
 from pha.utils.errors import PHAError
 from pha.utils.outputs import require_folder, require_own, writing
@@ -78,6 +78,7 @@ def evaluate(
     packed_documents: bool | None = None,
     precision: Precision = "fp32",
     protocol: Sequence[Annotated[str, "NAME_OR_SPEC"]] = (),
+    attention: Sequence[Attention] = (),
     json: Json = False,
 ) -> None:
     """Token, word and byte perplexity and accuracy over a whole split.
@@ -105,8 +106,8 @@ def evaluate(
 
     if protocol and stride is not None:
         raise PHAError("--stride goes with one protocol; write --protocol LENGTH/STRIDE")
-    device = default_device()
-    loaded = load_model(model, device)
+    device, options = default_device(), read_attention(attention)
+    loaded = load_model(model, device, attention=options)
     store = TokenStore.open(data)
     store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
     base = choose_protocol(sequence_length, stride, packed_documents, trained_protocol(loaded.run))
@@ -114,7 +115,7 @@ def evaluate(
     if protocol:
         protocols = parse_protocols(protocol, base.sequence_length, base.packed_documents)
     chosen = choose_precision(precision, device)
-    with _progress(json) as progress:
+    with showing_progress(json) as progress:
         results = [
             run_evaluation(
                 loaded.model,
@@ -127,7 +128,8 @@ def evaluate(
             for each in protocols
         ]
     content = [result.to_dict() for result in results]
-    facts = {"provenance": provenance(device, chosen)}
+    facts: dict[str, Any] = {"attention": options} if options else {}
+    facts["provenance"] = provenance(device, chosen)
     title, windows = f"{model} on the {split} split of {data}", results[0].protocol
     if len(results) == 1:
         table = _measures_table(title, {"value": results[0]})
@@ -184,7 +186,7 @@ def compare(
     trained = _common_protocol(*models, sequence_length, packed_documents)
     protocol = choose_protocol(sequence_length, stride, packed_documents, trained)
     chosen = choose_precision(precision, device)
-    with _progress(json) as progress:
+    with showing_progress(json) as progress:
         result = compare_models(
             *models, store, split, protocol, precision=chosen, block=block, progress=progress
         )
@@ -236,21 +238,6 @@ def _common_protocol(
                 "without; choose with --packed-documents or --no-packed-documents"
             )
     return mine or other
-
-
-@contextmanager
-def _progress(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields what shows how many of a named walk's steps are done; nothing outside a terminal."""
-    console = console_for(as_json)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bars.add_task(f"scoring {name}".rstrip())
-            bars.update(tasks[name], completed=done, total=total)
-
-        yield show
 
 
 def _heading(protocol: dict[str, Any]) -> str:

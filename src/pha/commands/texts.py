@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pha.commands.common import (
+    Attention,
     Dtype,
     File,
     Folder,
@@ -19,6 +20,7 @@ from pha.commands.common import (
     console_for,
     figures_table,
     print_json,
+    read_attention,
 )
 from pha.data.readers import Meter, kind_of, read_json_lines, read_text
 from pha.utils.errors import PHAError
@@ -42,6 +44,7 @@ def generate(
     num_samples: int = 1,
     batch_size: int = 8,
     piece: int = 0,
+    attention: Sequence[Attention] = (),
     dtype: Dtype = "fp32",
     out: File | None = None,
     json: Json = False,
@@ -80,7 +83,8 @@ def generate(
     from pha.utils.hardware import PRECISIONS, default_device
 
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop))
-    loaded = load_model(model, default_device(), dtype=PRECISIONS[dtype])
+    options = read_attention(attention)
+    loaded = load_model(model, default_device(), dtype=PRECISIONS[dtype], attention=options)
     streamed = len(texts) * num_samples == 1 and not json and out is None
     speed = Speed()
     continuations = continue_texts(
@@ -175,6 +179,7 @@ def score(
     out: Folder | None = None,
     piece: int = 2048,
     attention_window: int | None = None,
+    attention: Sequence[Attention] = (),
     shown: int = 20_000,
     precision: Precision = "fp32",
     json: Json = False,
@@ -189,7 +194,7 @@ def score(
         files: UTF-8 texts
         out: write NAME.html and NAME.json here
         piece: tokens per forward pass
-        attention_window: keys that a query sees (as the model was trained)
+        attention_window: keys that a query sees (as the model was trained); --attention window=N
         shown: tokens shown as text in the page
     """
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -210,14 +215,15 @@ def score(
         require_folder(out)
         for path in files:
             require_own(out / f"{path.stem}.json", out / f"{path.stem}.html")
+    options = read_attention(attention)
+    if attention_window is not None:
+        options["window"] = attention_window
     return_freed_memory()
     device = default_device()
-    loaded = load_model(model, device)
-    if attention_window is not None:
-        loaded.pha.config.attention_window = attention_window
-        loaded.pha.config.check()
+    loaded = load_model(model, device, attention=options)
     chosen = choose_precision(precision, device)
     facts = {"format": JSON_FORMAT, "provenance": provenance(device, chosen)}
+    facts |= {"attention": options} if options else {}
     results: list[dict[str, Any]] = []
     shape = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*shape, console=console_for(json), transient=True) as progress:
