@@ -33,6 +33,7 @@ from pha.utils.errors import PHAError
 MEAN_TOKENS = 1 << 16  # of training text, for the mean vectors
 CONTROLS = 5  # draws of a random branch in every layer
 LOOKED_AT = 4096  # tokens for decays and for the entropy of attention
+LONGEST = 1024  # tokens of a window for the latter
 QUANTILES = (0.1, 0.5, 0.9)
 LONG = (32, 128, 512)  # tokens; shares of the states that remember longer are told
 
@@ -65,7 +66,8 @@ class BranchReport:
         before: its memory at the start of training, where that is known.
         memory: its memory now, where it has decays.
         temperatures: of its heads, where it has any.
-        entropy: of its attention weights in nats, mean over heads and the last half of queries.
+        entropy: of its attention weights in nats, mean over heads and the last half of queries,
+            in windows of at most 1,024 tokens.
     """
 
     layer: int
@@ -226,12 +228,13 @@ def _entropies(model: PHAForCausalLM, ids: Tensor) -> dict[int, float]:
     """Layer -> entropy of its attention weights in nats, over the last half of the queries."""
     every = branches_of(model.model).items()
     layers = [i for (i, _), branch in every if isinstance(branch, GroupedQueryAttention)]
-    weights = model.model(ids.to(model.device), output_attentions=True).attentions
-    half = ids.shape[1] // 2
-    return {
-        layer: float(torch.special.entr(A[:, :, half:].float()).sum(-1).mean())
-        for layer, A in zip(layers, weights, strict=True)
-    }
+    sums = dict.fromkeys(layers, 0.0)
+    for row in ids[:, :LONGEST].to(model.device):  # one at a time: weights of all layers are large
+        weights = model.model(row[None], output_attentions=True).attentions
+        for layer, A in zip(layers, weights, strict=True):
+            half = A[:, :, len(row) // 2 :].float()
+            sums[layer] += float(torch.special.entr(half).sum(-1).mean())
+    return {layer: total / len(ids) for layer, total in sums.items()}
 
 
 def inspect_model(

@@ -162,6 +162,10 @@ class RunConfig:
     init_from: str | None = None
     sample_tokens: int = 96
 
+    def __post_init__(self) -> None:
+        if isinstance(self.windows, dict):  # as JSON has them, through which settings may go
+            self.windows = {str(window): odds for window, odds in self.windows.items()}
+
 
 MOST = 1 << 53
 """Of any number: floats count no further, and beyond it is only infinity."""

@@ -28,7 +28,9 @@ def check_windows(windows: Windows | None) -> None:
     if isinstance(windows, dict):
         odds = list(windows.values())
         if not odds or min(odds) < 0 or abs(sum(odds) - 1) > 1e-6:
-            raise PHAError(f"{what}; give odds of windows that sum to 1, such as {{16: 0.5}}")
+            raise PHAError(
+                f"{what}; give odds of windows that sum to 1, such as {{16: 0.5, full: 0.5}}"
+            )
         names: list[Any] = list(windows)
     else:
         if not windows or any(len(pair) != 2 for pair in windows):
