@@ -56,6 +56,7 @@ VERBS = {
     "export": "sharing:export",
     "harness": "sharing:harness",
     "mixing": "inspection:mixing",
+    "inspect": "inspection:inspect",
     "report": "inspection:report",
     "doctor": "inspection:doctor",
     "bench": "benchmark:bench",

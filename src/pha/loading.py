@@ -107,8 +107,10 @@ def _check_files(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_ours(folder: Path, config: dict[str, Any]) -> None:
+def _check_ours(folder: Path, config: dict[str, Any]) -> PHAConfig:
     """Refuse a folder of which transformers would make room for more than it has weights for.
+
+    Returns its configuration.
 
     Raises:
         PHAError: no tokenizer, or a configuration of more parameters than there are bytes of
@@ -117,7 +119,8 @@ def _check_ours(folder: Path, config: dict[str, Any]) -> None:
     if not (folder / "tokenizer.json").is_file():
         raise PHAError(f"{folder} has no tokenizer.json; models are saved with their tokenizer")
     try:
-        parameters = sum(count_parameters(PHAConfig(**config)).values())
+        described = PHAConfig(**config)
+        parameters = sum(count_parameters(described).values())
     except PHAError:
         raise
     except Exception as error:  # what transformers makes of names and values it does not know
@@ -128,6 +131,49 @@ def _check_ours(folder: Path, config: dict[str, Any]) -> None:
             f"{folder}/config.json describes {parameters:,} parameters, which its weights of "
             f"{size:,} bytes are not; get both from one place"
         )
+    return described
+
+
+def attention_changes(config: PHAConfig, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration has to have for attention with these options in every layer.
+
+    No weight depends on them, so that a model can be loaded with others than it was trained with.
+
+    Args:
+        config: the model's.
+        options: of the branch `attention`; its `window` goes to the model's, which bounds memory.
+
+    Returns:
+        Fields of a configuration with new values.
+
+    Raises:
+        PHAError: a window beyond what attention saw in training.
+    """
+    options, changes = dict(options), dict[str, Any]()
+    length = config.max_position_embeddings
+    layers = [config.layer_branches(i).get("attention") for i in range(config.num_hidden_layers)]
+    own = [layer.get("window") or length for layer in layers if layer is not None]
+    if (window := options.pop("window", None)) is not None:
+        widest = min(length, config.attention_window or length, max(own, default=length))
+        if type(window) is int and window > widest:
+            raise PHAError(
+                f"a window of {window} keys is beyond the {widest} that attention saw in training; "
+                "give at most that"
+            )
+        changes["attention_window"] = window
+    if options:
+        every = config.branch_options
+        changes["branch_options"] = every | {"attention": every.get("attention", {}) | options}
+        changes["layer_pattern"] = [
+            [
+                {"attention": entry["attention"] | options}
+                if isinstance(entry, dict) and "attention" in entry
+                else entry
+                for entry in layer
+            ]
+            for layer in config.layer_pattern
+        ]
+    return changes
 
 
 def load_model(
@@ -135,6 +181,7 @@ def load_model(
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     changes: Mapping[str, Any] = MappingProxyType({}),
+    attention: Mapping[str, Any] = MappingProxyType({}),
 ) -> LoadedModel:
     """Load a run, checkpoint or model for evaluation. Weights come from safetensors only.
 
@@ -143,6 +190,7 @@ def load_model(
         device: where the model goes; the CPU if absent.
         dtype: of the weights, whatever they are saved in; decays and mixing stay in fp32.
         changes: fields of the configuration to change, of a model that is not ours.
+        attention: options of attention to change, of a model of ours; see `attention_changes`.
 
     Raises:
         PHAError: nothing there, damaged weights, or another kind of model.
@@ -150,10 +198,14 @@ def load_model(
     folder, run = model_folder(path)
     config = _check_files(folder)
     kind = config.get("model_type")
+    if kind != "pha" and attention:
+        raise PHAError(
+            f"{path} holds a {kind!r} model; with options of attention this reads PHA models"
+        )
     if kind == "pha":
-        _check_ours(folder, config)
+        changes = attention_changes(_check_ours(folder, config), attention)
         tokenizer = read_saved_tokenizer(folder)
-        model: LanguageModel = _load_ours(folder, dtype)
+        model: LanguageModel = _load_ours(folder, dtype, changes)
     elif run is not None or str(path).startswith(PREFIX):
         model = load_foreign(folder, dtype, changes)
         is_saved = (folder / "tokenizer.json").is_file()
@@ -168,7 +220,7 @@ def load_model(
     return LoadedModel(path, model, tokenizer, run)
 
 
-def _load_ours(folder: Path, dtype: torch.dtype) -> PHAForCausalLM:
+def _load_ours(folder: Path, dtype: torch.dtype, changes: Mapping[str, Any]) -> PHAForCausalLM:
     with in_one_line(f"{folder} is damaged and cannot be loaded"):
         model: PHAForCausalLM = PHAForCausalLM.from_pretrained(
             folder,
@@ -176,5 +228,6 @@ def _load_ours(folder: Path, dtype: torch.dtype) -> PHAForCausalLM:
             trust_remote_code=False,
             local_files_only=True,
             dtype=dtype,
+            **changes,
         )
     return model

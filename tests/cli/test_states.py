@@ -54,7 +54,7 @@ def test_the_command_saves_and_goes_on(folder: Path, pha: Pha) -> None:
         (["--prefix", "absent", "--prompt", "x"], "there is no file absent"),
         (["--prefix", "book.txt", "--save-state", "book.txt"], "would be lost"),
         (["--prefix", "book.txt", "--save-state", "model"], "is a folder"),
-        (["--prefix", "book.txt", "--prompt", "x", "--attention-window", "1"], "attention_window"),
+        (["--prefix", "book.txt", "--prompt", "x", "--attention", "window=1"], "attention_window"),
     ],
 )
 def test_mistakes_end_in_one_line(

@@ -28,6 +28,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "none": {"positions": "none"},
     "window": {"window": 7},
     "alibi in a window": {"positions": "alibi", "window": 7},
+    "base": {"theta": 30},
+    "scaled by length": {"length_scaling": 4},
+    "scaled by length in a window": {"length_scaling": 4, "window": 7},
 }
 each_option = pytest.mark.parametrize("which", OPTIONS)
 
@@ -36,7 +39,7 @@ def config_of(options: dict[str, Any], **fields: Any) -> PHAConfig:
     return small_config(
         branches=["gss", "attention"],
         branch_options={"attention": options},
-        attention_logits="dot-product",
+        attention_logits="scaled-cosine" if "length_scaling" in options else "dot-product",
         **fields,
     )
 
@@ -75,6 +78,49 @@ def test_equals_the_formula(positions: str, heads: int) -> None:
     torch.testing.assert_close(
         layer(z, plain_context(config, 9)), literal(layer, z, slopes), rtol=0, atol=2e-5
     )
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_cosines_are_scaled_by_the_keys_that_a_query_sees(window: int | None) -> None:
+    config = small(num_attention_heads=4)
+    layer = GroupedQueryAttention(config, 0, "none", window, length_scaling=3)
+    layer = scramble(layer).double().requires_grad_(False)
+    z, H, K = torch.randn(1, 9, 24, dtype=torch.float64), 4, config.head_dim
+    q, k, v = (W(z)[0].unflatten(-1, (-1, K)) for W in (layer.W_q, layer.W_k, layer.W_v))
+    q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
+    y = torch.zeros_like(q)
+    for t, h in torch.cartesian_prod(torch.arange(9), torch.arange(H)).tolist():
+        seen = slice(0 if window is None else max(0, t + 1 - window), t + 1)
+        n = t + 1 - seen.start
+        tau = layer.logit_scale[h].exp() + max(0.0, math.log(n / 3))
+        weights = (tau * (k[seen, h // 2] @ q[t, h])).softmax(0)
+        y[t, h] = weights @ v[seen, h // 2]
+    # Temperatures are float32.
+    expected = layer.W_o(y.flatten(1))
+    torch.testing.assert_close(layer(z, plain_context(config, 9))[0], expected, rtol=0, atol=2e-5)
+
+
+def test_a_base_of_its_own_is_that_of_the_model() -> None:
+    ids = tokens(2, 40)
+    own, model = model_of({"theta": 30}), model_of({}, rope_theta=30.0)
+    assert_close(own(ids).logits, model(ids).logits)
+    assert (own(ids).logits - model_of({})(ids).logits).abs().max() > 0.01
+
+
+def test_a_scaling_beyond_the_keys_does_nothing() -> None:
+    ids, plain = tokens(2, 20), model_of({"length_scaling": 99})
+    assert_close(plain(ids).logits, model_of({"length_scaling": 20})(ids).logits)
+    assert (plain(ids).logits - model_of({"length_scaling": 4})(ids).logits).abs().max() > 0.001
+
+
+@each_option
+def test_a_later_token_changes_nothing_earlier(which: str) -> None:
+    model, ids = model_of(OPTIONS[which]), tokens(2, 30)
+    changed = ids.clone()
+    changed[:, 20] = (changed[:, 20] + 1) % 31
+    before, after = model(ids).logits, model(changed).logits
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.equal(before[:, 20], after[:, 20])
 
 
 def test_slopes_are_those_of_the_paper() -> None:
@@ -166,6 +212,9 @@ def test_tokens_are_written_by_the_layers(which: str, steps: list[int]) -> None:
         ({"positions": "alibi"}, "scaled-cosine", "alibi need attention_logits dot-product"),
         ({"window": 1}, "dot-product", "window of branch attention is 1; at least 2"),
         ({"window": 2.5}, "dot-product", "window of branch attention is 2.5"),
+        ({"theta": 0}, "dot-product", "theta of branch attention is 0; a number above 0"),
+        ({"length_scaling": 1}, "scaled-cosine", "length_scaling of branch attention is 1"),
+        ({"length_scaling": 64}, "dot-product", "length_scaling needs attention_logits scaled"),
     ],
 )
 def test_bad_options_are_refused(options: Any, logits: Any, message: str) -> None:

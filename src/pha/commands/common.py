@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +15,7 @@ from rich.console import Console, RenderableType
 from rich.progress import Progress
 from rich.table import Table
 
+from pha.utils.errors import PHAError
 from pha.utils.formats import to_json
 from pha.utils.progress import make_console
 from pha.utils.text import printable
@@ -35,6 +37,31 @@ Precision = Annotated[
 ]
 DryRun = Annotated[bool, None, "say what it takes, do nothing"]
 Json = Annotated[bool, None, "print as JSON"]
+Attention = Annotated[
+    str,
+    "NAME=VALUE",
+    "attend otherwise than in training: window, theta, length_scaling or positions; again for more",
+]
+
+
+def read_attention(words: Sequence[str]) -> dict[str, Any]:
+    """Options of attention that words such as `window=64` and `positions=none` give.
+
+    Raises:
+        PHAError: a word of another form.
+    """
+    options = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals or name not in ("window", "theta", "length_scaling", "positions"):
+            raise PHAError(
+                f"--attention {word}: write window=N, theta=X, length_scaling=N or positions=none"
+            )
+        try:
+            options[name] = json.loads(text)
+        except ValueError:
+            options[name] = text
+    return options
 
 
 def console_for(as_json: bool) -> Console:

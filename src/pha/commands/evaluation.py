@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pha.commands.common import (
+    Attention,
     File,
     Folder,
     Json,
@@ -22,6 +23,7 @@ from pha.commands.common import (
     answer,
     figures_table,
     progress_bars,
+    read_attention,
 )
 from pha.utils.errors import PHAError
 from pha.utils.outputs import require_file, require_folder, require_own, writing
@@ -78,6 +80,7 @@ def evaluate(
     precision: Precision = "fp32",
     protocol: Sequence[Annotated[str, "NAME_OR_SPEC"]] = (),
     nats: File | None = None,
+    attention: Sequence[Attention] = (),
     json: Json = False,
 ) -> None:
     """Token, word and byte perplexity and accuracy over a whole split.
@@ -108,8 +111,8 @@ def evaluate(
     if protocol and stride is not None:
         raise PHAError("--stride goes with one protocol; write --protocol LENGTH/STRIDE")
     require_file(nats)
-    device = default_device()
-    loaded = load_model(model, device)
+    device, options = default_device(), read_attention(attention)
+    loaded = load_model(model, device, attention=options)
     store = TokenStore.open(data)
     store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
     base = choose_protocol(sequence_length, stride, packed_documents, trained_protocol(loaded.run))
@@ -134,7 +137,8 @@ def evaluate(
                     kept.write(nats)
             results.append(found)
     content = [result.to_dict() for result in results]
-    facts = {"provenance": provenance(device, chosen)}
+    facts: dict[str, Any] = {"attention": options} if options else {}
+    facts["provenance"] = provenance(device, chosen)
     title, windows = f"{model} on the {split} split of {data}", results[0].protocol
     if len(results) == 1:
         table = _measures_table(title, {"value": results[0]})

@@ -1,17 +1,36 @@
-"""Verbs that look at models, runs and machines: params, mixing, report, doctor."""
+"""Verbs that look at models, runs and machines: params, mixing, inspect, report, doctor."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from rich.console import RenderableType
 from rich.table import Table
 
-from pha.commands.common import File, Json, Model, answer, figures_table
+from pha.commands.common import (
+    Attention,
+    File,
+    Folder,
+    Json,
+    Model,
+    Precision,
+    answer,
+    figures_table,
+    read_attention,
+    progress_bars,
+)
 from pha.utils.errors import PHAError
+from pha.utils.outputs import require_folder, require_own, writing
+from pha.utils.text import DASH, fixed, percent
+
+if TYPE_CHECKING:
+    from pha.evals.compare import Interval
+    from pha.evals.inspection import Horizon, Inspection, Memory
 
 
 def params(
@@ -99,6 +118,156 @@ def mixing(model: Model, *, json: Json = False) -> None:
         tables.append(mixing_history_table(records))
     history = [asdict(record) for record in records]
     answer(json, {"final": final, "over_time": history}, *tables)
+
+
+def inspect(
+    model: Model,
+    *,
+    data: Annotated[Path | None, "STORE", "token store; without one, what needs no text"] = None,
+    split: str = "test",
+    tokens: int = 32_768,
+    sequence_length: int | None = None,
+    attention: Sequence[Attention] = (),
+    precision: Precision = "fp32",
+    out: Folder | None = None,
+    json: Json = False,
+) -> None:
+    """What flows through which branch: memory, share, need and horizon.
+
+    Half-lives of every layer at the start of training and now, temperatures and entropy of
+    attention. With --data also what the loss rises by when a branch is silenced behind its norm,
+    when each token sees only its last w tokens through it, and when what it knows of a prefix is
+    dropped. That takes some ten passes over the text for each branch, and three for each branch of
+    a layer; a horizon of w costs w times the branch, but for attention and Eq. 2.
+
+    Args:
+        split: train, validation or test
+        tokens: of the split that are scored in each pass
+        sequence_length: tokens per window (the run's own, else 1024)
+        out: write inspection.json and pictures
+    """
+    from pha.commands.evaluation import choose_protocol
+    from pha.data import TokenStore
+    from pha.data.tokenizer import tokenizer_hashes
+    from pha.evals.inspection import Inspection, inspect_model, inspect_weights
+    from pha.evals.protocols import trained_protocol
+    from pha.loading import load_model
+    from pha.report.branches import PICTURES, save_pictures
+    from pha.results import JSON_FORMAT
+    from pha.train.models import initial_model
+    from pha.utils.files import write_json
+    from pha.utils.hardware import choose_precision, default_device, provenance
+
+    if out is not None:
+        require_folder(out)
+        pictures = (f"inspection-{what}.{kind}" for what in PICTURES for kind in ("svg", "png"))
+        require_own(out / "inspection.json", *(out / name for name in pictures))
+    device, options = default_device(), read_attention(attention)
+    loaded = load_model(model, device, attention=options)
+    body, start = loaded.pha, initial_model(loaded.run)
+    start = None if start is None else start.to(device)
+    chosen = choose_precision(precision, device)
+    if data is None:
+        found = Inspection(inspect_weights(body, start))
+    else:
+        store = TokenStore.open(data)
+        store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
+        trained = trained_protocol(loaded.run)
+        length = choose_protocol(sequence_length, None, False, trained).sequence_length
+        with progress_bars(json) as progress:
+            found = inspect_model(
+                *(loaded, store, split),
+                length=length,
+                tokens=tokens,
+                start=start,
+                precision=chosen,
+                progress=lambda _, done, total: progress(f"{split} split", done, total),
+            )
+    facts: dict[str, Any] = {"format": JSON_FORMAT, "model": str(model)}
+    facts |= {"attention": options} if options else {}
+    content = facts | found.to_dict() | {"provenance": provenance(device, chosen)}
+    if out is not None:
+        with writing(out):
+            write_json(out / "inspection.json", content)
+            save_pictures(found, out, model.name or str(model))
+    where = [] if out is None else [f"JSON and pictures: {out}/inspection*"]
+    answer(json, content, *_describe(found, str(model)), *where)
+
+
+def _describe(found: Inspection, model: str) -> Iterator[RenderableType]:
+    """The tables of an inspection."""
+    yield _branches_table(found, model)
+    if found.loss is None:
+        return
+    yield _need_table(found)
+    if found.agreement is not None:
+        tau, p = found.agreement
+        yield f"effective share against need by layer: Kendall's tau {tau:+.2f} (p = {p:.2g})"
+    names = list(dict.fromkeys(each.branch for each in found.horizons))
+    title = "horizon: rise of the loss when tokens see the last w alone through a branch"
+    table = figures_table(title, "w", *names)
+    for window, group in groupby(sorted(found.horizons, key=_by_window), _by_window):
+        by_name = {each.branch: each.nats for each in group}
+        table.add_row(f"{window:,}", *(_nats(by_name.get(name)) for name in names))
+    yield table
+    title = "hand-off: rho, what is left of a prefix's worth when keys or state are dropped"
+    table = figures_table(
+        title, "tokens", "how many", "loss", "no prefix", *(f"no {n} past" for n in names)
+    )
+    for each in found.hand_off:
+        rhos = [DASH if rho is None else f"{rho:.2f}" for rho in each.rho.values()]
+        losses = f"{each.whole:.4f}", f"{each.deleted:.4f}"
+        table.add_row(each.tokens, f"{each.count:,}", *losses, *rhos)
+    yield table
+    at = found.protocol
+    yield (
+        f"protocol: windows of {at['sequence_length']} tokens, {at['tokens_scored']:,} tokens of "
+        f"the {at['split']} split, prefix {at['prefix']}, intervals {at['intervals']}"
+    )
+
+
+def _by_window(each: Horizon) -> int:
+    return each.window
+
+
+def _branches_table(found: Inspection, model: str) -> Table:
+    columns = ("weight", "share", "half-life at start", "now", "tau by head", "entropy")
+    table = figures_table(f"{model}: median (10% to 90%)", "layer", "branch", *columns)
+    for each in found.branches:
+        shares = (percent(each.weight), percent(each.share))
+        memories = (_memory(memory) for memory in (each.before, each.memory))
+        taus = sorted(each.temperatures or ())
+        tau = f"{taus[0]:.1f} to {taus[-1]:.1f}" if taus else DASH
+        table.add_row(str(each.layer), each.branch, *shares, *memories, tau, fixed(each.entropy, 2))
+    return table
+
+
+def _need_table(found: Inspection) -> Table:
+    modes = list(dict.fromkeys(mode for each in found.need for mode in each.nats))
+    title = f"need: rise of the loss ({found.loss:.4f}) when a branch is silenced behind its norm"
+    table = figures_table(title, "branch", "layer", *modes)
+    for each in found.need:
+        layer = "all" if each.layer is None else str(each.layer)
+        table.add_row(each.branch, layer, *(_nats(each.nats.get(mode)) for mode in modes))
+    if found.control:
+        rises = [each.mean for each in found.control]
+        cells = f"{sum(rises) / len(rises):+.4f}, {min(rises):+.4f} to {max(rises):+.4f}"
+        table.add_row("one at random", "each", cells)
+    return table
+
+
+def _nats(interval: Interval | None) -> str:
+    if interval is None:
+        return DASH
+    width = "" if interval.half_width is None else f" ± {interval.half_width:.4f}"
+    return f"{interval.mean:+.4f}{width}"
+
+
+def _memory(memory: Memory | None) -> str:
+    if memory is None:
+        return DASH
+    low, middle, high = memory.quantiles
+    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
 def report(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 
 from pha.commands.common import (
+    Attention,
     Dtype,
     File,
     Folder,
@@ -22,6 +23,7 @@ from pha.commands.common import (
     console_for,
     figures_table,
     print_json,
+    read_attention,
 )
 from pha.data.readers import Meter, kind_of, read_json_lines, read_text
 from pha.utils.errors import PHAError
@@ -50,7 +52,7 @@ def generate(
     num_samples: int = 1,
     batch_size: int = 8,
     piece: int = 0,
-    attention_window: int | None = None,
+    attention: Sequence[Attention] = (),
     dtype: Dtype = "fp32",
     out: File | None = None,
     json: Json = False,
@@ -82,7 +84,6 @@ def generate(
         batch_size: texts at a time
         piece: prompt tokens per forward pass; bounds the memory of long prompts; 0: all, and 2048
             of --prefix
-        attention_window: keys that a query sees (as the model was trained)
         out: write JSON lines to FILE
         json: print JSON lines
     """
@@ -107,8 +108,8 @@ def generate(
     if save_state is not None:
         require_state_file(save_state)
     sampling = Sampling(max_new_tokens, temperature, top_p, seed, tuple(stop))
-    loaded = load_model(model, default_device(), dtype=PRECISIONS[dtype])
-    _set_window(loaded, attention_window)
+    options = read_attention(attention)
+    loaded = load_model(model, default_device(), dtype=PRECISIONS[dtype], attention=options)
     streamed = len(texts) * num_samples == 1 and not json and out is None
     speed = Speed()
     state = _read_past(loaded, prefix, load_state, piece or 2048, speed)
@@ -146,13 +147,6 @@ def generate(
             write_text(out, "".join(lines))
     weight_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     print(_speed_line(speed, weight_bytes), file=sys.stderr)
-
-
-def _set_window(loaded: LoadedModel, attention_window: int | None) -> None:
-    """Have attention of a PHA model see so many keys; None leaves it as it was trained."""
-    if attention_window is not None:
-        loaded.pha.config.attention_window = attention_window
-        loaded.pha.config.check()
 
 
 def _require_there(path: Path) -> None:
@@ -273,6 +267,7 @@ def score(
     out: Folder | None = None,
     piece: int = 2048,
     attention_window: int | None = None,
+    attention: Sequence[Attention] = (),
     shown: int = 20_000,
     precision: Precision = "fp32",
     json: Json = False,
@@ -287,7 +282,7 @@ def score(
         files: UTF-8 texts
         out: write NAME.html and NAME.json here
         piece: tokens per forward pass
-        attention_window: keys that a query sees (as the model was trained)
+        attention_window: keys that a query sees (as the model was trained); --attention window=N
         shown: tokens shown as text in the page
     """
     from pha.evals.score import score as score_text
@@ -305,12 +300,15 @@ def score(
         require_folder(out)
         for path in files:
             require_own(out / f"{path.stem}.json", out / f"{path.stem}.html")
+    options = read_attention(attention)
+    if attention_window is not None:
+        options["window"] = attention_window
     return_freed_memory()
     device = default_device()
-    loaded = load_model(model, device)
-    _set_window(loaded, attention_window)
+    loaded = load_model(model, device, attention=options)
     chosen = choose_precision(precision, device)
     facts = {"format": JSON_FORMAT, "provenance": provenance(device, chosen)}
+    facts |= {"attention": options} if options else {}
     results: list[dict[str, Any]] = []
     for path in files:
         collected = Collector(shown)

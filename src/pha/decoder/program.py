@@ -42,7 +42,7 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     RMSNorm: ("eps",),
     Residual: ("alpha", "post"),
     GatedStateSpace: ("input_scaling",),
-    GroupedQueryAttention: ("cosine", "positions", "window"),
+    GroupedQueryAttention: ("cosine", "positions", "window", "theta", "length_scaling"),
     nn.Dropout: ("p", "training"),
 }
 
@@ -344,7 +344,8 @@ class Decoder:
         yield y
 
     def _attention(self, branch: GroupedQueryAttention, index: int, z: int) -> Iterator[int]:
-        if branch.positions != "rotary" or branch.window is not None:
+        own = branch.window, branch.theta, branch.length_scaling
+        if branch.positions != "rotary" or any(option is not None for option in own):
             raise _Inexpressible
         heads, groups, inner = branch.heads, branch.kv_heads, branch.head_dim
         q, k, v = (self._slot(count * inner) for count in (heads, groups, groups))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import attention, rotate, unit_rotary
-from pha.ops.attention import causal_pairs
+from pha.ops.attention import causal_pairs, keys_seen
 from pha.ops.attention.distances import (
     alibi_slopes,
     key_with_positions,
@@ -57,9 +57,13 @@ class GroupedQueryAttention(Branch):
         window: how many keys a query of this branch sees, its own included; None is all that the
             model's `attention_window` lets it. Keys behind it are dropped where every layer with
             attention has a window, and the widest of these is kept.
+        theta: base of this branch's rotary embedding; None is the model's `rope_theta`.
+        length_scaling: T of training: a query that sees n > T keys multiplies its cosines by
+            tau + ln(n / T), so that one match among n keys keeps its weight; None: by tau always.
 
     Raises:
-        PHAError: other positions, or a window below 2.
+        PHAError: other positions, a window below 2, a base or a length that is none, or a scaling
+            with logits of dot products, which have no temperature.
     """
 
     keeps_keys = True
@@ -72,6 +76,8 @@ class GroupedQueryAttention(Branch):
         layer_idx: int,
         positions: str = "rotary",
         window: int | None = None,
+        theta: float | None = None,
+        length_scaling: int | None = None,
     ) -> None:
         super().__init__(config, layer_idx)
         if positions not in POSITIONS:
@@ -81,9 +87,15 @@ class GroupedQueryAttention(Branch):
             )
         if positions == "alibi" and config.attention_logits != "dot-product":
             raise PHAError("model: positions alibi need attention_logits dot-product; set it")
-        if window is not None and (type(window) is not int or window < 2):
-            raise PHAError(f"model: window of branch attention is {window!r}; at least 2")
+        for name, value in (("window", window), ("length_scaling", length_scaling)):
+            if value is not None and (type(value) is not int or value < 2):
+                raise PHAError(f"model: {name} of branch attention is {value!r}; at least 2")
+        if theta is not None and not (type(theta) in (int, float) and 0 < theta < math.inf):
+            raise PHAError(f"model: theta of branch attention is {theta!r}; a number above 0")
+        if length_scaling is not None and config.attention_logits != "scaled-cosine":
+            raise PHAError("model: length_scaling needs attention_logits scaled-cosine; set it")
         self.positions, self.window = positions, window
+        self.theta, self.length_scaling = theta, length_scaling
         self.windows = [w for w in (window, config.attention_window) if w is not None]
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
@@ -112,19 +124,26 @@ class GroupedQueryAttention(Branch):
         rotary = context.rotary
         if self.positions != "rotary":  # turned by nothing
             rotary = torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
+        elif self.theta is not None:
+            rotary = rotary_angles(context.positions, self.head_dim, self.theta)
         if self.cosine:
             scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
             q, k = (unit_rotary(x, s, *rotary) for x, s in ((q, scale), (k, None)))
         else:
             q = rotate(q.float() / math.sqrt(self.head_dim), *rotary)
             k = rotate(k.float(), *rotary)
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        k = k.to(v.dtype)
         if self.positions == "alibi":
-            q = query_with_slopes(q, alibi_slopes(self.heads))
             k = key_with_positions(k, context.positions)
         if context.cache is not None:
             k, v = context.cache.update(k, v, self.layer_idx)
         seen = self._seen(context, k.shape[2])
+        if self.length_scaling is not None:
+            n = keys_seen(T, k.shape[2], *seen, device=k.device)
+            q = q * (1 + (n / self.length_scaling).log().clamp(min=0) / scale[:, None, None])
+        q = q.to(v.dtype)
+        if self.positions == "alibi":
+            q = query_with_slopes(q, alibi_slopes(self.heads))
         if context.attention_weights is not None:
             context.attention_weights.append(attention_weights(q, k, *seen))
         if self.positions == "alibi":

@@ -11,6 +11,7 @@ from pha.model import ArchitectureConfig
 from pha.peers import PREFIX
 from pha.results import CONFIG_FORMAT
 from pha.tasks.testing import make_tests
+from pha.train.windows import Windows, check_windows
 from pha.utils.errors import PHAError
 
 
@@ -138,6 +139,9 @@ class RunConfig:
             backward pass: less memory, about a third more time, the same weights.
         compile: compile forward and backward with torch.compile: a minute or so at the start, and a
             C++ compiler on a CPU, Triton on a GPU.
+        windows: attention's window from step to step: odds, such as {16: 0.5, full: 0.5}, or a
+            schedule of [step, window], such as [[0, 16], [1000, full]]; null: the model's own,
+            which evaluations always have.
         deterministic: deterministic kernels only (on a GPU slower; a CPU run always is).
         evaluate_every: steps between evaluations on the validation split; null: `evaluations`.
         evaluations: how many are made in a run, at even distances, where that is null.
@@ -163,6 +167,7 @@ class RunConfig:
     seed: int = 0
     gradient_checkpointing: bool = False
     compile: bool = False
+    windows: Windows | None = None
     deterministic: bool = False
     evaluate_every: int | None = None
     evaluations: int = 10
@@ -176,6 +181,10 @@ class RunConfig:
     trackers: list[str] = field(default_factory=list)
     init_from: str | None = None
     sample_tokens: int = 96
+
+    def __post_init__(self) -> None:
+        if isinstance(self.windows, dict):  # as JSON has them, through which settings may go
+            self.windows = {str(window): odds for window, odds in self.windows.items()}
 
 
 MOST = 1 << 53
@@ -300,6 +309,11 @@ class TrainConfig:
             "one of them out",
         )
         self._check_task()
+        check_windows(run.windows)
+        _require(
+            run.windows is None or self.transformers.name is None,
+            f"run.windows is of our attention; leave it out for {self.model_name}",
+        )
         _require(run.trackers is not None, "run.trackers is null; write [] for none")
         unknown = set(run.trackers) - {"tensorboard", "wandb"}
         _require(

@@ -11,7 +11,9 @@ from pha.foreign import ForeignModel, make_foreign, read_shape, shape_config
 from pha.loading import LanguageModel, load_model, model_folder
 from pha.model.config import vars_of
 from pha.modeling import PHAConfig, PHAForCausalLM
+from pha.runs import RunFolder
 from pha.train.config import TrainConfig
+from pha.train.recipes import load_recipe
 
 
 def foreign_shape(config: TrainConfig) -> PreTrainedConfig:
@@ -44,6 +46,21 @@ def make_model(config: TrainConfig) -> LanguageModel:
         fresh.load_state_dict(load_model(Path(config.run.init_from)).model.state_dict())
     fresh.model.gradient_checkpointing = config.run.gradient_checkpointing
     return fresh
+
+
+def initial_model(run: RunFolder | None) -> PHAForCausalLM | None:
+    """The model that a run began with, made again from its seed.
+
+    None where there is no run, it keeps no configuration, or it began with other weights.
+    """
+    if run is None or not run.config.is_file():
+        return None
+    config = load_recipe(str(run.config))
+    if config.run.init_from is not None or config.transformers.name is not None:
+        return None
+    model = make_model(config)
+    assert isinstance(model, PHAForCausalLM)
+    return model.eval()
 
 
 def _make_foreign(config: TrainConfig) -> ForeignModel:

@@ -39,6 +39,7 @@ from pha.train.metrics import MetricsWriter
 from pha.train.optim import Schedule, make_optimizer, set_rate
 from pha.train.plan import Plan
 from pha.train.watch import Watch
+from pha.train.windows import windowed
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.files import copy_folder, remove_folder, write_json
 from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
@@ -172,7 +173,8 @@ class Trainer:
             while progress.step < plan.steps:
                 begin = time.perf_counter()
                 rate = self.schedule.rate(progress.step)
-                loss, norm = self._step(progress.step, rate)
+                with windowed(self.plain_model.config, run.windows, run.seed, progress.step):
+                    loss, norm = self._step(progress.step, rate)
                 losses.append(loss)
                 progress.step += 1
                 progress.tokens += tokens_per_step

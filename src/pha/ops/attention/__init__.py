@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pha.ops.attention import flex as flex_kernels
-from pha.ops.attention.naive import attention_naive
+from pha.ops.attention.naive import attention_naive, within
 from pha.ops.attention.sdpa import attention_sdpa
 from pha.ops.backends import Op
 from pha.ops.testing import relative_error
@@ -45,6 +45,21 @@ def attention(
 def causal_pairs(length: int, window: int) -> int:
     """How many (query, key) pairs there are among `length` tokens that see at most `window`."""
     return window * (window + 1) // 2 + (length - window) * window
+
+
+def keys_seen(
+    queries: int, keys: int, mask: Tensor | None, window: int | None, device: torch.device
+) -> Tensor:
+    """How many keys each of the last T of S positions sees, (1, 1, T, 1) or (B, 1, T, 1).
+
+    `mask` and `window` are those of `attention`.
+    """
+    if mask is None:
+        n = torch.arange(keys - queries + 1, keys + 1, device=device)
+        return (n if window is None else n.clamp(max=window)).view(1, 1, -1, 1)
+    if window is not None:
+        mask = mask & within(queries, keys, window, device)
+    return mask.sum(-1, keepdim=True)
 
 
 def attention_mask(
