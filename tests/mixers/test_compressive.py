@@ -20,9 +20,8 @@ def literal(layer: Any, z_Td: Tensor) -> list[Tensor]:
     K, scale = layer.head_dim, layer.logit_scale.float().exp().double()
 
     def turned(x: Tensor, place: float) -> Tensor:
-        i = torch.arange(K // 2, dtype=torch.float32)
-        angle = (torch.tensor(place) * 10000.0 ** (-2 * i / K)).cos().double()
-        turn = (torch.tensor(place) * 10000.0 ** (-2 * i / K)).sin().double()
+        angles = place * 10000.0 ** (-2 * torch.arange(K // 2, dtype=torch.float64) / K)
+        angle, turn = (x.float().double() for x in (angles.cos(), angles.sin()))
         x = x.unflatten(-1, (-1, K))
         x = x / x.norm(dim=-1, keepdim=True)
         a, b = x.chunk(2, -1)

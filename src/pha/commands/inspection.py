@@ -21,8 +21,8 @@ from pha.commands.common import (
     Precision,
     answer,
     figures_table,
-    read_attention,
     progress_bars,
+    read_attention,
 )
 from pha.utils.errors import PHAError
 from pha.utils.outputs import require_folder, require_own, writing

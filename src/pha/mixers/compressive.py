@@ -76,7 +76,7 @@ class CompressiveAttention(GroupedQueryAttention):
         self.reach, self.slots, self.rate, self.pooling = min(self.windows), slots, rate, pooling
         if pooling == "convolution":
             self.W_c = nn.Linear(rate * config.hidden_size, config.hidden_size, bias=False)
-        self.theta = config.rope_theta
+        self.rope_theta = config.rope_theta
         # Of those pooled, any query still to come may see so many, or finds them in its window.
         self.kept = slots + self.reach // rate + 2
 
@@ -200,7 +200,7 @@ class CompressiveAttention(GroupedQueryAttention):
             W(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for W, x in ((self.W_q, z), (self.W_k, inputs), (self.W_v, inputs))
         )
-        angles = rotary_angles(at, self.head_dim, self.theta)
+        angles = rotary_angles(at, self.head_dim, self.rope_theta)
         if self.cosine:
             scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
             q, k = unit_rotary(q, scale, *context.rotary), unit_rotary(k, None, *angles)

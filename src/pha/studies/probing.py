@@ -15,8 +15,10 @@ from pha.results import JSON_FORMAT
 from pha.runs import RunFolder
 from pha.studies.jobs import Job
 from pha.studies.outcome import Outcome
+from pha.train.data import TextData
 from pha.train.recipes import load_recipe
 from pha.train.session import open_data
+from pha.utils.errors import PHAError
 from pha.utils.files import sha256_file, write_json
 from pha.utils.formats import read_json
 from pha.utils.hardware import default_device, provenance
@@ -64,7 +66,10 @@ def _read_or_ask(
     config = load_recipe(job.recipe, job.settings)
     data = str(result.data["sha256"])
     if data not in stores:
-        stores[data] = open_data(config, console)
+        opened = open_data(config, console)
+        if not isinstance(opened, TextData):
+            raise PHAError(f"probes ask about a text, and {opened.name} has none; leave them out")
+        stores[data] = opened.store
     scores, loaded = result.evaluations[0], load_model(job.out, device)
     question = Question(
         stores[data],

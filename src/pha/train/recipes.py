@@ -193,7 +193,7 @@ def _checked(settings: Settings, name: str) -> TrainConfig:
         section, _, rest = key.partition(".")
         nested.setdefault(section, {})[rest] = value
     try:
-        # Defaults are those of the dataclasses; jsonargparse takes twenty times as long to add them.
+        # The dataclasses add the defaults, for which jsonargparse takes twenty times as long.
         parsed = make_parser().parse_object(nested, defaults=False).as_dict()
     except argparse.ArgumentError as error:
         raise PHAError(f"{name}: {_one_line(error)}") from error
