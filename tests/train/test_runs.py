@@ -137,6 +137,7 @@ def wait_for_checkpoint(run: RunFolder, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow  # test_kill_anywhere stops runs in these ways too
 def test_a_run_killed_in_every_way_resumes_bit_for_bit(
     train_small: Train, store: TokenStore, tmp_path: Path
 ) -> None:
@@ -488,7 +489,7 @@ def test_gradient_checkpointing_changes_no_step(train_small: Train, tmp_path: Pa
 
 
 def test_bf16_trains_close_to_fp32(train_small: Train) -> None:
-    changes = {"run__steps": 30, "run__evaluate_every": 30, "model__dropout": 0.0}
+    changes = {"run__steps": 12, "run__evaluate_every": 12, "model__dropout": 0.0}
     full = train_small("fp32", **changes)
     half = train_small("bf16", run__precision="bf16", **changes)
     assert half.provenance["precision"] == "bf16"
