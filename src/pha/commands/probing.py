@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pha.commands.common import (
+    Attention,
     Folder,
     Json,
     Model,
@@ -15,6 +16,7 @@ from pha.commands.common import (
     Store,
     answer,
     progress_bars,
+    read_attention,
 )
 from pha.utils.errors import PHAError
 from pha.utils.outputs import require_folder, require_own, writing
@@ -31,6 +33,7 @@ def probe(
     length: int | None = None,
     max_tokens: int | None = None,
     precision: Precision = "fp32",
+    attention: Sequence[Attention] = (),
     piece: int = 2048,
     out: Folder | None = None,
     json: Json = False,
@@ -44,6 +47,8 @@ def probe(
       classes   new tokens, repeated bigrams and 5-grams, by count and distance; in windows of T
       planted   what 32 random tokens cost less when they come again after a gap
       needles   facts hidden in the text: gain, binding and presence by length and depth
+      horizon   what it costs to let the state or attention see w tokens alone (ours)
+      need      what it costs to have a branch's mean in its place (ours)
     Models after the first are set against it, token by token. Documents are not kept apart:
     take a split of long ones.
 
@@ -79,8 +84,8 @@ def probe(
         require_folder(out)
         for stem in stems.values():
             require_own(*(stem.with_name(f"{stem.name}.{end}") for end in ("json", "svg", "png")))
-    device, store = default_device(), TokenStore.open(data)
-    loaded = [load_model(path, device) for path in models]
+    device, store, options = default_device(), TokenStore.open(data), read_attention(attention)
+    loaded = [load_model(path, device, attention=options) for path in models]
     for model in loaded:
         store.require_tokenizer(*tokenizer_hashes(model.tokenizer))
     lengths = {p.sequence_length for m in loaded if (p := trained_protocol(m.run)) is not None}
@@ -103,6 +108,7 @@ def probe(
                 for label, model in zip(names, loaded, strict=True)
             }
     facts = {"format": JSON_FORMAT, "provenance": provenance(device, chosen)}
+    facts |= {"attention": options} if options else {}
     records = {
         name: {
             "probe": name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from pha.evals.probes.branches import horizon, need
 from pha.evals.probes.classes import classes
 from pha.evals.probes.context import context
 from pha.evals.probes.needles import needles
@@ -21,5 +22,7 @@ PROBES: dict[str, Probe] = {
     "classes": classes,
     "planted": planted,
     "needles": needles,
+    "horizon": horizon,
+    "need": need,
 }
 """By the names in `pha probe --probes` and in studies."""
