@@ -254,7 +254,8 @@ def over_lengths(lines: Lines, y_label: str) -> Figure:
     axes.set_xscale("log", base=2)
     axes.minorticks_off()
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.set_ylim(bottom=0)
+    top = max(point[3] for points in lines.values() for point in points)
+    axes.set_ylim(0, 1.06 * top)  # the highest mark in full
     plots.label_axes(axes, "tokens", y_label)
     plots.add_legend(figure, handles, list(lines))
     return figure
