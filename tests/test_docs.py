@@ -18,6 +18,7 @@ import pytest
 from pha.cli import main
 from pha.model import BRANCHES
 from pha.ops import OPS
+from pha.tasks import TASKS
 from scripts.include_source import QUOTE, included
 from tests.conftest import synthetic_text
 
@@ -44,6 +45,7 @@ APPENDED = {
     "pha study branches": f"--dry-run {TINY}",
     "pha compare": "--block 256",
     "pha --import average train": f"--data STORE {TINY}",
+    "pha --import echo train": TINY,
     "pha study windows.yaml": TINY,
 }
 # The same where the test is marked slow: these then train.
@@ -65,8 +67,8 @@ NOT_RUN = {
 
 @pytest.fixture(autouse=True)
 def same_tables() -> Iterator[None]:
-    """Branches and ops that a page adds are gone after it."""
-    tables: list[MutableMapping[str, Any]] = [BRANCHES, OPS]
+    """Branches, ops and tasks that a page adds are gone after it."""
+    tables: list[MutableMapping[str, Any]] = [BRANCHES, OPS, TASKS]
     before = [dict(table) for table in tables]
     yield
     for table, known in zip(tables, before, strict=True):
@@ -173,7 +175,7 @@ def test_python_blocks_run(page: Path, workplace: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(workplace)
     namespace: dict[str, object] = {"__name__": "docs"}
     for block in blocks(page, "python"):
-        exec(compile(block, str(page), "exec"), namespace)
+        exec(compile(block, str(page), "exec", dont_inherit=True), namespace)
 
 
 def documented(page: Path) -> list[list[str]]:

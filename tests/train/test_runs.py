@@ -352,7 +352,7 @@ def test_a_full_disk_is_said_in_a_line_and_the_checkpoint_before_stays(
 def test_memory_that_runs_out_says_what_to_change(
     train_small: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def backward(self: Any, inputs: Any) -> torch.Tensor:
+    def backward(*_: Any) -> torch.Tensor:
         return torch.empty(1 << 60, dtype=torch.uint8)
 
     monkeypatch.setattr(trainer_module.Trainer, "_backward", backward)

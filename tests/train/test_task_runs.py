@@ -195,7 +195,7 @@ def test_excess_of_gist_is_over_bayes() -> None:
     ("words", "said"),
     [
         (["pha-tiny.mqra"], "there is no recipe 'pha-tiny.mqra'; did you mean .*mqar"),
-        (["pha-tiny.mqar", "--data.task_options", "{pairs: [99]}"], "99 pairs"),
+        (["pha-tiny.mqar", "--data.task_options", "{keys: 99, pairs: [99]}"], "99 pairs"),
         (["pha-tiny.mqar", "--data.tests", "{x: {lenght: 4}}"], "x: task mqar has no option"),
         (["pha-tiny.mqar", "--data.packed_documents", "true"], "stand apart already"),
         (["pha-tiny.mqar", "--run.epochs", "2"], "a task has no epochs"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
 from fractions import Fraction
@@ -194,6 +195,7 @@ def recipes(recipe: Recipe | None = None, *, keys: bool = False) -> None:
 
     from pha.model.presets import PRESETS
     from pha.peers import PEERS, PREFIX
+    from pha.tasks import TASKS
     from pha.train.recipes import describe, load_recipe, make_parser, protocols
 
     if keys:
@@ -211,6 +213,8 @@ def recipes(recipe: Recipe | None = None, *, keys: bool = False) -> None:
     table.add_column("what it is")
     for name, text in protocols().items():
         table.add_row(name, describe(text))
+    for name, task in TASKS.items():
+        table.add_row(name, f"task: {(inspect.getdoc(task) or '').partition(chr(10))[0]}")
     console.print(table)
     console.print("presets: " + "  ".join(PRESETS), highlight=False)
     peers = "  ".join(PREFIX + name for name in PEERS)

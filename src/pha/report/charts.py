@@ -150,6 +150,7 @@ def against_size(
         axes.set_title(title)
         if cost:
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: text.count(x)))
         else:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g}M"))
         _draw_points(axes, points, join=not cost)

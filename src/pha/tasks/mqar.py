@@ -27,7 +27,8 @@ class MQAR(Task):
     Keys differ within a sequence; values are drawn with replacement, so that none can be ruled out.
     One k holds for all sequences of a step. A sequence is dense, 4k + 2 `updates` tokens, and a row
     of the batch holds as many as fit. With a `gap` it is as long as the row: noise stands between
-    pairs and queries and, for the rest, in front.
+    pairs and queries and, for the rest, in front. The defaults are of a size at which two layers of
+    attention learn to recall 32 pairs in some 400 steps of 4,096 tokens.
 
     Attributes:
         keys: how many there are to draw from.
@@ -39,15 +40,15 @@ class MQAR(Task):
         updates: keys that get a second value after the pairs; the last one is asked.
     """
 
-    keys: int = 256
-    values: int = 224
-    noise: int = 32
-    pairs: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64])
-    odds: list[float] | None = field(default_factory=lambda: [30.0, 25.0, 20.0, 15.0, 10.0])
+    keys: int = 64
+    values: int = 56
+    noise: int = 8
+    pairs: list[int] = field(default_factory=lambda: [4, 8, 16, 32])
+    odds: list[float] | None = field(default_factory=lambda: [40.0, 30.0, 20.0, 10.0])
     gap: list[int] | None = None
     updates: int = 0
 
-    tests: ClassVar = {str(k): {"pairs": [k], "length": 4 * k} for k in (32, 4, 8, 16, 64, 128)}
+    tests: ClassVar = {str(k): {"pairs": [k], "length": 4 * k} for k in (32, 4, 8, 16, 64)}
 
     def words(self) -> list[str]:
         """Keys, values, noise."""

@@ -1,4 +1,4 @@
-"""What goes through each branch of a PHA model: how far back it looks, and what it is needed for."""
+"""What goes through each branch of a PHA model, how far back it looks, what it is needed for."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def need(loaded: LoadedModel, question: Question, progress: Progress | None = No
             max_tokens=read,
         )
     points = [
-        asked.rise(whole, silenced(asked.model.model, chosen, "mean", means), label, None)
+        asked.rise(whole, silenced(asked.model.model, chosen, "mean", means), label)
         for label, chosen in sets
     ]
     return Reading(
