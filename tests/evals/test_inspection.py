@@ -14,6 +14,7 @@ import torch
 from pha.data import TokenStore
 from pha.data.tokenizer import load_tokenizer
 from pha.evals.inspection import Inspection, inspect_model, inspect_weights
+from pha.evals.probes import PROBES, Question
 from pha.loading import LoadedModel
 from pha.model.silence import branches_of, cut, silenced
 from pha.utils.errors import PHAError
@@ -29,7 +30,7 @@ T, WINDOWS = 16, 24
 def short() -> Iterator[None]:
     """Mean vectors of a few tokens."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pha.evals.inspection.MEAN_TOKENS", 1000)
+        patch.setattr("pha.evals.probes.branches.MEAN_TOKENS", 1000)
         yield
 
 
@@ -47,6 +48,25 @@ def losses(loaded: LoadedModel, store: TokenStore) -> torch.Tensor:
         logits = loaded.model(ids[:-1].view(-1, T)).logits
     targets = ids[1:].view(-1, T)
     return -logits.double().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+
+
+def test_probes_and_inspections_agree(
+    found: Inspection, writer: LoadedModel, store: TokenStore
+) -> None:
+    question = Question(store, "test", T, max_tokens=T * WINDOWS + 3)
+    state, attention = PROBES["horizon"](writer, question, None).panels
+    for panel, name in ((state, "gss"), (attention, "attention")):
+        probed = [sum(p.sums) / sum(p.weights) for p in panel.points]
+        inspected = [each.nats.mean for each in found.horizons if each.branch == name]
+        assert probed == pytest.approx(inspected, abs=1e-9)
+        assert [p.x for p in panel.points] == [1, 4]
+    [panel] = PROBES["need"](writer, question, None).panels
+    needed = {p.label: sum(p.sums) / sum(p.weights) for p in panel.points}
+    for each in found.need:
+        where = "all layers" if each.layer is None else f"layer {each.layer}"
+        nats = needed.pop(f"{each.branch}, {where}")
+        assert nats == pytest.approx(each.nats["mean"].mean, abs=1e-9)
+    assert not needed
 
 
 def test_need_is_the_rise_of_the_loss(
@@ -142,7 +162,7 @@ def test_other_blocks_and_mixers(store: TokenStore) -> None:
     assert found.hand_off[0].rho["mamba2"] in (None, pytest.approx(0, abs=1e-4))
     assert found.branches[0].memory is not None
     assert inspect_weights(model)[0].weight is None
-    with pytest.raises(PHAError, match="make 1 windows of 20; 2 are needed"):
+    with pytest.raises(PHAError, match="make 1 windows of 20, and 2 are needed"):
         inspect_model(loaded, store, "test", length=20, tokens=32)
 
 

@@ -413,7 +413,7 @@ def test_equal_flops_are_those_of_the_baseline(store: TokenStore, tmp_path: Path
 
 def test_probes_of_a_study_are_known() -> None:
     content = read_yaml(resources.files("pha.studies") / "definitions" / "context.yaml")
-    assert parse_study("context", content).probes == list(PROBES)
+    assert set(parse_study("context", content).probes) < set(PROBES)
     with pytest.raises(PHAError, match="no probe 'colour'; choose position"):
         parse_study("context", content | {"probes": ["colour"]})
 

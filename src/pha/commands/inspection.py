@@ -221,7 +221,7 @@ def _describe(found: Inspection, model: str) -> Iterator[RenderableType]:
     yield table
     at = found.protocol
     yield (
-        f"protocol: windows of {at['sequence_length']} tokens, {at['tokens_scored']:,} tokens of "
+        f"protocol: windows of {at['length']} tokens, {at['tokens_scored']:,} tokens of "
         f"the {at['split']} split, prefix {at['prefix']}, intervals {at['intervals']}"
     )
 

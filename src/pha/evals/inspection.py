@@ -8,11 +8,10 @@ loss is when each token sees only its last w tokens through the branch (its hori
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,16 +20,14 @@ import torch
 from torch import Tensor
 
 from pha.data.store import TokenStore
-from pha.evals.compare import Interval, block_numbers, block_sums, mean_interval
-from pha.evals.perplexity import BATCH_TOKENS, evaluate
-from pha.evals.protocols import Protocol
+from pha.evals.compare import Interval, block_sums, mean_interval
+from pha.evals.probes.branches import Windows, horizons_below
+from pha.evals.probes.reading import Question
 from pha.loading import LoadedModel
 from pha.model import Backbone, Branch, GatedStateSpace, GroupedQueryAttention, ParallelBlock
-from pha.model.silence import Place, averages, branches_of, cut, horizon, remembers, silenced
+from pha.model.silence import Place, branches_of, cut, horizon, remembers, silenced
 from pha.modeling import PHAForCausalLM
-from pha.utils.errors import PHAError
 
-MEAN_TOKENS = 1 << 16  # of training text, for the mean vectors
 CONTROLS = 5  # draws of a random branch in every layer
 LOOKED_AT = 4096  # tokens for decays and for the entropy of attention
 LONGEST = 1024  # tokens of a window for the latter
@@ -263,52 +260,18 @@ def inspect_model(
     Raises:
         PHAError: another model, or fewer than two windows.
     """
-    model = loaded.pha
-    body: Backbone = model.model
-    known = store.counts(split).tokens - 1
-    windows = min(known, tokens) // length
-    if windows < 2:
-        raise PHAError(
-            f"{min(known, tokens):,} tokens make {windows} windows of {length}; 2 are needed: take "
-            "more text, or shorter windows with --sequence-length"
-        )
-    batch = max(BATCH_TOKENS, 2 * length)
-    windows -= windows > 2 and windows % (batch // length) == 1  # which would be alone in a batch
-    count = windows * length
-    blocks = block_numbers(count, length)
-    protocol = Protocol(length, length)
-    branches = branches_of(body)
+    question = Question(store, split, length, max_tokens=tokens, precision=precision)
+    asked = Windows(loaded, question, progress)
+    model, body, score = asked.model, asked.model.model, asked.losses
+    branches, count, blocks = asked.branches, asked.count, asked.blocks
     names = list(dict.fromkeys(name for _, name in branches))
     with_past = list(
         dict.fromkeys(name for (_, name), branch in branches.items() if remembers(branch))
     )
-    far = list(itertools.takewhile(lambda w: w < length, (4**i for i in itertools.count())))
+    far = horizons_below(length)
     sets = _silenced_sets(body, list(branches), names)
-    steps = 2 + len(sets) + len(with_past) * (len(far) + 1) + 1
-    done = 0
-
-    def score(what: AbstractContextManager[Any], named: str = "") -> np.ndarray:
-        nonlocal done
-        losses = np.empty(count, dtype=np.float32)
-        with what:
-            evaluate(
-                *(model, store, split, protocol),
-                precision=precision,
-                batch_tokens=batch,
-                max_tokens=count,
-                losses=losses,
-            )
-        done += 1
-        if progress is not None:
-            progress(named, done, steps)
-        return losses.astype(np.float64)
-
-    whole = score(nullcontext(), "the model")
-    reference = "train" if "train" in store.splits else split
-    with averages(body, list(branches)) as means:
-        read = min(MEAN_TOKENS, store.counts(reference).tokens - 1)
-        evaluate(model, store, reference, protocol, precision=precision, max_tokens=read)
-    done += 1
+    asked.steps = 1 + len(sets) + len(with_past) * (len(far) + 1) + 1
+    whole, means = score(nullcontext(), "the model"), asked.means()
 
     def rise(losses: np.ndarray) -> Interval:
         return mean_interval(*block_sums(losses - whole, blocks))
@@ -330,7 +293,7 @@ def inspect_model(
     deleted = score(cut(body, with_past, half), "hand-off")
     dropped = {name: score(cut(body, [name], half), "hand-off") for name in with_past}
     ids = np.asarray(store.tokens(split)[: count + 1]).astype(np.int64)
-    shown = torch.from_numpy(ids[: max(1, min(windows, LOOKED_AT // length)) * length])
+    shown = torch.from_numpy(ids[: max(1, min(count, LOOKED_AT) // length) * length])
     reports = inspect_weights(model, start, shown.view(-1, length))
     need = [Need(*key, nats) for key, nats in found.items()]
     return Inspection(
@@ -341,16 +304,7 @@ def inspect_model(
         _agreement(reports, need),
         horizons,
         _hand_off(ids, length, whole, deleted, dropped),
-        {
-            "split": split,
-            "sequence_length": length,
-            "tokens_scored": count,
-            "mean_vectors": f"{read} tokens of the {reference} split",
-            "intervals": "95%, over windows",
-            "prefix": half,
-            "precision": precision,
-            "data_sha256": store.sha256,
-        },
+        asked.protocol() | {"intervals": "95%, over windows", "prefix": half},
     )
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from pha.evals.compare import block_numbers
 from pha.evals.perplexity import BATCH_TOKENS, evaluate
 from pha.evals.probes.reading import Panel, Point, Progress, Question, Reading, points_of
 from pha.evals.protocols import Protocol
 from pha.loading import LoadedModel
-from pha.model.silence import averages, branches_of, remembers, silenced
+from pha.model.silence import Place, averages, branches_of, remembers, silenced
 from pha.model.silence import horizon as shortened
 from pha.utils.errors import PHAError
 
@@ -24,24 +26,34 @@ MEAN_TOKENS = 65_536
 """Of the training split, which a branch's mean vector is of."""
 
 
-class _Windows:
+class Windows:
     """The loss of each token of whole windows of T, under one change of the model or another."""
 
-    def __init__(self, loaded: LoadedModel, question: Question, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        question: Question,
+        progress: Callable[[str, int, int], None] | None,
+    ) -> None:
         self.model, self.question, self.progress = loaded.pha, question, progress
         self.branches = branches_of(self.model.model)
         length, known = question.trained, question.store.counts(question.split).tokens - 1
         windows = min(known, question.max_tokens or TOKENS) // length
         if windows < 2:
-            raise PHAError(f"the {question.split} split has no two windows of {length}; take more")
+            raise PHAError(
+                f"{known:,} tokens of the {question.split} split make {windows} windows of "
+                f"{length}, and 2 are needed: take more text, or a shorter --sequence-length"
+            )
         self.batch = max(BATCH_TOKENS, 2 * length)
         windows -= windows > 2 and windows % (self.batch // length) == 1  # alone in a batch
         self.count = windows * length
         self.blocks = block_numbers(self.count, length)
         self.steps = self.done = 0
+        self.reference = "train" if "train" in question.store.splits else question.split
+        self.read = min(MEAN_TOKENS, question.store.counts(self.reference).tokens - 1)
 
-    def losses(self, change: AbstractContextManager[Any]) -> np.ndarray:
-        """(N,) nats."""
+    def losses(self, change: AbstractContextManager[Any], what: str = "") -> np.ndarray:
+        """(N,) nats, float64."""
         length, found = self.question.trained, np.empty(self.count, dtype=np.float32)
         with change:
             evaluate(
@@ -53,11 +65,26 @@ class _Windows:
             )
         self.done += 1
         if self.progress is not None:
-            self.progress(self.done, self.steps)
-        return found
+            self.progress(what, self.done, self.steps)
+        return found.astype(np.float64)
+
+    def means(self) -> dict[Place, Tensor]:
+        """The mean vector of every branch, behind its norm."""
+        store, length = self.question.store, self.question.trained
+        with averages(self.model.model, list(self.branches)) as means:
+            evaluate(
+                *(self.model, store, self.reference, Protocol(length, length)),
+                precision=self.question.precision,
+                max_tokens=self.read,
+            )
+        return means
 
     def rise(
-        self, whole: np.ndarray, change: AbstractContextManager[Any], label: str, x: float | None
+        self,
+        whole: np.ndarray,
+        change: AbstractContextManager[Any],
+        label: str,
+        x: float | None = None,
     ) -> Point:
         """What a change costs."""
         lost, every = self.losses(change) - whole, np.zeros(self.count, dtype=np.int64)
@@ -65,8 +92,20 @@ class _Windows:
 
     def protocol(self) -> dict[str, Any]:
         """What was scored."""
-        length = self.question.trained
-        return self.question.protocol(length=length, tokens_scored=self.count)
+        return self.question.protocol(
+            length=self.question.trained,
+            tokens_scored=self.count,
+            mean_vectors=f"{self.read} tokens of the {self.reference} split",
+        )
+
+
+def horizons_below(length: int) -> list[int]:
+    """1, 4, 16, ... below `length`."""
+    return list(itertools.takewhile(lambda w: w < length, (4**i for i in itertools.count())))
+
+
+def _unnamed(progress: Progress | None) -> Callable[[str, int, int], None] | None:
+    return None if progress is None else lambda _, done, total: progress(done, total)
 
 
 def horizon(loaded: LoadedModel, question: Question, progress: Progress | None = None) -> Reading:
@@ -77,8 +116,8 @@ def horizon(loaded: LoadedModel, question: Question, progress: Progress | None =
     Raises:
         PHAError: a model that is not ours, or less text than two windows.
     """
-    asked = _Windows(loaded, question, progress)
-    far = list(itertools.takewhile(lambda w: w < question.trained, (4**i for i in range(20))))
+    asked = Windows(loaded, question, _unnamed(progress))
+    far = horizons_below(question.trained)
     kinds: dict[bool, set[str]] = {True: set(), False: set()}
     for (_, name), branch in asked.branches.items():
         if remembers(branch):
@@ -109,28 +148,20 @@ def need(loaded: LoadedModel, question: Question, progress: Progress | None = No
     Raises:
         PHAError: a model that is not ours, or less text than two windows.
     """
-    asked = _Windows(loaded, question, progress)
-    store, places = question.store, list(asked.branches)
+    asked = Windows(loaded, question, _unnamed(progress))
+    places = list(asked.branches)
     names = list(dict.fromkeys(name for _, name in places))
     sets = [(f"{name}, all layers", [p for p in places if p[1] == name]) for name in names]
     sets += [(f"{name}, layer {layer}", [(layer, name)]) for layer, name in places]
     asked.steps = 1 + len(sets)
     whole = asked.losses(nullcontext())
-    reference = "train" if "train" in store.splits else question.split
-    protocol = Protocol(question.trained, question.trained)
-    read = min(MEAN_TOKENS, store.counts(reference).tokens - 1)
-    with averages(asked.model.model, places) as means:
-        evaluate(
-            *(asked.model, store, reference, protocol),
-            precision=question.precision,
-            max_tokens=read,
-        )
+    means = asked.means()
     points = [
         asked.rise(whole, silenced(asked.model.model, chosen, "mean", means), label)
         for label, chosen in sets
     ]
     return Reading(
         "need",
-        asked.protocol() | {"mean_vectors": f"{read} tokens of the {reference} split"},
+        asked.protocol(),
         [Panel("with its mean in the place of a branch", "nats per token", points, chance=0.0)],
     )
