@@ -41,6 +41,11 @@ TINY = (
 APPENDED = {
     "pha train pha-tiny.text": TINY,
     "pha train pha-125m.wikitext103": "--data STORE --dry-run",
+    "pha train pha-tiny.mqar": f"{TINY} --data.task_options '{{pairs: [8]}}' "
+    "--data.tests '{8: {length: 32, rows: 8}}'",
+    "pha probe": "--max-tokens 2000",
+    "pha inspect": "--tokens 512",
+    "pha generate runs/mine --load-state": "--max-new-tokens 4",
     "pha sweep": f"--data STORE --dry-run {TINY}",
     "pha study branches": f"--dry-run {TINY}",
     "pha compare": "--block 256",
