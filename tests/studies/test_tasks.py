@@ -31,7 +31,7 @@ def evaluation(label: str, accuracy: float, best: float | None = None) -> Evalua
     scores = {"loss": 1.5, "perplexity": math.exp(1.5), "accuracy": accuracy}
     words = dict.fromkeys(("word_perplexity", "byte_perplexity", "bits_per_byte"), math.nan)
     return Evaluation(
-        **(scores | words),  # type: ignore[arg-type]
+        **(scores | words),
         split=label,
         tokens=20,
         words=math.nan,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from pha.tasks import IGNORE, make_task
 from pha.tasks.sampler import TaskSampler
 from pha.tasks.testing import make_tests
 from pha.train.batches import BatchFeed
-from pha.train.recipes import load_recipe
+from pha.train.recipes import as_words, load_recipe
 from pha.train.run import run_training
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.progress import make_console
@@ -112,6 +115,23 @@ def test_accumulation_weighs_answers_and_not_micro_batches(train: Train, tmp_pat
     for other in others:
         for key, value in first.items():
             torch.testing.assert_close(other[key], value, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_same_steps_as_one(train: Train, tmp_path: Path) -> None:
+    settings = {"data.task_options": {}, "data.tests": {"x": {"rows": 40}}, "run.micro_batch": 2}
+    train("one", "pha-tiny.flip-flop", **{k.replace(".", "__"): v for k, v in settings.items()})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "pha", "train", "pha-tiny.flip-flop", "--out", str(tmp_path / "two")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    words = as_words(CHANGES | settings)
+    subprocess.run([*command, *words], env=environment, check=True, timeout=300)
+    one, two = (RunFolder(tmp_path / name) for name in ("one", "two"))
+    a, b = weights(one.checkpoint(4)), weights(two.checkpoint(4))
+    for key, value in a.items():
+        torch.testing.assert_close(b[key], value, rtol=1e-4, atol=2e-5)
+    for x, y in zip(one.read_metrics().eval, two.read_metrics().eval, strict=True):
+        assert x.loss == pytest.approx(y.loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("recipe", ["hf:gpt2-tiny.mqar", "mamba2-tiny.mqar"])

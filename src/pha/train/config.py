@@ -248,8 +248,8 @@ class TrainConfig:
         data, optimizer, run = self.data, self.optimizer, self.run
         _require(
             [data.store, data.source, data.task].count(None) == 2,
-            "name the data: --data STORE (made by `pha prepare`), data.source or data.task, one of "
-            "them",
+            "name the data: --data STORE (made by `pha prepare`), data.source or data.task, one "
+            "of them",
         )
         given = [length is not None for length in (run.steps, run.epochs, run.flops)]
         _require(sum(given) == 1, "give one of run.steps, run.epochs and run.flops")
