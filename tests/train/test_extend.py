@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pha.commands.extension import extend
 from pha.data import TokenStore, prepare
 from pha.data.sampler import DocumentSampler, windows_in_documents
 from pha.loading import load_model
 from pha.modeling import PHAConfig
-from pha.runs import RunFolder
 from pha.train.extend import (
     Extension,
     current_base,
@@ -25,14 +25,16 @@ from pha.train.extend import (
     plan_extension,
     train_stages,
 )
-from pha.train.gates import judge
 from pha.train.recipes import load_recipe
+from pha.train.run import run_training
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from tests.conftest import synthetic_text
-from tests.train.conftest import Train
+from tests.train.conftest import arguments
 from tests.train.test_runs import assert_same_weights, stop_after
 
+CONSOLE = Console(file=io.StringIO())
 QUIET = {
+    "run__evaluate_every": "null",
     "run__evaluate_tokens": 100,
     "run__sample_tokens": 0,
     "run__watch_every": 0,
@@ -41,7 +43,7 @@ QUIET = {
 
 
 def plan(run: Path, to: int, **options: Any) -> Extension:
-    return plan_extension(run, to, run.parent / "longer", Console(file=io.StringIO()), **options)
+    return plan_extension(run, to, run.parent / "longer", CONSOLE, **options)
 
 
 @pytest.mark.parametrize(
@@ -105,19 +107,27 @@ def test_a_share_of_the_rows_lies_in_long_documents() -> None:
         DocumentSampler(np.arange(61), 30, 1, 0, documents=starts, share=0.5)
 
 
-def test_a_plan_has_what_the_recipe_says(train_small: Train, tmp_path: Path) -> None:
-    train_small(run__evaluate_every=8, model__num_hidden_layers=1, **QUIET)
-    found = plan(tmp_path / "run", 200, share=0.5, length_scaling=True)
-    rate = load_recipe(str(tmp_path / "run/config.yaml")).optimizer.learning_rate
+@pytest.fixture(scope="module")
+def short(store: TokenStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 8 steps of 4 sequences of 32 tokens."""
+    words = arguments(store, run__epochs="null", model__num_hidden_layers=1, **QUIET)
+    out = tmp_path_factory.mktemp("extend") / "run"
+    run_training(load_recipe("pha-tiny.text", words), out, CONSOLE)
+    return out
+
+
+def test_a_plan_has_what_the_recipe_says(short: Path) -> None:
+    found = plan(short, 200, share=0.5, length_scaling=True)
+    rate = load_recipe(str(short / "config.yaml")).optimizer.learning_rate
     assert found.trained == 32
     assert [stage.length for stage in found.stages] == [128, 200]
-    assert not (tmp_path / "longer").exists()
+    assert not (short.parent / "longer").exists()
     first, second = found.stages
     # 4 x 32 tokens a step as before, where sequences are not longer; half of 8 x 128 in each.
     assert (first.config.run.global_batch, first.config.run.steps) == (1, 4)
     assert (second.config.run.global_batch, second.config.run.steps) == (1, 3)
-    assert first.config.run.init_from == str(tmp_path / "run")
-    assert second.config.run.init_from == str(first.out) == str(tmp_path / "longer/stage-1")
+    assert first.config.run.init_from == str(short)
+    assert second.config.run.init_from == str(first.out) == str(short.parent / "longer/stage-1")
     bases = [1e4 * 4 ** (8 / 6), 1e4 * (200 / 32) ** (8 / 6)]
     for stage, base in zip(found.stages, bases, strict=True):
         assert stage.base == pytest.approx(base)
@@ -129,7 +139,7 @@ def test_a_plan_has_what_the_recipe_says(train_small: Train, tmp_path: Path) -> 
         f"{n} tokens: plain windows of the text, which has no documents of more tokens"
         for n in (128, 200)
     ]
-    assert [stage.base for stage in plan(tmp_path / "run", 200, base=3e4).stages] == [3e4, 3e4]
+    assert [stage.base for stage in plan(short, 200, base=3e4).stages] == [3e4, 3e4]
 
 
 @pytest.fixture
@@ -143,43 +153,89 @@ def long_store(tmp_path: Path) -> TokenStore:
     return prepare(str(tmp_path / "texts"), "bytes", tmp_path / "store")
 
 
-def test_an_extension_goes_on_after_a_stop(
-    train_small: Train, long_store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_extension_is_trained_judged_and_told(
+    short: Path, long_store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = {"data__store": str(long_store.path), "model__num_hidden_layers": 1}
-    train_small(run__evaluate_every=8, **text, **QUIET)
-    run, console = tmp_path / "run", Console(file=io.StringIO())
-    extension = plan(run, 256, share=0.375)
-    assert [stage.config.data.long_documents for stage in extension.stages] == [0.5, 0.5]
-    assert train_stages(extension, console)
-    other = plan_extension(run, 256, tmp_path / "cut", console, share=0.375)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(TrainingInterruptedError):
-            train_stages(other, console)
-    assert not RunFolder(other.stages[0].out).result.is_file()
-    assert train_stages(other, console)
-    assert_same_weights(*(RunFolder(each.stages[-1].out).model for each in (extension, other)))
-    shape = load_model(extension.stages[-1].out).pha.config
+    whole = tmp_path / "whole"
+    extend(short, out=whole, to=256, data=long_store.path, share=0.375, json=True)
+    record = json.loads(capsys.readouterr().out)
+    assert json.loads((whole / "extend.json").read_text(encoding="utf-8")) == record
+    assert (whole / "extend.png").is_file()
+    assert [stage["long_documents"] for stage in record["stages"]] == [0.5, 0.5]
+
+    shape = load_model(whole / "stage-2").pha.config
     assert shape.trained_length == shape.longest_trained == 256
-    assert shape.rope_theta == extension.stages[-1].base
-    assert load_model(run).pha.config.trained_length is None
-    # All that it was trained on counts: 8 steps of 128 tokens, then 3 of 128 and 2 of 256.
-    again = plan(extension.stages[-1].out, 300, share=1.0)
-    assert again.stages[0].tokens == 300 * round((8 + 3 + 4) * 128 / 300)
-    verdict = judge(extension)
-    before, after = verdict.losses["before"], verdict.losses["after"]
-    assert list(before) == list(after) == [32, 256]
-    assert all(0 < loss < math.log(300) for loss in (*before.values(), *after.values()))
-    old, new, needles = verdict.gates
-    assert (old.value, old.limit) == (after[32], pytest.approx(1.005 * before[32]))
-    assert (new.value, new.limit) == (after[256], after[32])
-    assert old.passed == (after[32] <= 1.005 * before[32])
-    assert new.passed == (after[256] <= after[32])
-    # Bytes are no words.
-    assert needles.passed is None
-    assert "words" in needles.words
-    assert not verdict.passed
-    [panel] = verdict.readings["after"][0].panels
-    total = sum(sum(point.sums) for point in panel.points)
-    assert total / sum(point.tokens for point in panel.points) == pytest.approx(after[256])
+    assert shape.rope_theta == record["stages"][1]["base"]
+    assert load_model(short).pha.config.trained_length is None
+    # All that it was trained on counts: 8 steps of 128 tokens, then 3 of 128 and 3 of 128 or 256.
+    tokens = 8 * 128 + sum(stage["tokens"] for stage in record["stages"])
+    assert plan(whole / "stage-2", 300, share=1.0).stages[0].tokens == 300 * round(tokens / 300)
+
+    before, after = record["losses"]["before"], record["losses"]["after"]
+    assert list(before) == list(after) == ["32", "256"]
+    old, new, needles = record["gates"]
+    assert (old["value"], old["limit"]) == (after["32"], pytest.approx(1.005 * before["32"]))
+    assert (new["value"], new["limit"]) == (after["256"], after["32"])
+    assert old["passed"] == (after["32"] <= 1.005 * before["32"])
+    assert new["passed"] == (after["256"] <= after["32"])
+    assert needles["passed"] is None
+    assert "words" in needles["words"]  # which bytes are not
+    assert record["passed"] is False
+    octaves = record["by_position"][0]["means"]["after"].values()
+    total = sum(each["mean"] * each["tokens"] for each in octaves)
+    assert total / sum(each["tokens"] for each in octaves) == pytest.approx(after["256"])
+
+
+@pytest.mark.slow
+def test_an_extension_goes_on_after_a_stop(
+    short: Path, long_store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = (
+        plan_extension(short, 256, tmp_path / name, CONSOLE, data=long_store.path, share=0.375)
+        for name in ("whole", "cut")
+    )
+    assert train_stages(whole, CONSOLE)
+    for stage in (0, 1):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 2)
+            with pytest.raises(TrainingInterruptedError):
+                train_stages(cut, CONSOLE)
+        assert (cut.stages[0].out / "result.json").exists() == (stage == 1)
+        assert not (cut.stages[1].out / "result.json").exists()
+    assert train_stages(cut, CONSOLE)
+    for one, other in zip(whole.stages, cut.stages, strict=True):
+        assert_same_weights(one.out / "model", other.out / "model")
+
+
+def test_what_cannot_be_extended_is_said_in_a_line(
+    short: Path, store: TokenStore, text_folder: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(short / "model", model)
+    other = prepare(str(text_folder), "bpe:290", tmp_path / "other")
+    refusals: list[tuple[Path, int, dict[str, Any], str]] = [
+        (short, 32, {}, "--to 32: .* was trained on 32 tokens; give more"),
+        (short, 10**6, {}, "--to 1000000: the test split of .* has .* tokens after the first"),
+        (short, 64, {"share": 0.0}, "--share 0: above 0"),
+        (short, 64, {"base": -1.0}, "--base -1: a number above 0, or auto"),
+        (short, 64, {"data": tmp_path}, "is not a token store"),
+        (short, 64, {"data": other.path}, "was made with the tokenizer bpe:290"),
+        (model, 64, {}, "is no run, whose settings this needs"),
+        (Path("hf:gpt2"), 64, {}, "is a model of transformers"),
+        (tmp_path / "none", 64, {}, "does not exist"),
+    ]
+    for run, to, options, expected in refusals:
+        with pytest.raises(PHAError, match=expected):
+            plan(run, to, **options)
+    with pytest.raises(PHAError, match="--base ten: write a number, or auto"):
+        extend(short, to=64, base="ten", out=tmp_path / "new")
+    config = short / "config.yaml"
+    kept = config.read_text(encoding="utf-8")
+    try:
+        config.write_text(kept.replace(str(store.path), str(tmp_path / "gone")), encoding="utf-8")
+        with pytest.raises(PHAError, match="are not here; give --data"):
+            extend(short, to=64, out=tmp_path / "new")
+    finally:
+        config.write_text(kept, encoding="utf-8")
+    assert not (tmp_path / "new").exists()
+    assert not (short.parent / "longer").exists()

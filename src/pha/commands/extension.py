@@ -75,7 +75,7 @@ def extend(
         base=asked,
         length_scaling=length_scaling,
     )
-    title = f"{run}: from {plan.trained:,} to {plan.length:,} tokens"
+    title = f"{run.resolve().name}: from {plan.trained:,} to {plan.length:,} tokens"
     table = figures_table(title, "stage", "tokens", "base", "sequences", "steps", "in all")
     stages = []
     for each in plan.stages:
