@@ -42,6 +42,7 @@ VERBS = {
     "demo": "training:demo",
     "prepare": "training:prepare",
     "train": "training:train",
+    "extend": "extension:extend",
     "sweep": "studies:sweep",
     "study": "studies:study",
     "average": "training:average",

@@ -150,9 +150,9 @@ def attention_changes(config: PHAConfig, options: Mapping[str, Any]) -> dict[str
         PHAError: a window beyond what attention saw in training.
     """
     options, changes = dict(options), dict[str, Any]()
-    length = config.max_position_embeddings
-    layers = [config.layer_branches(i).get("attention") for i in range(config.num_hidden_layers)]
-    own = [layer.get("window") or length for layer in layers if layer is not None]
+    length = config.longest_trained
+    layers = config.attention_options()
+    own = [layer.get("window") or length for layer in layers]
     if (window := options.pop("window", None)) is not None:
         widest = min(length, config.attention_window or length, max(own, default=length))
         if type(window) is int and window > widest:
@@ -161,6 +161,10 @@ def attention_changes(config: PHAConfig, options: Mapping[str, Any]) -> dict[str
                 "give at most that"
             )
         changes["attention_window"] = window
+    # Where all layers share one base and nothing else reads it, it stays one: the decoder knows it.
+    shared = all(layer.get("theta") is None for layer in layers)
+    if shared and set(config.branch_names) <= {"attention", "gss", "aux_ffn"}:
+        changes |= {"rope_theta": options.pop("theta")} if "theta" in options else {}
     if options:
         every = config.branch_options
         changes["branch_options"] = every | {"attention": every.get("attention", {}) | options}

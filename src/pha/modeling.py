@@ -53,6 +53,8 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
 
     # Tokens of a sequence in training, for programs that ask; nothing here depends on it.
     max_position_embeddings: int = 1024
+    # Of the longest ones, where training went on from other weights; None: the line above.
+    trained_length: int | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -84,6 +86,11 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
                 f"model: there is no field {unknown[0]}; did you mean {' or '.join(close)}?"
             )
         return cls(**(preset(name) | overrides))
+
+    @property
+    def longest_trained(self) -> int:
+        """Tokens of the longest sequences in training."""
+        return self.trained_length or self.max_position_embeddings
 
     @property
     def windows(self) -> list[int | None]:

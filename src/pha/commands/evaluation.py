@@ -94,7 +94,7 @@ def evaluate(
 
     Args:
         split: train, validation or test
-        sequence_length: tokens per window (the run's own, else 1024)
+        sequence_length: tokens per window (as the model was trained, else 1024)
         stride: advance per window (its length)
         packed_documents: reset at document starts (as the run was trained)
         protocol: see above; again for more, side by side
@@ -104,7 +104,7 @@ def evaluate(
     from pha.data.tokenizer import tokenizer_hashes
     from pha.evals.compare import keep_nats
     from pha.evals.perplexity import evaluate as run_evaluation
-    from pha.evals.protocols import parse_protocols, trained_protocol
+    from pha.evals.protocols import own_protocol, parse_protocols
     from pha.loading import load_model
     from pha.utils.hardware import choose_precision, default_device, provenance
 
@@ -115,7 +115,7 @@ def evaluate(
     loaded = load_model(model, device, attention=options)
     store = TokenStore.open(data)
     store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
-    base = choose_protocol(sequence_length, stride, packed_documents, trained_protocol(loaded.run))
+    base = choose_protocol(sequence_length, stride, packed_documents, own_protocol(loaded))
     protocols = [base]
     if protocol:
         protocols = parse_protocols(protocol, base.sequence_length, base.packed_documents)
@@ -175,7 +175,7 @@ def compare(
         a: run, checkpoint or saved model, or its kept losses
         b: the other
         split: train, validation or test
-        sequence_length: tokens per window (the runs' own, else 1024)
+        sequence_length: tokens per window (as the models were trained, else 1024)
         stride: advance per window (its length)
         packed_documents: reset at document starts (as the runs were trained)
         block: tokens per block of the interval (2048 or more, until blocks are independent)
@@ -239,9 +239,9 @@ def _common_protocol(
     a: LoadedModel, b: LoadedModel, length: int | None, packed: bool | None
 ) -> Protocol | None:
     """The windows that both were trained in, where the options leave any of it open."""
-    from pha.evals.protocols import trained_protocol
+    from pha.evals.protocols import own_protocol
 
-    mine, other = trained_protocol(a.run), trained_protocol(b.run)
+    mine, other = own_protocol(a), own_protocol(b)
     if mine and other:
         if length is None and mine.sequence_length != other.sequence_length:
             raise PHAError(

@@ -143,14 +143,14 @@ def inspect(
     Args:
         split: train, validation or test
         tokens: of the split that are scored in each pass
-        sequence_length: tokens per window (the run's own, else 1024)
+        sequence_length: tokens per window (as the model was trained, else 1024)
         out: write inspection.json and pictures
     """
     from pha.commands.evaluation import choose_protocol
     from pha.data import TokenStore
     from pha.data.tokenizer import tokenizer_hashes
     from pha.evals.inspection import Inspection, inspect_model, inspect_weights
-    from pha.evals.protocols import trained_protocol
+    from pha.evals.protocols import own_protocol
     from pha.loading import load_model
     from pha.report.branches import PICTURES, save_pictures
     from pha.results import JSON_FORMAT
@@ -172,8 +172,8 @@ def inspect(
     else:
         store = TokenStore.open(data)
         store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
-        trained = trained_protocol(loaded.run)
-        length = choose_protocol(sequence_length, None, False, trained).sequence_length
+        protocol = choose_protocol(sequence_length, None, False, own_protocol(loaded))
+        length = protocol.sequence_length
         with progress_bars(json) as progress:
             found = inspect_model(
                 *(loaded, store, split),

@@ -56,7 +56,7 @@ def probe(
         models: runs, checkpoints or saved models; hf:FOLDER or hf:NAME of transformers
         probes: which, see above
         split: train, validation or test
-        sequence_length: T (the runs' own, else 1024)
+        sequence_length: T (as the models were trained, else 1024)
         length: the longest context, for every probe (64 T, or what text or model have room for)
         max_tokens: read only so many tokens of the split
         piece: tokens per forward pass; what is longer goes through in pieces
@@ -66,7 +66,7 @@ def probe(
     from pha.data.tokenizer import tokenizer_hashes
     from pha.evals.probes import PROBES
     from pha.evals.probes.reading import Question
-    from pha.evals.protocols import DEFAULT_LENGTH, trained_protocol
+    from pha.evals.protocols import DEFAULT_LENGTH, own_protocol
     from pha.loading import load_model
     from pha.report.probes import probe_record, probe_tables, save_probe
     from pha.results import JSON_FORMAT
@@ -88,7 +88,7 @@ def probe(
     loaded = [load_model(path, device, attention=options) for path in models]
     for model in loaded:
         store.require_tokenizer(*tokenizer_hashes(model.tokenizer))
-    lengths = {p.sequence_length for m in loaded if (p := trained_protocol(m.run)) is not None}
+    lengths = {p.sequence_length for m in loaded if (p := own_protocol(m)) is not None}
     if sequence_length is None and len(lengths) > 1:
         raise PHAError(
             f"the models were trained on sequences of {' and '.join(map(str, sorted(lengths)))} "

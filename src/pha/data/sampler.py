@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,6 +75,7 @@ class WindowSampler:
         self.global_batch = global_batch
         self.steps_per_epoch = self.windows // global_batch
         self._tokens = tokens
+        self._firsts = np.arange(self.windows) * sequence_length  # token of every window
         self._seed = seed
         self._starts = document_starts
         self._planter, self._planted = planter, planted_repeats
@@ -85,7 +86,7 @@ class WindowSampler:
         import torch
 
         windows, new = (x[start:stop] for x in self._windows(*divmod(step, self.steps_per_epoch)))
-        positions = windows[:, None] * self.sequence_length + np.arange(self.sequence_length + 1)
+        positions = self._firsts[windows, None] + np.arange(self.sequence_length + 1)
         read = np.asarray(self._tokens[positions], dtype=np.int64)
         if self._planter is not None:
             for number, row in enumerate(read, start=start):
@@ -104,7 +105,7 @@ class WindowSampler:
     def _windows(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Windows of a step of an epoch; and which of them go on from nothing, all of them."""
         first = step * self.global_batch
-        windows = self._epoch_order(epoch)[first : first + self.global_batch]
+        windows = self._epoch_order(epoch)[first : first + self.global_batch].copy()
         return windows, np.ones(len(windows), dtype=bool)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
@@ -146,3 +147,59 @@ class StretchSampler(WindowSampler):
         stretches = np.arange(self.global_batch) * self.steps_per_epoch
         windows = (int(bits.random_raw()) % self.windows + stretches + step) % self.windows
         return windows, (windows == 0) | (step == 0)
+
+
+class DocumentSampler(WindowSampler):
+    """Batches in which a share of the rows lie in one long document each.
+
+    Such a row is a window of `windows_in_documents`. These have an order of their own in every
+    round, and take the places of a batch's first rows; the other rows are as of `WindowSampler`.
+
+    Args:
+        arguments: of `WindowSampler`.
+        documents: (documents,) ascending positions of first tokens.
+        share: of the rows, over many steps.
+
+    Raises:
+        PHAError: no document has T + 1 tokens.
+    """
+
+    def __init__(self, *arguments: Any, documents: np.ndarray, share: float) -> None:
+        super().__init__(*arguments)
+        found = windows_in_documents(documents, len(self._tokens), self.sequence_length)
+        if not len(found):
+            raise PHAError(
+                f"no document has more than {self.sequence_length} tokens: lower the sequence "
+                "length, or set data.long_documents 0"
+            )
+        self._firsts, self._share = np.concatenate([self._firsts, found]), share
+
+    def _windows(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Windows of a step, those of long documents first; and that all begin anew."""
+        windows, new = super()._windows(epoch, step)
+        step += epoch * self.steps_per_epoch
+        first, last = (int(n * self.global_batch * self._share) for n in (step, step + 1))
+        long = len(self._firsts) - self.windows
+        rounds, places = np.divmod(np.arange(first, last), long)
+        for number in np.unique(rounds).tolist():
+            bits = np.random.PCG64(np.random.SeedSequence([self._seed, number, 0, 1]))
+            order = self.windows + np.argsort(bits.random_raw(long), kind="stable")
+            here = np.flatnonzero(rounds == number)
+            windows[here] = order[places[here]]
+        return windows, new
+
+
+def windows_in_documents(documents: np.ndarray, tokens: int, length: int) -> np.ndarray:
+    """Where windows begin whose inputs and targets lie in one document: (windows,) positions.
+
+    Each document is cut from its first token on; what fills no window is left out.
+
+    Args:
+        documents: (documents,) ascending positions of first tokens.
+        tokens: in all.
+        length: T, inputs of a window.
+    """
+    sizes = np.diff(documents, append=tokens)
+    counts = np.maximum(0, sizes - 1) // length
+    number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(documents, counts) + number * length

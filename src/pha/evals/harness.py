@@ -28,7 +28,8 @@ def harness_command(model: Path, arguments: Sequence[str]) -> list[str]:
     folder, run = model_folder(model)
     trained = trained_protocol(run)
     if trained is None:  # what a configuration of ours says too, and GPT-2's in another word
-        length = read_json(folder / "config.json").get("max_position_embeddings")
+        config = read_json(folder / "config.json")
+        length = config.get("trained_length") or config.get("max_position_embeddings")
     else:
         length = trained.sequence_length
     longest = {} if length is None else {"max_length": length}

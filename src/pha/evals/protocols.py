@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pha.runs import RunFolder
 from pha.utils.errors import PHAError
+
+if TYPE_CHECKING:
+    from pha.loading import LoadedModel
 
 DEFAULT_LENGTH = 1024
 NAMES = ("non-overlapping", "strided", "long")
@@ -135,3 +138,17 @@ def trained_protocol(run: RunFolder | None) -> Protocol | None:
             f"{run.config} is damaged: it does not say how long the run's sequences are"
         ) from error
     return Protocol(length, length, bool(packed))
+
+
+def own_protocol(loaded: LoadedModel) -> Protocol | None:
+    """As `trained_protocol`, and without a run by the length that a model of ours says of itself.
+
+    Returns:
+        None for a model that says nothing.
+
+    Raises:
+        PHAError: the configuration of the run cannot be read.
+    """
+    length = getattr(loaded.model.config, "longest_trained", None)
+    said = None if length is None else Protocol(length, length)
+    return trained_protocol(loaded.run) or said

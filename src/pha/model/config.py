@@ -117,6 +117,11 @@ class ArchitectureConfig:
             chosen = ["attention"]
         return {name: self.branch_options.get(name, {}) | own for name, own in _named(chosen)}
 
+    def attention_options(self) -> list[dict[str, Any]]:
+        """Options of the branch `attention` in each layer that has it."""
+        layers = map(self.layer_branches, range(self.num_hidden_layers))
+        return [branches["attention"] for branches in layers if "attention" in branches]
+
     def _patterns(self) -> list[_Layer]:
         return [*self.layer_pattern] or [self.branches]
 

@@ -82,7 +82,7 @@ def model_card(
         tables=tables,
         shown={kind: show for kind, (_, show) in _METRICS.items()},
         weights=weights,
-        groups=_groups(result, settings, weights),
+        groups=_groups(config, result, settings, weights),
     )
 
 
@@ -141,7 +141,7 @@ def _eval_results(
 
 
 def _groups(
-    result: RunResult | None, settings: Mapping[str, Any], weights: str
+    config: PHAConfig, result: RunResult | None, settings: Mapping[str, Any], weights: str
 ) -> dict[str, dict[str, str]]:
     """Heading -> name -> value: model, training, data and provenance."""
     run, data = settings.get("run", {}), settings.get("data", {})
@@ -153,7 +153,7 @@ def _groups(
         "seed": plain(run.get("seed")),
     }
     if result is None:
-        groups = {"Model": {"weights": weights}}
+        groups = {"Model": {"weights": weights} | _context(config)}
         return groups | {"Training": training} if settings else groups
     provenance, data = result.provenance, result.data
     commit = plain(provenance.get("git_commit"))
@@ -161,7 +161,7 @@ def _groups(
         commit += ", with changes that were not committed"
     software = [f"{name} {provenance[name]}" for name in _SOFTWARE if provenance.get(name)]
     return {
-        "Model": {"preset": plain(result.model.preset), "weights": weights},
+        "Model": {"preset": plain(result.model.preset), "weights": weights} | _context(config),
         "Training": training
         | {
             "recipe": _last_name(plain(result.recipe)),
@@ -186,6 +186,20 @@ def _groups(
             "date": plain(provenance.get("date")),
         },
     }
+
+
+def _context(config: PHAConfig) -> dict[str, str]:
+    """How long its sequences were in training, and what attention makes of longer ones."""
+    attention = config.attention_options()
+    rotary = [layer for layer in attention if layer.get("positions", "rotary") == "rotary"]
+    bases = {layer.get("theta") or config.rope_theta for layer in rotary}
+    scaled = {layer["length_scaling"] for layer in attention if layer.get("length_scaling")}
+    rows = {
+        "trained length": f"{config.longest_trained:,} tokens",
+        "base of the rotary embedding": ", ".join(f"{base:,.6g}" for base in sorted(bases)),
+        "temperature": ", ".join(f"tau + ln(n / {T}) at n > {T} keys" for T in sorted(scaled)),
+    }
+    return {name: text for name, text in rows.items() if text}
 
 
 _SOFTWARE = ("pha", "torch", "transformers", "python")

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from pha.caching import CarriedCache
-from pha.data.sampler import StretchSampler, WindowSampler
+from pha.data.sampler import DocumentSampler, StretchSampler, WindowSampler
 from pha.model import ArchitectureConfig
 from pha.train.config import DataConfig, TrainConfig
 
 
 def sampler_class(data: DataConfig) -> type[WindowSampler]:
     """The order in which windows are read."""
-    return StretchSampler if data.carry == "chunks" else WindowSampler
+    if data.carry == "chunks":
+        return StretchSampler
+    return DocumentSampler if data.long_documents else WindowSampler
 
 
 def memory_of(data: DataConfig, model: ArchitectureConfig) -> int:

@@ -36,6 +36,8 @@ class DataConfig:
             another text left, in `carry_share` of the steps.
         memory: keys that `chunks` carries; null: `model.attention_window` less one, or a sequence.
         carry_share: of the steps, for `states`; the others begin with nothing.
+        long_documents: share of the sequences that lie in one document each, of more than
+            `sequence_length` tokens; the others run on from document to document.
         planted_repeats: odds that a training sequence has 32 random tokens written into two of its
             places, so that `pha probe` asks nothing that training has not shown.
     """
@@ -51,6 +53,7 @@ class DataConfig:
     carry: Literal["none", "chunks", "states"] = "none"
     memory: int | None = None
     carry_share: float = 0.5
+    long_documents: float = 0.0
     planted_repeats: float = 0.0
 
 
@@ -155,6 +158,8 @@ class RunConfig:
         watch_every: steps between looks at every layer's numbers; 0 watches nothing.
         trackers: tensorboard and wandb, beside metrics.jsonl.
         init_from: a model or run to start the weights from, with its tokenizer.
+        init_attention: options of attention that differ from those of a model of ours there, such
+            as {theta: 1.0e+6}.
         sample_tokens: length of the text samples made at the end; 0 makes none.
     """
 
@@ -180,6 +185,7 @@ class RunConfig:
     watch_every: int = 50
     trackers: list[str] = field(default_factory=list)
     init_from: str | None = None
+    init_attention: dict[str, Any] = field(default_factory=dict)
     sample_tokens: int = 96
 
     def __post_init__(self) -> None:
@@ -201,7 +207,7 @@ _ALLOWED: dict[str, Callable[[float], bool]] = {
 _RULES = {
     ("data", "at least 1"): "sequence_length",
     ("data", "at least 0"): "memory",
-    ("data", "in [0, 1]"): "carry_share planted_repeats",
+    ("data", "in [0, 1]"): "carry_share long_documents planted_repeats",
     ("run", "at least 1"): (
         "steps global_batch micro_batch evaluate_every evaluations evaluate_tokens "
         "checkpoint_every keep_checkpoints keep_best average_best log_every"
@@ -308,6 +314,15 @@ class TrainConfig:
             f"data.carry is {data.carry}, whose past grows, and run.compile needs one shape; leave "
             "one of them out",
         )
+        _require(
+            not data.long_documents or data.carry != "chunks",
+            "data.long_documents draws rows anew, and data.carry chunks goes on in them; leave one "
+            "of them out",
+        )
+        _require(
+            not run.init_attention or run.init_from is not None,
+            "run.init_attention changes the model of run.init_from; name one, or use model.FIELD",
+        )
         self._check_task()
         check_windows(run.windows)
         _require(
@@ -334,6 +349,7 @@ class TrainConfig:
             "data.packed_documents is for texts; the sequences of a task stand apart already",
         )
         _require(data.carry == "none", "data.carry is for texts; no sequence of a task goes on")
+        _require(data.long_documents == 0, "data.long_documents is for texts; leave it out")
         _require(data.planted_repeats == 0, "data.planted_repeats is for texts; leave it out")
         _require(self.run.epochs is None, "a task has no epochs; give run.steps or run.flops")
         make_tests(data.task, data.task_options, data.tests, data.sequence_length)

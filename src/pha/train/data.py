@@ -105,15 +105,17 @@ class TextData:
 
     def sampler(self, config: TrainConfig) -> WindowSampler:
         """Windows in an order that the seed fixes."""
-        store, packed = self.store, self.data.packed_documents
-        return sampler_class(self.data)(
+        store, data = self.store, self.data
+        starts = store.document_starts("train")
+        return sampler_class(data)(
             store.tokens("train"),
             self.length,
             config.run.global_batch,
             config.run.seed,
-            store.document_starts("train") if packed else None,
-            Planter(store.frequencies("train")) if self.data.planted_repeats else None,
-            self.data.planted_repeats,
+            starts if data.packed_documents else None,
+            Planter(store.frequencies("train")) if data.planted_repeats else None,
+            data.planted_repeats,
+            **({"documents": starts, "share": data.long_documents} if data.long_documents else {}),
         )
 
     def validate(

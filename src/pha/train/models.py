@@ -43,7 +43,9 @@ def make_model(config: TrainConfig) -> LanguageModel:
     length = {"max_position_embeddings": config.data.sequence_length}
     fresh = PHAForCausalLM(PHAConfig(**(vars_of(config.model) | length)))
     if config.run.init_from is not None:
-        fresh.load_state_dict(load_model(Path(config.run.init_from)).model.state_dict())
+        start = load_model(Path(config.run.init_from)).pha
+        fresh.load_state_dict(start.state_dict())
+        fresh.config.trained_length = max(start.config.longest_trained, config.data.sequence_length)
     fresh.model.gradient_checkpointing = config.run.gradient_checkpointing
     return fresh
 

@@ -78,7 +78,7 @@ def resolve(
     """
     if config.run.init_from is not None:
         begin, other = config.run.init_from, config.transformers
-        loaded = load_model(Path(begin), changes=other.set)
+        loaded = load_model(Path(begin), changes=other.set, attention=config.run.init_attention)
         data.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
         if isinstance(loaded.model, ForeignModel):
             other = replace(other, name=begin.removeprefix(PREFIX))
