@@ -51,7 +51,7 @@ def extend(
         base: of the rotary embedding, in all stages; auto is the largest of the old one,
             0.0424 LENGTH^1.628, and the old one times s^(K/(K-2)) for s times the length
         length_scaling: let attention multiply its cosines by tau + ln(n/T) at n > T keys
-        out: folder of the stages, extend.json and a picture (runs/RUN-LENGTH)
+        out: folder of stages, record and picture (in runs: name and LENGTH)
     """
     from pha.report.probes import probe_record, save_probe
     from pha.results import JSON_FORMAT
