@@ -15,6 +15,7 @@ from pha.utils.hardware import default_device
 ELSEWHERE = "not usable here: runs on cuda"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(default_device().type == "cuda", reason="needs a machine without CUDA")
 def test_what_is_for_another_device_is_neither_right_nor_wrong() -> None:
     findings = examine()

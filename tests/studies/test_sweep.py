@@ -83,6 +83,7 @@ def test_a_sweep_is_a_study_of_all_combinations() -> None:
     assert "average" not in seeds.columns
 
 
+@pytest.mark.slow
 def test_a_sweep_compares_reuses_and_records_what_diverged(
     store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +133,7 @@ def test_the_words_of_a_run_are_its_settings(store: TokenStore, tmp_path: Path) 
     assert load_recipe("pha-tiny.text", again) == load_recipe("pha-tiny.text", asked)
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_is_named(store: TokenStore, tmp_path: Path) -> None:
     out = tmp_path / "out"
     job = Job("pha-tiny.text", out, settings(store) | {"data.store": str(tmp_path / "absent")})

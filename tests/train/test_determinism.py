@@ -20,6 +20,7 @@ from tests.train.conftest import Train
 from tests.train.test_runs import assert_same_weights, timeless
 
 
+@pytest.mark.slow
 def test_threads_of_the_tokenizer_change_no_byte_of_a_store(
     text_folder: Path, tmp_path: Path
 ) -> None:
@@ -47,6 +48,7 @@ def test_a_thread_that_reads_ahead_changes_nothing(
     assert timeless(inline) == timeless(other)
 
 
+@pytest.mark.slow
 def test_several_threads_of_torch_repeat_themselves(train_small: Train, tmp_path: Path) -> None:
     torch.set_num_threads(2)
     try:

@@ -488,6 +488,7 @@ def test_gradient_checkpointing_changes_no_step(train_small: Train, tmp_path: Pa
     assert_same_weights(plain.checkpoint(8), checkpointed.checkpoint(8))
 
 
+@pytest.mark.slow
 def test_bf16_trains_close_to_fp32(train_small: Train) -> None:
     changes = {"run__steps": 12, "run__evaluate_every": 12, "model__dropout": 0.0}
     full = train_small("fp32", **changes)
