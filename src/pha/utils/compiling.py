@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 
 def compile_blocks(model: PreTrainedModel, **options: Any) -> None:
-    """Compile each of the model's repeated blocks in place; embedding, head and loss stay as they are.
+    """Compile each repeated block of the model in place; embedding, head and loss stay eager.
 
     Blocks of one kind have the same code and the same shapes, so they share graphs: one for each
     shape of the input and for each of training and inference. A block that does not make one graph
