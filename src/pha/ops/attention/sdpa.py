@@ -6,16 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pha.ops.attention.naive import within
+from pha.ops.attention.naive import Mask, within, written_out
 
 WINDOW_BLOCK = 256  # queries at a time under a window: each block reads this many keys too many
 
 
 def attention_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, window: int | None = None
 ) -> Tensor:
     """PyTorch's scaled_dot_product_attention, any head size, key heads shared without copies."""
-    queries, keys = q.shape[2], k.shape[2]
+    queries, keys, mask = q.shape[2], k.shape[2], written_out(mask)
     if window is not None and keys > window:
         return _windowed_sdpa(q, k, v, mask, window)
     # One new token sees every cached one, so causality needs no mask there.
