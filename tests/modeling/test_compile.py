@@ -65,7 +65,7 @@ def step(
 
 @torch.inference_mode()
 def states(model: PHAForCausalLM, seed: int) -> Tensor:
-    return model.eval().states(batch(seed, False)["input_ids"])  # type: ignore[arg-type]
+    return model.eval().states(batch(seed, False)["input_ids"])
 
 
 def read(model: PHAForCausalLM, seed: int, cache: Any = None) -> Tensor:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor, is_tensor
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pha.ops import OPS
-from pha.ops.attention import attention_mask, block_mask
+from pha.ops.attention import attention, attention_mask, block_mask, takes_blocks
 from pha.ops.attention import flex as attention_flex
+from pha.ops.attention import sdpa as attention_sdpa
 from pha.ops.attention.flex import BLOCK
 from pha.ops.attention.naive import written_out
 from tests.ops.common import (
@@ -237,6 +242,21 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=".*flex_attention called without torch.compile.*")
 
 
+class Sizes(TorchDispatchMode):
+    """Sees how many elements the largest tensor has that an operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        result = function(*arguments, **(options or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and not function.is_view:
+                self.largest = max(self.largest, x.numel())
+        return result
+
+
 def seen_by_blocks(blocks: BlockMask) -> Tensor:
     """What the kernel computes: blocks in full, and of others what the mask says."""
     T, S = blocks.shape[-2:]
@@ -294,19 +314,11 @@ def test_blocks_out_of_reach_are_skipped_and_none_is_asked_in_vain() -> None:
 
 
 def test_blocks_take_no_memory_of_the_size_of_the_logits() -> None:
-    sizes: list[int] = []
-
-    class Largest(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
-            result = function(*args, **(kwargs or {}))
-            sizes.extend(x.numel() for x in torch.utils._pytree.tree_leaves(result) if is_tensor(x))
-            return result
-
     T = 1 << 16
     places = torch.arange(T)
-    with Largest():
+    with Sizes() as sizes:
         block_mask(places, places, torch.rand(2, T) < 0.001, torch.rand(2, T) < 0.9, 5000)
-    assert max(sizes) <= 2 * (T // BLOCK + 1) ** 2  # pairs of blocks
+    assert sizes.largest <= 2 * (T // BLOCK + 1) ** 2  # pairs of blocks
 
 
 SHAPES = [(1, 3, 1, 1, 24), (1, 6, 2, 131, 20), (2, 4, 2, 160, 60), (2, 2, 2, 257, 16)]
@@ -369,3 +381,121 @@ def test_flex_on_a_gpu(
     expected = outcome(backend_function("naive"), converted(inputs, torch.float64))
     # FlexAttention multiplies float32 in TF32 where torch allows it, which it does not by default.
     assert worst(actual, expected) <= (2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+# The kernels that a GPU is asked for, by name. Which takes what is of torch's sdp_utils.cpp.
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[SDPBackend]]:
+    """The kernels that were named, each time that attention was computed; on any device."""
+    found: list[list[SDPBackend]] = []
+
+    @contextmanager
+    def name(kernels: list[SDPBackend], set_priority: bool) -> Iterator[None]:
+        found.append(kernels)
+        yield
+
+    monkeypatch.setattr(attention_sdpa, "sdpa_kernel", name)
+    monkeypatch.setattr(attention_sdpa, "_has_flash", lambda device: True)
+    return found
+
+
+def refuse_what_no_kernel_takes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    kernels: list[SDPBackend],
+    is_causal: bool,
+    enable_gqa: bool,
+) -> None:
+    assert q.shape[3] % 8 == k.shape[3] % 8 == v.shape[3] % 8 == 0
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    if SDPBackend.EFFICIENT_ATTENTION in kernels:
+        assert not enable_gqa
+        assert not (is_causal and mask is not None)
+    else:
+        assert mask is None
+        assert q.dtype in (torch.bfloat16, torch.float16)
+        assert not is_causal or q.shape[2] == k.shape[2]
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "masked"), [(1, 2, False), (1, 40, True), (9, 9, True), (130, 130, False)]
+)
+@pytest.mark.parametrize(("H", "G", "K"), [(6, 2, 20), (4, 4, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_named_kernels_are_given_is_the_same_attention(
+    T: int,
+    S: int,
+    masked: bool,
+    H: int,
+    G: int,
+    K: int,
+    dtype: torch.dtype,
+    asked: list[list[SDPBackend]],
+) -> None:
+    inputs = problem(2, H, G, T, S, K, dtype, masked)
+    del inputs["window"]
+
+    def named(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return attention_sdpa._by_named_kernels(q, k, v, mask, causal=mask is None and T > 1)
+
+    actual = outcome(named, inputs)
+    expected = outcome(backend_function("naive"), converted(inputs, torch.float64))
+    assert worst(actual, expected) <= (1e-5 if dtype == torch.float32 else 2e-2)
+    efficient = dtype == torch.float32 or masked
+    assert asked == [[SDPBackend.EFFICIENT_ATTENTION] if efficient else attention_sdpa.TRAINING]
+
+
+LENGTH = 16384
+PATHS: dict[str, tuple[int, bool, int | None]] = {  # queries, padding, window
+    "a prompt": (LENGTH, False, None),
+    "a prompt with padding": (LENGTH, True, None),
+    "a prompt in a window": (LENGTH, False, 4096),
+    "a piece of a prompt": (1024, False, None),
+    "a short piece": (100, False, None),
+    "a token": (1, False, None),
+    "a token and places that are not filled": (1, True, None),
+}
+
+
+@pytest.mark.parametrize("which", PATHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("K", [60, 64, 76])
+def test_a_gpu_never_holds_the_logits(
+    which: str,
+    dtype: torch.dtype,
+    K: int,
+    asked: list[list[SDPBackend]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Counted on tensors that have no numbers, with the kernels left out."""
+    T, padded, window = PATHS[which]
+    H, G, sizes = 12, 4, Sizes()
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **options: Any) -> Tensor:
+        refuse_what_no_kernel_takes(
+            q, k, v, mask, asked[-1], options["is_causal"], options["enable_gqa"]
+        )
+        return q.new_empty(*q.shape[:3], v.shape[3])
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    monkeypatch.setattr(attention_flex, "flex", lambda q, k, v, blocks: torch.empty_like(q))
+    # Without a GPU its tensors cannot be indexed, not even these: so as if this were one.
+    monkeypatch.setattr(attention_sdpa, "_sdpa", attention_sdpa._by_named_kernels)
+    with FakeTensorMode():
+        q = torch.empty(1, H, T, K, dtype=dtype)
+        k, v = (torch.empty(1, G, LENGTH, K, dtype=dtype) for _ in range(2))
+        key = torch.arange(LENGTH)
+        tokens = torch.ones(1, LENGTH, dtype=torch.bool) if padded else None
+        with sizes:
+            mask: Any = None
+            if padded:
+                make = block_mask if takes_blocks(None, T, "cuda") else attention_mask
+                mask = make(key[LENGTH - T :], key, None, tokens, window)
+            y = attention(q, k, v, mask, None if padded else window, backend="flex")
+    assert y.shape == q.shape
+    # Keys that are repeated for heads, and heads padded; all logits of a head would be 20 times it.
+    assert sizes.largest <= H * LENGTH * 80
