@@ -127,7 +127,7 @@ def test_equals_a_loop_over_keys(
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("K", [60, 64, 76])
+@pytest.mark.parametrize("K", [60, 76])
 @pytest.mark.parametrize(("H", "G"), [(8, 2), (6, 2), (3, 3)], ids=["4:1", "3:1", "1:1"])
 @pytest.mark.parametrize(("T", "past"), [(1, 0), (1, 5), (7, 5), (63, 0), (63, 5)])
 @pytest.mark.parametrize("masked", [False, True])
@@ -463,7 +463,7 @@ PATHS: dict[str, tuple[int, bool, int | None]] = {  # queries, padding, window
 
 @pytest.mark.parametrize("which", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("K", [60, 64, 76])
+@pytest.mark.parametrize("K", [60, 76])
 def test_a_gpu_never_holds_the_logits(
     which: str,
     dtype: torch.dtype,

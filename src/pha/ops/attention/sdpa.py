@@ -7,8 +7,6 @@ memory-efficient one, which shares none. They want head sizes in multiples of 8.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,7 +79,7 @@ def _padded(
         )
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _has_flash(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
