@@ -123,10 +123,6 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     )
 
 
-def _fault(backend: str, device_type: str) -> str | None:
-    return flex_kernels.fault() if backend == "flex" and device_type == "cuda" else None
-
-
 _OP = Op(
     "attention",
     {
@@ -139,5 +135,5 @@ _OP = Op(
     only_on={"flex": "cuda"},
     plain="sdpa",
     limits={"flex": "sdpa without documents and windows, below 128 tokens and with a cache"},
-    fault=_fault,
+    trials={"flex": flex_kernels.TRIAL},
 )

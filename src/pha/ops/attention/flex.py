@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pha.ops.backends import find_fault
+from pha.ops.backends import OPS, Trial
 from pha.ops.testing import largest_error
 
 SHORTEST = 128  # tokens, the size of a block; with fewer there is nothing to skip
@@ -28,8 +28,8 @@ def serves(q: Tensor, k: Tensor, mask: Tensor | None, window: int | None) -> boo
     bounded = mask is not None or (window is not None and window < S)
     if not bounded or T < SHORTEST or S != T or q.device.type != "cuda":
         return False
-    # A graph of torch.compile cannot hold the trial, and stands or falls with its compiler.
-    return torch.compiler.is_compiling() or fault() is None
+    OPS["attention"].require("flex", q)
+    return True
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
@@ -92,20 +92,8 @@ def _make(
     return create_block_mask(visible, None if rows == 1 else rows, None, queries, keys, device)
 
 
-@functools.cache
-def fault() -> str | None:
-    """Why it cannot be used here, found by trying it; None if it can."""
-    return find_fault(
-        _largest_error, 1e-2, "attention within documents and windows is slower than it could be"
-    )
-
-
-@torch.inference_mode(False)
-@torch.enable_grad()
-@torch.autocast("cuda", enabled=False)
-def _largest_error() -> float:
+def _largest_error(device: torch.device) -> float:
     """Relative, of values and gradients in bfloat16 on a small problem."""
-    device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
     shapes = ((2, 4, 160, 60), (2, 2, 160, 60), (2, 2, 160, 60))
     leaves = [torch.randn(s, generator=generator, device=device) for s in shapes]
@@ -123,3 +111,6 @@ def _largest_error() -> float:
         gradients = torch.autograd.grad(y.float().square().sum(), (q, k, v))
         results.append([x.detach().float() for x in (y, *gradients)])
     return largest_error(*results)
+
+
+TRIAL = Trial(_largest_error, 1e-2)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pha.ops.backends import Op, find_fault
+from pha.ops.backends import Op, Trial
 from pha.ops.precision import accumulation_type, compute_type
 from pha.ops.testing import largest_error, relative_error
 from pha.utils.errors import PHAError
@@ -110,19 +110,14 @@ def _by_triton(
     return softmax_gradient_(z, y, IGNORE_INDEX, gradient).sum(), z
 
 
-@functools.cache
-def _triton_fault(device: torch.device) -> str | None:
-    """Why Triton's kernel cannot be used, found by trying it; None if it can."""
+def _largest_error(device: torch.device) -> float:
+    """Of Triton's kernel, on a problem of a whole block and a part of one."""
     generator = torch.Generator().manual_seed(0)
     x, w = torch.randn(7, 16, generator=generator), torch.randn(4100, 16, generator=generator)
     y = torch.tensor([0, 4099, IGNORE_INDEX, 4096, 17, 5, 6])
     x, w, y = x.to(device), w.to(device), y.to(device)
-
-    def error() -> float:
-        results = [f(x, w, y, x.new_empty(7, 4100), True) for f in (_by_triton, _by_torch)]
-        return largest_error(*results)
-
-    return find_fault(error, 1e-3, "the loss runs slower, as Triton's kernel fails")
+    results = [f(x, w, y, x.new_empty(7, 4100), True) for f in (_by_triton, _by_torch)]
+    return largest_error(*results)
 
 
 def _chunk_by_chunk(
@@ -140,7 +135,9 @@ def _chunk_by_chunk(
     dw.zero_()
     w = weight.to(dtype)
     chunk = _chunk_rows(x, weight)
-    triton = triton and dtype != torch.float64 and _triton_fault(x.device) is None
+    triton = triton and dtype != torch.float64
+    if triton:
+        _OP.require("triton", x)
     # One buffer for all chunks, overwritten in place from logits to gradients: fresh memory of this
     # size costs a page fault every 4 KiB. Triton wants rows aligned. What pads them is zero, since
     # products may read past the end of a row: those in bfloat16 on a CPU with AMX do.
@@ -262,11 +259,6 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     )
 
 
-def _fault(backend: str, device_type: str) -> str | None:
-    device = torch.empty(0, device=device_type).device
-    return _triton_fault(device) if backend == "triton" else None
-
-
 _OP = Op(
     "linear_cross_entropy",
     {
@@ -278,5 +270,6 @@ _OP = Op(
     _check,
     only_on={"triton": "cuda"},
     plain="chunked",
-    fault=_fault,
+    limits={"triton": "chunked for float64"},
+    trials={"triton": Trial(_largest_error, 1e-3)},
 )
