@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -146,6 +146,11 @@ class Op:
 def in_use(device_type: str) -> dict[str, str]:
     """Op -> what runs on tensors of `device_type`: for the log of a run and rows of benchmarks."""
     return {op.name: op.describe(device_type) for op in OPS.values()}
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Launch Triton's kernels on the device of `x`, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @torch.compiler.assume_constant_result  # a graph of torch.compile need not read the environment
