@@ -286,7 +286,12 @@ def report(
 
 
 def doctor(*, json: Json = False) -> None:
-    """Versions, devices and a self-check of every backend."""
+    """Versions, devices and a self-check of every backend.
+
+    What fails on this machine is listed with its reason. Other commands stop where they would use
+    it; the environment variable PHA_BACKENDS=OP=BACKEND,... has them use another backend, as in
+    PHA_BACKENDS=gated_scan=torch.
+    """
     from pha.bench.doctor import examine
 
     findings = examine()

@@ -50,6 +50,12 @@ def takes_blocks(backend: str | None, queries: int, device_type: str) -> bool:
     return (backend or _OP.choice(device_type)) == "flex" and queries >= flex_kernels.BLOCK
 
 
+def _by_flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
+    if q.is_cuda:  # elsewhere there is no kernel
+        _OP.require("flex", q)
+    return flex_kernels.flex(q, k, v, blocks)
+
+
 def causal_pairs(length: int, window: int) -> int:
     """How many (query, key) pairs there are among `length` tokens that see at most `window`."""
     return window * (window + 1) // 2 + (length - window) * window
@@ -117,7 +123,7 @@ def attention_flex(
         key = torch.arange(S, device=q.device)
         mask = block_mask(key[S - T :], key, window=window)
     if isinstance(mask, BlockMask):
-        return flex_kernels.flex(q, k, v, mask)
+        return _by_flex(q, k, v, mask)
     return attention_sdpa(q, k, v, mask, window)
 
 
@@ -137,10 +143,6 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     )
 
 
-def _fault(backend: str, device_type: str) -> str | None:
-    return flex_kernels.fault() if backend == "flex" and device_type == "cuda" else None
-
-
 _OP = Op(
     "attention",
     {
@@ -153,5 +155,5 @@ _OP = Op(
     only_on={"flex": "cuda"},
     plain="sdpa",
     limits={"flex": "sdpa where every query sees all before it, and below 128 tokens"},
-    fault=_fault,
+    trials={"flex": flex_kernels.TRIAL},
 )

@@ -8,7 +8,6 @@ nothing of the size of the logits is made, nor one bit for each of them.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from pha.ops.backends import find_fault
+from pha.ops.backends import Trial
 from pha.ops.testing import largest_error
 
 BLOCK = 128  # tokens; with fewer queries there is nothing to skip
@@ -111,20 +110,8 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1, dtype=torch.int32), places.to(torch.int32)
 
 
-@functools.cache
-def fault() -> str | None:
-    """Why it cannot be used here, found by trying it; None if it can."""
-    return find_fault(
-        _largest_error, 1e-2, "attention within documents and windows is slower than it could be"
-    )
-
-
-@torch.inference_mode(False)
-@torch.enable_grad()
-@torch.autocast("cuda", enabled=False)
-def _largest_error() -> float:
+def _largest_error(device: torch.device) -> float:
     """Relative, of values and gradients in bfloat16 on a small problem."""
-    device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
     shapes = ((2, 4, 160, 60), (2, 2, 160, 60), (2, 2, 160, 60))
     leaves = [torch.randn(s, generator=generator, device=device) for s in shapes]
@@ -143,3 +130,6 @@ def _largest_error() -> float:
         gradients = torch.autograd.grad(y.float().square().sum(), (q, k, v))
         results.append([x.detach().float() for x in (y, *gradients)])
     return largest_error(*results)
+
+
+TRIAL = Trial(_largest_error, 1e-2)
