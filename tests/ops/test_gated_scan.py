@@ -141,13 +141,13 @@ CASES += [
 ]
 CASES += [(form, shape, "somewhere", True) for form in FORMS for shape in TRITON_SHAPES]
 CASES += [
-    (form, CHUNKS, flags, with_h0)
-    for form in FORMS
+    ("triton-chunked", CHUNKS, flags, with_h0)
     for flags, with_h0 in [
-        *(("nowhere", False), ("nowhere", True), ("first", True)),
-        *(("borders", False), ("borders", True), ("everywhere", True)),
+        *(("nowhere", False), ("first", True), ("borders", False), ("borders", True)),
+        ("everywhere", True),
     ]
 ]
+CASES += [("triton-sequential", CHUNKS, "nowhere", False)]
 
 
 @pytest.mark.parametrize(

@@ -54,8 +54,8 @@ def _processors(device: torch.device) -> int:
 def _rows(x: Tensor) -> Tensor:
     """`x` (B, T, n) itself where its states are adjacent and can be loaded in pairs, else a copy.
 
-    A pair of two bytes each begins at a multiple of four. Nothing smaller can be loaded ahead, and
-    a copy costs less than waiting for each load. An odd n has no pairs, whatever is done.
+    A pair of two bytes each begins at a multiple of four bytes. Nothing smaller is loaded ahead of
+    its use, so rows are copied that have no pairs though n is even. An odd n has none in any case.
     """
     adjacent = x.stride(2) == 1 or x.shape[2] == 1
     odd = x.stride(0) % 2 or x.stride(1) % 2 or x.data_ptr() % 4
