@@ -77,7 +77,12 @@ def kinds(model: PHAForCausalLM, with_cache: bool = False) -> int:
     """How many blocks there are that differ in more than their weights, or in what they keep."""
     config = model.config
     kept = config.layer_types if with_cache else [""] * config.num_hidden_layers
-    return len({f"{config.layer_branches(i)} {each}" for i, each in enumerate(kept)})
+    return len(
+        {
+            (str(block), str(config.layer_branches(i)), each)
+            for i, (block, each) in enumerate(zip(model.model.layers, kept, strict=True))
+        }
+    )
 
 
 class Graphs:
