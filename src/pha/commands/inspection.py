@@ -285,11 +285,15 @@ def report(
     print(write_report(runs, out or runs[0] / "report.html", title=title))
 
 
-def doctor(*, json: Json = False) -> None:
-    """Versions, devices and a self-check of every backend."""
+def doctor(*, device: str | None = None, json: Json = False) -> None:
+    """Versions, devices and a self-check of every backend.
+
+    Args:
+        device: check the backends of this type of device alone, cpu or cuda; else all
+    """
     from pha.bench.doctor import examine
 
-    findings = examine()
+    findings = examine(device)
     answer(json, findings, _doctor_table(findings))
     if not findings["healthy"]:
         raise PHAError("a backend fails or disagrees with its oracle; see the table")
