@@ -18,6 +18,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from pha.model.branches import LayerCache
 from pha.utils.errors import PHAError
 
 _REMEDY = "make one with model.new_cache()"
@@ -90,20 +91,9 @@ class CacheAdapter:
         marks = x_BTd.new_zeros(x_BTd.shape[0], 1, x_BTd.shape[1], 1, dtype=torch.bool)
         self.cache.update(marks, marks, self.keyed)
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append keys and values; return all to attend to."""
-        return self.cache.update(key, value, layer_idx)
-
-    def state(self, layer_idx: int, place: int) -> Tensor | None:
-        """A state that the layer left behind, or None."""
-        layer = self.cache.layers[layer_idx]
-        return layer.recurrent_states[place] if layer.has_previous_state[place] else None
-
-    def set_state(self, layer_idx: int, place: int, state: Tensor) -> None:
-        """Keep a state of the layer, all of which are recurrent states to transformers."""
-        self.cache.update_recurrent_state(state, layer_idx, place)
-        # transformers marks a layer as started only with a convolution state; there is none here.
-        self.cache.layers[layer_idx].has_previous_state[place] = True
+    def layer(self, layer_idx: int) -> LayerCache:
+        """What the layer of that index needs."""
+        return KeptLayer(self.cache, layer_idx)
 
     def enter(self, batch: int, attention_mask: Tensor | None) -> None:
         """Refuse a cache whose keys and states are not of the same B sequences.
@@ -154,6 +144,32 @@ class CacheAdapter:
         ]
 
 
+class KeptLayer:
+    """One layer of a transformers cache."""
+
+    def __init__(self, cache: Cache, layer_idx: int) -> None:
+        self._cache, self._index = cache, layer_idx
+        self._layer = cache.layers[layer_idx]
+        self._fetched = cache.offloading  # by the cache, whenever it is asked
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values; return all to attend to."""
+        if self._fetched:
+            return self._cache.update(key, value, self._index)
+        return self._layer.update(key, value)
+
+    def state(self, place: int) -> Tensor | None:
+        """A state that the layer left behind, or None."""
+        layer = self._layer
+        return layer.recurrent_states[place] if layer.has_previous_state[place] else None
+
+    def set_state(self, place: int, state: Tensor) -> None:
+        """Keep a state of the layer, all of which are recurrent states to transformers."""
+        self._layer.update_recurrent_state(state, place)
+        # transformers marks a layer as started only with a convolution state; there is none here.
+        self._layer.has_previous_state[place] = True
+
+
 class CarriedCache(CacheAdapter):
     """The past of rows as a forward pass of training reads it, without gradient.
 
@@ -183,27 +199,9 @@ class CarriedCache(CacheAdapter):
         """As of `CacheAdapter`."""
         return self.length() + queries, 0
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the past with these behind them."""
-        return self._extended(f"key.{layer_idx}", key), self._extended(f"value.{layer_idx}", value)
-
-    def _extended(self, name: str, new: Tensor) -> Tensor:
-        if name in self.past:
-            new = torch.cat([self.past[name].to(new.dtype), new], 2)
-        if self.memory:
-            self._leave(name, new[:, :, -self.memory :])
-        return new
-
-    def state(self, layer_idx: int, place: int) -> Tensor | None:
-        """A state of the past, or None."""
-        return self.past.get(f"state.{layer_idx}.{place}")
-
-    def set_state(self, layer_idx: int, place: int, state: Tensor) -> None:
-        """Leave a state."""
-        self._leave(f"state.{layer_idx}.{place}", state)
-
-    def _leave(self, name: str, x: Tensor) -> None:
-        self.left[name] = x.detach().clone(memory_format=torch.contiguous_format)
+    def layer(self, layer_idx: int) -> LayerCache:
+        """What the layer of that index needs."""
+        return _CarriedLayer(self, layer_idx)
 
     def count(self, x_BTd: Tensor) -> None:
         """Nothing: whoever carries the rows says where they are."""
@@ -213,6 +211,34 @@ class CarriedCache(CacheAdapter):
 
     def leave(self, padded: bool) -> None:
         """Nothing: see `left`."""
+
+
+class _CarriedLayer:
+    def __init__(self, cache: CarriedCache, layer_idx: int) -> None:
+        self._cache, self._index = cache, layer_idx
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the past with these behind them."""
+        return self._extended("key", key), self._extended("value", value)
+
+    def _extended(self, what: str, new: Tensor) -> Tensor:
+        cache, name = self._cache, f"{what}.{self._index}"
+        if name in cache.past:
+            new = torch.cat([cache.past[name].to(new.dtype), new], 2)
+        if cache.memory:
+            self._leave(name, new[:, :, -cache.memory :])
+        return new
+
+    def state(self, place: int) -> Tensor | None:
+        """A state of the past, or None."""
+        return self._cache.past.get(f"state.{self._index}.{place}")
+
+    def set_state(self, place: int, state: Tensor) -> None:
+        """Leave a state."""
+        self._leave(f"state.{self._index}.{place}", state)
+
+    def _leave(self, name: str, x: Tensor) -> None:
+        self._cache.left[name] = x.detach().clone(memory_format=torch.contiguous_format)
 
 
 @dataclass

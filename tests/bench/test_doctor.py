@@ -12,6 +12,7 @@ from pha.bench import doctor
 from pha.bench.doctor import examine
 from pha.decoder import runtime
 from pha.ops import OPS, Op
+from pha.ops.backends import Trial
 from pha.utils.errors import PHAError
 from pha.utils.hardware import default_device
 
@@ -23,8 +24,8 @@ ELSEWHERE = "not usable here: runs on cuda"
 def test_what_is_for_another_device_is_neither_right_nor_wrong() -> None:
     findings = examine()
     assert {x["op"] for x in findings["backends"] if x["used"]} == {*OPS, "decoder"}
-    checks = [x for x in findings["backends"] if x["backend"].startswith("triton-")]
-    assert {x["op"] for x in checks} == {"gated_scan"}
+    checks = [x for x in findings["backends"] if x["backend"] == "triton"]
+    assert {x["op"] for x in checks} == {"gated_scan", "linear_cross_entropy"}
     assert {(x["ok"], x["error"], x["reason"]) for x in checks} == {(None, None, ELSEWHERE)}
     (decoder,) = [x for x in findings["backends"] if x["op"] == "decoder"]
     assert decoder["used"]
@@ -32,14 +33,13 @@ def test_what_is_for_another_device_is_neither_right_nor_wrong() -> None:
     assert findings["healthy"]
 
 
-def test_what_torch_computes_in_its_place_is_not_ok(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        OPS["swiglu"], "fault", lambda backend, device: "broken" if backend == "torch" else None
-    )
+def test_a_kernel_that_fails_is_named_and_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPS["swiglu"].trials, "torch", Trial(lambda _: 1.0, 0.1))
+    monkeypatch.setattr(OPS["swiglu"], "faults", {})
     findings = examine()
     wrong = [x for x in findings["backends"] if x["ok"] is False]
     assert {(x["op"], x["backend"], x["reason"]) for x in wrong} == {
-        ("swiglu", "torch", "cannot run: broken")
+        ("swiglu", "torch", "cannot run: it is off by 1")
     }
     assert not findings["healthy"]
 

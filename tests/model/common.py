@@ -55,10 +55,8 @@ class States:
     def __init__(self) -> None:
         self.kept: dict[int, Tensor] = {}
 
-    def state(self, layer_idx: int, place: int) -> Tensor | None:
-        assert layer_idx == 0
+    def state(self, place: int) -> Tensor | None:
         return self.kept.get(place)
 
-    def set_state(self, layer_idx: int, place: int, state: Tensor) -> None:
-        assert layer_idx == 0
+    def set_state(self, place: int, state: Tensor) -> None:
         self.kept[place] = state

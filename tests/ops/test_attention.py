@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pha.ops import OPS
-from pha.ops.attention import attention_mask
+from pha.ops.attention import attention, attention_mask, block_mask, takes_blocks
 from pha.ops.attention import flex as attention_flex
-from pha.ops.attention.flex import block_mask, flex, serves
+from pha.ops.attention import sdpa as attention_sdpa
+from pha.ops.attention.flex import BLOCK
+from pha.ops.attention.naive import written_out
 from tests.ops.common import (
     Function,
     Inputs,
@@ -118,7 +127,7 @@ def test_equals_a_loop_over_keys(
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("K", [60, 64, 76])
+@pytest.mark.parametrize("K", [60, 76])
 @pytest.mark.parametrize(("H", "G"), [(8, 2), (6, 2), (3, 3)], ids=["4:1", "3:1", "1:1"])
 @pytest.mark.parametrize(("T", "past"), [(1, 0), (1, 5), (7, 5), (63, 0), (63, 5)])
 @pytest.mark.parametrize("masked", [False, True])
@@ -227,17 +236,104 @@ def test_masks_of_some_places_are_cut_from_those_of_all() -> None:
 # FlexAttention: which positions it visits, and when it is asked at all. Its kernels need a GPU.
 
 
+@pytest.fixture
+def quiet() -> None:
+    """Without compiling, torch warns that FlexAttention writes everything out."""
+    warnings.filterwarnings("ignore", message=".*flex_attention called without torch.compile.*")
+
+
+class Sizes(TorchDispatchMode):
+    """Sees how many elements the largest tensor has that an operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        result = function(*arguments, **(options or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and not function.is_view:
+                self.largest = max(self.largest, x.numel())
+        return result
+
+
+def seen_by_blocks(blocks: BlockMask) -> Tensor:
+    """What the kernel computes: blocks in full, and of others what the mask says."""
+    T, S = blocks.shape[-2:]
+    parts = [
+        BlockMask.from_kv_blocks(counts, places, BLOCK_SIZE=BLOCK, seq_lengths=(T, S)).to_dense()
+        for counts, places in (
+            (blocks.kv_num_blocks, blocks.kv_indices),
+            (blocks.full_kv_num_blocks, blocks.full_kv_indices),
+        )
+        if counts is not None and places is not None
+    ]
+    partly, fully = (
+        x.bool().repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)[..., :T, :S] for x in parts
+    )
+    exact = written_out(blocks)
+    assert exact is not None
+    return fully | (partly & exact)
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "first"), [(1, 1, 0), (256, 256, 0), (300, 300, 0), (130, 401, 0), (257, 500, -43)]
+)
+@pytest.mark.parametrize("window", [None, 1, 40, 300])
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("padding", [False, True])
+def test_blocks_say_what_the_mask_says(
+    T: int, S: int, first: int, window: int | None, documents: bool, padding: bool
+) -> None:
+    generator = torch.Generator().manual_seed(T)
+    key = torch.arange(S) + first
+    query = key[S - T :] if first == 0 else key[-first : T - first]  # cached, or in fixed places
+    starts = torch.rand(2, S, generator=generator) < 0.008 if documents else None
+    tokens = None
+    if padding:  # holes, and rows that begin or end with nothing
+        tokens = torch.rand(2, S, generator=generator) < 0.99
+        tokens[0, : S // 3] = False
+        tokens[1, S - S // 4 :] = False
+    blocks = block_mask(query, key, starts, tokens, window)
+    expected = attention_mask(query, key, starts, tokens, window)
+    assert torch.equal(seen_by_blocks(blocks), expected.expand(blocks.shape[0], -1, -1, -1))
+
+
+def test_blocks_out_of_reach_are_skipped_and_none_is_asked_in_vain() -> None:
+    places = torch.arange(1024)
+
+    def visited(*bounds: Any) -> list[int]:
+        return block_mask(places, places, *bounds).to_dense().sum((-1, -2)).flatten().tolist()
+
+    assert visited(None, None, 128) == [8 + 7]  # the diagonal of blocks and the one below
+    starts = torch.zeros(2, 1024, dtype=torch.bool)
+    starts[1, 512] = True
+    assert visited(starts) == [36, 20]
+    partly = block_mask(places, places, starts).kv_num_blocks.sum(-1).flatten().tolist()
+    assert partly == [8, 8]  # the diagonal alone
+
+
+def test_blocks_take_no_memory_of_the_size_of_the_logits() -> None:
+    T = 1 << 16
+    places = torch.arange(T)
+    with Sizes() as sizes:
+        block_mask(places, places, torch.rand(2, T) < 0.001, torch.rand(2, T) < 0.9, 5000)
+    assert sizes.largest <= 2 * (T // BLOCK + 1) ** 2  # pairs of blocks
+
+
 SHAPES = [(1, 3, 1, 1, 24), (1, 6, 2, 131, 20), (2, 4, 2, 160, 60), (2, 2, 2, 257, 16)]
 
 
-def packed(shape: tuple[int, ...], documents: bool, window: int | None) -> Inputs:
-    """Numbers of order one half, in few documents: flex skips blocks of 128 positions."""
+def packed(
+    shape: tuple[int, ...], documents: bool, window: int | None, device: str = "cpu"
+) -> Inputs:
+    """Numbers of order one half, in few documents, and the blocks that they leave."""
     B, H, G, T, K = shape
     generator = torch.Generator().manual_seed(T)
     q, k, v = (torch.randn(B, heads, T, K, generator=generator) * 0.4 for heads in (H, G, G))
-    starts = torch.rand(B, T, generator=generator) < 0.04
-    mask = mask_of(T, T, starts) if documents else None
-    return {"q": q, "k": k, "v": v, "mask": mask, "window": window}
+    places = torch.arange(T, device=device)
+    starts = (torch.rand(B, T, generator=generator) < 0.04).to(device) if documents else None
+    return {"q": q, "k": k, "v": v, "mask": block_mask(places, places, starts, window=window)}
 
 
 each_bound = pytest.mark.parametrize(
@@ -245,60 +341,26 @@ each_bound = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture
-def quiet() -> None:
-    """Without compiling, torch warns that FlexAttention writes everything out."""
-    warnings.filterwarnings("ignore", message=".*flex_attention called without torch.compile.*")
-
-
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("shape", SHAPES[:2])
 @each_bound
-def test_flex_gives_the_values_of_the_oracle(
-    shape: tuple[int, ...], documents: bool, window: int | None
+@pytest.mark.parametrize("backend", ["flex", "sdpa"])
+def test_blocks_give_the_values_of_the_oracle(
+    shape: tuple[int, ...], documents: bool, window: int | None, backend: str
 ) -> None:
     inputs = packed(shape, documents, window)
-    torch.testing.assert_close(flex(**inputs), backend_function("naive")(**inputs))
+    expected = backend_function("naive")(**inputs)
+    torch.testing.assert_close(backend_function(backend)(**inputs), expected)
 
 
 @pytest.mark.usefixtures("quiet")
-def test_the_last_queries_of_more_keys_look_where_they_should() -> None:
-    inputs = problem(2, 4, 2, 50, 140, 20, torch.float32, window=30)
-    torch.testing.assert_close(flex(**inputs), backend_function("naive")(**inputs))
-
-
-def test_blocks_out_of_reach_are_skipped() -> None:
-    cpu = torch.device("cpu")
-    counts = block_mask(None, 128, 1024, 1024, cpu).to_dense().sum((-1, -2))
-    assert counts.item() == 8 + 7  # the diagonal of 128 x 128 blocks and the one below
-    starts = torch.zeros(2, 1024, dtype=torch.bool)
-    starts[1, 512] = True
-    counts = block_mask(mask_of(1024, 1024, starts), None, 1024, 1024, cpu).to_dense()
-    assert counts.sum((-1, -2)).flatten().tolist() == [36, 20]
-
-
-def test_the_blocks_of_a_mask_are_found_once_and_go_with_it() -> None:
-    mask: Tensor | None = torch.ones(1, 1, 256, 256, dtype=torch.bool).tril()
-    assert mask is not None
-    first = block_mask(mask, None, 256, 256, mask.device)
-    assert block_mask(mask, None, 256, 256, mask.device) is first
-    assert block_mask(mask, 9, 256, 256, mask.device) is not first
-    kept = len(attention_flex._masks)
-    mask = None
-    gc.collect()
-    assert len(attention_flex._masks) == kept - 1
-
-
-def test_blocks_that_an_evaluation_found_serve_training() -> None:
-    attention_flex._unmasked.cache_clear()
-    with torch.inference_mode():
-        blocks = attention_flex._unmasked(37, 150, 150, torch.device("cpu"))
-    assert not blocks.kv_num_blocks.is_inference()
-
-
-def test_on_a_cpu_it_is_not_asked() -> None:
-    inputs = packed(SHAPES[2], True, None)
-    assert not serves(inputs["q"], inputs["k"], inputs["mask"], None)
+@pytest.mark.parametrize(("T", "S"), [(130, 200), (140, 140)])
+def test_flex_sees_by_itself_that_keys_are_cached_or_out_of_reach(T: int, S: int) -> None:
+    inputs = problem(2, 4, 2, T, S, 20, torch.float32, window=30)
+    with mock.patch.object(attention_flex, "flex", wraps=attention_flex.flex) as asked:
+        actual = backend_function("flex")(**inputs)
+    assert asked.called
+    torch.testing.assert_close(actual, backend_function("naive")(**inputs))
 
 
 @pytest.mark.gpu
@@ -314,9 +376,126 @@ def test_flex_on_a_gpu(
 ) -> None:
     if device.type != "cuda":
         pytest.skip("has no backward pass on a CPU")
-    inputs = moved(converted(packed(shape, documents, window), dtype), device)
-    assert serves(inputs["q"], inputs["k"], inputs["mask"], window)
-    actual = outcome(flex, inputs)
+    inputs = moved(converted(packed(shape, documents, window, device.type), dtype), device)
+    actual = outcome(backend_function("flex"), inputs)
     expected = outcome(backend_function("naive"), converted(inputs, torch.float64))
     # FlexAttention multiplies float32 in TF32 where torch allows it, which it does not by default.
     assert worst(actual, expected) <= (2e-2 if dtype == torch.bfloat16 else 1e-4)
+
+
+# The kernels that a GPU is asked for, by name. Which takes what is of torch's sdp_utils.cpp.
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[SDPBackend]]:
+    """The kernels that were named, each time that attention was computed; on any device."""
+    found: list[list[SDPBackend]] = []
+
+    @contextmanager
+    def name(kernels: list[SDPBackend], set_priority: bool) -> Iterator[None]:
+        found.append(kernels)
+        yield
+
+    monkeypatch.setattr(attention_sdpa, "sdpa_kernel", name)
+    monkeypatch.setattr(attention_sdpa, "_has_flash", lambda device: True)
+    return found
+
+
+def refuse_what_no_kernel_takes(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    kernels: list[SDPBackend],
+    is_causal: bool,
+    enable_gqa: bool,
+) -> None:
+    assert q.shape[3] % 8 == k.shape[3] % 8 == v.shape[3] % 8 == 0
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    if SDPBackend.EFFICIENT_ATTENTION in kernels:
+        assert not enable_gqa
+        assert not (is_causal and mask is not None)
+    else:
+        assert mask is None
+        assert q.dtype in (torch.bfloat16, torch.float16)
+        assert not is_causal or q.shape[2] == k.shape[2]
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "masked"), [(1, 2, False), (1, 40, True), (9, 9, True), (130, 130, False)]
+)
+@pytest.mark.parametrize(("H", "G", "K"), [(6, 2, 20), (4, 4, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_named_kernels_are_given_is_the_same_attention(
+    T: int,
+    S: int,
+    masked: bool,
+    H: int,
+    G: int,
+    K: int,
+    dtype: torch.dtype,
+    asked: list[list[SDPBackend]],
+) -> None:
+    inputs = problem(2, H, G, T, S, K, dtype, masked)
+    del inputs["window"]
+
+    def named(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return attention_sdpa._by_named_kernels(q, k, v, mask, causal=mask is None and T > 1)
+
+    actual = outcome(named, inputs)
+    expected = outcome(backend_function("naive"), converted(inputs, torch.float64))
+    assert worst(actual, expected) <= (1e-5 if dtype == torch.float32 else 2e-2)
+    efficient = dtype == torch.float32 or masked
+    assert asked == [[SDPBackend.EFFICIENT_ATTENTION] if efficient else attention_sdpa.TRAINING]
+
+
+LENGTH = 16384
+PATHS: dict[str, tuple[int, bool, int | None]] = {  # queries, padding, window
+    "a prompt": (LENGTH, False, None),
+    "a prompt with padding": (LENGTH, True, None),
+    "a prompt in a window": (LENGTH, False, 4096),
+    "a piece of a prompt": (1024, False, None),
+    "a short piece": (100, False, None),
+    "a token": (1, False, None),
+    "a token and places that are not filled": (1, True, None),
+}
+
+
+@pytest.mark.parametrize("which", PATHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("K", [60, 76])
+def test_a_gpu_never_holds_the_logits(
+    which: str,
+    dtype: torch.dtype,
+    K: int,
+    asked: list[list[SDPBackend]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Counted on tensors that have no numbers, with the kernels left out."""
+    T, padded, window = PATHS[which]
+    H, G, sizes = 12, 4, Sizes()
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **options: Any) -> Tensor:
+        refuse_what_no_kernel_takes(
+            q, k, v, mask, asked[-1], options["is_causal"], options["enable_gqa"]
+        )
+        return q.new_empty(*q.shape[:3], v.shape[3])
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    monkeypatch.setattr(attention_flex, "flex", lambda q, k, v, blocks: torch.empty_like(q))
+    # Without a GPU its tensors cannot be indexed, not even these: so as if this were one.
+    monkeypatch.setattr(attention_sdpa, "_sdpa", attention_sdpa._by_named_kernels)
+    with FakeTensorMode():
+        q = torch.empty(1, H, T, K, dtype=dtype)
+        k, v = (torch.empty(1, G, LENGTH, K, dtype=dtype) for _ in range(2))
+        key = torch.arange(LENGTH)
+        tokens = torch.ones(1, LENGTH, dtype=torch.bool) if padded else None
+        with sizes:
+            mask: Any = None
+            if padded:
+                make = block_mask if takes_blocks(None, T, "cuda") else attention_mask
+                mask = make(key[LENGTH - T :], key, None, tokens, window)
+            y = attention(q, k, v, mask, None if padded else window, backend="flex")
+    assert y.shape == q.shape
+    # Keys that are repeated for heads, and heads padded; all logits of a head would be 20 times it.
+    assert sizes.largest <= H * LENGTH * 80

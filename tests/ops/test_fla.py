@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pha.ops import OPS
 from pha.ops.linear_attention import fla
 from pha.ops.linear_attention.chunked import linear_attention_chunked
 from pha.ops.linear_attention.naive import linear_attention_naive
+from pha.utils.errors import PHAError
 
 
 def stand_in(takes_decay: bool, takes_strength: bool) -> Callable[..., Any]:
@@ -68,7 +70,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, f"fla.ops.{module}", made)
     for parent in ("fla", "fla.ops"):
         monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
-    monkeypatch.setattr(fla, "_FAULTS", {})
+    monkeypatch.setattr(OPS["linear_attention"], "faults", {})
 
 
 def problem(decay: str, strength: bool, documents: bool) -> tuple[Any, ...]:
@@ -101,7 +103,6 @@ def test_rows_documents_and_states_reach_the_kernels(
     decay: str, strength: bool, documents: bool
 ) -> None:
     inputs = problem(decay, strength, documents)
-    assert fla.fault(torch.device("cpu")) is None  # the trial finds the stand-ins right
     y, last = fla.linear_attention_fla(*inputs)
     expected, last_expected = linear_attention_chunked(*inputs)
     torch.testing.assert_close(y.float(), expected.float(), rtol=2e-2, atol=1e-2)
@@ -118,9 +119,8 @@ def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(sys.modules["fla.ops.gla"], "chunk_gla", wrong)
     inputs = problem("channel", False, False)
-    with pytest.warns(RuntimeWarning, match="flash-linear-attention is unusable"):
-        y, _ = fla.linear_attention_fla(*inputs)
-    assert torch.equal(y, linear_attention_chunked(*inputs)[0])
+    with pytest.raises(PHAError, match=r"fla fails on cpu .*PHA_BACKENDS=linear_attention=chunked"):
+        fla.linear_attention_fla(*inputs)
 
 
 @pytest.mark.parametrize("form", ["float32", "a decay per channel in the delta rule"])
@@ -135,4 +135,4 @@ def test_what_the_kernels_do_not_take_goes_through_torch(form: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not fla.is_installed(), reason="needs flash-linear-attention")
 def test_the_kernels_agree_on_a_gpu() -> None:
-    assert fla.fault(torch.device("cuda")) is None
+    assert OPS["linear_attention"].fault("fla", "cuda") is None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from pha.ops import OPS, gated_scan
 from pha.ops.gated_scan import triton as triton_scan
-from pha.ops.gated_scan import triton_runtime
+from pha.ops.gated_scan.operator import gated_scan_operator
 from pha.utils.errors import PHAError
 from tests.ops.common import (
     INTERPRETED,
@@ -37,6 +35,7 @@ from tests.ops.common import (
     worst,
 )
 
+OP = OPS["gated_scan"]
 BACKENDS = cpu_backends("gated_scan")
 FORMS = ["triton-sequential", "triton-chunked"]
 SHAPES = [(1, 1, 1), (2, 63, 17), (4, 7, 33), (3, 500, 5)]
@@ -57,18 +56,17 @@ each_backend_and_form = pytest.mark.parametrize("backend", [*map(with_marks, BAC
 
 
 @pytest.fixture(autouse=True)
-def small_chunks_and_no_fallback(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_scan, "SHORTEST", SHORTEST)
     monkeypatch.setattr(triton_scan, "UNROLL", UNROLL)
-    if INTERPRETED:  # `test_a_wrong_kernel_is_found` does the self-check of the first use
-        monkeypatch.setitem(triton_runtime._FAULTS, torch.device("cpu"), None)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "scans run", RuntimeWarning)
-        yield
+    if INTERPRETED:  # `test_a_wrong_kernel_is_found` does the trial of the first use
+        monkeypatch.setitem(OP.faults, ("triton", torch.device("cpu")), None)
 
 
 def backend_function(name: str) -> Function:
-    return OPS["gated_scan"].backends[name]
+    if name in FORMS:
+        return functools.partial(gated_scan_operator, form=name.removeprefix("triton-"))
+    return OP.backends[name]
 
 
 def problem(
@@ -464,26 +462,24 @@ def test_the_form_by_size() -> None:
     assert triton_scan.chunk_length(*many, 132, "chunked") == 512
 
 
-def test_where_it_cannot_run_torch_takes_over_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> float:
+def test_a_kernel_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
         raise ValueError("no compiler")
 
-    monkeypatch.setattr(triton_runtime, "_FAULTS", {})
-    monkeypatch.setattr(triton_runtime, "_largest_error", fail)
-    inputs = problem(2, 37, 19, "somewhere", True, torch.float32)
-    with pytest.warns(RuntimeWarning, match=r"used \(ValueError: no compiler\)") as caught:
-        actual = outcome(backend_function("triton"), inputs)
-    assert len(caught) == 1
-    assert worst(actual, outcome(backend_function("torch"), inputs)) == 0
+    monkeypatch.setattr(OP, "faults", {})
+    monkeypatch.setattr(triton_scan, "scan_forward", fail)
+    with pytest.raises(
+        PHAError, match=r"\(ValueError: no compiler\).*PHA_BACKENDS=gated_scan=torch"
+    ):
+        backend_function("triton")(**problem(2, 37, 19, "somewhere", True, torch.float32))
 
 
 @pytest.mark.gpu
 @kernels[1]
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     device, right = device_of("triton"), triton_scan.scan_forward
-    monkeypatch.setattr(triton_runtime, "_FAULTS", {})
-    assert triton_runtime.fault(device) is None
+    monkeypatch.setattr(OP, "faults", {})
+    assert OP.fault("triton", device) is None
     monkeypatch.setattr(triton_scan, "scan_forward", lambda *x: tuple(1.001 * y for y in right(*x)))
-    monkeypatch.setattr(triton_runtime, "_FAULTS", {})
-    with pytest.warns(RuntimeWarning, match="off by"):
-        assert triton_runtime.fault(device) is not None
+    monkeypatch.setattr(OP, "faults", {})
+    assert str(OP.fault("triton", device)).startswith("it is off by")

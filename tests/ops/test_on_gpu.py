@@ -44,6 +44,7 @@ def test_the_loss_does_not_wait_for_the_gpu(device: torch.device) -> None:
     x = torch.randn(5000, 96, device=device, requires_grad=True)
     weight = torch.randn(50257, 96, device=device, requires_grad=True)
     targets = torch.arange(5000, device=device)
+    linear_cross_entropy(x, weight, targets)  # the first one tries the kernel, and waits
     torch.cuda.set_sync_debug_mode("error")
     try:
         linear_cross_entropy(x, weight, targets).backward()

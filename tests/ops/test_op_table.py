@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pha.ops import (
     OPS,
@@ -27,6 +28,7 @@ from pha.ops import (
     swiglu,
     unit_rotary,
 )
+from pha.ops.backends import CHOSEN, Trial
 from pha.ops.testing import relative_error
 from pha.utils.errors import PHAError
 
@@ -175,12 +177,107 @@ def test_what_runs_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     said = in_use("cpu")
     assert set(said) == set(OPS)
     assert said["attention"] == "sdpa"
-    with OPS["attention"].force("flex"):
-        assert in_use("cpu")["attention"].startswith("flex (sdpa without documents")
+    assert said["linear_attention"] == "chunked (naive for one step)"
     with OPS["gated_scan"].force("naive"):
         assert in_use("cpu")["gated_scan"] == "naive"
-    monkeypatch.setattr(OPS["swiglu"], "fault", lambda *_: "broken")
-    assert in_use("cpu")["swiglu"] == "torch cannot run: broken"
+    monkeypatch.setitem(OPS["swiglu"].trials, "torch", Trial(lambda _: math.nan, 1.0))
+    monkeypatch.setattr(OPS["swiglu"], "faults", {})
+    assert in_use("cpu")["swiglu"] == "torch cannot run: it is off by nan"
+    monkeypatch.setenv(CHOSEN, "swiglu=naive")
+    assert in_use("cpu")["swiglu"] == "naive"
+
+
+def test_the_environment_chooses_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CHOSEN, "gated_scan=naive, attention=naive")
+    assert OPS["gated_scan"].choice("cpu") == OPS["attention"].choice("cuda") == "naive"
+    assert OPS["rms_norm"].choice("cpu") == "torch"
+    with OPS["gated_scan"].force("torch"):
+        assert OPS["gated_scan"].choice("cpu") == "torch"
+    monkeypatch.setenv(CHOSEN, "")
+    assert OPS["gated_scan"].choice("cpu") == "torch"
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("scan=torch", "there is no op 'scan'; .*gated_scan"),
+        ("gated_scan=fast", "gated_scan has no backend 'fast'; it has naive, torch, triton"),
+        ("gated_scan", "write OP=BACKEND"),
+        ("gated_scan=torch,", "write OP=BACKEND"),
+    ],
+)
+def test_what_the_environment_may_not_say(
+    text: str, complaint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CHOSEN, text)
+    with pytest.raises(PHAError, match=complaint):
+        gated_scan(u, u, a, a)
+
+
+def test_a_graph_of_the_compiler_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CHOSEN, "swiglu=naive")
+    monkeypatch.setitem(OPS["swiglu"].backends, "naive", lambda gate, up: gate + up)
+    compiled = torch.compile(lambda x: swiglu(x, x), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 2.0))
+
+
+def failing(error: Callable[[torch.device], float]) -> Op:
+    """An op whose kernel is tried by `error`; not in the table of the others."""
+    backends = {"naive": torch.sin, "torch": torch.sin, "triton": torch.sin}
+    op = Op("sine", backends, {"default": "triton"}, lambda *_: 0.0)
+    del OPS["sine"]
+    op.trials["triton"] = Trial(error, 1e-5)
+    return op
+
+
+def test_a_kernel_is_tried_once_with_gradients_and_without_rounding() -> None:
+    tried = []
+
+    def error(device: torch.device) -> float:
+        x = torch.ones(3, 3, device=device, requires_grad=True)
+        (dx,) = torch.autograd.grad((x @ x).sum(), x)
+        assert dx.dtype == (x @ x).dtype == torch.float32
+        tried.append(device)
+        return 0.0
+
+    op = failing(error)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            op.require("triton", u)
+    assert tried == [u.device]
+    op.require("torch", u)  # which has no trial
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (lambda _: 1e-2, "it is off by 0.01"),
+        (lambda _: math.nan, "it is off by nan"),
+        (lambda _: __import__("no_triton"), "ModuleNotFoundError: No module named 'no_triton'"),
+    ],
+)
+def test_a_kernel_that_fails_is_an_error_with_its_remedy(error: Any, reason: str) -> None:
+    op = failing(error)
+    remedy = "set PHA_BACKENDS=sine=torch to compute it in plain torch"
+    for _ in range(2):
+        with pytest.raises(PHAError) as raised:
+            op.require("triton", u)
+        said = f"sine: its kernel triton fails on cpu ({reason}); {remedy}"
+        assert str(raised.value) == said
+    assert op.describe("cpu") == f"triton cannot run: {reason}"
+
+
+def test_no_trial_within_a_graph_of_the_compiler_or_on_tensors_without_values() -> None:
+    op = failing(lambda _: 1.0)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        op.require("triton", x)
+        return x.sin()
+
+    torch.compile(step, backend="eager", fullgraph=True)(torch.ones(3))
+    with FakeTensorMode():
+        step(torch.ones(3))
+    assert not op.faults
 
 
 def test_a_backend_that_writes_nan_is_not_right() -> None:

@@ -288,6 +288,10 @@ def report(
 def doctor(*, device: str | None = None, json: Json = False) -> None:
     """Versions, devices and a self-check of every backend.
 
+    What fails on this machine is listed with its reason. Other commands stop where they would use
+    it; the environment variable PHA_BACKENDS=OP=BACKEND,... has them use another backend, as in
+    PHA_BACKENDS=gated_scan=torch.
+
     Args:
         device: check the backends of this type of device alone, cpu or cuda; else all
     """

@@ -136,8 +136,8 @@ class GroupedQueryAttention(Branch):
         if self.positions == "alibi":
             k = key_with_positions(k, context.positions)
         if context.cache is not None:
-            k, v = context.cache.update(k, v, self.layer_idx)
-        seen = self._seen(context, k.shape[2])
+            k, v = context.cache.update(k, v)
+        seen = context.seen(k.shape[2], self.window)
         if self.length_scaling is not None:
             n = keys_seen(T, k.shape[2], *seen, device=k.device)
             q = q * (1 + (n / self.length_scaling).log().clamp(min=0) / scale[:, None, None])
@@ -150,17 +150,6 @@ class GroupedQueryAttention(Branch):
             v = value_as_wide(v)
         y = attention(q, k, v, *seen, backend=context.attention_backend)[..., : self.head_dim]
         return self.W_o(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
-
-    def _seen(self, context: Context, keys: int) -> tuple[Tensor | None, int | None]:
-        """The mask and the window of this branch."""
-        mask, window = context.attention_mask, context.attention_window
-        if self.window is None:
-            return mask, window
-        if context.query_places is None:
-            return mask, self.window if window is None else min(window, self.window)
-        behind = context.query_places[:, None] - self.window
-        within = torch.arange(keys, device=behind.device) > behind
-        return within if mask is None else mask & within, None
 
     def flops(self, length: int) -> float:
         """Of q k^T and its product with v, over the pairs that mask and windows leave."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from pha.model.branches import Branch, Context, StateCache
 from pha.model.config import ArchitectureConfig
 from pha.model.mixing import LearnableMixing
 from pha.model.norm import RMSNorm
-from pha.ops.attention import attention_mask
+from pha.ops.attention import attention_mask, block_mask, takes_blocks
 from pha.ops.precision import compute_type
 
 
@@ -78,13 +79,21 @@ class Backbone(nn.Module):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         context = self._context(
-            inputs_embeds, positions, document_starts, token_mask, cache, attention_backend
+            inputs_embeds,
+            positions,
+            document_starts,
+            token_mask,
+            cache,
+            attention_backend,
+            attention_weights,
         )
-        context.attention_weights, context.own_losses = attention_weights, own_losses
+        context.own_losses = own_losses
         x = self.dropout(inputs_embeds * math.sqrt(self.config.hidden_size))
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if layer_inputs is not None:
                 layer_inputs.append(x)
+            if cache is not None:
+                context = replace(context, cache=cache.layer(index))
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, context, use_reentrant=False)
             else:
@@ -99,18 +108,32 @@ class Backbone(nn.Module):
         token_mask: Tensor | None,
         cache: StateCache | None,
         attention_backend: str | None,
+        attention_weights: list[Tensor] | None,
     ) -> Context:
         """What all layers need to know of the tokens."""
         T, device, config = inputs_embeds.shape[1], inputs_embeds.device, self.config
         past, (keys, first) = (0, (T, 0)) if cache is None else (cache.length(), cache.key_range(T))
         query = torch.arange(T, device=device) + past
         key = torch.arange(keys, device=device) + first
-        window, mask, places = config.attention_window, None, None
+        window, mask, places, blocks = config.attention_window, None, None, None
         new: Tensor | slice = slice(-T, None)
-        if cache is not None and cache.is_static:  # whose keys have fixed places, filled or not
+        # A static cache's keys have fixed places, filled or not.
+        is_static = cache is not None and cache.is_static
+        is_masked = is_static or document_starts is not None or token_mask is not None
+        if is_static:
+            places, new = query - first, query
+        if takes_blocks(attention_backend, T, device.type) and attention_weights is None:
+            is_plain = not is_masked and keys == T
+            blocks = {
+                bound: None
+                if bound is None and is_plain
+                else block_mask(query, key, document_starts, token_mask, bound)
+                for bound in self._bounds(keys)
+            }
+        elif is_static:
             mask = attention_mask(query, key, document_starts, token_mask, window)
-            window, places, new = None, query - first, query
-        elif document_starts is not None or token_mask is not None:
+            window = None
+        elif is_masked:
             mask = attention_mask(query, key, document_starts, token_mask)
         if positions is None:
             positions = query[None]
@@ -122,11 +145,22 @@ class Backbone(nn.Module):
             attention_mask=mask,
             attention_window=window,
             query_places=places,
+            blocks=blocks,
             attention_backend=attention_backend,
+            attention_weights=attention_weights,
             document_starts=None if document_starts is None else document_starts[:, new],
             token_mask=None if token_mask is None else token_mask[:, new],
-            cache=cache,
         )
+
+    def _bounds(self, keys: int) -> set[int | None]:
+        """The windows of layers that hide some of so many keys, and None if one hides none."""
+        found: set[int | None] = set()
+        for branch in self.layers.modules():
+            if isinstance(branch, Branch) and branch.keeps_keys:
+                own = getattr(branch, "window", None), self.config.attention_window
+                bound = min((w for w in own if w is not None), default=keys)
+                found.add(bound if bound < keys else None)
+        return found
 
     @torch.no_grad()
     def mixing_weights(self) -> list[dict[str, dict[str, float]]]:

@@ -13,20 +13,38 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from pha.ops.attention.naive import BlockMask, Mask
 from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:
     from pha.model.config import ArchitectureConfig
 
 
-class StateCache(Protocol):
+class LayerCache(Protocol):
     """What a branch needs of the model's cache to carry its past from call to call."""
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values (B, G, T, K); return those to attend to, (B, G, S, K)."""
+        ...
+
+    def state(self, place: int) -> Tensor | None:
+        """What the layer left behind in that place, (B, ...), or None at the beginning."""
+        ...
+
+    def set_state(self, place: int, state: Tensor) -> None:
+        """Keep a state of the layer: a real tensor (B, ...), of the same shape at every call."""
+        ...
+
+
+class StateCache(Protocol):
+    """What the backbone needs of the model's cache."""
 
     is_static: bool
     """Whether keys have fixed places, so that their number says nothing of how many are filled."""
@@ -39,16 +57,11 @@ class StateCache(Protocol):
         """How many keys `update` will return for T new tokens, and the position of the first."""
         ...
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, G, T, K); return those to attend to, (B, G, S, K)."""
-        ...
+    def layer(self, layer_idx: int) -> LayerCache:
+        """What one layer needs of it, which does not say which layer that is.
 
-    def state(self, layer_idx: int, place: int) -> Tensor | None:
-        """What the layer left behind in that place, (B, ...), or None at the beginning."""
-        ...
-
-    def set_state(self, layer_idx: int, place: int, state: Tensor) -> None:
-        """Keep a state of the layer: a real tensor (B, ...), of the same shape at every call."""
+        So layers compiled by themselves share a graph.
+        """
         ...
 
 
@@ -59,14 +72,17 @@ class Context:
     Attributes:
         rotary: cosine and sine (B or 1, T, K / 2) of the rotary angles, float32.
         positions: (B or 1, T), counted from the beginning of each document.
-        attention_mask: (B or 1, 1, T, S) bool, or None for plain causal attention.
+        attention_mask: (B or 1, 1, T, S) bool; None for plain causal attention, and with blocks.
+            What a branch passes to `attention` is `seen`.
         attention_window: keys that a query may see besides, or None.
         query_places: (T,) of the tokens among the keys, where those have fixed places; else None.
+        blocks: by window, the keys that queries see as FlexAttention wants to know of them (None:
+            all before); None where something else attends.
         attention_backend: name in the op table; None for the one of the device.
         document_starts: (B, T) bool, true where a document begins, or None.
         token_mask: (B, T) bool, false where there is no token, or None. What is returned there is
             not looked at; every other token must be as if they were left out.
-        cache: where the past is, or None when the tokens are the whole sequence.
+        cache: where the layer's past is, or None when the tokens are the whole sequence.
         attention_weights: receives the weights (B, H, T, S) of each layer, where they are wanted.
         own_losses: receives losses that a branch has besides the model's, summed over tokens, where
             they are wanted; training follows their gradients too.
@@ -77,12 +93,30 @@ class Context:
     attention_mask: Tensor | None = None
     attention_window: int | None = None
     query_places: Tensor | None = None
+    blocks: Mapping[int | None, BlockMask | None] | None = None
     attention_backend: str | None = None
     document_starts: Tensor | None = None
     token_mask: Tensor | None = None
-    cache: StateCache | None = None
+    cache: LayerCache | None = None
     attention_weights: list[Tensor] | None = None
     own_losses: list[Tensor] | None = None
+
+    def seen(self, keys: int, window: int | None = None) -> tuple[Mask | None, int | None]:
+        """The mask and the window of attention to S keys, of which a branch sees the last `window`.
+
+        With blocks that is a window of the model or of one of its branches that keep keys.
+        """
+        bounds = [w for w in (window, self.attention_window) if w is not None]
+        bound = min(bounds) if bounds else None
+        if self.blocks is not None:
+            return self.blocks[bound if bound is None or bound < keys else None], None
+        if window is None or self.query_places is None:
+            return self.attention_mask, bound
+        within = torch.arange(keys, device=self.query_places.device) > (
+            self.query_places[:, None] - window
+        )
+        mask = self.attention_mask
+        return within if mask is None else mask & within, None
 
 
 @dataclass
@@ -110,7 +144,7 @@ class Branch(nn.Module):
     and must respect `context`: documents, padding and, if it has one, the cache.
 
     Attributes:
-        keeps_keys: it passes keys and values to `StateCache.update`, exactly once a call. The cache
+        keeps_keys: it passes keys and values to `LayerCache.update`, exactly once a call. The cache
             has room for those of one branch in a layer.
         states: names of the states that it keeps in the cache; see `past` and `keep`.
         float32: its parameters that stay float32 whatever the rest is in.
@@ -142,14 +176,14 @@ class Branch(nn.Module):
         """The state of that name after the tokens in the cache; None at the beginning."""
         if context.cache is None:
             return None
-        return context.cache.state(self.layer_idx, self.first_place + self.states.index(name))
+        return context.cache.state(self.first_place + self.states.index(name))
 
     def keep(self, context: Context, **states: Tensor | None) -> None:
         """Leave states behind, by name, for the tokens to come; nothing where there is no cache."""
         for name, state in states.items():
             if context.cache is not None and state is not None:
                 place = self.first_place + self.states.index(name)
-                context.cache.set_state(self.layer_idx, place, state)
+                context.cache.set_state(place, state)
 
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """Map (B, T, d) to (B, T, d)."""

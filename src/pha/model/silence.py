@@ -160,13 +160,12 @@ def cut(backbone: Backbone, names: Collection[str], place: int) -> Iterator[None
             return None
         starts = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
         starts[:, place] = True
+        if context.document_starts is not None:
+            starts |= context.document_starts
         if branch.keeps_keys:
             tokens = torch.arange(T, device=z.device)
             mask = attention_mask(tokens, tokens, starts)
-            known = context.attention_mask
-            return z, replace(context, attention_mask=mask if known is None else mask & known)
-        if context.document_starts is not None:
-            starts |= context.document_starts
+            return z, replace(context, attention_mask=mask, blocks=None)
         return z, replace(context, document_starts=starts)
 
     with ExitStack() as hooks:

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import warnings
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from pha.utils.errors import PHAError
 
 OPS: dict[str, Op] = {}
+CHOSEN = "PHA_BACKENDS"  # the environment variable by which a user chooses: OP=BACKEND,...
 
 
-def _no_fault(backend: str, device_type: str) -> str | None:
-    return None
+class Trial(NamedTuple):
+    """How a kernel is tried before its first use on a device.
+
+    Attributes:
+        largest_error: of the kernel on a small problem on a device.
+        limit: of that error.
+    """
+
+    largest_error: Callable[[torch.device], float]
+    limit: float
 
 
 @dataclass
@@ -31,8 +45,9 @@ class Op:
         check: a self-check that compares a backend with the oracle and returns the largest
             relative error of values and gradients.
         only_on: backend name -> the one device type it is made for; others run on all.
-        fault: for a backend and a device type, why something else computes in place of the
-            backend there, in a few words; None where it runs, as far as its use has shown.
+        trials: backend name -> how it is tried, for those that may fail on some machine.
+        forced: the backend of `force`; it wins over the user's choice, and that over `preferred`.
+        faults: what the trials have found: see `fault`.
     """
 
     name: str
@@ -40,17 +55,54 @@ class Op:
     preferred: dict[str, str]
     check: Callable[[Callable[..., Any], Callable[..., Any], str], float]
     only_on: dict[str, str] = field(default_factory=dict)
-    fault: Callable[[str, str], str | None] = _no_fault
+    trials: dict[str, Trial] = field(default_factory=dict)
     plain: str = "torch"
     limits: dict[str, str] = field(default_factory=dict)
-    forced: str | None = field(default=None)
+    forced: str | None = None
+    faults: dict[tuple[str, torch.device], str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
 
     def choice(self, device_type: str) -> str:
-        """The backend that runs on tensors of `device_type` (`"cpu"`, `"cuda"`, ...)."""
-        return self.forced or self.preferred.get(device_type, self.preferred["default"])
+        """The backend that runs on tensors of `device_type` (`"cpu"`, `"cuda"`, ...).
+
+        Raises:
+            PHAError: $PHA_BACKENDS names an op or a backend that there is not.
+        """
+        usual = self.preferred.get(device_type, self.preferred["default"])
+        return self.forced or _chosen(self.name) or usual
+
+    def fault(self, backend: str, device: torch.device | str) -> str | None:
+        """Why `backend` cannot run on `device`, in a few words; None where it can.
+
+        The first question compiles the kernel, compares it and waits for the device.
+        """
+        if backend not in self.trials:
+            return None
+        device = torch.empty(0, device=device).device  # with its index
+        if (backend, device) not in self.faults:
+            self.faults[backend, device] = _try(self.trials[backend], device)
+        return self.faults[backend, device]
+
+    def require(self, backend: str, x: Tensor) -> None:
+        """Try a kernel before its first use on the device of `x`.
+
+        Neither a graph of torch.compile nor one that CUDA records can hold the trial: a kernel is
+        tried when it is next used outside of them.
+
+        Raises:
+            PHAError: it fails there, or is wrong. Nothing slower takes over by itself.
+        """
+        if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+            return
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        if (reason := self.fault(backend, x.device)) is not None:
+            raise PHAError(
+                f"{self.name}: its kernel {backend} fails on {x.device} ({reason}); set "
+                f"{CHOSEN}={self.name}={self.plain} to compute it in plain torch"
+            )
 
     def runs_on(self, backend: str, device_type: str) -> bool:
         """Whether `backend` is made for tensors of `device_type`."""
@@ -74,14 +126,17 @@ class Op:
         Raises:
             PHAError: there is no such backend.
         """
-        if backend not in self.backends:
-            known = ", ".join(sorted(self.backends))
-            raise PHAError(f"{self.name} has no backend {backend!r}; it has {known}")
+        self._require_known(backend)
         previous, self.forced = self.forced, backend
         try:
             yield
         finally:
             self.forced = previous
+
+    def _require_known(self, backend: str) -> None:
+        if backend not in self.backends:
+            known = ", ".join(sorted(self.backends))
+            raise PHAError(f"{self.name} has no backend {backend!r}; it has {known}")
 
     def self_check(self, backend: str, device_type: str) -> float:
         """Largest relative error of `backend` against the oracle on a small random problem."""
@@ -93,19 +148,36 @@ def in_use(device_type: str) -> dict[str, str]:
     return {op.name: op.describe(device_type) for op in OPS.values()}
 
 
-def find_fault(largest_error: Callable[[], float], limit: float, slower: str) -> str | None:
-    """Why a kernel cannot be used, found by trying it; None if it can.
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Launch Triton's kernels on the device of `x`, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
-    Args:
-        largest_error: of the kernel on a small problem.
-        limit: of that error.
-        slower: what is slower without the kernel, for the warning that gives the reason.
-    """
+
+@torch.compiler.assume_constant_result  # a graph of torch.compile need not read the environment
+def _chosen(op: str) -> str | None:
+    """The backend of an op that the user asks for."""
+    text = os.environ.get(CHOSEN)
+    return _parse(text).get(op) if text else None
+
+
+@lru_cache(maxsize=1)
+def _parse(text: str) -> dict[str, str]:
+    chosen = dict(part.strip().split("=", 1) for part in text.split(",") if "=" in part)
+    for name, backend in chosen.items():
+        if name not in OPS:
+            raise PHAError(f"{CHOSEN}: there is no op {name!r}; there are {', '.join(sorted(OPS))}")
+        OPS[name]._require_known(backend)
+    if len(chosen) != text.count(",") + 1:
+        raise PHAError(f"{CHOSEN} is {text!r}; write OP=BACKEND, with commas between several")
+    return chosen
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _try(trial: Trial, device: torch.device) -> str | None:
     try:
-        error = largest_error()
-        reason = None if error <= limit else f"it is off by {error:.1g}"
-    except Exception as failure:  # Whatever it is, torch can compute the same.
-        reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
-    if reason is not None:
-        warnings.warn(f"{slower} ({reason}); see pha doctor", RuntimeWarning, stacklevel=2)
-    return reason
+        with torch.autocast(device.type, enabled=False):
+            error = trial.largest_error(device)
+    except Exception as failure:  # Whatever it is, the kernel cannot be used.
+        return " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+    return None if error <= trial.limit else f"it is off by {error:.1g}"

@@ -190,7 +190,7 @@ def make_plan(
         per_token = 4 * size.layers * width + per_token / size.layers
     free = free_memory(device)
     # The loss holds a chunk of logits and what is computed from it, and the head's gradient.
-    chunk = min(chunk_logits(device.type), share * length * config.model.vocab_size)
+    chunk = min(chunk_logits(device), share * length * config.model.vocab_size)
     loss_bytes = 3 * 4 * chunk + 4 * config.model.vocab_size * width
     budget = 0.8 * free - weights - loss_bytes - carried * share
     fits = int(budget / (per_token * length + carried))

@@ -40,6 +40,7 @@ from pha.train.optim import Schedule, make_optimizer, set_rate
 from pha.train.plan import Plan
 from pha.train.watch import Watch
 from pha.train.windows import windowed
+from pha.utils.compiling import compile_blocks, compile_errors
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.files import copy_folder, remove_folder, write_json
 from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
@@ -72,7 +73,7 @@ class Trainer:
         optimizer = make_optimizer(model, config.optimizer)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if config.run.compile:
-            self.model.compile(dynamic=False)
+            compile_blocks(model)
         share = config.run.global_batch // accelerator.num_processes
         first = accelerator.process_index * share
         self.feed = BatchFeed(
@@ -286,11 +287,10 @@ class Trainer:
 
     def _backward(self, inputs: dict[str, Any], labels: int) -> Tensor:
         """Add the gradients of a micro-batch; its part of the mean loss over the global batch."""
-        # Gradients are averaged over processes; the loss is a mean over all labels. Their number is
-        # kept out of the model, whose graph may be compiled for one.
-        with self.autocast():
-            total: Tensor = self.model(**inputs, num_items_in_batch=1).loss
-        loss = total / (labels / self.accelerator.num_processes)
+        # Gradients are averaged over processes; the loss is a mean over all labels.
+        items = labels / self.accelerator.num_processes
+        with self.autocast(), compile_errors("run.compile"):
+            loss: Tensor = self.model(**inputs, num_items_in_batch=items).loss
         self.accelerator.backward(loss)
         return loss.detach()
 

@@ -254,7 +254,8 @@ def measure(model: PHAForCausalLM, **inputs: Any) -> Values:
             for name, branch in branches.items():
                 handles.append(branch.register_forward_hook(output(index, name)))
         handles.append(layers[-1].register_forward_hook(leaving))
-        with torch.no_grad():
+        # Not compiled, in which form no module shows its output.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             model.model(**inputs)
     finally:
         for handle in handles:

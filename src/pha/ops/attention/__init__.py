@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from pha.ops.attention import flex as flex_kernels
-from pha.ops.attention.naive import attention_naive, within
+from pha.ops.attention.flex import block_mask
+from pha.ops.attention.naive import Mask, attention_naive, within, written_out
 from pha.ops.attention.sdpa import attention_sdpa
 from pha.ops.backends import Op
 from pha.ops.testing import relative_error
@@ -18,7 +20,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None = None,
+    mask: Mask | None = None,
     window: int | None = None,
     *,
     backend: str | None = None,
@@ -29,10 +31,11 @@ def attention(
         q: (B, H, T, K) queries of the last T of S positions.
         k: (B, G, S, K) keys, H a multiple of G; each key head serves H / G query heads.
         v: (B, G, S, K) values.
-        mask: (B, 1, T, S) bool from `attention_mask`, true where a query may look; None means
-            plain causal attention, the fast path.
+        mask: (B or 1, 1, T, S) bool from `attention_mask`, true where a query may look, or the
+            blocks of `block_mask` for FlexAttention; None means plain causal attention, the fast
+            path.
         window: how many keys a query may see, its own included; None means all. Work and memory
-            are then linear in T.
+            are then linear in T. What blocks say includes it.
         backend: `flex`, `sdpa` or `naive`; None for the one of the device.
 
     Returns:
@@ -42,18 +45,30 @@ def attention(
     return function(q, k, v, mask, window)
 
 
+def takes_blocks(backend: str | None, queries: int, device_type: str) -> bool:
+    """Whether the backend, or the one of the device, wants masks of so many queries as blocks."""
+    return (backend or _OP.choice(device_type)) == "flex" and queries >= flex_kernels.BLOCK
+
+
+def _by_flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
+    if q.is_cuda:  # elsewhere there is no kernel
+        _OP.require("flex", q)
+    return flex_kernels.flex(q, k, v, blocks)
+
+
 def causal_pairs(length: int, window: int) -> int:
     """How many (query, key) pairs there are among `length` tokens that see at most `window`."""
     return window * (window + 1) // 2 + (length - window) * window
 
 
 def keys_seen(
-    queries: int, keys: int, mask: Tensor | None, window: int | None, device: torch.device
+    queries: int, keys: int, mask: Mask | None, window: int | None, device: torch.device
 ) -> Tensor:
     """How many keys each of the last T of S positions sees, (1, 1, T, 1) or (B, 1, T, 1).
 
     `mask` and `window` are those of `attention`.
     """
+    mask = written_out(mask)
     if mask is None:
         n = torch.arange(keys - queries + 1, keys + 1, device=device)
         return (n if window is None else n.clamp(max=window)).view(1, 1, -1, 1)
@@ -99,11 +114,16 @@ def attention_mask(
 
 
 def attention_flex(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, window: int | None = None
 ) -> Tensor:
-    """FlexAttention within documents and windows on a GPU, else `attention_sdpa`."""
-    if flex_kernels.serves(q, k, mask, window):
-        return flex_kernels.flex(q, k, v, mask, window)
+    """FlexAttention for blocks, and for windows and cached keys without a mask, else SDPA."""
+    T, S = q.shape[2], k.shape[2]
+    bounded = S != T or (window is not None and window < S)
+    if mask is None and bounded and T >= flex_kernels.BLOCK:
+        key = torch.arange(S, device=q.device)
+        mask = block_mask(key[S - T :], key, window=window)
+    if isinstance(mask, BlockMask):
+        return _by_flex(q, k, v, mask)
     return attention_sdpa(q, k, v, mask, window)
 
 
@@ -114,17 +134,13 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     q, k, v = (torch.randn(*s, generator=generator).to(device_type) for s in shapes)
     starts = (torch.rand(2, T, generator=generator) < 0.1).to(device_type)
     places = torch.arange(T, device=q.device)
-    mask = attention_mask(places, places, starts)
+    mask, blocks = (make(places, places, starts) for make in (attention_mask, block_mask))
     return max(
         relative_error(
             lambda *x, o=options: backend(*x, *o), lambda *x, o=options: oracle(*x, *o), q, k, v
         )
-        for options in ((), (mask,), (None, 11), (mask, 11))
+        for options in ((), (mask,), (None, 11), (mask, 11), (blocks,))
     )
-
-
-def _fault(backend: str, device_type: str) -> str | None:
-    return flex_kernels.fault() if backend == "flex" and device_type == "cuda" else None
 
 
 _OP = Op(
@@ -138,6 +154,6 @@ _OP = Op(
     _check,
     only_on={"flex": "cuda"},
     plain="sdpa",
-    limits={"flex": "sdpa without documents and windows, below 128 tokens and with a cache"},
-    fault=_fault,
+    limits={"flex": "sdpa where every query sees all before it, and below 128 tokens"},
+    trials={"flex": flex_kernels.TRIAL},
 )

@@ -1,125 +1,135 @@
-"""Attention within documents and windows by PyTorch's FlexAttention, which skips what is masked.
+"""Attention within documents, windows and caches by PyTorch's FlexAttention, which skips the rest.
 
 Scaled dot-product attention reads a mask in full and, with shared key heads, leaves its fast path.
-FlexAttention compiles a kernel that visits only the blocks in which some query sees some key.
+FlexAttention's kernel visits only the blocks in which some query may see some key, and asks of each
+pair in those that are not seen in full. What is asked follows from numbers of each token, so
+nothing of the size of the logits is made, nor one bit for each of them.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from pha.ops.backends import find_fault
+from pha.ops.backends import Trial
 from pha.ops.testing import largest_error
 
-SHORTEST = 128  # tokens, the size of a block; with fewer there is nothing to skip
-
-_masks = WeakTensorKeyDictionary()
-
-
-def serves(q: Tensor, k: Tensor, mask: Tensor | None, window: int | None) -> bool:
-    """Whether this is a whole sequence with documents or a window, on a device with kernels."""
-    T, S = q.shape[2], k.shape[2]
-    bounded = mask is not None or (window is not None and window < S)
-    if not bounded or T < SHORTEST or S != T or q.device.type != "cuda":
-        return False
-    # A graph of torch.compile cannot hold the trial, and stands or falls with its compiler.
-    return torch.compiler.is_compiling() or fault() is None
+BLOCK = 128  # tokens; with fewer queries there is nothing to skip
+MOST_COMPILED = 64  # forms of the kernel in a process: of head sizes, types, masks, shapes
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int | None) -> Tensor:
-    """softmax(q k^T) v where the mask, the window and causality allow; shapes as in `attention`."""
-    # In a graph of torch.compile it is compiled with everything else.
-    compiling = torch.compiler.is_compiling()
-    function: Any = flex_attention if compiling else _compiled(q.device.type)
-    blocks = block_mask(mask, window, q.shape[2], k.shape[2], q.device)
-    gqa = q.shape[1] != k.shape[1]
-    return function(q, k, v, block_mask=blocks, scale=1.0, enable_gqa=gqa)
-
-
-@functools.cache
-def _compiled(device_type: str) -> Any:
-    # On a CPU it has no compiled backward pass; as it is, it writes the whole matrix out.
+def flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
+    """softmax(q k^T) v for the pairs that `blocks` names; shapes as in `attention`."""
+    shared = q.shape[1] != k.shape[1]
     function: Any = flex_attention
-    return function if device_type == "cpu" else torch.compile(function)
+    # In a graph of torch.compile it is compiled with everything else. On a CPU it has no compiled
+    # backward pass; as it is, it writes the whole matrix out.
+    if torch.compiler.is_compiling() or q.device.type == "cpu":
+        return function(q, k, v, block_mask=blocks, scale=1.0, enable_gqa=shared)
+    # One form more than the limit would be the whole matrix too, unless it must be compiled.
+    with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+        return _compiled(q, k, v, block_mask=blocks, scale=1.0, enable_gqa=shared)
+
+
+_compiled: Any = torch.compile(flex_attention, fullgraph=True)
 
 
 def block_mask(
-    mask: Tensor | None, window: int | None, queries: int, keys: int, device: torch.device
+    query: Tensor,
+    key: Tensor,
+    document_starts: Tensor | None = None,
+    token_mask: Tensor | None = None,
+    window: int | None = None,
 ) -> BlockMask:
-    """Which blocks of the last `queries` of `keys` positions are needed, and which in full.
+    """What `attention_mask` says of the same arguments; positions must grow.
 
-    All layers share a mask, so the blocks of each are found once and kept for as long as it lives.
+    A block may be visited for nothing, but is only taken as seen in full where it is.
     """
-    if torch.compiler.is_compiling():
-        return _make(mask, window, queries, keys, device)
-    if mask is None:
-        return _unmasked(window, queries, keys, device)
-    kept: dict[int | None, BlockMask] = _masks.setdefault(mask, {})
-    if window not in kept:
-        kept[window] = _make(mask, window, queries, keys, device)
-    return kept[window]
+    q, k = _Blocks(query), _Blocks(key)
+    some = (k.low <= q.high[:, None]) & (k.high >= 0)
+    whole = (k.high <= q.low[:, None]) & (k.low >= 0) & k.whole & q.whole[:, None]
+    if window is not None:
+        some = some & (k.high > q.low[:, None] - window)
+        whole = whole & (k.low > q.high[:, None] - window)
+    some, whole = some[None], whole[None]
+    of_query = of_key = present = None
+    if document_starts is not None:
+        document = document_starts.cumsum(-1, dtype=torch.int32)
+        of_query, of_key = document[:, query], document[:, key.clamp(0, document.shape[1] - 1)]
+        first, last = q.ends(of_query, 2)
+        first_key, last_key = k.ends(of_key, 1)
+        some = some & (last_key >= first) & (first_key <= last)
+        whole = whole & (first == last) & (first_key == last_key) & (first == first_key)
+    if token_mask is not None:
+        present = token_mask[:, key.clamp(0, token_mask.shape[1] - 1)]
+        in_blocks = F.pad(present, (0, -len(key) % BLOCK)).unflatten(1, (-1, BLOCK))
+        itself = (k.low <= q.high[:, None]) & (k.high >= q.low[:, None])
+        some = some & (in_blocks.any(2)[:, None] | itself)
+        whole = whole & in_blocks.all(2)[:, None]
 
-
-@functools.lru_cache(maxsize=8)
-def _unmasked(window: int | None, queries: int, keys: int, device: torch.device) -> BlockMask:
-    # An evaluation may be the first to ask; what is made in inference mode could not train.
-    with torch.inference_mode(False):
-        return _make(None, window, queries, keys, device)
-
-
-def _make(
-    mask: Tensor | None, window: int | None, queries: int, keys: int, device: torch.device
-) -> BlockMask:
-    past = keys - queries
-    # Not the tensor that is the key under which the blocks are kept: it would never go.
-    allowed = None if mask is None else mask.detach()[:, 0]
-    rows = 1 if allowed is None else allowed.shape[0]
-
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        seen = k <= q + past
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        at, there = query[i], key[j]
+        seen = (there <= at) & (there >= 0)
         if window is not None:
-            seen = seen & (k > q + past - window)
-        if allowed is not None:
-            seen = seen & allowed[b if rows > 1 else 0, q, k]
+            seen = seen & (there > at - window)
+        if of_query is not None and of_key is not None:
+            seen = seen & (of_query[b, i] == of_key[b, j])
+        if present is not None:
+            seen = seen & (present[b, j] | (there == at))
         return seen
 
-    return create_block_mask(visible, None if rows == 1 else rows, None, queries, keys, device)
-
-
-@functools.cache
-def fault() -> str | None:
-    """Why it cannot be used here, found by trying it; None if it can."""
-    return find_fault(
-        _largest_error, 1e-2, "attention within documents and windows is slower than it could be"
+    partly, fully = (_ordered(x[:, None]) for x in (some & ~whole, some & whole))
+    lengths = len(query), len(key)
+    return BlockMask.from_kv_blocks(
+        *partly, *fully, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=lengths
     )
 
 
-@torch.inference_mode(False)
-@torch.enable_grad()
-@torch.autocast("cuda", enabled=False)
-def _largest_error() -> float:
+class _Blocks:
+    """The first and the last position of each block of tokens, and whether it is no rest."""
+
+    def __init__(self, positions: Tensor) -> None:
+        size = len(positions)
+        self.first = torch.arange(0, size, BLOCK, device=positions.device)
+        self.last = (self.first + BLOCK - 1).clamp(max=size - 1)
+        self.low, self.high = positions[self.first], positions[self.last]
+        self.whole = self.last - self.first == BLOCK - 1
+
+    def ends(self, rows: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """What `rows` (B, N) say of both ends of each block, with a new axis."""
+        return rows[:, self.first].unsqueeze(axis), rows[:, self.last].unsqueeze(axis)
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of the last axis are true, and their places before those of the others."""
+    places = blocks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), places.to(torch.int32)
+
+
+def _largest_error(device: torch.device) -> float:
     """Relative, of values and gradients in bfloat16 on a small problem."""
-    device = torch.device("cuda")
     generator = torch.Generator(device).manual_seed(0)
     shapes = ((2, 4, 160, 60), (2, 2, 160, 60), (2, 2, 160, 60))
     leaves = [torch.randn(s, generator=generator, device=device) for s in shapes]
-    document = torch.arange(160, device=device) // 50
-    mask = (document[:, None] == document).tril().expand(2, 1, -1, -1).contiguous()
+    places = torch.arange(160, device=device)
+    starts = (places % 50 == 0).expand(2, -1)
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         q, k, v = ((x * 0.3).to(torch.bfloat16).to(dtype).requires_grad_() for x in leaves)
         if dtype == torch.bfloat16:
-            y = flex(q, k, v, mask, None)
+            y = flex(q, k, v, block_mask(places, places, starts))
         else:
+            document = starts.cumsum(-1)
+            mask = (document[:, None, :, None] == document[:, None, None]).tril()
             logits = q @ k.repeat_interleave(2, 1).mT
-            weights = logits.masked_fill(~mask, -torch.inf).softmax(-1)
-            y = weights @ v.repeat_interleave(2, 1)
+            y = logits.masked_fill(~mask, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
         gradients = torch.autograd.grad(y.float().square().sum(), (q, k, v))
         results.append([x.detach().float() for x in (y, *gradients)])
     return largest_error(*results)
+
+
+TRIAL = Trial(_largest_error, 1e-2)

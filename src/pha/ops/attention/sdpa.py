@@ -1,21 +1,32 @@
-"""PyTorch's scaled_dot_product_attention, in blocks of queries where there is a window."""
+"""PyTorch's scaled_dot_product_attention, in blocks of queries where there is a window.
+
+On a GPU its kernels are named, so that the one that writes all logits out is never taken: flash
+attention and cuDNN's for half precision without a mask, which share key heads, and otherwise the
+memory-efficient one, which shares none. They want head sizes in multiples of 8.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pha.ops.attention.naive import within
+from pha.ops.attention.naive import Mask, within, written_out
 
 WINDOW_BLOCK = 256  # queries at a time under a window: each block reads this many keys too many
+FEW = 128  # queries below which each key head takes those of all its heads as queries of its own
+MULTIPLE, LARGEST = 8, 256  # head sizes of the fused kernels
+# cuDNN's is the faster one on Hopper, but its backward pass is younger.
+TRAINING = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+INFERENCE = TRAINING[::-1]
 
 
 def attention_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, window: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, window: int | None = None
 ) -> Tensor:
     """PyTorch's scaled_dot_product_attention, any head size, key heads shared without copies."""
-    queries, keys = q.shape[2], k.shape[2]
+    queries, keys, mask = q.shape[2], k.shape[2], written_out(mask)
     if window is not None and keys > window:
         return _windowed_sdpa(q, k, v, mask, window)
     # One new token sees every cached one, so causality needs no mask there.
@@ -26,10 +37,51 @@ def attention_sdpa(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    if q.device.type == "cuda" and q.dtype != torch.float64:
+        return _by_named_kernels(q, k, v, mask, causal)
     shared = bool(q.shape[1] != k.shape[1])
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, scale=1.0, enable_gqa=shared
     )
+
+
+def _by_named_kernels(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    (_, H, T, K), G, wide = q.shape, k.shape[1], v.shape[3]
+    if mask is None and q.dtype != torch.float32 and K <= LARGEST and _has_flash(q.device):
+        return _padded(q, k, v, None, causal, TRAINING if q.requires_grad else INFERENCE)[
+            ..., :wide
+        ]
+    efficient = [SDPBackend.EFFICIENT_ATTENTION]
+    if H == G or T >= FEW:
+        k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
+        return _padded(q, k, v, mask, causal, efficient)[..., :wide]
+    if causal:
+        mask = within(T, T, T, q.device)
+    if mask is not None:
+        mask = mask.view(-1, 1, 1, *mask.shape[-2:]).expand(-1, -1, H // G, -1, -1).flatten(2, 3)
+    y = _padded(q.unflatten(1, (G, -1)).flatten(2, 3), k, v, mask, False, efficient)
+    return y[..., :wide].unflatten(2, (-1, T)).flatten(1, 2)
+
+
+def _padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    kernels: list[SDPBackend],
+) -> Tensor:
+    """By the first of these kernels that can, with zeros behind the entries of each head."""
+    q, k, v = (F.pad(x, (0, -x.shape[3] % MULTIPLE)) for x in (q, k, v))
+    with sdpa_kernel(kernels, set_priority=True):
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, is_causal=causal, scale=1.0, enable_gqa=bool(q.shape[1] != k.shape[1])
+        )
+
+
+@torch.compiler.assume_constant_result
+def _has_flash(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _windowed_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, window: int) -> Tensor:

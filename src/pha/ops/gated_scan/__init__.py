@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from pha.ops.backends import Op
-from pha.ops.gated_scan import triton_runtime
 from pha.ops.gated_scan.naive import gated_scan_naive
 from pha.ops.gated_scan.operator import gated_scan_operator
+from pha.ops.gated_scan.trial import TRIAL
 from pha.ops.precision import accumulation_type
 from pha.ops.shapes import require_shapes
 from pha.ops.testing import relative_error
@@ -96,24 +96,16 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     return relative_error(lambda *x: backend(*x, starts), lambda *x: oracle(*x, starts), *inputs)
 
 
-def _fault(backend: str, device_type: str) -> str | None:
-    if not backend.startswith("triton"):
-        return None
-    return triton_runtime.fault(torch.empty(0, device=device_type).device)
-
-
 _OP = Op(
     "gated_scan",
     {
         "naive": gated_scan_naive,
         "torch": gated_scan_operator,
         "triton": functools.partial(gated_scan_operator, form="auto"),
-        "triton-sequential": functools.partial(gated_scan_operator, form="sequential"),
-        "triton-chunked": functools.partial(gated_scan_operator, form="chunked"),
     },
     {"cuda": "triton", "default": "torch"},
     _check,
-    only_on=dict.fromkeys(("triton", "triton-sequential", "triton-chunked"), "cuda"),
-    fault=_fault,
+    only_on={"triton": "cuda"},
+    trials={"triton": TRIAL},
     limits=dict.fromkeys(("torch", "triton"), "naive for one step"),
 )

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pha.ops.backends import OPS
 from pha.ops.gated_scan import triton as triton_scan
-from pha.ops.gated_scan import triton_runtime
 from pha.ops.gated_scan.closed_form import torch_backward, torch_forward
 from pha.ops.precision import accumulation_type
 
@@ -59,8 +59,11 @@ def _gradients(
 
 
 def _by_triton(form: str, x: Tensor) -> bool:
-    """Whether Triton computes; where it cannot run, torch takes over, with a warning."""
-    return form != "torch" and x.numel() > 0 and triton_runtime.usable(x.device)
+    """Whether Triton computes, which it must be able to."""
+    if form == "torch" or not x.numel():
+        return False
+    OPS["gated_scan"].require("triton", x)
+    return True
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

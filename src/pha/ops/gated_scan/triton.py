@@ -12,13 +12,13 @@ reads gate and value, or dh, once more (5 and 7), from the L2 cache where they f
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pha.ops.backends import on_device_of
 from pha.ops.precision import accumulation_type
 
 BLOCK = 64  # States of a program, by one warp: two neighbours a thread, a transaction of bf16.
@@ -67,11 +67,6 @@ def _rows(x: Tensor) -> Tensor:
 
 def _flags(x: Tensor | None, absent: Tensor) -> Tensor:
     return absent if x is None else x.contiguous().view(torch.uint8)
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launch on the device of `x`, which need not be the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 class _Launch:
@@ -150,7 +145,7 @@ def scan_forward(
             SUMMARY=summary,
         )
 
-    with _on(value):
+    with on_device_of(value):
         if launch.chunks > 1:
             last, product = launch.partial(value), launch.partial(value)
             walk(None, last, product, True)
@@ -187,7 +182,7 @@ def scan_backward(
     parts_b = torch.empty_like(parts_a)
     leaving = torch.empty_like(incoming)
     flags = _flags(starts, h)
-    with _on(h):
+    with on_device_of(h):
         if launch.chunks > 1:
             last, product = torch.empty_like(parts_a), torch.empty_like(parts_a)
             launch.run(

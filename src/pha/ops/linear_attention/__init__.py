@@ -108,10 +108,6 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     )
 
 
-def _fault(backend: str, device_type: str) -> str | None:
-    return fla.fault(torch.empty(0, device=device_type).device) if backend == "fla" else None
-
-
 _BACKENDS: dict[str, Any] = {"naive": linear_attention_naive, "chunked": linear_attention_chunked}
 _PREFERRED = {"default": "chunked"}
 if fla.is_installed():
@@ -123,7 +119,7 @@ _OP = Op(
     _PREFERRED,
     _check,
     only_on={"fla": "cuda"},
-    fault=_fault,
+    trials={"fla": fla.TRIAL},
     plain="chunked",
     limits={"chunked": "naive for one step", "fla": fla.LIMITS},
 )

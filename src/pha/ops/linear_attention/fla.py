@@ -13,15 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pha.ops.backends import find_fault
+from pha.ops.backends import OPS, Trial
 from pha.ops.linear_attention.chunked import linear_attention_chunked
 from pha.ops.testing import relative_error
 
 LARGEST_KEY = 256  # channels that one program holds
 LIMITS = "chunked for float32, and for the delta rule with a decay per channel"
-
-_TOLERANCE = 3e-2  # of the largest magnitude, in bf16 against float64
-_FAULTS: dict[torch.device, str | None] = {}
 
 
 def is_installed() -> bool:
@@ -41,20 +38,10 @@ def linear_attention_fla(
     """The kernels where they apply, the chunked form elsewhere; see `pha.ops.linear_attention`."""
     by_channel = g is not None and g.dim() == 4
     fits = v.dtype in (torch.bfloat16, torch.float16) and q.shape[3] <= LARGEST_KEY
-    if not fits or (by_channel and beta is not None) or fault(v.device) is not None:
+    if not fits or (by_channel and beta is not None):
         return linear_attention_chunked(q, k, v, g, beta, h0, starts)
+    OPS["linear_attention"].require("fla", v)
     return _run(q, k, v, g, beta, h0, starts)
-
-
-def fault(device: torch.device) -> str | None:
-    """Why the chunked form computes in place of the kernels on `device`; None if it does not."""
-    if device not in _FAULTS:
-        _FAULTS[device] = find_fault(
-            lambda: _largest_error(device),
-            _TOLERANCE,
-            "linear attention runs slower, in torch alone, as flash-linear-attention is unusable",
-        )
-    return _FAULTS[device]
 
 
 def _run(
@@ -132,3 +119,6 @@ def _largest_error(device: torch.device) -> float:
 
     cases = [(None, None), (head, None), (channel, None), (None, strength), (head, strength)]
     return max(error(*case, where) for case in cases for where in (None, starts))
+
+
+TRIAL = Trial(_largest_error, 3e-2)  # of the largest magnitude, in bf16 against float64

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pha.ops.backends import on_device_of
+
 BLOCK = 4096
 
 
@@ -29,10 +31,14 @@ def softmax_gradient(
     row_stride: tl.tensor,
     IGNORED: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
     GRADIENT: tl.constexpr,
 ) -> None:
-    """One program a row. Whole blocks need no bounds, and so are loaded in vectors."""
+    """One program a row. Whole blocks need no bounds, and so are loaded in vectors.
+
+    What lies between COLUMNS and PADDED is no logit: it is not read, and its gradient is zero.
+    """
     WHOLE: tl.constexpr = COLUMNS // BLOCK * BLOCK
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * row_stride
@@ -68,16 +74,21 @@ def softmax_gradient(
         if WHOLE < COLUMNS:
             z = tl.load(z_row + last, mask=inside, other=-1e30).to(tl.float32)
             dz = tl.exp(z - row_largest) * scale - ((last == target) & kept).to(tl.float32)
-            tl.store(z_row + last, dz.to(z_ptr.dtype.element_ty), mask=inside)
+            dz = tl.where(inside, dz, 0.0)
+            tl.store(z_row + last, dz.to(z_ptr.dtype.element_ty), mask=last < PADDED)
 
 
-def softmax_gradient_(z: Tensor, targets: Tensor, ignored: int, gradient: bool) -> Tensor:
+def softmax_gradient_(
+    z: Tensor, targets: Tensor, columns: int, ignored: int, gradient: bool
+) -> Tensor:
     """Turn logits into their gradient, in place.
 
     Args:
-        z: (N, V) logits, each row contiguous, and best aligned; overwritten if the gradient is
-            wanted.
-        targets: (N,) int64 in [0, V), or `ignored`.
+        z: (N, V) logits and what pads them, each row contiguous, and best aligned; overwritten if
+            the gradient is wanted.
+        targets: (N,) int64 in [0, columns), or `ignored`.
+        columns: how many of the V are logits. The others, fewer than BLOCK, are not read; their
+            gradient is zero.
         ignored: the target of rows that count for nothing.
         gradient: whether it is wanted.
 
@@ -85,7 +96,7 @@ def softmax_gradient_(z: Tensor, targets: Tensor, ignored: int, gradient: bool) 
         (N,) float32 losses, in nats, 0 where ignored.
     """
     losses = z.new_empty(z.shape[0], dtype=torch.float32)
-    softmax_gradient[(z.shape[0],)](
-        z, targets, losses, z.stride(0), ignored, z.shape[1], BLOCK, gradient, num_warps=8
-    )
+    sizes = z.stride(0), ignored, columns, z.shape[1]
+    with on_device_of(z):
+        softmax_gradient[(z.shape[0],)](z, targets, losses, *sizes, BLOCK, gradient, num_warps=8)
     return losses
