@@ -106,8 +106,7 @@ def _kept(
         return tensor
 
     if compiled:
-        inner = model.inner if isinstance(model, ForeignModel) else model
-        compile_blocks(inner, backend="aot_eager_decomp_partition")
+        compile_blocks(model, backend="aot_eager_decomp_partition")
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", PRECISIONS[precision], enabled=precision != "fp32"),
