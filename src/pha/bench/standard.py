@@ -35,7 +35,8 @@ def standard_set(scale: str) -> list[list[Job]]:
     """
     paper = scale == "paper"
     device_type = default_device().type
-    precision, seconds = ("bf16", 0.5) if paper else ("fp32", 0.01)
+    precision = "bf16" if paper or device_type == "cuda" else "fp32"
+    seconds = 0.5 if paper else 0.01
 
     def group(mode: str, models: Sequence[str], batch: int, length: int, **rest: Any) -> list[Job]:
         names = models if paper else [_tiny(name) for name in models]
