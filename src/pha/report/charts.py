@@ -269,21 +269,21 @@ def save_speed_plots(mode: str, rows: Sequence[Mapping[str, Any]], folder: Path)
     that did not fail, where at least two lengths were measured; and `-tT` in place of `-bB`, over
     the batch, where at least two batches were.
     """
-    groups: dict[tuple[str, str, int, bool], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, str, str, int, bool], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["error"] is None:
             for axis, fixed in (("length", "batch"), ("batch", "length")):
-                key = (axis, row["precision"], row[fixed], row["compiled"])
+                key = (axis, fixed, row["precision"], row[fixed], row["compiled"])
                 groups.setdefault(key, []).append(row)
     written = []
-    for (axis, precision, size, compiled), group in groups.items():
+    for (axis, fixed, precision, size, compiled), group in groups.items():
         if len({row[axis] for row in group}) < 2:
             continue
         letter, x_label = {"length": ("B", "tokens"), "batch": ("T", "sequences")}[axis]
         for measure, (field, unit, label) in _SPEED_MEASURES.items():
             suffix = "-compiled" if compiled else ""
             stem = folder / f"{mode}-{measure}-{precision}-{letter.lower()}{size}{suffix}"
-            title = f"{label} of {mode} against {axis}, {precision}, {letter} = {size}"
+            title = f"{label} of {mode} against {axis}, {precision}, {fixed} {size}"
             lines = _by_label(group, field, unit, axis)
             figure = over_lengths(lines, f"{label}, {precision}, {letter} = {size}", x_label)
             written += plots.save_picture(figure, stem, title)
