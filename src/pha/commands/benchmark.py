@@ -33,9 +33,9 @@ OpMode = Literal[
     "delta-rule",
 ]
 Mode = Annotated[
-    Literal["all", ModelMode, OpMode, "kernels"],
+    Literal["all", ModelMode, OpMode, "kernels", "sweep"],
     "MODE",
-    "all; train, prefill or decode of models; kernels; or an op",
+    "all; train, prefill or decode of models; kernels; an op; or sweep",
 ]
 # What the standard set, `all`, says itself.
 SET_BY_ALL = (
@@ -86,7 +86,8 @@ def bench(
     measured in this process, which starts and compiles once. Peers are models of
     transformers with random weights, so nothing is downloaded: hf:gpt2, hf:llama,
     hf:falcon-h1, hf:mamba2, hf:recurrent-gemma. What the machine can do is measured in the
-    same processes, and every row says how much of it was reached. gated-scan, loss,
+    same processes, and every row says how much of it was reached. sweep finds the block sizes of
+    the scan's kernel for this GPU, at the shapes of presets, and keeps them. gated-scan, loss,
     attention, documents (attention within them), short-convolution, long-convolution,
     linear-scan, selective-scan, linear-attention and delta-rule time the backends of one op at the
     shapes of a preset. kernels times steps, prompts and tokens with each kernel and without.
@@ -117,6 +118,11 @@ def bench(
     from pha.utils.files import write_json
     from pha.utils.hardware import default_device, provenance
 
+    if mode == "sweep":
+        from pha.commands.tuning import sweep_scan
+
+        sweep_scan(models, lengths, batch, precision[0], seconds, json, out)
+        return
     device = default_device()
     here = device.type == "cuda" if in_process is None else in_process
     asked: dict[str, Any] = {"mode": mode, "scale": scale}
