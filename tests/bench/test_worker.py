@@ -196,7 +196,7 @@ def test_what_would_stop_compiling_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setitem(work_module.MODEL_MODES, "train", Growing)
     torch._dynamo.reset()
-    row = attempt(Job("train", "pha-tiny", "fp32", 1, 8, 0.5, **COMPILED))
+    row = attempt(Job("train", "pha-tiny", "fp32", 1, 8, 60, **COMPILED))
     torch._dynamo.reset()
     assert "limit" in row["error"]
 

@@ -24,6 +24,7 @@ from pha.utils.errors import PHAError
 from pha.utils.versions import own_version, version_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SLOW = 5e9  # FLOP/s of products, at which one of size 1,024 takes half a second
 
 
 def default_device() -> torch.device:
@@ -53,10 +54,16 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 @functools.cache
 def matmul_rate(device: torch.device, precision: str) -> float:
     """Measured rate of a square matrix product, in FLOP/s, the best of a few short runs."""
-    size = 1024 if device.type == "cpu" else 8192
-    dtype = PRECISIONS[precision]
+    if device.type != "cpu":
+        return _rate_of(8192, device, precision)
+    # Without instructions for it, bfloat16 is a hundred times slower: a small product tells.
+    small = _rate_of(256, device, precision)
+    return _rate_of(1024, device, precision) if small > SLOW else small
+
+
+def _rate_of(size: int, device: torch.device, precision: str) -> float:
     # Not constant: a GPU multiplies zeros and ones faster than it ever will real weights.
-    a = torch.arange(size * size, device=device).sin().view(size, size).to(dtype)
+    a = torch.arange(size * size, device=device).sin().view(size, size).to(PRECISIONS[precision])
     b = a.flip(0)
     return 2 * size**3 / min(seconds_of(lambda: a @ b, device) for _ in range(8))
 
