@@ -21,8 +21,8 @@ demo: $(INSTALLED) ## train PHA and its attention-only twin on this Python's sta
 test: $(INSTALLED) ## the fast tests
 	$(BIN)/python -m pytest -n auto
 
-test-gpu: $(INSTALLED) ## the tests that need a GPU
-	$(BIN)/python -m pytest -m gpu
+test-gpu: $(INSTALLED) ## the tests that need a GPU, in one process
+	$(BIN)/python -m pytest -m gpu -n 0 --durations 10
 
 test-slow: $(INSTALLED) ## every test, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu'

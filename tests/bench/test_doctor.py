@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
 
+from pha.bench import doctor
 from pha.bench.doctor import examine
 from pha.decoder import runtime
-from pha.ops import OPS
+from pha.ops import OPS, Op
 from pha.ops.backends import Trial
+from pha.utils.errors import PHAError
 from pha.utils.hardware import default_device
 
 ELSEWHERE = "not usable here: runs on cuda"
@@ -39,6 +42,26 @@ def test_a_kernel_that_fails_is_named_and_stops_nothing(monkeypatch: pytest.Monk
         ("swiglu", "torch", "cannot run: it is off by 1")
     }
     assert not findings["healthy"]
+
+
+def test_one_type_of_device_is_checked_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU does not wait for what is compiled for the CPU."""
+    checked: list[tuple[str, str]] = []
+
+    def note(op: Op, name: str, where: str) -> dict[str, Any]:
+        checked.append((op.name, where))
+        return {"ok": True}
+
+    monkeypatch.setattr(doctor, "_check", note)
+    monkeypatch.setattr(doctor, "_decoder", lambda: pytest.fail("is for the CPU"))
+    monkeypatch.setattr(doctor, "default_device", lambda: torch.device("cuda"))
+    for name in ("device_name", "free_memory", "matmul_rate", "choose_precision"):
+        monkeypatch.setattr(doctor, name, lambda *_: 1)
+    assert examine("cuda")["healthy"]
+    assert {op for op, _ in checked} == {*OPS}
+    assert {where for _, where in checked} == {"cuda"}
+    with pytest.raises(PHAError, match="no mps here; choose cpu or cuda"):
+        examine("mps")
 
 
 def test_a_decoder_that_fails_to_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pha.bench.peers import VOCABULARY, AttentionShape, attention_shape, build, model_config
+from pha.bench import peers
+from pha.bench.peers import (
+    VOCABULARY,
+    AttentionShape,
+    attention_shape,
+    build,
+    kernels_of,
+    model_config,
+)
 from pha.bench.work import Job, Prefill, Train
 from pha.model.parameters import count_parameters
 from pha.model.presets import preset_config
@@ -107,6 +116,51 @@ def test_presets_can_be_changed_in_their_names() -> None:
     assert "loss over all logits" in peer.setting
 
 
+def test_a_peer_can_be_trained_with_our_loss() -> None:
+    losses = []
+    for ending in ("", "+chunked_loss"):
+        work = Train(Job("train", f"hf:gpt2-tiny{ending}", "fp32", 2, 8), CPU)
+        losses.append(float(work.run(input_ids=work.ids, **work.labels).loss))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert "loss over all logits" not in work.setting
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "said"),
+    [
+        ((), "cuda", ["scan in plain PyTorch", "convolution in plain PyTorch"]),
+        (("mamba_ssm",), "cuda", ["scan by mamba_ssm", "convolution in plain PyTorch"]),
+        (("causal_conv1d",), "cuda", ["scan in plain PyTorch", "convolution by causal_conv1d"]),
+        (("mamba_ssm",), "cpu", ["scan in plain PyTorch", "convolution in plain PyTorch"]),
+    ],
+)
+def test_rows_say_which_kernels_transformers_takes(
+    installed: tuple[str, ...], device: str, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "_can_import", lambda package: package in installed)
+    assert kernels_of("mamba2", device, training=False) == said
+    assert kernels_of("llama", device, training=False) == []
+
+
+def test_a_kernel_that_lacks_another_is_refused_in_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(peers, "_can_import", lambda package: package == "mamba_ssm")
+    with pytest.raises(PHAError, match="needs causal_conv1d"):
+        kernels_of("falcon_h1", "cuda", training=True)
+
+
+def test_a_package_that_fails_to_load_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mamba_ssm.py").write_text("raise OSError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    peers._can_import.cache_clear()
+    assert not peers._can_import("mamba_ssm")
+    assert peers._can_import("json")
+    peers._can_import.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -114,6 +168,7 @@ def test_presets_can_be_changed_in_their_names() -> None:
         ("pha-tiny+state_sise=3", "did you mean state_size"),
         ("pha-tiny+state_size=[", "is not FIELD=VALUE"),
         ("hf:gpt2+n_layer=3", "only presets take"),
+        ("pha-tiny+chunked_loss", "is not FIELD=VALUE"),
         ("pha-tiny+gradient_checkpointing+state_size=32", "comes last"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from pha.bench import work as work_module
 from pha.bench.floors import Floors, Need
 from pha.bench.graphs import cache_tensors
 from pha.bench.op_work import OP_MODES, make_op_work, op_backends
-from pha.bench.work import DECODE_TOKENS, TRIAL_UNITS, Decode, Job, Prefill, Train
-from pha.bench.worker import _one_line, measure, time_units
+from pha.bench.work import DECODE_TOKENS, TRIAL_UNITS, Decode, Job, Prefill, Train, Work
+from pha.bench.worker import _one_line, attempt, measure, time_units
 from pha.ops import OPS
 from pha.utils.errors import PHAError
 
@@ -147,6 +148,57 @@ def test_a_prompt_in_pieces_gives_the_logits_of_the_whole(model: str) -> None:
     whole.unit()
     pieces.unit()
     torch.testing.assert_close(pieces.logits, whole.logits, rtol=1e-4, atol=1e-5)
+
+
+COMPILED: dict[str, Any] = {"compiled": True, "compiler": "eager"}
+
+
+def test_compiled_steps_are_those_of_the_model() -> None:
+    """By blocks in training, a peer as a whole where it fills a cache; a static cache to decode."""
+    ours = "pha-tiny+num_hidden_layers=2"
+    for mode, model, said in (
+        ("train", ours, "block by block"),
+        ("train", "hf:gpt2-tiny", "block by block"),
+        ("prefill", ours, "block by block"),
+        ("prefill", "hf:gpt2-tiny", "as a whole"),
+    ):
+        torch._dynamo.reset()
+        works = [
+            work_module.MODEL_MODES[mode](Job(mode, model, "fp32", 2, 8, **more), CPU)
+            for more in ({}, COMPILED)
+        ]
+        assert said in works[1].setting
+        results = []
+        for work in works:
+            work.unit()
+            if isinstance(work, Train):
+                results.append(work.run(input_ids=work.ids, **work.labels).loss.detach())
+            elif isinstance(work, Prefill):
+                results.append(work.logits)
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+    with pytest.raises(PHAError, match="cache that grows"):
+        Decode(Job("decode", "hf:mamba2-tiny", "fp32", 1, 8, **COMPILED), CPU)
+
+
+def test_what_would_stop_compiling_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own answer to too many graphs is a line in a log, and eager work."""
+
+    class Growing(Work):
+        tokens, need, setting = 1, Need(), ""
+
+        def __init__(self, job: Job, device: torch.device) -> None:
+            self.size, self.run = 1, torch.compile(torch.sin, backend="eager", dynamic=False)
+
+        def unit(self) -> None:
+            self.size += 1
+            self.run(torch.ones(self.size))
+
+    monkeypatch.setitem(work_module.MODEL_MODES, "train", Growing)
+    torch._dynamo.reset()
+    row = attempt(Job("train", "pha-tiny", "fp32", 1, 8, 0.5, **COMPILED))
+    torch._dynamo.reset()
+    assert "limit" in row["error"]
 
 
 def test_decoding_stops_before_learned_positions_run_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -336,9 +336,8 @@ def packed(
     return {"q": q, "k": k, "v": v, "mask": block_mask(places, places, starts, window=window)}
 
 
-each_bound = pytest.mark.parametrize(
-    ("documents", "window"), [(True, None), (False, 40), (True, 40), (True, 1)]
-)
+BOUNDS = [(True, None), (False, 40), (True, 40), (True, 1)]
+each_bound = pytest.mark.parametrize(("documents", "window"), BOUNDS)
 
 
 @pytest.mark.usefixtures("quiet")
@@ -363,10 +362,15 @@ def test_flex_sees_by_itself_that_keys_are_cached_or_out_of_reach(T: int, S: int
     torch.testing.assert_close(actual, backend_function("naive")(**inputs))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", SHAPES[1:])
-@each_bound
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.gpu  # where each case is compiled for some seconds, so not all of them
+@pytest.mark.parametrize(
+    ("shape", "documents", "window", "dtype"),
+    [
+        *((SHAPES[2], *bound, torch.bfloat16) for bound in BOUNDS),
+        *((shape, True, 40, torch.bfloat16) for shape in (SHAPES[1], SHAPES[3])),
+        *((SHAPES[2], True, window, torch.float32) for window in (None, 40)),
+    ],
+)
 def test_flex_on_a_gpu(
     shape: tuple[int, ...],
     documents: bool,

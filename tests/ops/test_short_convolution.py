@@ -138,3 +138,15 @@ def test_as_an_operator_of_torch() -> None:
     x, weight, bias = (inputs[n].float().requires_grad_() for n in ("x", "weight", "bias"))
     op = torch.ops.pha.short_convolve.default
     torch.library.opcheck(op, (x, weight, bias, inputs["starts"][:, 3:]))
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_outputs_lie_in_memory_as_graphs_are_told(documents: bool) -> None:
+    x = torch.randn(2, 9, 3)
+    starts = torch.zeros(2, 7, dtype=torch.bool) if documents else None
+    y = torch.ops.pha.short_convolve(x, torch.randn(3, 3), None, starts)
+    dx, _ = torch.ops.pha.short_convolve_backward(
+        torch.randn(2, 7, 3), x, torch.randn(3, 3), starts
+    )
+    assert y.is_contiguous()
+    assert dx.is_contiguous()

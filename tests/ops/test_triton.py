@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pha.ops.gated_scan.sizes import Sizes
 from tests.ops.common import INTERPRETED
 
 
@@ -28,9 +29,8 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="asks for a process that int
 # Triton decides when a kernel is defined whether to interpret it: a process of its own does.
 @pytest.mark.skipif(not has_triton(3, 7), reason="needs the interpreter of Triton 3.7")
 def test_in_the_interpreter() -> None:
-    files = [
-        Path(__file__).with_name(f"test_{x}.py") for x in ("gated_scan", "linear_cross_entropy")
-    ]
+    names = ("gated_scan", "linear_cross_entropy", "tuning")
+    files = [Path(__file__).with_name(f"test_{name}.py") for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", *files],
         env=os.environ
@@ -44,8 +44,13 @@ def test_in_the_interpreter() -> None:
     assert done.stdout.startswith("."), "nothing ran"
 
 
-def compile_for_an_h200(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], aligned: set[str], warps: int
+def compile_ahead(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    aligned: set[str],
+    warps: int,
+    architecture: int = 90,
 ) -> Any:
     """A kernel as a data-centre GPU would run it. Arguments `aligned` are multiples of 16."""
     from triton.backends.compiler import GPUTarget
@@ -56,7 +61,7 @@ def compile_for_an_h200(
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     values = {places[name]: value for name, value in constants.items()}
     source = ASTSource(kernel, types, values, attributes)
-    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
 
 
 def assert_no_spills(compiled: Any, folder: Path) -> None:
@@ -93,21 +98,17 @@ SCANS: list[tuple[str, dict[str, Any], int]] = [
 ]
 
 
-@linux
-@pytest.mark.slow
-@pytest.mark.parametrize("element", ["bf16", "fp32"])
-@pytest.mark.parametrize(("name", "constants", "streams"), SCANS)
-def test_the_scan_compiles_without_spills(
-    name: str, constants: dict[str, Any], streams: int, element: str, fresh_cache: Path
-) -> None:
-    from pha.ops.gated_scan import triton as triton_scan
+def compile_scan(
+    name: str, constants: dict[str, Any], element: str, paired: bool, architecture: int
+) -> Any:
+    """A kernel of the scan. With `paired` rows, no number or pointer of theirs is aligned."""
     from pha.ops.gated_scan import triton_kernels
 
-    kernel = getattr(triton_kernels, name)
-    walk = {"BLOCK": triton_scan.BLOCK, "UNROLL": triton_scan.UNROLL, "STAGES": triton_scan.STAGES}
+    kernel, sizes = getattr(triton_kernels, name), Sizes()
+    walk = {"BLOCK": sizes.block, "UNROLL": sizes.unroll, "STAGES": sizes.stages, "PAIRED": paired}
     constants = constants | {x: value for x, value in walk.items() if x in kernel.arg_names}
-    kinds = dict.fromkeys(("gate", "value", "h", "dh", "dgate", "dvalue"), f"*{element}")
-    kinds["starts"] = "*u8"
+    rows = ("gate", "value", "h", "dh", "dgate", "dvalue")
+    kinds = dict.fromkeys(rows, f"*{element}") | {"starts": "*u8"}
     kinds |= dict.fromkeys(("T", "n", "chunks", "length"), "i32")
     signature = {
         x: kinds.get(x, "i32" if x.endswith(("_B", "_T")) else "*fp32")
@@ -115,12 +116,41 @@ def test_the_scan_compiles_without_spills(
         if x not in constants
     }
     aligned = set(signature) - {"T", "chunks", "length"}
-    compiled = compile_for_an_h200(kernel, signature, constants, aligned, 1)
+    if paired:
+        aligned = {x for x in aligned if signature[x] != "i32" and x not in rows}
+    return compile_ahead(kernel, signature, constants, aligned, 1, architecture)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "constants", "streams"), SCANS)
+@pytest.mark.parametrize(
+    ("element", "paired", "architecture"),
+    [("fp32", False, 90), ("bf16", False, 90), *(("bf16", True, x) for x in (80, 90, 100))],
+)
+def test_the_scan_compiles_without_spills(
+    name: str,
+    constants: dict[str, Any],
+    streams: int,
+    element: str,
+    paired: bool,
+    architecture: int,
+    fresh_cache: Path,
+) -> None:
+    """Its loads are under way several groups of steps ahead, whatever the width."""
+    compiled = compile_scan(name, constants, element, paired, architecture)
     code = compiled.asm["ptx"]
-    assert code.count("cp.async.c") >= streams * triton_scan.UNROLL
+    assert code.count("cp.async.c") >= streams * Sizes().unroll * Sizes().stages
     if element == "bf16" and name in ("forward", "backward") and not constants.get("SUMMARY"):
         assert "cvt.rn.bf16" in code
     assert_no_spills(compiled, fresh_cache)
+
+
+@linux
+def test_pairs_are_loaded_ahead_where_nothing_is_aligned(fresh_cache: Path) -> None:
+    name, constants, streams = SCANS[2]
+    code = compile_scan(name, constants, "bf16", True, 90).asm["ptx"]
+    assert code.count("cp.async.c") >= streams * Sizes().unroll * Sizes().stages
 
 
 @linux
@@ -140,7 +170,7 @@ def test_the_loss_compiles_without_spills(element: str, columns: int, fresh_cach
     }
     signature = {"z_ptr": f"*{element}", "target_ptr": "*i64", "loss_ptr": "*fp32"}
     signature["row_stride"] = "i32"
-    compiled = compile_for_an_h200(softmax_gradient, signature, constants, set(signature), 8)
+    compiled = compile_ahead(softmax_gradient, signature, constants, set(signature), 8)
     code = compiled.asm["ptx"]
     assert "ld.global.v4" in code
     assert "st.global.v4" in code

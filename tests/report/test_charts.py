@@ -165,3 +165,12 @@ def test_there_is_a_picture_for_each_setting_with_several_lengths(tmp_path: Path
     assert all(path.stat().st_size > 1000 for path in written)
     assert sorted(written) == sorted((tmp_path / "deep").iterdir())
     assert "tokens/s of train against length, fp32, batch 2" in written[0].read_text()
+
+
+def test_several_batches_of_a_length_make_a_picture_over_the_batch(tmp_path: Path) -> None:
+    rows = [speed("a", 512, 100.0, batch=batch) for batch in (4, 2, 8)]
+    written = charts.save_speed_plots("train", rows, tmp_path)
+    assert {path.stem for path in written} == {
+        f"train-{measure}-fp32-t512" for measure in ("throughput", "memory")
+    }
+    assert "tokens/s of train against batch, fp32, length 512" in written[0].read_text()

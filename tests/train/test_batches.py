@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -88,3 +89,26 @@ def test_what_goes_wrong_ahead_is_raised_where_it_is_asked_for(
     monkeypatch.setattr(WindowSampler, "batch", fail)
     with BatchFeed(sampler, PIECES, CPU, ahead=True) as feed, pytest.raises(OSError, match="disk"):
         feed.get(0, 0)
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("cuda:1", [1]), ("cuda", []), ("cpu", [])])
+def test_the_reading_thread_pins_for_its_own_card(
+    sampler: WindowSampler, name: str, chosen: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pin_memory` opens a context on the card that is current in its thread."""
+    used: list[tuple[int, str]] = []
+    current: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        used.append((threading.get_ident(), str(current)))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    with BatchFeed(sampler, PIECES, torch.device(name), ahead=True) as feed:
+        monkeypatch.setattr(feed, "_move", lambda tensors: tensors)
+        feed.get(0, 0)
+    assert current == chosen
+    assert all(thread != threading.get_ident() for thread, _ in used)
+    assert all(seen == str(chosen) for _, seen in used)
+    assert bool(used) == (name != "cpu")

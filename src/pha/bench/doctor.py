@@ -10,6 +10,7 @@ import torch
 
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops import OPS, Op
+from pha.utils.errors import PHAError
 from pha.utils.hardware import (
     choose_precision,
     cpu_name,
@@ -27,15 +28,23 @@ from pha.utils.versions import own_version, version_of
 TOLERANCE = 1e-5
 
 
-def examine() -> dict[str, Any]:
-    """Look at everything.
+def examine(device_type: str | None = None) -> dict[str, Any]:
+    """Look at everything, or only at the backends of one type of device.
 
     Returns:
         `environment`: facts by name; `backends`: one record per op, backend and device with its
         largest relative error, whether it is the one in use, and the reason where it cannot run
         and is not checked; `healthy`: all that are meant for a device here run and are right.
+
+    Raises:
+        PHAError: there is no such device here.
     """
     device = default_device()
+    devices = list(dict.fromkeys(["cpu", device.type]))
+    if device_type is not None:
+        if device_type not in devices:
+            raise PHAError(f"there is no {device_type} here; choose {' or '.join(devices)}")
+        devices = [device_type]
     commit, dirty = git_state()
     environment: dict[str, Any] = {"pha": own_version()} | {
         name: version_of(name)
@@ -53,7 +62,6 @@ def examine() -> dict[str, Any]:
         rate = matmul_rate(device, precision)
         environment[f"matmul {precision}"] = f"{rate / 1e9:,.0f} GFLOP/s measured"
     environment["precision auto"] = choose_precision("auto", device)
-    devices = ["cpu"] if device.type == "cpu" else ["cpu", device.type]
     backends = [
         _check(op, name, where)
         for op in OPS.values()
@@ -61,7 +69,8 @@ def examine() -> dict[str, Any]:
         for name in op.backends
         if op.runs_on(name, where) or op.only_on[name] not in devices
     ]
-    backends.append(_decoder())
+    if "cpu" in devices:  # the one device that it is for
+        backends.append(_decoder())
     healthy = all(check["ok"] is not False for check in backends)
     return {"environment": environment, "backends": backends, "healthy": healthy}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import psutil
 import torch
 
 from pha.utils import hardware
+from pha.utils.errors import PHAError
 
 _STATUS = Path("/proc/self/status")
 
@@ -36,6 +39,29 @@ def peak(device: torch.device) -> int:
                 if line.startswith("VmHWM:"):
                     return int(line.split()[1]) * 1024
     return hardware.peak_memory(device)
+
+
+def release(device: torch.device) -> None:
+    """Leave nothing of the work so far to what this process measures next.
+
+    Compiled graphs are among it: the code of all models is the same, and so is the limit of graphs
+    for a piece of code.
+
+    Raises:
+        PHAError: a kernel has broken the GPU's context, and nothing more can run in this process.
+    """
+    gc.collect()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            raise PHAError(
+                f"the GPU no longer answers ({' '.join(str(error).split())[:100]}); run the same "
+                "command again, which goes on with what is missing"
+            ) from error
+        torch.cuda.empty_cache()
 
 
 def held(device: torch.device) -> int:

@@ -14,7 +14,8 @@ from pha.bench.floors import Need
 from pha.bench.peers import AttentionShape, model_config
 from pha.bench.work import Job, Work
 from pha.ops import OPS
-from pha.ops.attention import attention_mask
+from pha.ops.attention import attention_mask, block_mask, takes_blocks
+from pha.ops.attention.naive import Mask
 from pha.ops.linear_attention.chunked import chunked_flops
 from pha.utils.hardware import PRECISIONS
 
@@ -164,11 +165,14 @@ def _attention(
     )
     window = config.attention_window
     shape = AttentionShape(1, heads, key_heads, head_size, window)
-    mask, setting, sizes = None, "", [job.length]
+    mask: Mask | None = None
+    setting, sizes = "", [job.length]
     if job.mode == "documents":
         size = max(1, job.length // DOCUMENTS)
         places = torch.arange(job.length, device=device)
-        mask = attention_mask(places, places, places.expand(job.batch, -1) % size == 0)
+        by_blocks = takes_blocks(job.backend.partition(", ")[0], job.length, device.type)
+        make = block_mask if by_blocks else attention_mask
+        mask = make(places, places, places.expand(job.batch, -1) % size == 0)
         whole, rest = divmod(job.length, size)
         sizes, setting = [size] * whole + [rest], f", documents of {size}"
     flops = job.batch * sum(shape.flops(size, size) for size in sizes)

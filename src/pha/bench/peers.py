@@ -6,6 +6,8 @@ All have GPT-2's vocabulary and random weights.
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,9 @@ from pha.utils.errors import PHAError
 
 VOCABULARY = 50257
 CHECKPOINTING = "+gradient_checkpointing"  # behind the name of a model that is trained
+CHUNKED = "+chunked_loss"  # behind the name of a peer that is trained with our loss
 POSITIONS = 8192  # learned positions of GPT-2 at least; more where a run is longer
+STATE_SPACES = ("mamba", "mamba2", "jamba", "falcon_h1", "bamba")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ def model_config(name: str, length: int) -> PreTrainedConfig:
         PHAError: there is no such model, or the change is not possible.
     """
     name, _, checkpointed = name.partition(CHECKPOINTING)
+    if name.startswith(PREFIX):
+        name = name.removesuffix(CHUNKED)
     name, *changes = name.split("+")
     if checkpointed or (changes and name not in PRESETS):
         raise PHAError(
@@ -99,6 +105,41 @@ def _change(text: str) -> tuple[str, Any]:
 def is_ours(name: str) -> bool:
     """Whether a model of the benchmark is a preset, not a peer."""
     return name.split("+")[0] in PRESETS
+
+
+@functools.cache
+def _can_import(package: str) -> bool:
+    """Whether a package of kernels is there and of this version of PyTorch."""
+    try:
+        importlib.import_module(package)
+    except Exception:  # whatever its binary code raises
+        return False
+    return True
+
+
+def kernels_of(model_type: str, device_type: str, training: bool) -> list[str]:
+    """How transformers computes the state spaces of a type of model, in words.
+
+    It takes the functions of mamba_ssm and of causal_conv1d where that package can be imported,
+    each without the other, and its own in plain PyTorch elsewhere.
+
+    Raises:
+        PHAError: it would call a kernel of mamba_ssm that does not run without causal_conv1d.
+    """
+    if model_type not in STATE_SPACES:
+        return []
+    scan, convolution = (
+        device_type == "cuda" and _can_import(package) for package in ("mamba_ssm", "causal_conv1d")
+    )
+    if training and scan and not convolution:
+        raise PHAError(
+            "in training transformers calls the fused kernel of mamba_ssm, which needs "
+            "causal_conv1d; install that too, or remove mamba_ssm"
+        )
+    return [
+        f"scan {'by mamba_ssm' if scan else 'in plain PyTorch'}",
+        f"convolution {'by causal_conv1d' if convolution else 'in plain PyTorch'}",
+    ]
 
 
 def build(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pha.bench import worker
+from pha.bench import memory, worker
 from pha.bench.kernels import kernels
 from pha.bench.op_work import OP_MODES, PASSES, op_backends
 from pha.bench.peers import model_config
@@ -32,7 +32,9 @@ MEDIANS = (
     *("unit_seconds", "peak_memory", "work_memory"),
     *("floor_seconds", "of_floor", "utilisation", "weight_bandwidth"),
 )
-SIZES = ("parameters", "weight_bytes", "setting", "ops", "device", "threads")
+SIZES = ("parameters", "weight_bytes", "setting", "ops", "device", "threads", "seconds_in_all")
+CASE = ("mode", "model", "backend", "compiled", "precision", "batch", "length", "chunk", "compiler")
+"""What makes two rows the same measurement."""
 
 
 @dataclass(frozen=True)
@@ -164,45 +166,64 @@ def run_benchmark(
     progress: Callable[[str], object] = lambda line: None,
     keep: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
 ) -> list[dict[str, Any]]:
-    """Measure everything.
+    """Measure all that is asked for, as `run_groups` does."""
+    limit = request.seconds_limit
+    return run_groups(request.groups(), request.runs, limit, request.in_process, progress, keep)
+
+
+def run_groups(
+    groups: Sequence[Sequence[Job]],
+    runs: int,
+    seconds_limit: float | None,
+    in_process: bool,
+    progress: Callable[[str], object],
+    keep: Callable[[list[dict[str, Any]]], object],
+) -> list[dict[str, Any]]:
+    """Measure jobs, a group for each setting.
 
     Within a setting the cases take turns (A B A B), so that a machine that slows down slows all of
     them. A case that fails is not tried again; the others go on.
 
     Args:
-        request: what to measure.
-        progress: called with a line before each process.
-        keep: called with the rows so far after each turn.
+        groups: of jobs that are compared with each other.
+        runs: of each job.
+        seconds_limit: for all of them.
+        in_process: see `Request`.
+        progress: called with a line before each run.
+        keep: called with the rows so far after each run.
 
     Returns:
         A row for each case, in order; see `make_row`.
     """
-    end = None if request.seconds_limit is None else time.monotonic() + request.seconds_limit
+    end = None if seconds_limit is None else time.monotonic() + seconds_limit
     rows: list[dict[str, Any]] = []
-    for group in request.groups():
+    for group in groups:
         results: list[list[dict[str, Any]]] = [[] for _ in group]
-        for turn in range(request.runs):
+        for turn in range(runs):
             for job, so_far in zip(group, results, strict=True):
                 if so_far and "error" in so_far[-1]:
                     continue
-                progress(f"{_describe(job)}, run {turn + 1} of {request.runs}")
+                progress(f"{describe(job)}, run {turn + 1} of {runs}")
                 left = None if end is None else end - time.monotonic()
                 if left is not None and left <= 0:
                     result = OUT_OF_TIME
-                elif request.in_process:  # where a limit is only heeded between jobs
+                elif in_process:  # where a limit is only heeded between jobs
                     result = worker.attempt(job)
                 else:
                     result = run_worker(job, left)
                 if not (so_far and result.get("out_of_time")):  # the runs so far count
                     so_far.append(result)
-            done = [make_row(j, runs) for j, runs in zip(group, results, strict=True)]
-            add_ratios(done)
-            keep(rows + done)
+                pairs = zip(group, results, strict=True)
+                done = [make_row(case, found) for case, found in pairs if found]
+                add_ratios(done)
+                keep(rows + done)
+                if in_process:
+                    memory.release(default_device())
         rows += done
     return rows
 
 
-def _describe(job: Job) -> str:
+def describe(job: Job) -> str:
     """A job in a line."""
     name = f"{job.model} {job.backend}".strip() + (" compiled" if job.compiled else "")
     return f"{job.mode} of {name}, {job.precision}, {job.batch} x {job.length}"
@@ -247,10 +268,9 @@ def make_row(job: Job, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One row of the benchmark.
 
     Returns:
-        What the case is (`mode`, `model`, `backend`, `compiled`, `precision`, `batch`, `length`,
-        `chunk`) and either `error`, or medians over runs: `tokens_per_second` (with `low`, `high`
-        and `values`), `runs`, `MEDIANS` as `pha.bench.worker.measure` has them, `floors`; and
-        the `SIZES` of the first run.
+        What the case is (`CASE`) and either `error`, or medians over runs: `tokens_per_second`
+        (with `low`, `high` and `values`), `runs`, `MEDIANS` as `pha.bench.worker.measure` has them,
+        `floors`; and the `SIZES` of the first run.
     """
     row = {name: value for name, value in asdict(job).items() if name != "seconds"}
     row["error"] = next((run["error"] for run in runs if "error" in run), None)

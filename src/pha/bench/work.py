@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,21 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from pha.bench.floors import Need
 from pha.bench.graphs import GraphedStep
-from pha.bench.peers import CHECKPOINTING, attention_shape, build, is_ours, model_config
+from pha.bench.peers import (
+    CHECKPOINTING,
+    CHUNKED,
+    attention_shape,
+    build,
+    is_ours,
+    kernels_of,
+    model_config,
+)
+from pha.foreign import ForeignModel
 from pha.modeling import PHAForCausalLM
 from pha.peers import count_multiplied
 from pha.train.config import OptimizerConfig
 from pha.train.optim import make_optimizer
+from pha.utils.compiling import compile_blocks
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, seconds_of
 
@@ -27,8 +36,6 @@ DECODE_TOKENS = 8  # new tokens of each sequence in one timed unit
 DECODE_UNITS = 32  # more would be decoding after a much longer prompt
 TRIAL_UNITS = 2  # of each kind of cache, the first to warm up
 STATIC_CACHES = ("pha", "gpt2", "llama")  # model types that can fill keys in place
-STATE_SPACES = ("mamba", "mamba2", "jamba", "falcon_h1", "bamba")
-KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d")
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Job:
         length: T; for decode, tokens of the prompt.
         seconds: how long to go on measuring, at least one unit.
         compiled: whether torch.compile is applied first.
+        compiler: its backend; one without code generation, for a rehearsal.
         chunk: tokens of a prompt read at a time; 0 reads it whole.
         backend: of an op, or for people which kernels of a model are on.
         without: kernels of a model that are off.
@@ -55,6 +63,7 @@ class Job:
     length: int
     seconds: float = 2.0
     compiled: bool = False
+    compiler: str = "inductor"
     chunk: int = 0
     backend: str = ""
     without: Sequence[str] = ()
@@ -99,30 +108,42 @@ class ModelWork(Work):
         self.attention = attention_shape(self.config)
         self.parameters, self.multiplied = count_multiplied(self.model)
         self.weight_bytes = self.multiplied * dtype.itemsize
-        self.setting = ", ".join(["sdpa"] * bool(self.attention.layers) + [notes, *self._kernels()])
-        self.run: Any = torch.compile(self.model) if job.compiled else self.model
+        kernels = kernels_of(self.config.model_type, device.type, job.mode == "train")
+        self.setting = ", ".join(["sdpa"] * bool(self.attention.layers) + [notes, *kernels])
+        self.run: Any = self.model
         generator = torch.Generator().manual_seed(1)
         shape = (job.batch, job.length)
         self.ids = torch.randint(self.config.vocab_size, shape, generator=generator).to(device)
 
-    def _kernels(self) -> list[str]:
-        """How transformers runs the state spaces of this model."""
-        if self.config.model_type not in STATE_SPACES:
-            return []
-        fast = self.device.type == "cuda" and all(map(importlib.util.find_spec, KERNEL_PACKAGES))
-        return ["mamba_ssm kernels" if fast else "scan in plain PyTorch"]
+    def compile(self) -> None:
+        """Compile the model where the job says so; what does not make one graph is an error.
+
+        Block by block, unless a peer reads into its cache: that gives each layer a graph of its
+        own, so they go into one together.
+        """
+        if not self.job.compiled:
+            return
+        if is_ours(self.job.model) or self.job.mode == "train":
+            compile_blocks(self.model, backend=self.job.compiler)
+            self.setting += ", compiled block by block"
+        else:
+            self.run = torch.compile(
+                self.model, dynamic=False, fullgraph=True, backend=self.job.compiler
+            )
+            self.setting += ", compiled as a whole"
 
 
 class Train(ModelWork):
     """Forward, loss, backward, clipping and an AdamW step on B sequences of T tokens.
 
     The weights are fp32, bf16 is by autocast. Our loss never forms all logits; those of
-    transformers do.
+    transformers do, unless the name of the peer asks for ours.
     """
 
     def __init__(self, job: Job, device: torch.device) -> None:
         ours = is_ours(job.model)
-        loss = "chunked loss" if ours else "loss over all logits"
+        chunked = ours or job.model.endswith(CHUNKED)
+        loss = "chunked loss" if chunked else "loss over all logits"
         autocast = "autocast bf16, " if job.precision == "bf16" else ""
         super().__init__(job, device, torch.float32, f"{autocast}{loss}, fused AdamW")
         self.model.train()
@@ -131,11 +152,14 @@ class Train(ModelWork):
             self.setting += ", gradient checkpointing"
         config = OptimizerConfig()
         self.optimizer: torch.optim.Optimizer
-        if ours:
-            self.optimizer = make_optimizer(self.model, config)
+        if chunked:
             shifted = torch.nn.functional.pad(self.ids[:, 1:], (0, 1), value=-100)
             items = job.batch * (job.length - 1)
             self.labels: dict[str, Any] = {"shift_labels": shifted, "num_items_in_batch": items}
+        else:
+            self.labels = {"labels": self.ids, "use_cache": False}
+        if ours:
+            self.optimizer = make_optimizer(self.model, config)
         else:
             self.optimizer = torch.optim.AdamW(
                 self.model.parameters(),
@@ -144,7 +168,11 @@ class Train(ModelWork):
                 weight_decay=config.weight_decay,
                 fused=True,
             )
-            self.labels = {"labels": self.ids}
+        if chunked and not ours:
+            self.run = foreign = ForeignModel(self.model).look()
+            if not foreign.chunked:
+                raise PHAError(f"{job.model}: its logits are no plain product; choose no {CHUNKED}")
+        self.compile()
         self.clip = config.gradient_clip
         self.tokens = job.batch * job.length
         self.need = Need(
@@ -158,7 +186,7 @@ class Train(ModelWork):
         """One step."""
         enabled = self.job.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=enabled):
-            loss = self.run(input_ids=self.ids, use_cache=False, **self.labels).loss
+            loss = self.run(input_ids=self.ids, **self.labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
@@ -177,6 +205,7 @@ class _Inference(ModelWork):
         self.cache_argument = (
             "cache_params" if self.config.model_type in ("mamba", "mamba2") else "past_key_values"
         )
+        self.compile()
 
     def new_cache(self, static: bool = False) -> Cache:
         """An empty cache of the model's kind; a static one has room for all that may follow."""
@@ -241,11 +270,14 @@ class Decode(_Inference):
             read_bytes=DECODE_TOKENS
             * (self.weight_bytes + cached * PRECISIONS[job.precision].itemsize),
         )
-        kinds = ["growing cache"]
+        # Every length of a growing one would be compiled for itself.
+        kinds = [] if job.compiled else ["growing cache"]
         if self.config.model_type in STATIC_CACHES:
             kinds.append("static cache")
             if device.type == "cuda":
                 kinds.append("static cache, CUDA graph")
+        if not kinds:
+            raise PHAError(f"{job.model} decodes with a cache that grows; leave --compile out")
         self.choose_cache(kinds)
 
     def choose_cache(self, kinds: Sequence[str]) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +36,19 @@ def measure(job: Job) -> dict[str, Any]:
         `unit_seconds` (the median of `units`), `tokens_per_second`; `peak_memory`, `work_memory`
         (above what was held before); `floors`, `floor_seconds`, `of_floor` (the time they allow
         over the time taken), `utilisation` (FLOPs of products with weights per second, over the
-        matmul rate), `weight_bandwidth` (bytes/s, decode only); sizes, `setting`, `device`.
+        matmul rate), `weight_bandwidth` (bytes/s, decode only); sizes, `setting`, `device`;
+        `seconds_in_all`, with building and compiling.
 
     Raises:
         PHAError: the model cannot do this.
         RuntimeWarning: something slower would have computed in place of a kernel.
+        RuntimeError: it would have computed eagerly what is to be compiled.
     """
-    warnings.simplefilter("error", RuntimeWarning)
+    begin = time.perf_counter()
     device = default_device()
     if device.type == "cpu":
         keep_freed_memory()  # as training does; for every model alike
-    with without(job.without):
+    with _strict(compiling=job.compiled or device.type == "cuda"), without(job.without):
         make = MODEL_MODES.get(job.mode, make_op_work)
         work: Work = make(job, device)
         held = memory.held(device)
@@ -71,7 +75,20 @@ def measure(job: Job) -> dict[str, Any]:
         "ops": in_use(device.type),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "seconds_in_all": time.perf_counter() - begin,
     }
+
+
+@contextmanager
+def _strict(compiling: bool) -> Iterator[None]:
+    """Whatever would quietly be slower is an error: PyTorch only logs that it compiles no more."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        if not compiling:
+            yield
+            return
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            yield
 
 
 def time_units(work: Work, device: torch.device, seconds: float) -> list[float]:

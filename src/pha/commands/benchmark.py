@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from rich.table import Table
 from rich.text import Text
 
-from pha.commands.common import Folder, Json, answer, console_for, figures_table
+from pha.commands.common import DryRun, Folder, Json, answer, console_for, figures_table
+from pha.utils.errors import PHAError
 from pha.utils.outputs import require_folder, require_own, writing
 
 if TYPE_CHECKING:
-    from pha.bench.runner import Request
+    from pha.bench.work import Job
 
 ModelMode = Literal["train", "prefill", "decode"]
 OpMode = Literal[
@@ -29,10 +33,17 @@ OpMode = Literal[
     "delta-rule",
 ]
 Mode = Annotated[
-    Literal[ModelMode, OpMode, "kernels"],
+    Literal["all", ModelMode, OpMode, "kernels", "sweep"],
     "MODE",
-    "train, prefill or decode of models; kernels; or an op",
+    "all; train, prefill or decode of models; kernels; an op; or sweep",
 ]
+# What the standard set, `all`, says itself.
+SET_BY_ALL = (
+    *("models", "lengths", "batch", "precision", "runs"),
+    *("seconds", "chunk", "backends", "compile"),
+)
+SAME = ("device", "torch", "transformers", "git_commit")
+"""Provenance that two calls must share for their rows to stand in one file."""
 
 LEGEND = """\
 ±  half the range of the runs      ratio  against the first row      GB  peak memory
@@ -60,16 +71,23 @@ def bench(
     chunk: int = 0,
     backends: tuple[str, ...] | None = None,
     compile: bool = False,
-    in_process: bool = False,
+    in_process: bool | None = None,
+    scale: Literal["paper", "tiny"] = "paper",
+    dry_run: DryRun = False,
     json: Json = False,
     out: Folder | None = None,
 ) -> None:
     """Speed and memory beside peers of the same size.
 
-    Each model runs in a process of its own, and they take turns. Peers are models of
+    all is the standard set: Table 8, training at growing batches, decoding and ops, compiled, in
+    under ten minutes on an H100. The same call with the same --out goes on where it was stopped.
+
+    On a CPU each model runs in a process of its own, and they take turns; on a GPU all are
+    measured in this process, which starts and compiles once. Peers are models of
     transformers with random weights, so nothing is downloaded: hf:gpt2, hf:llama,
     hf:falcon-h1, hf:mamba2, hf:recurrent-gemma. What the machine can do is measured in the
-    same processes, and every row says how much of it was reached. gated-scan, loss,
+    same processes, and every row says how much of it was reached. sweep finds the block sizes of
+    the scan's kernel for this GPU, at the shapes of presets, and keeps them. gated-scan, loss,
     attention, documents (attention within them), short-convolution, long-convolution,
     linear-scan, selective-scan, linear-attention and delta-rule time the backends of one op at the
     shapes of a preset. kernels times steps, prompts and tokens with each kernel and without.
@@ -87,39 +105,67 @@ def bench(
         chunk: tokens of a prompt at a time; 0: all
         backends: of an op (all but the oracle, naive)
         compile: measure under torch.compile too
-        in_process: measure everything in this process
+        in_process: measure everything in this process, as on a GPU; else in processes of their own
+        scale: of all: paper, or tiny to try the commands out on a CPU
         out: folder for bench-MODE.json and plots
     """
+    given = locals()
+    # Kernels from the hub would come over the network, and no row would name them.
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
     from pha.bench.runner import Request, run_benchmark
+    from pha.bench.standard import run_standard, standard_set
     from pha.results import JSON_FORMAT
     from pha.utils.files import write_json
     from pha.utils.hardware import default_device, provenance
 
-    request = Request(
-        mode=mode,
-        models=models,
-        lengths=lengths,
-        batch=batch,
-        precisions=precision,
-        runs=runs,
-        seconds=seconds,
-        seconds_limit=seconds_limit,
-        compiled=compile,
-        chunk=chunk,
-        backends=backends,
-        in_process=in_process,
-    )
-    if out is not None:
-        require_folder(out)
-        require_own(out / f"bench-{mode}.json")
-    console = console_for(json)
+    if mode == "sweep":
+        from pha.commands.tuning import sweep_scan
+
+        sweep_scan(models, lengths, batch, precision[0], seconds, json, out)
+        return
+    device = default_device()
+    here = device.type == "cuda" if in_process is None else in_process
+    asked: dict[str, Any] = {"mode": mode, "scale": scale}
+    request: Request | None = None
+    if mode == "all":
+        defaults = inspect.signature(bench).parameters
+        for name in SET_BY_ALL:
+            if given[name] != defaults[name].default:
+                raise PHAError(f"all has its own {name}; leave --{name} out, or choose a mode")
+        groups = standard_set(scale)
+        precision = (groups[0][0].precision,)
+    else:
+        request = Request(
+            mode=mode,
+            models=models,
+            lengths=lengths,
+            batch=batch,
+            precisions=precision,
+            runs=runs,
+            seconds=seconds,
+            seconds_limit=seconds_limit,
+            compiled=compile,
+            chunk=chunk,
+            backends=backends,
+            in_process=here,
+        )
+        groups, asked = request.groups(), vars(request)
+    if dry_run:
+        _show_jobs(groups, json)
+        return
     record: dict[str, Any] = {
         "kind": "bench",
         "format": JSON_FORMAT,
-        "request": vars(request),
+        "request": asked,
         "rows": [],
-        "provenance": provenance(default_device(), ",".join(precision)),
+        "provenance": provenance(device, ",".join(precision)),
     }
+    if out is not None:
+        require_folder(out)
+        require_own(out / f"bench-{mode}.json")
+        if request is None:
+            record["rows"] = _earlier_rows(out / "bench-all.json", record)
+    console = console_for(json)
 
     def keep(rows: list[dict[str, Any]]) -> None:
         record["rows"] = rows
@@ -128,15 +174,24 @@ def bench(
                 write_json(out / f"bench-{mode}.json", record)
 
     with console.status("") as status:
-        rows = run_benchmark(request, status.update, keep)
-    meaning = ["  ".join(LAST_COLUMN[mode])] if mode in LAST_COLUMN else []
-    answer(json, record, *_tables(request, rows), *_notes(rows), LEGEND, *meaning)
+        if request is None:
+            known = record["rows"]
+            rows = run_standard(groups, known, seconds_limit, here, status.update, keep)
+            record["rows"] = rows
+        else:
+            rows = run_benchmark(request, status.update, keep)
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    meaning = dict.fromkeys("  ".join(LAST_COLUMN[each]) for each in modes if each in LAST_COLUMN)
+    answer(json, record, *_tables(mode, rows), *_notes(rows), LEGEND, *meaning)
     if out is not None:
         console.print(str(out / f"bench-{mode}.json"), highlight=False)
         try:
             from pha.report.charts import save_speed_plots
 
-            plots = save_speed_plots(mode, rows, out)
+            plots = []
+            for each in modes if mode == "all" else [mode]:
+                drawn = [row for row in rows if each in (mode, row["mode"])]
+                plots += save_speed_plots(each, drawn, out)
         except ImportError as error:
             console.print(f"no pictures: {error.name} is not installed", highlight=False)
             return
@@ -144,22 +199,67 @@ def bench(
             console.print(str(plot), highlight=False)
 
 
-def _tables(request: Request, rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
-    """A table for each setting; compiled rows have theirs apart."""
-    kernels = request.mode == "kernels"
+def _earlier_rows(path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an earlier call of `all` has measured of the same set, on the same machine and code.
+
+    Raises:
+        PHAError: it is of another.
+    """
+    from pha.utils.formats import read_json
+    from pha.utils.versions import check_format
+
+    if not path.exists():
+        return []
+    found: dict[str, Any] = read_json(path)
+    check_format(path, found["format"], record["format"])
+    for part, name in (("request", "scale"), *(("provenance", name) for name in SAME)):
+        if found[part].get(name) != record[part][name]:
+            raise PHAError(
+                f"{path} is of another {name} ({found[part].get(name)}); choose another --out"
+            )
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows
+
+
+def _show_jobs(groups: Sequence[Sequence[Job]], as_json: bool) -> None:
+    """What would be measured, in order, and how long it should take."""
+    from pha.bench.runner import describe
+    from pha.bench.standard import expected_seconds
+
+    jobs = [(describe(job), expected_seconds(job)) for group in groups for job in group]
+    total = sum(seconds for _, seconds in jobs)
+    title = "one run of each job: seconds on an H100, predicted, at the sizes of the paper"
+    table = figures_table(title, "job", "seconds", "ends at")
+    end = 0.0
+    for job, seconds in jobs:
+        end += seconds
+        table.add_row(job, f"{seconds:.0f}", f"{end:.0f}")
+    record = [{"job": job, "predicted_seconds": seconds} for job, seconds in jobs]
+    answer(as_json, record, table, f"{len(jobs)} jobs, {total / 60:.1f} minutes predicted")
+
+
+def _tables(mode: str, rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    """A table for each setting, compiled rows apart; for each mode where there are all of them."""
+    together, kernels = mode == "all", mode == "kernels"
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        key = (row["compiled"], row["precision"], row["batch"], row["length"])
+        key = (row["compiled"], row["precision"], row["batch"], row["length"]) * (not together)
         groups.setdefault((row["mode"], row["model"] * kernels, *key), []).append(row)
-    first = "model" if request.mode in get_args(ModelMode) else "backend"
     columns = ("tok/s", "±", "ratio", "GB", "ratio", "work", "floor")
-    for (mode, model, compiled, precision, batch, length), group in groups.items():
-        title = f"{mode}, {model + ', ' * kernels}{precision}, {batch} x {length:,}"
-        title += ", torch.compile" * compiled
-        table = figures_table(title, first, *columns, *LAST_COLUMN.get(mode, ())[:1])
+    for (part, model, *_), group in groups.items():
+        title = part if together else f"{part}, {model + ', ' * kernels}{_setting(group[0])}"
+        first = "model" if part in get_args(ModelMode) and not kernels else "backend"
+        table = figures_table(title, first, *columns, *LAST_COLUMN.get(part, ())[:1])
+        several = len({row["model"] for row in group}) > 1
         for row in group:
-            table.add_row(*_cells(row, len(request.models) > 1 and not kernels))
+            name, *figures = _cells(row, several)
+            table.add_row(f"{name}, {_setting(row)}" if together else name, *figures)
         yield table
+
+
+def _setting(row: dict[str, Any]) -> str:
+    sizes = f"{row['precision']}, {row['batch']} x {row['length']:,}"
+    return sizes + ", torch.compile" * row["compiled"]
 
 
 def _cells(row: dict[str, Any], several: bool) -> list[str | Text]:

@@ -285,16 +285,19 @@ def report(
     print(write_report(runs, out or runs[0] / "report.html", title=title))
 
 
-def doctor(*, json: Json = False) -> None:
+def doctor(*, device: str | None = None, json: Json = False) -> None:
     """Versions, devices and a self-check of every backend.
 
     What fails on this machine is listed with its reason. Other commands stop where they would use
     it; the environment variable PHA_BACKENDS=OP=BACKEND,... has them use another backend, as in
     PHA_BACKENDS=gated_scan=torch.
+
+    Args:
+        device: check the backends of this type of device alone, cpu or cuda; else all
     """
     from pha.bench.doctor import examine
 
-    findings = examine()
+    findings = examine(device)
     answer(json, findings, _doctor_table(findings))
     if not findings["healthy"]:
         raise PHAError("a backend fails or disagrees with its oracle; see the table")

@@ -204,7 +204,7 @@ def _memories(model: PHAForCausalLM, ids: Tensor | None) -> dict[Place, Memory]:
         weights = torch.ones_like(decays)
         if isinstance(branch, GatedStateSpace):
             weights = torch.linalg.vector_norm(branch.W_C.weight, dim=0)
-        found[place] = _memory(decays.flatten().double().cpu(), weights.flatten().double().cpu())
+        found[place] = _memory(decays.flatten().cpu().double(), weights.flatten().cpu().double())
     return found
 
 

@@ -117,7 +117,7 @@ def _add(
         distances = drawn.distances[rows]
     octaves = np.frexp(distances[asked])[1] - 1
     values = np.stack(
-        [np.ones(len(octaves)), nats.double().cpu(), hits.double().cpu(), best[rows][asked]],
+        [np.ones(len(octaves)), nats.cpu().double(), hits.cpu().double(), best[rows][asked]],
         axis=1,
     )
     sums.index_add_(0, torch.from_numpy(octaves).long(), torch.from_numpy(values))

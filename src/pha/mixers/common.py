@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pha.ops.precision import wide
 from pha.utils.errors import PHAError
 
 
@@ -36,8 +37,8 @@ def start_time_steps(bias: Tensor) -> None:
 
 def continuous_modes(log_A_re: Tensor, A_im: Tensor, log_dt: Tensor) -> tuple[Tensor, Tensor]:
     """A = -exp(log_A_re) + i A_im (d, N) complex128, and the time steps (d, 1) float64."""
-    A = torch.complex(-log_A_re.double().exp(), A_im.double())
-    return A, log_dt.double().exp().unsqueeze(-1)
+    A = torch.complex(-wide(log_A_re).exp(), wide(A_im))
+    return A, wide(log_dt).exp().unsqueeze(-1)
 
 
 def start_modes(

@@ -10,7 +10,7 @@ from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import diagonal_ssm, short_convolution
 from pha.ops.long_convolution import long_convolution_flops
-from pha.ops.precision import accumulation_type
+from pha.ops.precision import accumulation_type, wide
 
 TAPS = 64  # of the shift
 
@@ -76,7 +76,7 @@ class H3(Branch):
             *(k, self._taps(), None, self.past(context, "keys"), *flags), last_state=wanted
         )
         Lambda, b = self._discrete()
-        w = torch.view_as_complex(self.C.double()) * b
+        w = torch.view_as_complex(wide(self.C)) * b
         y, h = diagonal_ssm(
             *(k * v, Lambda.real, Lambda.imag, w.real, w.imag, self.D, self.past(context, "h")),
             *(*flags, wanted),
@@ -98,7 +98,7 @@ class H3(Branch):
         """The logarithms of a, and b: (d, N) complex128 each."""
         A, dt = continuous_modes(self.log_A_re, self.A_im, self.log_dt)
         half = dt * A / 2
-        b = dt * torch.view_as_complex(self.B.double()) / (1 - half)
+        b = dt * torch.view_as_complex(wide(self.B)) / (1 - half)
         return ((1 + half) / (1 - half)).log(), b
 
     def flops(self, length: int) -> float:

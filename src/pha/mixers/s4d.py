@@ -11,6 +11,7 @@ from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import diagonal_ssm
 from pha.ops.long_convolution import long_convolution_flops
+from pha.ops.precision import wide
 
 
 @register_branch("s4d")
@@ -61,7 +62,7 @@ class S4D(Branch):
         """Map (B, T, d) to (B, T, d), starting from and updating the cached state."""
         A, dt = continuous_modes(self.log_A_re, self.A_im, self.log_dt)
         Lambda = dt * A
-        w = torch.view_as_complex(self.C.double()) * Lambda.expm1() / A
+        w = torch.view_as_complex(wide(self.C)) * Lambda.expm1() / A
         y, h = diagonal_ssm(
             *(z, Lambda.real, Lambda.imag, w.real, w.imag, self.D, self.past(context, "h")),
             *(context.document_starts, context.token_mask, context.cache is not None),

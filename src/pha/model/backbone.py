@@ -87,17 +87,22 @@ class Backbone(nn.Module):
             attention_backend,
             attention_weights,
         )
-        context.own_losses = own_losses
         x = self.dropout(inputs_embeds * math.sqrt(self.config.hidden_size))
         for index, layer in enumerate(self.layers):
             if layer_inputs is not None:
                 layer_inputs.append(x)
+            # A layer gets what is its own, and so cannot tell which one it is: a compiled graph
+            # serves all of them.
             if cache is not None:
                 context = replace(context, cache=cache.layer(index))
+            if own_losses is not None:
+                context = replace(context, own_losses=[])
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, context, use_reentrant=False)
             else:
                 x = layer(x, context)
+            if own_losses is not None:
+                own_losses += context.own_losses or []
         return self.norm(x).to(compute_type(x))
 
     def _context(

@@ -28,7 +28,7 @@ from pha.ops.modes import (
     run_visible,
     step_by_step,
 )
-from pha.ops.precision import accumulation_type
+from pha.ops.precision import accumulation_type, narrow, wide
 from pha.ops.shapes import require_shapes
 from pha.ops.testing import relative_error
 
@@ -51,7 +51,7 @@ def diagonal_ssm(
         u: (B, T, C) inputs, any floating type.
         Lambda_re: (C, N) logarithms of what is left of each mode after a step, below 0.
         Lambda_im: (C, N) its angular frequency, radians per step. In float32 an angle is wrong
-            after long lags: give float64.
+            after long lags: give float64, on the CPU where u is on MPS.
         w_re: (C, N) real part of w.
         w_im: (C, N) imaginary part of w.
         D: (C,) weights of the direct path.
@@ -103,8 +103,8 @@ def diagonal_ssm_naive(
     The state stays after the first `count` (B,) steps of each row.
     """
     dtype = accumulation_type(u)
-    w = torch.complex(w_re.to(dtype), w_im.to(dtype))
-    decay = torch.complex(Lambda_re.double(), Lambda_im.double()).exp().to(w.dtype)
+    w = torch.complex(*(x.to(dtype).to(u.device) for x in (w_re, w_im)))
+    decay = narrow(torch.complex(wide(Lambda_re), wide(Lambda_im)).exp(), w)
     return step_by_step(u, decay, 2 * w, D, h0, starts, last_state, count)
 
 
@@ -128,18 +128,18 @@ def diagonal_ssm_fft(
             u, Lambda_re, Lambda_im, w_re, w_im, D, h0, starts, last_state, count
         )
     dtype = accumulation_type(u)
-    Lambda = torch.complex(Lambda_re.double(), Lambda_im.double())
-    w = 2 * torch.complex(w_re.to(dtype), w_im.to(dtype))
+    Lambda = torch.complex(wide(Lambda_re), wide(Lambda_im))
+    w = 2 * torch.complex(*(x.to(dtype).to(u.device) for x in (w_re, w_im)))
     S = math.isqrt(T - 1) + 1
-    lags = torch.arange(S, device=u.device)
-    fine = (Lambda.unsqueeze(-1) * lags).exp().to(w.dtype)
-    coarse = (Lambda.unsqueeze(-1) * (S * lags[: -(-T // S)])).exp().to(w.dtype)
+    lags = torch.arange(S, device=Lambda.device)
+    fine = narrow((Lambda.unsqueeze(-1) * lags).exp(), w)
+    coarse = narrow((Lambda.unsqueeze(-1) * (S * lags[: -(-T // S)])).exp(), w)
     kernel = _real_products(w.unsqueeze(-1) * coarse, fine)[:, :T].T
     kernel = torch.cat([kernel[:1] + D.to(dtype), kernel[1:]])
     x = u.to(dtype)
     y, _ = long_convolution(x, kernel, starts=starts, last_state=False)
     if h0 is not None:
-        weights = w * Lambda.exp().to(w.dtype) * as_complex(h0, dtype)
+        weights = w * narrow(Lambda.exp(), w) * as_complex(h0, dtype)
         carried = _real_products(weights.unsqueeze(-1) * coarse, fine)[..., :T].mT
         if starts is not None:
             carried = carried.masked_fill(starts.cumsum(1).gt(0).unsqueeze(-1), 0.0)

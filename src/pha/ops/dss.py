@@ -27,7 +27,7 @@ from pha.ops.modes import (
     run_visible,
     step_by_step,
 )
-from pha.ops.precision import accumulation_type
+from pha.ops.precision import accumulation_type, narrow, wide
 from pha.ops.testing import relative_error
 
 
@@ -85,7 +85,7 @@ def dss_naive(
     The state stays after the first `count` (B,) steps of each row.
     """
     Lambda, C = _modes(Lambda_re, Lambda_im, C_re, C_im, accumulation_type(v))
-    decay = Lambda.exp().to(C.dtype)
+    decay = narrow(Lambda.exp(), C)
     return step_by_step(v, decay, C, D, h0, starts, last_state, count)
 
 
@@ -95,23 +95,23 @@ def _modes(
     """Lambda (N,) complex128 and C~ (H, N) complex, in the complex type of `dtype`.
 
     What there is N of is computed in float64: a float32 angle would be wrong after long lags, and
-    exp(Lambda) - 1 for slow modes.
+    exp(Lambda) - 1 for slow modes. It is on the CPU where `C_re` is on MPS.
     """
-    Lambda = torch.complex(-Lambda_re.double().exp(), Lambda_im.double().exp())
+    Lambda = torch.complex(-wide(Lambda_re).exp(), wide(Lambda_im).exp())
     input_scale = Lambda.expm1() / Lambda
     C = torch.complex(C_re.to(dtype), C_im.to(dtype))
-    return Lambda, C * input_scale.to(C.dtype)
+    return Lambda, C * narrow(input_scale, C)
 
 
-def _powers(Lambda: Tensor, T: int, dtype: torch.dtype) -> Tensor:
-    """exp(Lambda l) for l = 0..T-1: (T, N) in the complex type `dtype`.
+def _powers(Lambda: Tensor, T: int, C: Tensor) -> Tensor:
+    """exp(Lambda l) for l = 0..T-1: (T, N) in the complex type of C, and where that is.
 
     Each is the product of a coarse and a fine power, so that there are 2 sqrt(T) N exponentials.
     """
     step = math.isqrt(T - 1) + 1
     count = torch.arange(step, device=Lambda.device).unsqueeze(-1)
-    fine = (Lambda * count).exp().to(dtype)
-    coarse = (Lambda * step * count).exp().to(dtype)
+    fine = narrow((Lambda * count).exp(), C)
+    coarse = narrow((Lambda * step * count).exp(), C)
     return (coarse.unsqueeze(1) * fine).flatten(0, 1)[:T]
 
 
@@ -122,7 +122,7 @@ def _real(z: Tensor) -> Tensor:
 
 def _from_state(h0: Tensor, C: Tensor, Lambda: Tensor, modes: Tensor) -> Tensor:
     """What the state before the first step adds to y: Re(C~ exp(Lambda (t + 1)) h0), (B, T, H)."""
-    weights = C * Lambda.exp().to(C.dtype) * as_complex(h0, modes.dtype)
+    weights = C * narrow(Lambda.exp(), C) * as_complex(h0, modes.dtype)
     return (_real(weights.conj()) @ modes.T).transpose(1, 2)
 
 
@@ -170,7 +170,7 @@ def dss_fft(
     dtype = accumulation_type(v)
     Lambda, C = _modes(Lambda_re, Lambda_im, C_re, C_im, dtype)
     # Re(C~ p) is a product of real vectors, conj(C~) and p: half the work of complex ones.
-    modes = _real(_powers(Lambda, T, C.dtype))
+    modes = _real(_powers(Lambda, T, C))
     kernel = modes @ _real(C.conj()).T
     kernel = torch.cat([kernel[:1] + D.to(dtype), kernel[1:]])
     x = v.to(dtype)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pha.ops.precision import accumulation_type
+from pha.ops.precision import accumulation_type, narrow
 from pha.ops.visible import VisibleFirst
 from pha.utils.errors import PHAError
 
@@ -95,7 +95,7 @@ def carried_to_the_end(
 ) -> Tensor:
     """exp(Lambda T) h0, (B, H, N, 2); Lambda complex128 and `count` (B,) in place of T if given."""
     B, state = h0.shape[0], as_complex(h0, h0.dtype)
-    steps = torch.full((B,), T, device=h0.device) if count is None else count
-    decay = (Lambda * steps.view(-1, 1, 1)).exp().to(state.dtype)
+    steps = torch.full((B,), T, device=Lambda.device) if count is None else count.to(Lambda.device)
+    decay = narrow((Lambda * steps.view(-1, 1, 1)).exp(), state)
     carried = torch.view_as_real(decay * state)
     return carried if starts is None else carried.masked_fill(starts.any(1).view(B, 1, 1, 1), 0.0)

@@ -15,3 +15,13 @@ def compute_type(x: Tensor) -> torch.dtype:
 def accumulation_type(x: Tensor) -> torch.dtype:
     """The type in which states, softmaxes and sums over `x` are kept: float32, or x's float64."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x` in float64, on the CPU where its device has none: Apple's MPS."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def narrow(x: Tensor, like: Tensor) -> Tensor:
+    """What was computed with `wide` in the type of `like` and where that is."""
+    return x.to(like.dtype).to(like.device)  # apart, so that MPS meets no float64 backward either

@@ -108,7 +108,7 @@ def _convolve(
             rows[:, w - 1 :] - (w - 1) * torch.arange(1, len(rows) + 1, device=x.device)[:, None]
         )
         y = y.flatten(0, 1)[first]
-    return y.to(x.dtype, memory_format=torch.contiguous_format)
+    return y.to(x.dtype).contiguous()  # as a graph of torch.compile is told
 
 
 @torch.library.custom_op("pha::short_convolve_backward", mutates_args=())
@@ -124,8 +124,7 @@ def _gradients(
         *([1], [0], [1], False, [0], C, [True, True, False]),
     )
     dx = dx.mT if rows is None else dx.mT.flatten(0, 1)[rows]
-    dx = dx.to(x.dtype, memory_format=torch.contiguous_format)
-    return dx, dweight.squeeze(1).to(weight.dtype)
+    return dx.to(x.dtype).contiguous(), dweight.squeeze(1).to(weight.dtype)
 
 
 @_convolve.register_fake

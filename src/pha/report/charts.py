@@ -244,8 +244,8 @@ _SPEED_MEASURES = {
 
 
 @plots.styled()
-def over_lengths(lines: Lines, y_label: str) -> Figure:
-    """Lines over length in powers of two, from zero up, with a bar from low to high."""
+def over_lengths(lines: Lines, y_label: str, x_label: str = "tokens") -> Figure:
+    """Lines over length, or batch, in powers of two, from zero up, with a bar from low to high."""
     lengths = sorted({point[0] for points in lines.values() for point in points})
     figure, axes = plots.new_figure(2.9, legend=list(lines))
     handles = []
@@ -257,7 +257,7 @@ def over_lengths(lines: Lines, y_label: str) -> Figure:
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     top = max(point[3] for points in lines.values() for point in points)
     axes.set_ylim(0, 1.06 * top)  # the highest mark in full
-    plots.label_axes(axes, "tokens", y_label)
+    plots.label_axes(axes, x_label, y_label)
     plots.add_legend(figure, handles, list(lines))
     return figure
 
@@ -266,29 +266,31 @@ def save_speed_plots(mode: str, rows: Sequence[Mapping[str, Any]], folder: Path)
     """Write a picture for each measure, precision, batch size and compiled or not.
 
     It is `MODE-MEASURE-PRECISION-bB[-compiled]`, in SVG and PNG, of the rows of `run_benchmark`
-    that did not fail, where at least two lengths were measured.
+    that did not fail, where at least two lengths were measured; and `-tT` in place of `-bB`, over
+    the batch, where at least two batches were.
     """
-    groups: dict[tuple[str, int, bool], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, str, str, int, bool], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["error"] is None:
-            key = (row["precision"], row["batch"], row["compiled"])
-            groups.setdefault(key, []).append(row)
+            for axis, fixed in (("length", "batch"), ("batch", "length")):
+                key = (axis, fixed, row["precision"], row[fixed], row["compiled"])
+                groups.setdefault(key, []).append(row)
     written = []
-    for (precision, batch, compiled), group in groups.items():
-        if len({row["length"] for row in group}) < 2:
+    for (axis, fixed, precision, size, compiled), group in groups.items():
+        if len({row[axis] for row in group}) < 2:
             continue
+        letter, x_label = {"length": ("B", "tokens"), "batch": ("T", "sequences")}[axis]
         for measure, (field, unit, label) in _SPEED_MEASURES.items():
             suffix = "-compiled" if compiled else ""
-            stem = folder / f"{mode}-{measure}-{precision}-b{batch}{suffix}"
-            title = f"{label} of {mode} against length, {precision}, batch {batch}"
-            figure = over_lengths(
-                _by_label(group, field, unit), f"{label}, {precision}, B = {batch}"
-            )
+            stem = folder / f"{mode}-{measure}-{precision}-{letter.lower()}{size}{suffix}"
+            title = f"{label} of {mode} against {axis}, {precision}, {fixed} {size}"
+            lines = _by_label(group, field, unit, axis)
+            figure = over_lengths(lines, f"{label}, {precision}, {letter} = {size}", x_label)
             written += plots.save_picture(figure, stem, title)
     return written
 
 
-def _by_label(rows: Sequence[Mapping[str, Any]], field: str, unit: float) -> Lines:
+def _by_label(rows: Sequence[Mapping[str, Any]], field: str, unit: float, axis: str) -> Lines:
     lines: dict[str, list[tuple[int, float, float, float]]] = {}
     for row in rows:
         value = row[field]
@@ -296,7 +298,7 @@ def _by_label(rows: Sequence[Mapping[str, Any]], field: str, unit: float) -> Lin
             value = dict.fromkeys(("median", "low", "high"), value)
         middle, low, high = (value[name] / unit for name in ("median", "low", "high"))
         label = f"{row['model']} {row['backend']}".strip()
-        lines.setdefault(label, []).append((row["length"], middle, low, high))
+        lines.setdefault(label, []).append((row[axis], middle, low, high))
     return {label: sorted(points) for label, points in lines.items()}
 
 

@@ -15,6 +15,12 @@ from pha.ops.linear_cross_entropy import IGNORE_INDEX
 from pha.tasks.sampler import TaskSampler
 
 
+def _use(device: torch.device) -> None:
+    """Let this thread pin for that card: by itself it would open a context on the first one."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
 class BatchFeed:
     """The micro-batches of a run as arguments of the model; a context manager.
 
@@ -42,7 +48,7 @@ class BatchFeed:
         self.sampler, self.pieces, self.device = sampler, list(pieces), device
         self.gather = gather
         ahead = device.type == "cuda" if ahead is None else ahead
-        self.thread = ThreadPoolExecutor(1) if ahead else None
+        self.thread = ThreadPoolExecutor(1, initializer=_use, initargs=(device,)) if ahead else None
         self.next: tuple[tuple[int, int], Future[dict[str, Any]]] | None = None
         self.waited = 0.0
 

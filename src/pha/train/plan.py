@@ -20,6 +20,7 @@ from pha.peers import count_multiplied
 from pha.train.carry import memory_of
 from pha.train.config import TrainConfig
 from pha.train.models import foreign_shape
+from pha.utils.compiling import compile_blocks
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, free_memory, matmul_rate
 
@@ -53,17 +54,18 @@ class Plan:
     seconds: float  # expected time of the training alone, at `ASSUMED_UTILISATION`
 
 
-def activation_bytes_per_token(config: ArchitectureConfig, precision: str) -> float:
+def activation_bytes_per_token(
+    config: ArchitectureConfig, precision: str, compiled: bool = False
+) -> float:
     """Bytes per token that autograd keeps between forward and backward.
 
     Counted by running the model on fake tensors, which have shapes and types but no storage.
     """
     with FakeTensorMode():
         model = PHAForCausalLM(PHAConfig(**(vars_of(config) | {"vocab_size": 8})))
-        saved = _kept(model, PROBE_TOKENS, precision)
+        saved = _kept(model, PROBE_TOKENS, precision, compiled)
         # Weights cast for autocast and other tensors without a token dimension do not scale.
-        scaling = [t for t in saved if PROBE_TOKENS in t.shape]
-        return sum(t.nbytes for t in scaling) / PROBE_TOKENS
+        return sum(size for size, shape in saved if PROBE_TOKENS in shape) / PROBE_TOKENS
 
 
 def carried_bytes_per_row(config: TrainConfig, precision: str) -> int:
@@ -86,23 +88,33 @@ def carried_bytes_per_row(config: TrainConfig, precision: str) -> int:
     return states + keys * memory_of(config.data, config.model)
 
 
-def _kept(model: PHAForCausalLM | ForeignModel, tokens: int, precision: str) -> list[torch.Tensor]:
-    """What autograd keeps of so many tokens in training; weights are not among it."""
+def _kept(
+    model: PHAForCausalLM | ForeignModel, tokens: int, precision: str, compiled: bool
+) -> list[tuple[int, torch.Size]]:
+    """What autograd keeps of so many tokens in training: bytes and shape of each piece of memory.
+
+    Weights are not among it. Compiled, the blocks are cut into forward and backward as Inductor
+    cuts them, and nothing is generated.
+    """
     saved: dict[int, torch.Tensor] = {}
-    own = {id(p) for p in model.parameters()}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        base = tensor if tensor._base is None else tensor._base
-        if id(base) not in own:
-            saved[id(base)] = base
+        memory = tensor.untyped_storage()._cdata
+        if memory not in own:
+            saved.setdefault(memory, tensor)
         return tensor
 
+    if compiled:
+        compile_blocks(model, backend="aot_eager_decomp_partition")
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", PRECISIONS[precision], enabled=precision != "fp32"),
     ):
         model.train().states(torch.zeros(1, tokens, dtype=torch.long))
-    return list(saved.values())
+    if compiled:
+        torch._dynamo.reset()  # these graphs must not count towards the limit of the run's own
+    return [(x.untyped_storage().nbytes(), x.shape) for x in saved.values()]
 
 
 @dataclass(frozen=True)
@@ -118,23 +130,33 @@ class _Size:
 
 def _measure(config: TrainConfig, precision: str) -> _Size:
     """The size of a run's model, found without room for its weights."""
-    length = config.data.sequence_length
+    length, compiled = config.data.sequence_length, config.run.compile
     if config.transformers.name is None:
         ours = config.model
         total = sum(count_parameters(ours).values())
-        kept = activation_bytes_per_token(ours, precision)
+        kept = activation_bytes_per_token(ours, precision, compiled)
         flops = training_flops(ours, length)
         return _Size(total, flops, ours.num_hidden_layers, ours.hidden_size, kept)
     shape, tokens = foreign_shape(config), min(length, PROBE_MOST)
     with FakeTensorMode():
         model = make_foreign(shape)
         weights = {p.shape for p in model.parameters()}  # cast for autocast they do not scale
-        saved = [t for t in _kept(model, tokens, precision) if t.shape not in weights]
+        found = _kept(model, tokens, precision, compiled)
         # All logits are among it: whether the loss can go in chunks shows only with weights.
-        kept = sum(t.nbytes for t in saved) / tokens + 2 * 4 * shape.vocab_size
+        kept = sum(size for size, form in found if form not in weights) / tokens
+        kept += 2 * 4 * shape.vocab_size
         total, multiplied = count_multiplied(model.inner)
     # What its attention and state spaces compute besides is not known.
     return _Size(total, 6.0 * multiplied, shape.num_hidden_layers, shape.hidden_size, kept)
+
+
+def _divide(share: int, most: int) -> int:
+    """Sequences of a forward pass, at most so many: pieces of a share as even as can be.
+
+    They divide it, as a graph is compiled for each size, unless that would make small ones.
+    """
+    even = max(size for size in range(1, most + 1) if share % size == 0)
+    return even if 2 * even > most else math.ceil(share / math.ceil(share / most))
 
 
 def make_plan(
@@ -178,7 +200,7 @@ def make_plan(
         if micro > share:
             raise PHAError(f"run.micro_batch is {micro}, more than a device's share of {share}")
     else:
-        micro = max(1, min(share, fits))
+        micro = _divide(share, max(1, min(share, fits)))
     steps_per_epoch = train_windows // run.global_batch
     if steps_per_epoch == 0:
         raise PHAError(

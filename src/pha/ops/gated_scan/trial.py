@@ -9,13 +9,14 @@ from pha.ops.backends import Trial
 from pha.ops.gated_scan import triton as triton_scan
 from pha.ops.gated_scan.closed_form import torch_backward
 from pha.ops.gated_scan.naive import gated_scan_naive
+from pha.ops.gated_scan.sizes import sizes_of
 from pha.ops.testing import largest_error
 
 
 def _largest_error(device: torch.device) -> float:
     """Of both forms, relative to torch's operations in float64; two chunks where chunked."""
     generator = torch.Generator().manual_seed(0)
-    B, T, n = 2, triton_scan.SHORTEST + 13, 19
+    B, T, n = 2, sizes_of(device).shortest + 13, 19
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(device)

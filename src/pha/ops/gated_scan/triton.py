@@ -1,9 +1,8 @@
 """The gated scan on a GPU: what Triton's kernels are given, and in which form they run.
 
 `operator.py` makes an opaque operator of torch of these functions. There is nothing around a scan
-to fuse with it, and an operator may check itself at its first use and may leave the work to torch.
-Grids follow from shapes alone and nothing waits for the device, so that CUDA graphs can record
-them.
+to fuse with it, and an operator may check itself at its first use. Grids follow from shapes alone
+and nothing waits for the device, so that CUDA graphs can record them.
 
 Bytes moved, in units of B * T * n elements: the sequential form reads gate and value and writes h
 (3); its backward reads dh, h, gate and value and writes dgate and dvalue (6). The chunked form
@@ -19,20 +18,11 @@ import torch
 from torch import Tensor
 
 from pha.ops.backends import on_device_of
+from pha.ops.gated_scan.sizes import Sizes, sizes_of
 from pha.ops.precision import accumulation_type
 
-BLOCK = 64  # States of a program, by one warp: two neighbours a thread, a transaction of bf16.
-UNROLL = 8  # Steps whose loads are issued together.
-STAGES = 3  # Of the pipeline of loads: those of two more groups of UNROLL steps are under way.
-# About 29 kB in flight on each SM of an H200 (4.8 TB/s for some 800 ns) keep its memory busy. A
-# program in bf16 has 4 kB, so 8 programs are wanted. With fewer the time of the sequential form
-# grows in proportion; the chunked one moves 5/3 of the bytes.
-WANTED = 8  # Programs per SM that the chunked form aims at.
-ENOUGH = 5  # Programs per SM from which on the sequential form is taken.
-SHORTEST = 64  # Steps of a chunk, at least.
 
-
-def chunk_length(B: int, T: int, n: int, processors: int, form: str = "auto") -> int:
+def chunk_length(B: int, T: int, n: int, processors: int, form: str, sizes: Sizes) -> int:
     """Steps of a chunk: T for the sequential form.
 
     Args:
@@ -41,16 +31,17 @@ def chunk_length(B: int, T: int, n: int, processors: int, form: str = "auto") ->
         n: states.
         processors: SMs of the device.
         form: `"sequential"`, `"chunked"` or `"auto"`, which takes the chunked form where the
-            programs of the sequential one, B * ceil(n / BLOCK), are fewer than ENOUGH a processor.
+            programs of the sequential one, B * ceil(n / block), are not enough.
+        sizes: of programs and chunks.
     """
-    programs = B * -(-n // BLOCK)
-    if form == "sequential" or (form == "auto" and programs >= ENOUGH * processors):
+    programs = B * -(-n // sizes.block)
+    if form == "sequential" or (form == "auto" and programs >= sizes.enough * processors):
         return T
-    chunks = -(-WANTED * processors // max(1, programs))
+    chunks = -(-sizes.wanted * processors // max(1, programs))
     if form == "chunked":
         chunks = max(chunks, 2)
     steps = -(-T // chunks)
-    return min(T, max(SHORTEST, -(-steps // UNROLL) * UNROLL))
+    return min(T, max(sizes.shortest, -(-steps // sizes.unroll) * sizes.unroll))
 
 
 @functools.cache
@@ -61,8 +52,23 @@ def _processors(device: torch.device) -> int:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """`x` (B, T, n) itself where its states are adjacent, else a copy."""
-    return x if x.stride(2) == 1 or x.shape[2] == 1 else x.contiguous()
+    """`x` (B, T, n) itself where its states are adjacent and can be loaded in pairs, else a copy.
+
+    A pair of two bytes each begins at a multiple of four bytes. Nothing smaller is loaded ahead of
+    its use, so rows are copied that have no pairs though n is even. An odd n has none in any case.
+    """
+    adjacent = x.stride(2) == 1 or x.shape[2] == 1
+    odd = x.stride(0) % 2 or x.stride(1) % 2 or x.data_ptr() % 4
+    if adjacent and not (odd and x.shape[2] % 2 == 0):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _paired(*rows: Tensor) -> bool:
+    """Whether the compiler must be told of pairs: there are, and it sees no multiples of 16."""
+    n = rows[0].shape[2]
+    numbers = (y for x in rows for y in (n, *x.stride()[:2], x.data_ptr()))
+    return n % 2 == 0 and any(y % 16 for y in numbers)
 
 
 def _flags(x: Tensor | None, absent: Tensor) -> Tensor:
@@ -72,20 +78,22 @@ def _flags(x: Tensor | None, absent: Tensor) -> Tensor:
 class _Launch:
     """The grid of one problem, and what all its launches have in common."""
 
-    def __init__(self, x: Tensor, form: str) -> None:
+    def __init__(self, x: Tensor, form: str, sizes: Sizes | None) -> None:
+        sizes = sizes or sizes_of(x.device)
         self.B, self.T, self.n = x.shape
-        self.length = chunk_length(self.B, self.T, self.n, _processors(x.device), form)
+        self.length = chunk_length(self.B, self.T, self.n, _processors(x.device), form, sizes)
         self.chunks = -(-self.T // max(1, self.length))
-        self.blocks = self.B * -(-self.n // BLOCK)
-        self.sizes = self.T, self.n, self.chunks, self.length
-        self.walk = {"BLOCK": BLOCK, "UNROLL": UNROLL, "STAGES": STAGES, "num_warps": 1}
+        self.blocks = self.B * -(-self.n // sizes.block)
+        self.extents = self.T, self.n, self.chunks, self.length
+        self.cut = {"BLOCK": sizes.block, "UNROLL": sizes.unroll, "num_warps": 1}
+        self.walk = self.cut | {"STAGES": sizes.stages}
 
     def partial(self, x: Tensor) -> Tensor:
         """(B, chunks, n), empty, in the type of the states."""
         return x.new_empty(self.B, self.chunks, self.n, dtype=accumulation_type(x))
 
     def run(self, kernel: Any, *arguments: Any, **flags: Any) -> None:
-        kernel[(self.blocks * self.chunks,)](*arguments, *self.sizes, **self.walk, **flags)
+        kernel[(self.blocks * self.chunks,)](*arguments, *self.extents, **self.walk, **flags)
 
     def combine(
         self, initial: Tensor | None, last: Tensor, product: Tensor, reverse: bool
@@ -101,11 +109,9 @@ class _Launch:
             incoming,
             self.n,
             self.chunks,
-            BLOCK=BLOCK,
-            UNROLL=UNROLL,
             HAS_INITIAL=initial is not None,
             REVERSE=reverse,
-            num_warps=1,
+            **self.cut,
         )
         return incoming
 
@@ -118,18 +124,19 @@ def scan_forward(
     h0: Tensor | None,
     starts: Tensor | None,
     form: str,
+    sizes: Sizes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h and the last state, as `gated_scan` says."""
+    """h and the last state, as `gated_scan` says; `sizes` are those of the device when absent."""
     from pha.ops.gated_scan import triton_kernels
 
-    launch, dtype = _Launch(value, form), accumulation_type(value)
+    launch, dtype = _Launch(value, form, sizes), accumulation_type(value)
     h = value.new_empty(value.shape)
     h_last = value.new_empty(launch.B, launch.n, dtype=dtype)
     gate, value = _rows(gate), _rows(value)
     a, b = (x.to(dtype).contiguous() for x in (a, b))
     initial = None if h0 is None else h0.to(dtype).contiguous()
     inputs = gate, *gate.stride()[:2], value, *value.stride()[:2], a, b
-    flags = _flags(starts, h)
+    flags, paired = _flags(starts, h), _paired(gate, value)
 
     def walk(initial: Tensor | None, last: Tensor, product: Tensor, summary: bool) -> None:
         launch.run(
@@ -140,6 +147,7 @@ def scan_forward(
             h,
             last,
             product,
+            PAIRED=paired,
             HAS_INITIAL=initial is not None,
             HAS_STARTS=starts is not None,
             SUMMARY=summary,
@@ -165,6 +173,7 @@ def scan_backward(
     h0: Tensor | None,
     starts: Tensor | None,
     form: str,
+    sizes: Sizes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dgate, dvalue, da, db and dh0, from what `scan_forward` took and returned.
 
@@ -173,7 +182,7 @@ def scan_backward(
     from pha.ops.gated_scan import triton_kernels
 
     dgate, dvalue = gate.new_empty(gate.shape), value.new_empty(value.shape)
-    launch, dtype = _Launch(h, form), dh_last.dtype
+    launch, dtype = _Launch(h, form, sizes), dh_last.dtype
     dh, gate, value = _rows(dh), _rows(gate), _rows(value)
     decay, scale = (x.to(dtype).contiguous() for x in (a, b))
     incoming = dh_last.contiguous()
@@ -181,7 +190,7 @@ def scan_backward(
     parts_a = launch.partial(h)
     parts_b = torch.empty_like(parts_a)
     leaving = torch.empty_like(incoming)
-    flags = _flags(starts, h)
+    flags, paired = _flags(starts, h), _paired(dh, gate, value)
     with on_device_of(h):
         if launch.chunks > 1:
             last, product = torch.empty_like(parts_a), torch.empty_like(parts_a)
@@ -193,6 +202,7 @@ def scan_backward(
                 flags,
                 last,
                 product,
+                PAIRED=paired,
                 HAS_STARTS=starts is not None,
             )
             incoming = launch.combine(incoming, last, product, reverse=True)
@@ -215,6 +225,7 @@ def scan_backward(
             parts_a,
             parts_b,
             leaving,
+            PAIRED=paired,
             HAS_H0=h0 is not None,
             HAS_STARTS=starts is not None,
         )

@@ -2,9 +2,11 @@
 
 With one chunk the whole time axis is walked at once. With several chunks of `length` steps, those
 of a sequence run side by side, in three passes. The recurrence is linear: a chunk turns the state h
-that comes in into P h + L. The first pass finds P (the product of its decays, 0 after a start) and
-L (its last state from zero), the second runs over the chunks and gives each the state that comes
-in, the third walks each chunk from there. The backward direction is the same against time.
+that comes in into P h + L. The first pass finds P (the product of its decays) and L (its last state
+from zero), the second runs over the chunks and gives each the state that comes in, the third walks
+each chunk from there. The backward direction is the same against time. P is infinite after a start,
+where nothing is left of h, whatever it is. A P of zero is a product that underflows: what is no
+number remains so.
 
 Programs take the index of the block of states fastest, then that of the chunk, then that of the
 sequence. Loads of UNROLL steps are issued before their first use, and the compiler stages those of
@@ -19,18 +21,29 @@ import triton.language as tl
 
 
 @triton.jit
-def _place(n, chunks, BLOCK: tl.constexpr):
+def _place(n, chunks, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
     """Sequence, chunk and states of this program, and which of the states exist."""
     blocks = tl.cdiv(n, BLOCK)
     program = tl.program_id(0)
     states = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    exists = states < n
+    if PAIRED:
+        exists = tl.max_constancy(exists, 2)
     rest = program // blocks
-    return (rest // chunks).to(tl.int64), rest % chunks, states, states < n
+    return (rest // chunks).to(tl.int64), rest % chunks, states, exists
 
 
 @triton.jit
-def _row(x, t, stride, states, inside):
-    return tl.load(x + tl.cast(t, tl.int64) * stride + states, mask=inside, other=0.0)
+def _at(x, t, stride, states, PAIRED: tl.constexpr):
+    row = x + tl.cast(t, tl.int64) * stride
+    if PAIRED:  # which is not less than the compiler knows itself: see `_paired`
+        row = tl.multiple_of(row, 4)
+    return row + states
+
+
+@triton.jit
+def _row(x, t, stride, states, inside, PAIRED: tl.constexpr):
+    return tl.load(_at(x, t, stride, states, PAIRED), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -62,6 +75,7 @@ def forward(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
+    PAIRED: tl.constexpr,
     HAS_INITIAL: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     SUMMARY: tl.constexpr,
@@ -70,7 +84,7 @@ def forward(
 
     `initial` (B, chunks, n) is the state before each chunk.
     """
-    sequence, chunk, states, exists = _place(n, chunks, BLOCK)
+    sequence, chunk, states, exists = _place(n, chunks, BLOCK, PAIRED)
     first = chunk * length
     end = tl.minimum(first + length, T)
     gate += sequence * gate_B
@@ -88,8 +102,8 @@ def forward(
         gates, values, resets = (), (), ()
         for i in tl.static_range(UNROLL):
             inside = t0 + i < end
-            gates += (_row(gate, t0 + i, gate_T, states, exists & inside),)
-            values += (_row(value, t0 + i, value_T, states, exists & inside),)
+            gates += (_row(gate, t0 + i, gate_T, states, exists & inside, PAIRED),)
+            values += (_row(value, t0 + i, value_T, states, exists & inside, PAIRED),)
             resets += (_flag(starts, t0 + i, inside, HAS_STARTS),)
         for i in tl.static_range(UNROLL):
             inside = t0 + i < end
@@ -99,12 +113,11 @@ def forward(
                 before = tl.where(resets[i], 0.0, state)
             state = tl.where(inside, decay * before + u, state)
             if SUMMARY:
-                step = decay
+                kept = tl.where(inside, kept * decay, kept)
                 if HAS_STARTS:
-                    step = tl.where(resets[i], 0.0, decay)
-                kept = tl.where(inside, kept * step, kept)
+                    kept = tl.where(resets[i], float("inf"), kept)
             else:
-                place = h + tl.cast(t0 + i, tl.int64) * n + states
+                place = _at(h, t0 + i, n, states, PAIRED)
                 tl.store(place, state.to(h.dtype.element_ty), mask=exists & inside)
     if SUMMARY:
         tl.store(last + summary, state, mask=exists)
@@ -129,10 +142,11 @@ def backward_summary(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
+    PAIRED: tl.constexpr,
     HAS_STARTS: tl.constexpr,
 ):
     """Write L and P (B, chunks, n) of the gradient that leaves each chunk at its beginning."""
-    sequence, chunk, states, exists = _place(n, chunks, BLOCK)
+    sequence, chunk, states, exists = _place(n, chunks, BLOCK, PAIRED)
     first = chunk * length
     end = tl.minimum(first + length, T)
     dh += sequence * dh_B
@@ -146,17 +160,16 @@ def backward_summary(
         gradients, resets = (), ()
         for i in tl.static_range(UNROLL):
             inside = t0 - i >= first
-            gradients += (_row(dh, t0 - i, dh_T, states, exists & inside),)
+            gradients += (_row(dh, t0 - i, dh_T, states, exists & inside, PAIRED),)
             resets += (_flag(starts, t0 - i, inside, HAS_STARTS),)
         for i in tl.static_range(UNROLL):
             inside = t0 - i >= first
             g = gradients[i].to(decay.dtype) + carry
-            step = decay
+            kept = tl.where(inside, kept * decay, kept)
             if HAS_STARTS:
                 g = tl.where(resets[i], 0.0, g)
-                step = tl.where(resets[i], 0.0, decay)
+                kept = tl.where(resets[i], float("inf"), kept)
             carry = tl.where(inside, decay * g, carry)
-            kept = tl.where(inside, kept * step, kept)
     tl.store(last + summary, carry, mask=exists)
     tl.store(product + summary, kept, mask=exists)
 
@@ -175,7 +188,7 @@ def combine(
     REVERSE: tl.constexpr,
 ):
     """Write what comes into each chunk (B, chunks, n), from `initial` (B, n) and the L and P."""
-    sequence, _, states, exists = _place(n, 1, BLOCK)
+    sequence, _, states, exists = _place(n, 1, BLOCK, False)
     state = tl.zeros([BLOCK], incoming.dtype.element_ty)
     if HAS_INITIAL:
         state = tl.load(initial + sequence * n + states, mask=exists, other=0.0)
@@ -195,8 +208,8 @@ def combine(
                 chunk = chunks - 1 - chunk
             place = (sequence * chunks + chunk) * n + states
             tl.store(incoming + place, state, mask=exists & (c0 + i < chunks))
-            # Where nothing is kept, an infinite state is not either.
-            state = tl.where(products[i] == 0, 0.0, products[i] * state) + lasts[i]
+            kept = products[i] < float("inf")
+            state = tl.where(kept, products[i] * state, 0.0) + lasts[i]
 
 
 @triton.jit(do_not_specialize=["T", "chunks", "length"])
@@ -228,6 +241,7 @@ def backward(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
     STAGES: tl.constexpr,
+    PAIRED: tl.constexpr,
     HAS_H0: tl.constexpr,
     HAS_STARTS: tl.constexpr,
 ):
@@ -235,7 +249,7 @@ def backward(
 
     `incoming` (B, chunks, n) is the gradient that reaches the last state of each chunk from later.
     """
-    sequence, chunk, states, exists = _place(n, chunks, BLOCK)
+    sequence, chunk, states, exists = _place(n, chunks, BLOCK, PAIRED)
     first = chunk * length
     end = tl.minimum(first + length, T)
     dh += sequence * dh_B
@@ -260,10 +274,10 @@ def backward(
         for i in tl.static_range(UNROLL):
             t = t0 - i
             inside = t >= first
-            gradients += (_row(dh, t, dh_T, states, exists & inside),)
-            befores += (_row(h, t - 1, n, states, exists & inside & (t > 0)),)
-            gates += (_row(gate, t, gate_T, states, exists & inside),)
-            values += (_row(value, t, value_T, states, exists & inside),)
+            gradients += (_row(dh, t, dh_T, states, exists & inside, PAIRED),)
+            befores += (_row(h, t - 1, n, states, exists & inside & (t > 0), PAIRED),)
+            gates += (_row(gate, t, gate_T, states, exists & inside, PAIRED),)
+            values += (_row(value, t, value_T, states, exists & inside, PAIRED),)
             resets += (_flag(starts, t, inside, HAS_STARTS),)
         for i in tl.static_range(UNROLL):
             t = t0 - i
@@ -278,14 +292,15 @@ def backward(
                 before = tl.where(resets[i], 0.0, before)
             sum_a += tl.where(inside, kept * before, 0.0)
             carry = tl.where(inside, decay * kept, carry)
-            place = tl.cast(t, tl.int64) * n + states
             s = tl.sigmoid(gates[i].to(decay.dtype))
             v = values[i].to(decay.dtype)
             gs = g * s
             sum_b += tl.where(inside, gs * v, 0.0)
             slope = gs * scale * v * (1.0 - s)
-            tl.store(dgate + place, slope.to(dgate.dtype.element_ty), mask=exists & inside)
-            tl.store(dvalue + place, (gs * scale).to(dvalue.dtype.element_ty), mask=exists & inside)
+            place = _at(dgate, t, n, states, PAIRED)
+            tl.store(place, slope.to(dgate.dtype.element_ty), mask=exists & inside)
+            place = _at(dvalue, t, n, states, PAIRED)
+            tl.store(place, (gs * scale).to(dvalue.dtype.element_ty), mask=exists & inside)
     tl.store(da + part, sum_a, mask=exists)
     tl.store(db + part, sum_b, mask=exists)
     tl.store(dh0 + sequence * n + states, carry, mask=exists & (chunk == 0))
