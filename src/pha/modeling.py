@@ -294,7 +294,7 @@ class PHAModel(Backbone, PHAPreTrainedModel):
         check_rows("attention_mask", attention_mask, batch, total)
         mask = token_mask(attention_mask, cache is not None, self.config.has_windows)
         if isinstance(cache, SequencePieces):
-            self._require_pieces()
+            self.require_pieces()
             if document_starts is not None:
                 document_starts = cache.pieces.up_to_here(document_starts, 1)
         check_rows("document_starts", document_starts, batch, total)
@@ -330,7 +330,12 @@ class PHAModel(Backbone, PHAPreTrainedModel):
             attentions=None if weights is None else tuple(weights),
         )
 
-    def _require_pieces(self) -> None:
+    def require_pieces(self) -> None:
+        """Refuse a model with a branch that cannot read a piece of a sequence.
+
+        Raises:
+            PHAError: naming it.
+        """
         names = {
             name
             for layer in self.layers

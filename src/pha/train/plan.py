@@ -175,12 +175,19 @@ def make_plan(
         PHAError: the batch cannot be divided as asked, or too little data for one step.
     """
     run, length = config.run, config.data.sequence_length
-    if run.global_batch % processes:
+    ranks = run.context_parallel
+    if processes % ranks:
+        raise PHAError(
+            f"run.context_parallel is {ranks}, and the number of processes ({processes}) no "
+            "multiple of it; start as many with torchrun --nproc_per_node"
+        )
+    replicas = processes // ranks
+    if run.global_batch % replicas:
         raise PHAError(
             f"run.global_batch ({run.global_batch}) must be a multiple of the number of "
-            f"processes ({processes})"
+            f"processes ({processes})" + f" over run.context_parallel ({ranks})" * (ranks > 1)
         )
-    share = run.global_batch // processes
+    share, piece = run.global_batch // replicas, length // ranks
     size = _measure(config, precision)
     parameters, per_token, width = size.parameters, size.per_token, size.width
     weights, carried = parameters * 4 * 4, carried_bytes_per_row(config, precision)
@@ -189,12 +196,12 @@ def make_plan(
         per_token = 4 * size.layers * width + per_token / size.layers
     free = free_memory(device)
     # The loss holds a chunk of logits and what is computed from it, and the head's gradient.
-    chunk = min(chunk_logits(device), share * length * config.model.vocab_size)
+    chunk = min(chunk_logits(device), share * piece * config.model.vocab_size)
     loss_bytes = 3 * 4 * chunk + 4 * config.model.vocab_size * width
     budget = 0.8 * free - weights - loss_bytes - carried * share
-    fits = int(budget / (per_token * length + carried))
+    fits = int(budget / (per_token * piece + carried))
     if device.type == "cpu":
-        fits = min(fits, max(1, CPU_TOKENS // length))
+        fits = min(fits, max(1, CPU_TOKENS // piece))
     if run.micro_batch is not None:
         micro = run.micro_batch
         if micro > share:
@@ -227,7 +234,7 @@ def make_plan(
         flops_per_token=flops_per_token,
         flops=flops_per_token * tokens,
         weights_bytes=weights,
-        activation_bytes=int((per_token * length + carried) * micro) + loss_bytes,
+        activation_bytes=int((per_token * piece + carried) * micro) + loss_bytes,
         carried_bytes=carried * share,
         free_bytes=free,
         matmul_flops=rate,
