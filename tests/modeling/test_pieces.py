@@ -24,6 +24,10 @@ LAYERS: dict[str, dict[str, Any]] = {
     "eq. 2": {"branches": ["gss"]},
     "windowed attention": {"branches": ["attention"], "attention_window": 9},
     "linear attention": {"branches": ["linear_attention", "attention"]},
+    "retention": {"branches": ["retnet"], "hidden_size": 36},
+    "mamba-2": {"branches": ["mamba2"]},
+    "rg-lru": {"branches": ["rg_lru", "attention"]},
+    "qrnn": {"branches": ["qrnn"]},
     "one after the other": {"block": "sequential", "branches": ["attention", "gss"]},
 }
 

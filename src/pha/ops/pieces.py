@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pha.utils.errors import PHAError
+
 
 class Pieces:
     """The ranks that have the pieces, in order.
@@ -38,6 +40,18 @@ class Pieces:
     def up_to_here(self, x: Tensor, dim: int) -> Tensor:
         """x of every rank up to this one, one behind the other."""
         return torch.cat(self._mine(self.gather(x)), dim)
+
+    def before(self, x: Tensor, many: int) -> Tensor:
+        """The last of x (B, T, ...) on the rank before, (B, many, ...); zeros on the first.
+
+        Raises:
+            PHAError: pieces are shorter.
+        """
+        if x.shape[1] < many:
+            raise PHAError(f"pieces of {x.shape[1]} tokens; one has to look {many} back")
+        tails = self.gather(x[:, -many:])
+        mine = torch.arange(self.size, device=x.device) == self.rank - 1
+        return torch.where(mine.view(-1, *[1] * x.dim()), tails, 0).sum(0)
 
     def entering(self, last: Tensor, kept: Tensor) -> Tensor:
         """The state that enters this piece, like `last`.
