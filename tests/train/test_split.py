@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from pha.cli import main
 from pha.data import TokenStore
+from pha.modeling import PHAConfig
 from pha.runs import RunFolder
+from pha.train.split import gathered_bytes
 from pha.utils.errors import PHAError
 from tests.train.conftest import Train
 from tests.train.test_runs import arguments, weights
@@ -52,3 +55,31 @@ def test_what_does_not_go_with_it_is_refused(train_small: Train) -> None:
         train_small(run__context_parallel=3, data__sequence_length=32)
     with pytest.raises(PHAError, match=r"leave data\.carry out, or run\.context_parallel"):
         train_small(run__context_parallel=2, data__carry="chunks")
+
+
+def test_what_crosses_the_network_is_counted() -> None:
+    config = PHAConfig.from_preset("pha-tiny", num_hidden_layers=3)
+    ranks, length = 4, 2048
+    got = gathered_bytes(config, "fp32", length, ranks)
+    keys = 2 * config.num_key_value_heads * config.head_dim * length // ranks
+    assert got == {
+        "attention": 3 * (ranks - 1) * 4 * keys,
+        "gss": 3 * (ranks - 1) * 4 * 2 * config.state_size,  # last state and decays
+    }
+    assert gathered_bytes(config, "bf16", length, ranks)["attention"] == got["attention"] / 2
+
+
+def test_a_plan_for_more_devices_names_their_traffic(
+    store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "pha-tiny.text", "--data", str(store.path), "--out", str(tmp_path / "run")]
+    words += ["--data.sequence_length", "32", "--run.global_batch", "2", "--run.epochs", "null"]
+    words += ["--run.steps", "1", "--run.context_parallel", "4"]
+    main([*words, "--dry-run", "--devices", "8", "--json"])
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["devices"] == 8
+    assert plan["gradient_bytes"] == round(7 / 8 * 8 * plan["parameters"])
+    assert plan["gathered_bytes"]["attention"] > 0
+    with pytest.raises(SystemExit):
+        main([*words, "--devices", "8"])
+    assert "--devices is for --dry-run" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from pha.peers import count_multiplied
 from pha.train.carry import memory_of
 from pha.train.config import TrainConfig
 from pha.train.models import foreign_shape
+from pha.train.split import gathered_bytes
 from pha.utils.compiling import compile_blocks
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, free_memory, matmul_rate
@@ -50,6 +51,9 @@ class Plan:
     activation_bytes: int  # what a micro-batch keeps for its backward pass
     carried_bytes: int  # what the rows of a step leave to the next, on each device
     free_bytes: int  # what is free now
+    devices: int  # that share the work
+    gradient_bytes: int  # that each of them sends in a step, and receives, to add gradients up
+    gathered_bytes: dict[str, int]  # by branch, what each receives in a step from pieces of others
     matmul_flops: float  # measured rate of matrix products, FLOP/s
     seconds: float  # expected time of the training alone, at `ASSUMED_UTILISATION`
 
@@ -224,6 +228,11 @@ def make_plan(
             steps = max(1, round(run.epochs * steps_per_epoch))
     tokens = steps * per_step
     rate = matmul_rate(device, precision)
+    gathered = {}
+    if ranks > 1:
+        # Forward once, backward twice.
+        one = gathered_bytes(config.model, precision, length, ranks)
+        gathered = {name: 3 * share * size for name, size in one.items()}
     return Plan(
         parameters=parameters,
         steps=steps,
@@ -237,6 +246,10 @@ def make_plan(
         activation_bytes=int((per_token * piece + carried) * micro) + loss_bytes,
         carried_bytes=carried * share,
         free_bytes=free,
+        devices=processes,
+        # Adding up in a ring: each part goes around twice.
+        gradient_bytes=round(2 * 4 * parameters * (processes - 1) / processes),
+        gathered_bytes=gathered,
         matmul_flops=rate,
         seconds=flops_per_token * tokens / (rate * processes * ASSUMED_UTILISATION),
     )

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pha.caching import SequencePieces
+from pha.model import ArchitectureConfig
+from pha.model.config import vars_of
+from pha.model.silence import branches_of
+from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops.pieces import Pieces
+from pha.utils.hardware import PRECISIONS
+
+PROBES = 64, 128  # tokens, more than any short convolution looks back
 
 
 class SequenceSplit:
@@ -39,3 +49,44 @@ class SequenceSplit:
     def past(self) -> SequencePieces:
         """For one forward pass: where the pieces before are."""
         return SequencePieces(self.pieces, self.tokens)
+
+
+class _Counted(Pieces):
+    """The first of some ranks, which only notes what it would receive from the others."""
+
+    def __init__(self, size: int) -> None:
+        self.group, self.rank, self.size = None, 0, size
+        self.reader, self.received = "", Counter[str]()
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(R, ...), of no values."""
+        self.received[self.reader] += (self.size - 1) * x.nbytes
+        return x.new_empty(self.size, *x.shape)
+
+
+def gathered_bytes(
+    config: ArchitectureConfig, precision: str, length: int, ranks: int
+) -> dict[str, int]:
+    """By branch, the bytes that each rank receives to read its piece of one sequence.
+
+    Counted on fake tensors, at two lengths, as what is gathered is linear in the length. The
+    backward pass adds as much up for every rank, twice that in all.
+
+    Raises:
+        PHAError: a branch cannot read pieces.
+    """
+    counted, counts = _Counted(ranks), []
+    with FakeTensorMode(), torch.no_grad():
+        model = PHAForCausalLM(PHAConfig(**(vars_of(config) | {"vocab_size": 8})))
+        model.model.require_pieces()
+        for (_, name), branch in branches_of(model.model).items():
+            branch.register_forward_pre_hook(lambda *_, name=name: setattr(counted, "reader", name))
+        for tokens in PROBES:
+            counted.received = Counter()
+            with torch.autocast("cpu", PRECISIONS[precision], enabled=precision != "fp32"):
+                past = SequencePieces(counted, tokens)
+                model.model(torch.zeros(1, tokens, dtype=torch.long), past_key_values=past)
+            counts.append(counted.received)
+    short, long = counts
+    more = (length // ranks - PROBES[0]) / (PROBES[1] - PROBES[0])
+    return {name: round(short[name] + more * (long[name] - short[name])) for name in short}
