@@ -15,6 +15,7 @@ from pha.cli import main
 from pha.data import TokenStore
 from pha.modeling import PHAConfig
 from pha.runs import RunFolder
+from pha.train.plan import activation_bytes_per_token
 from pha.train.split import gathered_bytes
 from pha.utils.errors import PHAError
 from tests.train.conftest import Train
@@ -83,3 +84,12 @@ def test_a_plan_for_more_devices_names_their_traffic(
     with pytest.raises(SystemExit):
         main([*words, "--devices", "8"])
     assert "--devices is for --dry-run" in capsys.readouterr().err
+
+
+def test_what_a_rank_keeps_falls_with_their_number() -> None:
+    config = PHAConfig.from_preset("pha-125m")
+    whole = activation_bytes_per_token(config, "bf16")
+    for ranks in (2, 4, 8):
+        kept = activation_bytes_per_token(config, "bf16", ranks=ranks)
+        # Each token of a piece keeps the gathered keys of `ranks` tokens, and states twice.
+        assert whole < kept < 1.4 * whole

@@ -60,10 +60,16 @@ def linear_scan(
     scan = linear_scan_naive if T == 1 else _OP(u.device.type)
     h, last = scan(u, a, h0, starts)
     if pieces is not None:
-        kept = a.to(last.dtype).cumprod(1)
+        kept = a.to(last.dtype).prod(1)
         if starts is not None:
-            kept = kept * (starts.cumsum(1) == 0).unsqueeze(-1)
-        return h + (kept * pieces.entering(last, kept[:, -1]).unsqueeze(1)).to(h.dtype), None
+            kept = kept * ~starts.any(1, keepdim=True)
+
+        def decayed(a: Tensor, state: Tensor) -> Tensor:
+            added = a.to(state.dtype).cumprod(1) * state.unsqueeze(1)
+            return added if starts is None else added * (starts.cumsum(1) == 0).unsqueeze(-1)
+
+        state = pieces.entering(last, kept)
+        return h + pieces.computed_again(decayed, a, state).to(h.dtype), None
     return h if there is None else torch.where(there, h, 0), last if last_state else None
 
 

@@ -8,11 +8,13 @@ and the product of all its decays, from which the state that enters its own foll
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pha.utils.errors import PHAError
 
@@ -67,6 +69,12 @@ class Pieces:
             state = decay.view_as(kept) * state + left.view_as(last)
         # Where nothing enters, too: all ranks have to take part in the backward pass.
         return state + torch.where(torch.zeros_like(both, dtype=torch.bool), both, 0).sum()
+
+    @staticmethod
+    def computed_again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """What enters, at every token: too large to keep, and cheap to compute for the way back."""
+        result: Tensor = checkpoint(function, *inputs, use_reentrant=False)
+        return result
 
     def _mine(self, gathered: Tensor) -> list[Tensor]:
         return list(gathered.unbind())[: self.rank + 1]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pha.caching import CarriedCache
+from pha.caching import CarriedCache, SequencePieces
 from pha.costs import training_flops
 from pha.foreign import ForeignModel, make_foreign
 from pha.model import ArchitectureConfig
@@ -16,11 +17,12 @@ from pha.model.config import vars_of
 from pha.model.parameters import count_parameters
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops.linear_cross_entropy import chunk_logits
+from pha.ops.pieces import Pieces
 from pha.peers import count_multiplied
 from pha.train.carry import memory_of
 from pha.train.config import TrainConfig
 from pha.train.models import foreign_shape
-from pha.train.split import gathered_bytes
+from pha.train.split import PROBES, CountedPieces, gathered_bytes
 from pha.utils.compiling import compile_blocks
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, free_memory, matmul_rate
@@ -59,14 +61,22 @@ class Plan:
 
 
 def activation_bytes_per_token(
-    config: ArchitectureConfig, precision: str, compiled: bool = False
+    config: ArchitectureConfig, precision: str, compiled: bool = False, ranks: int = 1
 ) -> float:
     """Bytes per token that autograd keeps between forward and backward.
 
-    Counted by running the model on fake tensors, which have shapes and types but no storage.
+    Counted by running the model on fake tensors, which have shapes and types but no storage. Where
+    `ranks` share a sequence, for a token of the last piece, with the keys gathered for it.
     """
     with FakeTensorMode():
         model = PHAForCausalLM(PHAConfig(**(vars_of(config) | {"vocab_size": 8})))
+        if ranks > 1:
+            last = CountedPieces(ranks, ranks - 1)
+            kept = [
+                sum(size for size, _ in _kept(model, tokens, precision, False, last))
+                for tokens in PROBES
+            ]
+            return (kept[1] - kept[0]) / (PROBES[1] - PROBES[0])
         saved = _kept(model, PROBE_TOKENS, precision, compiled)
         # Weights cast for autocast and other tensors without a token dimension do not scale.
         return sum(size for size, shape in saved if PROBE_TOKENS in shape) / PROBE_TOKENS
@@ -93,7 +103,11 @@ def carried_bytes_per_row(config: TrainConfig, precision: str) -> int:
 
 
 def _kept(
-    model: PHAForCausalLM | ForeignModel, tokens: int, precision: str, compiled: bool
+    model: PHAForCausalLM | ForeignModel,
+    tokens: int,
+    precision: str,
+    compiled: bool,
+    pieces: Pieces | None = None,
 ) -> list[tuple[int, torch.Size]]:
     """What autograd keeps of so many tokens in training: bytes and shape of each piece of memory.
 
@@ -115,7 +129,8 @@ def _kept(
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", PRECISIONS[precision], enabled=precision != "fp32"),
     ):
-        model.train().states(torch.zeros(1, tokens, dtype=torch.long))
+        past: Any = None if pieces is None else SequencePieces(pieces, tokens)
+        model.train().states(torch.zeros(1, tokens, dtype=torch.long), cache=past)
     if compiled:
         torch._dynamo.reset()  # these graphs must not count towards the limit of the run's own
     return [(x.untyped_storage().nbytes(), x.shape) for x in saved.values()]
@@ -138,7 +153,8 @@ def _measure(config: TrainConfig, precision: str) -> _Size:
     if config.transformers.name is None:
         ours = config.model
         total = sum(count_parameters(ours).values())
-        kept = activation_bytes_per_token(ours, precision, compiled)
+        ranks = config.run.context_parallel
+        kept = activation_bytes_per_token(ours, precision, compiled, ranks)
         flops = training_flops(ours, length)
         return _Size(total, flops, ours.num_hidden_layers, ours.hidden_size, kept)
     shape, tokens = foreign_shape(config), min(length, PROBE_MOST)

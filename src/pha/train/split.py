@@ -51,11 +51,11 @@ class SequenceSplit:
         return SequencePieces(self.pieces, self.tokens)
 
 
-class _Counted(Pieces):
-    """The first of some ranks, which only notes what it would receive from the others."""
+class CountedPieces(Pieces):
+    """One of some ranks, which only notes what it would receive from the others."""
 
-    def __init__(self, size: int) -> None:
-        self.group, self.rank, self.size = None, 0, size
+    def __init__(self, size: int, rank: int = 0) -> None:
+        self.group, self.rank, self.size = None, rank, size
         self.reader, self.received = "", Counter[str]()
 
     def gather(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def gathered_bytes(
     Raises:
         PHAError: a branch cannot read pieces.
     """
-    counted, counts = _Counted(ranks), []
+    counted, counts = CountedPieces(ranks), []
     with FakeTensorMode(), torch.no_grad():
         model = PHAForCausalLM(PHAConfig(**(vars_of(config) | {"vocab_size": 8})))
         model.model.require_pieces()

@@ -84,13 +84,17 @@ def gated_scan(
 def _from_before(a: Tensor, last: Tensor, starts: Tensor | None, T: int, pieces: Pieces) -> Tensor:
     """What the pieces before add to h (B, T, n): a^t times the state that enters this one."""
     log_a = torch.log1p(a.to(last.dtype) - 1)  # of a as it is rounded, which the scan multiplies by
-    powers = (torch.arange(1, T + 1, device=a.device)[:, None] * log_a).exp()  # (T, n)
-    kept, alive = powers[-1].expand_as(last), None
+    kept = (T * log_a).exp().expand_as(last)
     if starts is not None:
-        alive = (starts.cumsum(1) == 0).to(last.dtype)
-        kept = kept * alive[:, -1:]
-    added = powers * pieces.entering(last, kept).unsqueeze(1)
-    return added if alive is None else added * alive.unsqueeze(-1)
+        kept = kept * ~starts.any(1, keepdim=True)
+    state = pieces.entering(last, kept)
+
+    def decayed(log_a: Tensor, state: Tensor) -> Tensor:
+        powers = (torch.arange(1, T + 1, device=a.device)[:, None] * log_a).exp()  # (T, n)
+        added = powers * state.unsqueeze(1)
+        return added if starts is None else added * (starts.cumsum(1) == 0).unsqueeze(-1)
+
+    return pieces.computed_again(decayed, log_a, state)
 
 
 def _state_after(

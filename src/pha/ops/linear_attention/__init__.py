@@ -97,14 +97,20 @@ def _from_before(
 ) -> Tensor:
     """What the pieces before add to y: q_t times what is kept of the state that enters this one."""
     (B, T), (H, dtype) = q.shape[:2], (last.shape[1], last.dtype)
-    kept = torch.ones(B, T, H, 1, dtype=dtype, device=q.device)
-    if g is not None:
-        kept = (g if g.dim() == 4 else g.unsqueeze(-1)).to(dtype).cumsum(1).exp()
+    if g is None:
+        g = torch.zeros(B, T, H, dtype=dtype, device=q.device)
+    g = g if g.dim() == 4 else g.unsqueeze(-1)
+    kept = g.to(dtype).sum(1).exp()
     if starts is not None:
-        kept = kept * (starts.cumsum(1) == 0).to(dtype)[..., None, None]
-    state = pieces.entering(last, kept[:, -1].unsqueeze(-1))
-    wide = q.to(dtype).repeat_interleave(H // q.shape[2], 2)
-    return torch.einsum("bthk,bhkp->bthp", wide * kept, state)
+        kept = kept * ~starts.any(1)[:, None, None]
+
+    def read(q: Tensor, g: Tensor, state: Tensor) -> Tensor:
+        wide = q.to(dtype).repeat_interleave(H // q.shape[2], 2) * g.to(dtype).cumsum(1).exp()
+        if starts is not None:
+            wide = wide * (starts.cumsum(1) == 0)[..., None, None]
+        return torch.einsum("bthk,bhkp->bthp", wide, state)
+
+    return pieces.computed_again(read, q, g, pieces.entering(last, kept.unsqueeze(-1)))
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
