@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 )
 
 from pha.model.branches import LayerCache
+from pha.ops.pieces import Pieces
 from pha.utils.errors import PHAError
 
 _REMEDY = "make one with model.new_cache()"
@@ -147,6 +148,8 @@ class CacheAdapter:
 class KeptLayer:
     """One layer of a transformers cache."""
 
+    pieces = None
+
     def __init__(self, cache: Cache, layer_idx: int) -> None:
         self._cache, self._index = cache, layer_idx
         self._layer = cache.layers[layer_idx]
@@ -213,7 +216,69 @@ class CarriedCache(CacheAdapter):
         """Nothing: see `left`."""
 
 
+class SequencePieces(CacheAdapter):
+    """The past of a piece of a sequence: the pieces on the ranks before, of as many tokens each.
+
+    It is given as `past_key_values`, anew for each forward pass; every rank of the group has to run
+    the same, backward too. Keys and values are gathered from all ranks, of states only the last.
+
+    Args:
+        pieces: the ranks.
+        tokens: of each piece.
+    """
+
+    is_static = False
+
+    def __init__(self, pieces: Pieces, tokens: int) -> None:
+        self.pieces, self.tokens = pieces, tokens
+
+    def length(self) -> int:
+        """Tokens of the pieces before."""
+        return self.pieces.rank * self.tokens
+
+    def key_range(self, queries: int) -> tuple[int, int]:
+        """As of `CacheAdapter`."""
+        return self.length() + queries, 0
+
+    def layer(self, layer_idx: int) -> LayerCache:
+        """What the layer of that index needs, which is what all do."""
+        return _LayerOfPieces(self.pieces)
+
+    def count(self, x_BTd: Tensor) -> None:
+        """Nothing: all pieces are equally long."""
+
+    def enter(self, batch: int, attention_mask: Tensor | None) -> None:
+        """Refuse padding.
+
+        Raises:
+            PHAError: there is a mask.
+        """
+        if attention_mask is not None:
+            raise PHAError("a sequence in pieces takes no attention_mask; leave padding out")
+
+    def leave(self, padded: bool) -> None:
+        """Nothing: no state goes on from here."""
+
+
+class _LayerOfPieces:
+    def __init__(self, pieces: Pieces) -> None:
+        self.pieces = pieces
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all pieces up to this one."""
+        both = self.pieces.up_to_here(torch.stack([key, value]), 3)
+        return both[0], both[1]
+
+    def state(self, place: int) -> None:
+        """None: a piece begins with nothing, and its op adds what came before."""
+
+    def set_state(self, place: int, state: Tensor) -> None:
+        """Nothing."""
+
+
 class _CarriedLayer:
+    pieces = None
+
     def __init__(self, cache: CarriedCache, layer_idx: int) -> None:
         self._cache, self._index = cache, layer_idx
 

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple
 
 from pha import mixers as mixers  # which makes them known
-from pha.caching import CacheAdapter, CarriedCache, PHACache
+from pha.caching import CacheAdapter, PHACache, SequencePieces
 from pha.conversion import is_old
 from pha.inputs import check_rows, packed_starts, token_mask
 from pha.model import BRANCHES, ArchitectureConfig, Backbone, Branch
@@ -257,7 +257,8 @@ class PHAModel(Backbone, PHAPreTrainedModel):
             position_ids: (B, T); may be left out, since positions enter only as differences. Where
                 they do not grow, a new document begins.
             past_key_values: the model's whole state: keys, values and recurrent states; updated. Or
-                the past of rows in training, a `CarriedCache`, which is not.
+                the past of rows in training, a `CarriedCache`, or of pieces of sequences on several
+                ranks, a `SequencePieces`, which are not.
             inputs_embeds: (B, T, d) in place of `input_ids`.
             use_cache: return the state; off while training.
             output_hidden_states: return what enters each layer, and what leaves the last norm.
@@ -283,7 +284,7 @@ class PHAModel(Backbone, PHAPreTrainedModel):
         cache: CacheAdapter | None = None
         past: int | Tensor = 0
         if past_key_values is not None:
-            if isinstance(past_key_values, CarriedCache):
+            if isinstance(past_key_values, CacheAdapter):
                 cache = past_key_values
             else:
                 cache = CacheAdapter(past_key_values, self.config)
@@ -291,8 +292,12 @@ class PHAModel(Backbone, PHAPreTrainedModel):
             past = cache.length()
         total = past + new if isinstance(past, int) else None
         check_rows("attention_mask", attention_mask, batch, total)
-        check_rows("document_starts", document_starts, batch, total)
         mask = token_mask(attention_mask, cache is not None, self.config.has_windows)
+        if isinstance(cache, SequencePieces):
+            self.require_pieces()
+            if document_starts is not None:
+                document_starts = cache.pieces.up_to_here(document_starts, 1)
+        check_rows("document_starts", document_starts, batch, total)
         if document_starts is None:
             document_starts = packed_starts(position_ids, attention_mask, past, others)
         if output_hidden_states is None:
@@ -324,6 +329,24 @@ class PHAModel(Backbone, PHAPreTrainedModel):
             hidden_states=None if layer_inputs is None else (*layer_inputs, x),
             attentions=None if weights is None else tuple(weights),
         )
+
+    def require_pieces(self) -> None:
+        """Refuse a model with a branch that cannot read a piece of a sequence.
+
+        Raises:
+            PHAError: naming it.
+        """
+        names = {
+            name
+            for layer in self.layers
+            for name, branch in layer.branches.items()  # type: ignore[union-attr, operator]
+            if not branch.in_pieces
+        }
+        if names:
+            raise PHAError(
+                f"model: branch {' and '.join(sorted(names))} cannot read a piece of a sequence; "
+                "leave whole sequences on each rank"
+            )
 
     def cache_for(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
         """The cache of a call: the one that is given, or a new one where one is wanted."""
@@ -492,6 +515,8 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
     ) -> Tensor | None:
         """Logits after one more token by compiled instructions, where that is possible."""
         if decode is None or cache is None or input_ids is None or input_ids.shape[1:] != (1,):
+            return None
+        if isinstance(cache, CacheAdapter):  # one of training
             return None
         if self.config._attn_implementation in _BACKENDS:  # a backend that was asked for
             return None

@@ -22,6 +22,7 @@ from pha.commands.common import (
     console_for,
     figures_table,
 )
+from pha.utils.errors import PHAError
 from pha.utils.progress import make_console
 from pha.utils.text import file_name
 
@@ -120,6 +121,7 @@ def train(
     resume: Literal["auto", "never"] = "auto",
     init_from: Annotated[str | None, "MODEL"] = None,
     dry_run: DryRun = False,
+    devices: int | None = None,
     quiet: bool = False,
     json: Json = False,
 ) -> None:
@@ -134,6 +136,7 @@ def train(
         out: run folder (runs/RECIPE)
         resume: auto: continue from the newest checkpoint; never: refuse a folder in use
         init_from: start from these weights
+        devices: with --dry-run: what it takes on so many devices such as this one
         quiet: progress, but no table at the end
         json: print the result as JSON
     """
@@ -149,8 +152,10 @@ def train(
     config = load_recipe(recipe, words)
     out = out or Path("runs") / file_name(str(config.recipe))
     console = console_for(json)
+    if devices is not None and (devices < 1 or not dry_run):
+        raise PHAError("--devices is for --dry-run, and at least 1; torchrun starts processes")
     if dry_run:
-        answer(json, plan_training(config, out, console, resume))
+        answer(json, plan_training(config, out, console, resume, devices))
         return
     result = run_training(config, out, console, resume)
     if result is None:

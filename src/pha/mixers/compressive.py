@@ -49,7 +49,7 @@ class CompressiveAttention(GroupedQueryAttention):
         PHAError: no window or one below the rate, another pooling, or no whole number of slots.
     """
 
-    keeps_keys = False
+    in_pieces = keeps_keys = False
     states = ("inputs", "places", "slots", "slot_places")
 
     def __init__(

@@ -57,6 +57,7 @@ class LinearAttention(Branch):
         PHAError: an option that there is not, or heads that do not divide d.
     """
 
+    in_pieces = True
     states = ("S",)
     unit_gain = ("W_q", "W_k")
 
@@ -136,6 +137,7 @@ class LinearAttention(Branch):
         y, S = linear_attention(
             *(q, k, v.to(wide), None, beta, self.past(context, "S")),
             *(context.document_starts, context.token_mask, context.cache is not None),
+            pieces=context.pieces,
         )
         self.keep(context, S=S)
         if not self.delta:

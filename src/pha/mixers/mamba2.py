@@ -38,6 +38,7 @@ class Mamba2(Branch):
         PHAError: an option that is no whole number of at least 1, or heads that do not divide x.
     """
 
+    in_pieces = True
     states = ("conv", "S")
     float32 = ("A_log", "dt_bias", "D")
 
@@ -94,14 +95,16 @@ class Mamba2(Branch):
         keep = context.cache is not None
         gate, x, dt = self.W_in(z).split(self.sizes, -1)
         taps, past = self.conv_weight.squeeze(1), self.past(context, "conv")
-        x, conv = short_convolution(x, taps, self.conv_bias, past, *flags, last_state=keep)
+        x, conv = short_convolution(
+            x, taps, self.conv_bias, past, *flags, last_state=keep, pieces=context.pieces
+        )
         N = (mixed - inner) // 2
         x, B, C = F.silu(x).split([inner, N, N], -1)
         x, dt = x.unflatten(-1, (heads, self.head_size)), self._time_steps(dt)
         g = -self.A_log.exp() * dt
         y, S = linear_attention(
             *(C.unsqueeze(2), B.unsqueeze(2), x * dt.unsqueeze(-1), g, None),
-            *(self.past(context, "S"), *flags, keep),
+            *(self.past(context, "S"), *flags, keep, context.pieces),
         )
         self.keep(context, conv=conv, S=S)
         y = (y + self.D.unsqueeze(-1) * x).flatten(2)

@@ -29,6 +29,7 @@ class QRNN(Branch):
         PHAError: another window.
     """
 
+    in_pieces = True
     states = ("c", "before")
 
     def __init__(
@@ -50,14 +51,18 @@ class QRNN(Branch):
         if self.V is not None:
             taps = z.new_tensor([1.0, 0.0]).expand(z.shape[-1], 2)
             before, last = short_convolution(
-                *(z, taps, None, self.past(context, "before"), *flags), last_state=wanted
+                *(z, taps, None, self.past(context, "before"), *flags),
+                last_state=wanted,
+                pieces=context.pieces,
             )
             gates = gates + self.V(before)
             self.keep(context, before=last)
         x, f, o = gates.chunk(3, -1)
         a = f.to(accumulation_type(f)).sigmoid()
         u = ((1 - a) * x.tanh()).to(x.dtype)
-        c, last = linear_scan(u, a, self.past(context, "c"), *flags, last_state=wanted)
+        c, last = linear_scan(
+            u, a, self.past(context, "c"), *flags, last_state=wanted, pieces=context.pieces
+        )
         self.keep(context, c=last)
         return self.W_o(o.sigmoid() * c)
 

@@ -32,6 +32,7 @@ class Retention(Branch):
         PHAError: heads that do not divide d into even sizes.
     """
 
+    in_pieces = True
     states = ("S",)
     unit_gain = ("W_q", "W_k")
 
@@ -65,6 +66,7 @@ class Retention(Branch):
         y, S = linear_attention(
             *(q, k * k.shape[-1] ** -0.5, v, g, None, self.past(context, "S")),
             *(context.document_starts, context.token_mask, context.cache is not None),
+            pieces=context.pieces,
         )
         self.keep(context, S=S)
         return self.W_o(swiglu(self.W_g(z), self.norm(y).flatten(2)))

@@ -45,6 +45,7 @@ class RGLRU(Branch):
         PHAError: blocks of unequal sizes.
     """
 
+    in_pieces = True
     states = ("h", "conv")
     float32 = ("Lambda",)
     no_decay = ("taps",)
@@ -107,9 +108,12 @@ class RGLRU(Branch):
         x, conv = short_convolution(
             *(self.W_x(z), self.taps, self.b, self.past(context, "conv"), *flags),
             last_state=wanted,
+            pieces=context.pieces,
         )
         a, u = self.decays_and_inputs(x)
-        h, last = linear_scan(u, a, self.past(context, "h"), *flags, last_state=wanted)
+        h, last = linear_scan(
+            u, a, self.past(context, "h"), *flags, last_state=wanted, pieces=context.pieces
+        )
         self.keep(context, h=last, conv=conv)
         return self.W_o(h * F.gelu(self.W_g(z)))
 

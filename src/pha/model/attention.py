@@ -66,7 +66,7 @@ class GroupedQueryAttention(Branch):
             with logits of dot products, which have no temperature.
     """
 
-    keeps_keys = True
+    in_pieces = keeps_keys = True
     float32 = ("logit_scale",)
     unit_gain = ("W_q", "W_k")
 

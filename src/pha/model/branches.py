@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pha.ops.attention.naive import BlockMask, Mask
+from pha.ops.pieces import Pieces
 from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 
 class LayerCache(Protocol):
     """What a branch needs of the model's cache to carry its past from call to call."""
+
+    @property
+    def pieces(self) -> Pieces | None:
+        """Where the rest of the sequence is, if the tokens are a piece of it; no state is kept."""
+        ...
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append keys and values (B, G, T, K); return those to attend to, (B, G, S, K)."""
@@ -101,6 +107,11 @@ class Context:
     attention_weights: list[Tensor] | None = None
     own_losses: list[Tensor] | None = None
 
+    @property
+    def pieces(self) -> Pieces | None:
+        """Where the rest of the sequence is, if the tokens are a piece of it."""
+        return None if self.cache is None else self.cache.pieces
+
     def seen(self, keys: int, window: int | None = None) -> tuple[Mask | None, int | None]:
         """The mask and the window of attention to S keys, of which a branch sees the last `window`.
 
@@ -144,6 +155,8 @@ class Branch(nn.Module):
     and must respect `context`: documents, padding and, if it has one, the cache.
 
     Attributes:
+        in_pieces: it can read a piece of a sequence whose rest other ranks have: it sees tokens one
+            by one, keeps keys, or hands `context.pieces` to its op.
         keeps_keys: it passes keys and values to `LayerCache.update`, exactly once a call. The cache
             has room for those of one branch in a layer.
         states: names of the states that it keeps in the cache; see `past` and `keep`.
@@ -153,6 +166,7 @@ class Branch(nn.Module):
         unit_gain: its linear layers that DeepNorm's initialisation leaves at gain 1.
     """
 
+    in_pieces: ClassVar[bool] = False
     keeps_keys: ClassVar[bool] = False
     states: ClassVar[tuple[str, ...]] = ()
     float32: ClassVar[tuple[str, ...]] = ()

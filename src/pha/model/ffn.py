@@ -27,6 +27,8 @@ class SwiGLU(nn.Module):
 class AuxiliaryFFN(Branch):
     """The auxiliary feed-forward branch of the mix."""
 
+    in_pieces = True
+
     def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         inner = config.ffn_size(config.auxiliary_ffn_expansion)

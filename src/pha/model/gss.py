@@ -28,6 +28,7 @@ class GatedStateSpace(Branch):
     sqrt(1 - a^2) for `unit-variance`, 1 - a for `zero-order-hold`.
     """
 
+    in_pieces = True
     states = ("h",)
     float32 = capped_rate = ("log_A", "log_dt")
     unit_gain = ("W_g",)
@@ -70,6 +71,7 @@ class GatedStateSpace(Branch):
             *(self.W_g(z), self.W_B(z), a, b),
             *(self.past(context, "h"), context.document_starts, context.token_mask),
             last_state=context.cache is not None,
+            pieces=context.pieces,
         )
         self.keep(context, h=h_last)
         return self.W_C(h)

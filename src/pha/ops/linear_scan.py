@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pha.ops.backends import Op
+from pha.ops.pieces import Pieces
 from pha.ops.precision import accumulation_type
 from pha.ops.recurrence import recur_
 from pha.ops.shapes import require_shapes
@@ -28,6 +29,7 @@ def linear_scan(
     starts: Tensor | None = None,
     mask: Tensor | None = None,
     last_state: bool = True,
+    pieces: Pieces | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run h_t = a_t * h_{t-1} + u_t over time.
 
@@ -38,6 +40,8 @@ def linear_scan(
         starts: (B, T) bool, true where a document begins: the state is reset before that step.
         mask: (B, T) bool, false where there is no step (padding): the state stays, and h is 0.
         last_state: whether the last state is wanted.
+        pieces: where the rest of the sequence is, if these are the steps of one piece of it; then
+            there is no h0, no mask and no last state.
 
     Returns:
         h (B, T, n) in the type of `u`, and the last state (B, n), or None if not wanted.
@@ -55,6 +59,17 @@ def linear_scan(
         u, a = torch.where(there, u, 0), torch.where(there, a, 1)
     scan = linear_scan_naive if T == 1 else _OP(u.device.type)
     h, last = scan(u, a, h0, starts)
+    if pieces is not None:
+        kept = a.to(last.dtype).prod(1)
+        if starts is not None:
+            kept = kept * ~starts.any(1, keepdim=True)
+
+        def decayed(a: Tensor, state: Tensor) -> Tensor:
+            added = a.to(state.dtype).cumprod(1) * state.unsqueeze(1)
+            return added if starts is None else added * (starts.cumsum(1) == 0).unsqueeze(-1)
+
+        state = pieces.entering(last, kept)
+        return h + pieces.computed_again(decayed, a, state).to(h.dtype), None
     return h if there is None else torch.where(there, h, 0), last if last_state else None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pha.ops.backends import Op
 from pha.ops.past_inputs import documents, with_past
+from pha.ops.pieces import Pieces
 from pha.ops.precision import accumulation_type
 from pha.ops.shapes import require_shapes
 from pha.ops.testing import relative_error
@@ -30,6 +31,7 @@ def short_convolution(
     starts: Tensor | None = None,
     mask: Tensor | None = None,
     last_state: bool = True,
+    pieces: Pieces | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Convolve every channel over time with its own w taps.
 
@@ -42,6 +44,8 @@ def short_convolution(
         mask: (B, T) bool, false where there is no step (padding): y is 0 there, and the others are
             as if it were left out.
         last_state: whether the last inputs are wanted.
+        pieces: where the rest of the sequence is, if these are the steps of one piece of it; the
+            past is then that of the piece before.
 
     Returns:
         y (B, T, C) in the type of `x`, summed in float32 (float64 for float64 inputs), and the
@@ -56,6 +60,8 @@ def short_convolution(
     shapes = {"weight": (weight, (C, w)), "bias": (bias, (C,)), "past": (past, (B, w - 1, C))}
     flags = {"starts": (starts, (B, T)), "mask": (mask, (B, T))}
     require_shapes("short_convolution", "x", shapes | flags)
+    if pieces is not None:
+        past, last_state = pieces.before(x, w - 1), False
 
     def convolve(x: Tensor, starts: Tensor | None) -> Tensor:
         x = F.pad(x, (0, 0, w - 1, 0)) if past is None else x

@@ -136,6 +136,8 @@ class RunConfig:
         flops: FLOPs of training, those of the mixers counted, as close as whole steps come.
         global_batch: sequences per optimiser step, however they are cut.
         micro_batch: sequences per forward pass and device; chosen from memory when null.
+        context_parallel: processes that share a sequence, a piece each, for sequences longer than
+            one device has memory for.
         precision: fp32, bf16 (autocast), or auto: bf16 where the device does it faster.
         seed: of the weights, the order of the data and dropout.
         gradient_checkpointing: keep only what enters each layer and compute the rest again in the
@@ -168,6 +170,7 @@ class RunConfig:
     flops: float | None = None
     global_batch: int = 24
     micro_batch: int | None = None
+    context_parallel: int = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
     gradient_checkpointing: bool = False
@@ -209,8 +212,8 @@ _RULES = {
     ("data", "at least 0"): "memory",
     ("data", "in [0, 1]"): "carry_share long_documents planted_repeats",
     ("run", "at least 1"): (
-        "steps global_batch micro_batch evaluate_every evaluations evaluate_tokens "
-        "checkpoint_every keep_checkpoints keep_best average_best log_every"
+        "steps global_batch micro_batch context_parallel evaluate_every evaluations "
+        "evaluate_tokens checkpoint_every keep_checkpoints keep_best average_best log_every"
     ),
     ("run", "at least 0"): "sample_tokens seed watch_every",
     ("run", "above 0"): "epochs flops",
@@ -314,6 +317,22 @@ class TrainConfig:
             f"data.carry is {data.carry}, whose past grows, and run.compile needs one shape; leave "
             "one of them out",
         )
+        ranks = run.context_parallel
+        _require(
+            data.sequence_length % ranks == 0,
+            f"data.sequence_length ({data.sequence_length}) must be a multiple of "
+            f"run.context_parallel ({ranks}), so that all pieces are equally long",
+        )
+        for name, is_set in (
+            ("data.carry", data.carry != "none"),
+            ("run.compile", run.compile),
+            ("transformers.name", self.transformers.name is not None),
+        ):
+            _require(
+                ranks == 1 or not is_set,
+                f"run.context_parallel needs whole sequences at every step of a model of ours that "
+                f"is not compiled; leave {name} out, or run.context_parallel",
+            )
         _require(
             not data.long_documents or data.carry != "chunks",
             "data.long_documents draws rows anew, and data.carry chunks goes on in them; leave one "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pha.caching import CarriedCache
+from pha.caching import CarriedCache, SequencePieces
 from pha.costs import training_flops
 from pha.foreign import ForeignModel, make_foreign
 from pha.model import ArchitectureConfig
@@ -16,10 +17,12 @@ from pha.model.config import vars_of
 from pha.model.parameters import count_parameters
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops.linear_cross_entropy import chunk_logits
+from pha.ops.pieces import Pieces
 from pha.peers import count_multiplied
 from pha.train.carry import memory_of
 from pha.train.config import TrainConfig
 from pha.train.models import foreign_shape
+from pha.train.split import PROBES, CountedPieces, gathered_bytes
 from pha.utils.compiling import compile_blocks
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, free_memory, matmul_rate
@@ -50,19 +53,30 @@ class Plan:
     activation_bytes: int  # what a micro-batch keeps for its backward pass
     carried_bytes: int  # what the rows of a step leave to the next, on each device
     free_bytes: int  # what is free now
+    devices: int  # that share the work
+    gradient_bytes: int  # that each of them sends in a step, and receives, to add gradients up
+    gathered_bytes: dict[str, int]  # by branch, what each receives in a step from pieces of others
     matmul_flops: float  # measured rate of matrix products, FLOP/s
     seconds: float  # expected time of the training alone, at `ASSUMED_UTILISATION`
 
 
 def activation_bytes_per_token(
-    config: ArchitectureConfig, precision: str, compiled: bool = False
+    config: ArchitectureConfig, precision: str, compiled: bool = False, ranks: int = 1
 ) -> float:
     """Bytes per token that autograd keeps between forward and backward.
 
-    Counted by running the model on fake tensors, which have shapes and types but no storage.
+    Counted by running the model on fake tensors, which have shapes and types but no storage. Where
+    `ranks` share a sequence, for a token of the last piece, with the keys gathered for it.
     """
     with FakeTensorMode():
         model = PHAForCausalLM(PHAConfig(**(vars_of(config) | {"vocab_size": 8})))
+        if ranks > 1:
+            last = CountedPieces(ranks, ranks - 1)
+            kept = [
+                sum(size for size, _ in _kept(model, tokens, precision, False, last))
+                for tokens in PROBES
+            ]
+            return (kept[1] - kept[0]) / (PROBES[1] - PROBES[0])
         saved = _kept(model, PROBE_TOKENS, precision, compiled)
         # Weights cast for autocast and other tensors without a token dimension do not scale.
         return sum(size for size, shape in saved if PROBE_TOKENS in shape) / PROBE_TOKENS
@@ -89,7 +103,11 @@ def carried_bytes_per_row(config: TrainConfig, precision: str) -> int:
 
 
 def _kept(
-    model: PHAForCausalLM | ForeignModel, tokens: int, precision: str, compiled: bool
+    model: PHAForCausalLM | ForeignModel,
+    tokens: int,
+    precision: str,
+    compiled: bool,
+    pieces: Pieces | None = None,
 ) -> list[tuple[int, torch.Size]]:
     """What autograd keeps of so many tokens in training: bytes and shape of each piece of memory.
 
@@ -111,7 +129,8 @@ def _kept(
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", PRECISIONS[precision], enabled=precision != "fp32"),
     ):
-        model.train().states(torch.zeros(1, tokens, dtype=torch.long))
+        past: Any = None if pieces is None else SequencePieces(pieces, tokens)
+        model.train().states(torch.zeros(1, tokens, dtype=torch.long), cache=past)
     if compiled:
         torch._dynamo.reset()  # these graphs must not count towards the limit of the run's own
     return [(x.untyped_storage().nbytes(), x.shape) for x in saved.values()]
@@ -134,7 +153,8 @@ def _measure(config: TrainConfig, precision: str) -> _Size:
     if config.transformers.name is None:
         ours = config.model
         total = sum(count_parameters(ours).values())
-        kept = activation_bytes_per_token(ours, precision, compiled)
+        ranks = config.run.context_parallel
+        kept = activation_bytes_per_token(ours, precision, compiled, ranks)
         flops = training_flops(ours, length)
         return _Size(total, flops, ours.num_hidden_layers, ours.hidden_size, kept)
     shape, tokens = foreign_shape(config), min(length, PROBE_MOST)
@@ -175,12 +195,19 @@ def make_plan(
         PHAError: the batch cannot be divided as asked, or too little data for one step.
     """
     run, length = config.run, config.data.sequence_length
-    if run.global_batch % processes:
+    ranks = run.context_parallel
+    if processes % ranks:
+        raise PHAError(
+            f"run.context_parallel is {ranks}, and the number of processes ({processes}) no "
+            "multiple of it; start as many with torchrun --nproc_per_node"
+        )
+    replicas = processes // ranks
+    if run.global_batch % replicas:
         raise PHAError(
             f"run.global_batch ({run.global_batch}) must be a multiple of the number of "
-            f"processes ({processes})"
+            f"processes ({processes})" + f" over run.context_parallel ({ranks})" * (ranks > 1)
         )
-    share = run.global_batch // processes
+    share, piece = run.global_batch // replicas, length // ranks
     size = _measure(config, precision)
     parameters, per_token, width = size.parameters, size.per_token, size.width
     weights, carried = parameters * 4 * 4, carried_bytes_per_row(config, precision)
@@ -189,12 +216,12 @@ def make_plan(
         per_token = 4 * size.layers * width + per_token / size.layers
     free = free_memory(device)
     # The loss holds a chunk of logits and what is computed from it, and the head's gradient.
-    chunk = min(chunk_logits(device), share * length * config.model.vocab_size)
+    chunk = min(chunk_logits(device), share * piece * config.model.vocab_size)
     loss_bytes = 3 * 4 * chunk + 4 * config.model.vocab_size * width
     budget = 0.8 * free - weights - loss_bytes - carried * share
-    fits = int(budget / (per_token * length + carried))
+    fits = int(budget / (per_token * piece + carried))
     if device.type == "cpu":
-        fits = min(fits, max(1, CPU_TOKENS // length))
+        fits = min(fits, max(1, CPU_TOKENS // piece))
     if run.micro_batch is not None:
         micro = run.micro_batch
         if micro > share:
@@ -217,6 +244,11 @@ def make_plan(
             steps = max(1, round(run.epochs * steps_per_epoch))
     tokens = steps * per_step
     rate = matmul_rate(device, precision)
+    gathered = {}
+    if ranks > 1:
+        # Forward once, backward twice.
+        one = gathered_bytes(config.model, precision, length, ranks)
+        gathered = {name: 3 * share * size for name, size in one.items()}
     return Plan(
         parameters=parameters,
         steps=steps,
@@ -227,9 +259,13 @@ def make_plan(
         flops_per_token=flops_per_token,
         flops=flops_per_token * tokens,
         weights_bytes=weights,
-        activation_bytes=int((per_token * length + carried) * micro) + loss_bytes,
+        activation_bytes=int((per_token * piece + carried) * micro) + loss_bytes,
         carried_bytes=carried * share,
         free_bytes=free,
+        devices=processes,
+        # Adding up in a ring: each part goes around twice.
+        gradient_bytes=round(2 * 4 * parameters * (processes - 1) / processes),
+        gathered_bytes=gathered,
         matmul_flops=rate,
         seconds=flops_per_token * tokens / (rate * processes * ASSUMED_UTILISATION),
     )

@@ -165,6 +165,7 @@ def print_plan(session: Session) -> None:
         f"{memory(plan.activation_bytes)} for a micro-batch{carried}; "
         f"{memory(plan.free_bytes)} free",
         f"work       {count(plan.flops)}FLOP, those of mixers counted",
+        *_network(plan),
         "ops        " + ", ".join(f"{op} {what}" for op, what in in_use(device.type).items())
         if config.transformers.name is None
         else "watch      off: it knows the layers of ours alone",
@@ -172,6 +173,16 @@ def print_plan(session: Session) -> None:
     ]
     for line in lines:
         session.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _network(plan: Plan) -> list[str]:
+    if plan.devices == 1:
+        return []
+    parts = [f"{memory(plan.gradient_bytes)} of gradients"]
+    parts += [f"{memory(size)} of {name}" for name, size in plan.gathered_bytes.items() if size]
+    return [
+        f"network    to and from each of {plan.devices} devices in a step: {', '.join(parts)}",
+    ]
 
 
 @dataclass(frozen=True)
@@ -198,9 +209,13 @@ def _require_compiler(device: torch.device) -> None:
 
 
 def open_session(
-    config: TrainConfig, out: Path, console: Console, resume: Literal["auto", "never"] = "auto"
+    config: TrainConfig,
+    out: Path,
+    console: Console,
+    resume: Literal["auto", "never"] = "auto",
+    devices: int | None = None,
 ) -> Session:
-    """Open devices and data, settle what was left open, plan.
+    """Open devices and data, settle what was left open, plan; for `devices` see `plan_training`.
 
     Raises:
         PHAError: bad data, a run folder in the way, an impossible plan.
@@ -240,7 +255,8 @@ def open_session(
     precision = [config.run.precision]
     broadcast_object_list(precision)
     config = replace(config, run=replace(config.run, precision=precision[0]))
-    plans = [make_plan(config, data.windows(), device, precision[0], accelerator.num_processes)]
+    processes = devices or processes
+    plans = [make_plan(config, data.windows(), device, precision[0], processes)]
     broadcast_object_list(plans)
     return Session(config, plans[0], run, data, accelerator, console)
 
@@ -250,13 +266,24 @@ def _used(folder: Path) -> bool:
 
 
 def plan_training(
-    config: TrainConfig, out: Path, console: Console, resume: Literal["auto", "never"] = "auto"
+    config: TrainConfig,
+    out: Path,
+    console: Console,
+    resume: Literal["auto", "never"] = "auto",
+    devices: int | None = None,
 ) -> dict[str, Any]:
     """Only say what a run would take: the plan and the configuration as a mapping.
+
+    Args:
+        config: the run.
+        out: its folder.
+        console: for the plan.
+        resume: as of `open_session`.
+        devices: such as this one, with a process each; None for the processes that there are.
 
     Raises:
         PHAError: bad data, or a run folder in the way.
     """
-    session = open_session(config, out, console, resume)
+    session = open_session(config, out, console, resume, devices)
     print_plan(session)
     return {"plan": asdict(session.plan), "config": session.config.to_dict()}

@@ -38,6 +38,7 @@ from pha.train.diagnose import first_bad_gradient, first_bad_value
 from pha.train.metrics import MetricsWriter
 from pha.train.optim import Schedule, make_optimizer, set_rate
 from pha.train.plan import Plan
+from pha.train.split import SequenceSplit
 from pha.train.watch import Watch
 from pha.train.windows import windowed
 from pha.utils.compiling import compile_blocks, compile_errors
@@ -74,8 +75,14 @@ class Trainer:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if config.run.compile:
             compile_blocks(model)
-        share = config.run.global_batch // accelerator.num_processes
-        first = accelerator.process_index * share
+        ranks = config.run.context_parallel
+        self.split: SequenceSplit | None = None
+        if ranks > 1:
+            assert isinstance(model, PHAForCausalLM)
+            model.model.require_pieces()
+            self.split = SequenceSplit(ranks, config.data.sequence_length)
+        share = config.run.global_batch * ranks // accelerator.num_processes
+        first = accelerator.process_index // ranks * share
         self.feed = BatchFeed(
             data.sampler(config),
             [
@@ -83,7 +90,7 @@ class Trainer:
                 for start in range(first, first + share, plan.micro_batch)
             ],
             accelerator.device,
-            gather=not config.run.compile,
+            gather=not config.run.compile and ranks == 1,
         )
         self.carried: Carried | None = None
         if config.data.carry != "none":
@@ -257,14 +264,20 @@ class Trainer:
         for piece, (first, _) in enumerate(self.feed.pieces):
             inputs = self.feed.get(step, piece)
             labels = inputs.pop("labels")
+            seed = (run.seed << 40) + step * run.global_batch + first
+            if self.split is not None:
+                inputs = self.split.cut(inputs)
+                seed += self.split.pieces.rank << 34
             if piece == 0 and self.watch is not None:
                 self.watch.before(step + 1, inputs)
             given = inputs
             if self.carried is not None:
                 given = self.carried.enter(step, piece, inputs)
+            if self.split is not None:
+                given = inputs | {"past_key_values": self.split.past()}
             # Dropout is a pure function of the seed and of which sequences these are, in whichever
             # process: no generator has a state.
-            torch.manual_seed((run.seed << 40) + step * run.global_batch + first)
+            torch.manual_seed(seed)
             context = contextlib.nullcontext() if piece == last else accelerator.no_sync(self.model)
             with context:
                 total += self._backward(given, labels)

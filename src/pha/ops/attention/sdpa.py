@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from pha.ops.attention.naive import Mask, within, written_out
 
@@ -32,7 +33,9 @@ def attention_sdpa(
     # One new token sees every cached one, so causality needs no mask there.
     causal = bool(mask is None and queries == keys and queries > 1)  # also where they are traced
     if mask is None and not causal and queries > 1:
-        mask = within(queries, keys, keys, q.device)
+        if torch.is_grad_enabled():  # masks of all blocks would be kept
+            return checkpoint(_windowed_sdpa, q, k, v, None, keys, use_reentrant=False)
+        return _windowed_sdpa(q, k, v, None, keys)
     return _sdpa(q, k, v, mask, causal)
 
 

@@ -22,6 +22,7 @@ from pha.ops.backends import Op
 from pha.ops.gated_scan.naive import gated_scan_naive
 from pha.ops.gated_scan.operator import gated_scan_operator
 from pha.ops.gated_scan.trial import TRIAL
+from pha.ops.pieces import Pieces
 from pha.ops.precision import accumulation_type
 from pha.ops.shapes import require_shapes
 from pha.ops.testing import relative_error
@@ -37,6 +38,7 @@ def gated_scan(
     starts: Tensor | None = None,
     mask: Tensor | None = None,
     last_state: bool = True,
+    pieces: Pieces | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run h_t = a * h_{t-1} + b * sigmoid(gate_t) * value_t over time.
 
@@ -49,6 +51,8 @@ def gated_scan(
         starts: (B, T) bool, true where a document begins: the state is reset before that step.
         mask: (B, T) bool, false where there is no step (padding): the state stays, and h is 0.
         last_state: whether the last state is wanted. With a mask it costs copies in its type.
+        pieces: where the rest of the sequence is, if these are the steps of one piece of it; then
+            there is no h0, no mask and no last state.
 
     Returns:
         h (B, T, n) in the type of `value`, and the last state (B, n), or None if not wanted.
@@ -63,6 +67,9 @@ def gated_scan(
     require_shapes("gated_scan", "value", shapes | flags)
     # Calling an operator costs more than one step of the equation.
     scan = gated_scan_naive if T == 1 else _OP(value.device.type)
+    if pieces is not None:
+        h, last = scan(gate, value, a, b, None, starts)
+        return h + _from_before(a, last, starts, T, pieces).to(h.dtype), None
     if mask is None:
         h, last = scan(gate, value, a, b, h0, starts)
         return h, last if last_state else None
@@ -72,6 +79,22 @@ def gated_scan(
     h, _ = scan(*front, a, b, h0, None if starts is None else visible.front_starts(starts))
     last = _state_after(visible, h, h0, starts) if last_state else None
     return visible.back(h).to(value.dtype), last
+
+
+def _from_before(a: Tensor, last: Tensor, starts: Tensor | None, T: int, pieces: Pieces) -> Tensor:
+    """What the pieces before add to h (B, T, n): a^t times the state that enters this one."""
+    log_a = torch.log1p(a.to(last.dtype) - 1)  # of a as it is rounded, which the scan multiplies by
+    kept = (T * log_a).exp().expand_as(last)
+    if starts is not None:
+        kept = kept * ~starts.any(1, keepdim=True)
+    state = pieces.entering(last, kept)
+
+    def decayed(log_a: Tensor, state: Tensor) -> Tensor:
+        powers = (torch.arange(1, T + 1, device=a.device)[:, None] * log_a).exp()  # (T, n)
+        added = powers * state.unsqueeze(1)
+        return added if starts is None else added * (starts.cumsum(1) == 0).unsqueeze(-1)
+
+    return pieces.computed_again(decayed, log_a, state)
 
 
 def _state_after(

@@ -21,6 +21,7 @@ from pha.ops.backends import Op
 from pha.ops.linear_attention import fla
 from pha.ops.linear_attention.chunked import linear_attention_chunked
 from pha.ops.linear_attention.naive import linear_attention_naive
+from pha.ops.pieces import Pieces
 from pha.ops.shapes import require_shapes
 from pha.ops.testing import relative_error
 from pha.utils.errors import PHAError
@@ -36,6 +37,7 @@ def linear_attention(
     starts: Tensor | None = None,
     mask: Tensor | None = None,
     last_state: bool = True,
+    pieces: Pieces | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run the recurrence over time.
 
@@ -50,13 +52,16 @@ def linear_attention(
         starts: (B, T) bool, true where a document begins: the state is reset before that step.
         mask: (B, T) bool, false where there is no step (padding): the state stays, and y is 0.
         last_state: whether the last state is wanted.
+        pieces: where the rest of the sequence is, if these are the steps of one piece of it; then
+            there is no beta, no h0, no mask and no last state.
 
     Returns:
         y (B, T, H, P) in the type of `v`, and the last state (B, H, K, P), or None if not wanted.
         Computed in float32 (float64 for float64 inputs), the type of the last state.
 
     Raises:
-        PHAError: shapes that do not fit each other.
+        PHAError: shapes that do not fit each other, or the delta rule in pieces: what it keeps of
+            a state is no product of decays.
     """
     (B, T, H, P), (G, K) = v.shape, k.shape[2:]
     decays = (B, T, H) if g is None or g.dim() == 3 else (B, T, H, K)
@@ -76,11 +81,36 @@ def linear_attention(
         g = None if g is None else torch.where(mask.view(B, T, *[1] * (g.dim() - 2)), g, 0)
     # Calling anything else costs more than one step of the equation.
     run = linear_attention_naive if T == 1 else _OP(v.device.type)
+    if pieces is not None and beta is not None:
+        raise PHAError("linear_attention: the delta rule needs whole sequences on each rank")
     with torch.autocast(v.device.type, enabled=False):
         y, last = run(q, k, v, g, beta, h0, starts)
+        if pieces is not None:
+            return y + _from_before(q, g, last, starts, pieces).to(y.dtype), None
     if mask is not None:
         y = torch.where(mask[..., None, None], y, 0)
     return y, last if last_state else None
+
+
+def _from_before(
+    q: Tensor, g: Tensor | None, last: Tensor, starts: Tensor | None, pieces: Pieces
+) -> Tensor:
+    """What the pieces before add to y: q_t times what is kept of the state that enters this one."""
+    (B, T), (H, dtype) = q.shape[:2], (last.shape[1], last.dtype)
+    if g is None:
+        g = torch.zeros(B, T, H, dtype=dtype, device=q.device)
+    g = g if g.dim() == 4 else g.unsqueeze(-1)
+    kept = g.to(dtype).sum(1).exp()
+    if starts is not None:
+        kept = kept * ~starts.any(1)[:, None, None]
+
+    def read(q: Tensor, g: Tensor, state: Tensor) -> Tensor:
+        wide = q.to(dtype).repeat_interleave(H // q.shape[2], 2) * g.to(dtype).cumsum(1).exp()
+        if starts is not None:
+            wide = wide * (starts.cumsum(1) == 0)[..., None, None]
+        return torch.einsum("bthk,bhkp->bthp", wide, state)
+
+    return pieces.computed_again(read, q, g, pieces.entering(last, kept.unsqueeze(-1)))
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
