@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,12 @@ def test_a_package_that_fails_to_load_is_not_there(
 def test_changes_that_say_nothing_are_refused(name: str, message: str) -> None:
     with pytest.raises(PHAError, match=message):
         model_config(name, 64)
+
+
+def test_peers_of_another_package_are_there_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fla.models", None)
+    with pytest.raises(PHAError, match="hf:fla-gla needs flash-linear-attention"):
+        model_config("hf:fla-gla", 16)
+    monkeypatch.setattr(peers, "is_installed", lambda: True)
+    assert peers.fla_peers() == ["hf:fla-gla", "hf:fla-gated-deltanet"]
+    assert kernels_of("gla", "cuda", True) == ["kernels of flash-linear-attention"]

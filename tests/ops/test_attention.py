@@ -503,3 +503,14 @@ def test_a_gpu_never_holds_the_logits(
     assert y.shape == q.shape
     # Keys that are repeated for heads, and heads padded; all logits of a head would be 20 times it.
     assert sizes.largest <= H * LENGTH * 80
+
+
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
+def test_one_kernel_can_be_asked_for(
+    backend: str, asked: list[list[SDPBackend]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_sdpa, "_sdpa", attention_sdpa._by_named_kernels)
+    inputs = problem(1, 4, 2, 9, 9, 8, torch.bfloat16)
+    backend_function(backend)(**inputs)
+    wanted = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    assert asked == [[wanted[backend]]]

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from pha.model.presets import PRESETS
 from pha.modeling import PHAConfig
 from pha.ops.attention import causal_pairs
-from pha.peers import PEERS, PREFIX, peer_config, peer_names
+from pha.ops.linear_attention.fla import is_installed
+from pha.peers import PEERS, PREFIX, Peer, peer_config, peer_names
 from pha.utils.errors import PHAError
 
 VOCABULARY = 50257
@@ -26,6 +27,30 @@ CHECKPOINTING = "+gradient_checkpointing"  # behind the name of a model that is 
 CHUNKED = "+chunked_loss"  # behind the name of a peer that is trained with our loss
 POSITIONS = 8192  # learned positions of GPT-2 at least; more where a run is longer
 STATE_SPACES = ("mamba", "mamba2", "jamba", "falcon_h1", "bamba")
+
+
+# Models of flash-linear-attention, where that package is installed: training alone.
+FLA_PEERS: dict[str, Peer] = {
+    "fla-gla": Peer(
+        "gla",
+        124e6,
+        {"hidden_size": 768, "num_hidden_layers": 12, "tie_word_embeddings": True},
+    ),
+    "fla-gated-deltanet": Peer(
+        "gated_deltanet",
+        124e6,
+        {
+            **{"hidden_size": 768, "num_hidden_layers": 9, "tie_word_embeddings": True},
+            **{"num_heads": 3, "head_dim": 256},
+        },
+    ),
+}
+FLA_TYPES = [peer.model_type for peer in FLA_PEERS.values()]
+
+
+def fla_peers() -> list[str]:
+    """Those that can run here, with `hf:`."""
+    return [PREFIX + name for name in FLA_PEERS] if is_installed() else []
 
 
 @dataclass(frozen=True)
@@ -79,14 +104,22 @@ def model_config(name: str, length: int) -> PreTrainedConfig:
     if name in PRESETS:
         fields = {"vocab_size": VOCABULARY} | dict(map(_change, changes))
         return PHAConfig.from_preset(name, **fields)
-    if name.removeprefix(PREFIX) not in PEERS or not name.startswith(PREFIX):
-        known = [*PRESETS, *(PREFIX + peer for peer in PEERS)]
+    peers = PEERS | FLA_PEERS
+    if name.removeprefix(PREFIX) not in peers or not name.startswith(PREFIX):
+        known = [*PRESETS, *(PREFIX + peer for peer in peers)]
         close = difflib.get_close_matches(name, known, n=2, cutoff=0.4) or ["pha-125m", "hf:gpt2"]
         raise PHAError(
             f"there is no model {name!r}; did you mean {' or '.join(close)}? Give presets of "
             "`pha params` or hf: and one of " + ", ".join(peer_names())
         )
-    peer = PEERS[name.removeprefix(PREFIX)]
+    peer = peers[name.removeprefix(PREFIX)]
+    if peer.model_type in FLA_TYPES:
+        try:
+            import fla.models  # noqa: F401  # which makes them known
+        except ImportError as error:
+            raise PHAError(
+                f"{PREFIX}{name} needs flash-linear-attention ({error}); pip install 'pha[fla]'"
+            ) from error
     return peer_config(peer.model_type, peer.shape, VOCABULARY, max(POSITIONS, length))
 
 
@@ -126,6 +159,8 @@ def kernels_of(model_type: str, device_type: str, training: bool) -> list[str]:
     Raises:
         PHAError: it would call a kernel of mamba_ssm that does not run without causal_conv1d.
     """
+    if model_type in FLA_TYPES:
+        return ["kernels of flash-linear-attention"]
     if model_type not in STATE_SPACES:
         return []
     scan, convolution = (
@@ -163,7 +198,7 @@ def attention_shape(config: PreTrainedConfig) -> AttentionShape:
     kinds = kinds or getattr(config, "layers_block_type", None)
     kinds = kinds or ["full_attention"] * config.num_hidden_layers
     layers = 0
-    if getattr(config, "keeps_keys", True):  # ours alone says so
+    if getattr(config, "keeps_keys", config.model_type not in FLA_TYPES):  # ours alone says so
         layers = sum(kind not in ("linear_attention", "recurrent") for kind in kinds)
     heads = getattr(config, "num_attention_heads", 1)
     key_heads = getattr(config, "num_key_value_heads", None) or heads

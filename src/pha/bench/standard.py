@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from pha.bench.op_work import OP_MODES, PASSES, op_backends
-from pha.bench.peers import CHUNKED, is_ours
+from pha.bench.peers import CHUNKED, fla_peers, is_ours
 from pha.bench.runner import CASE, OUT_OF_TIME, add_ratios, run_groups
 from pha.bench.work import Job
 from pha.utils.hardware import default_device
@@ -55,6 +55,8 @@ def standard_set(scale: str) -> list[list[Job]]:
     for batch in (16, 32, 64, 96) if paper else (2, 4):
         first = batch in (16, 2)
         groups.append(group("train", ours + peers * first, batch, length, **compiled))
+    if paper and fla_peers():  # which bring their own kernels, and are not compiled
+        groups.append(group("train", ("pha-125m", *fla_peers()), 16, length))
     # Their scans in plain PyTorch keep too much for more.
     hybrids = ("pha-125m", "hf:falcon-h1", "hf:mamba2")
     groups.append(group("train", hybrids, 4 if paper else 1, length, **compiled))

@@ -17,6 +17,7 @@ from pha.bench.graphs import GraphedStep
 from pha.bench.peers import (
     CHECKPOINTING,
     CHUNKED,
+    FLA_TYPES,
     attention_shape,
     build,
     is_ours,
@@ -198,6 +199,8 @@ class _Inference(ModelWork):
 
     def __init__(self, job: Job, device: torch.device) -> None:
         super().__init__(job, device, PRECISIONS[job.precision], f"weights in {job.precision}")
+        if self.config.model_type in FLA_TYPES:
+            raise PHAError(f"{job.model} has a cache of its own kind; it is measured in training")
         if job.chunk and self.config.model_type == "recurrent_gemma":
             raise PHAError("recurrent-gemma cannot read a prompt in pieces; leave --chunk out")
         self.model.eval()

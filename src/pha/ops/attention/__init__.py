@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask
 
 from pha.ops.attention import flex as flex_kernels
@@ -14,6 +17,8 @@ from pha.ops.attention.naive import Mask, attention_naive, within, written_out
 from pha.ops.attention.sdpa import attention_sdpa
 from pha.ops.backends import Op
 from pha.ops.testing import relative_error
+
+ON_A_GPU = ("flex", "flash", "cudnn")
 
 
 def attention(
@@ -36,7 +41,7 @@ def attention(
             path.
         window: how many keys a query may see, its own included; None means all. Work and memory
             are then linear in T. What blocks say includes it.
-        backend: `flex`, `sdpa` or `naive`; None for the one of the device.
+        backend: a name in the op table; None for the one of the device.
 
     Returns:
         (B, H, T, K) in the type of `v`.
@@ -47,7 +52,7 @@ def attention(
 
 def takes_blocks(backend: str | None, queries: int, device_type: str) -> bool:
     """Whether the backend, or the one of the device, wants masks of so many queries as blocks."""
-    return (backend or _OP.choice(device_type)) == "flex" and queries >= flex_kernels.BLOCK
+    return (backend or _OP.choice(device_type)) in ON_A_GPU and queries >= flex_kernels.BLOCK
 
 
 def _by_flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
@@ -114,9 +119,18 @@ def attention_mask(
 
 
 def attention_flex(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = None,
+    window: int | None = None,
+    *,
+    kernels: Sequence[SDPBackend] | None = None,
 ) -> Tensor:
-    """FlexAttention for blocks, and for windows and cached keys without a mask, else SDPA."""
+    """FlexAttention for blocks, and for windows and cached keys without a mask, else SDPA.
+
+    There `kernels` are tried for half precision without a mask, in their order.
+    """
     T, S = q.shape[2], k.shape[2]
     bounded = S != T or (window is not None and window < S)
     if mask is None and bounded and T >= flex_kernels.BLOCK:
@@ -124,7 +138,7 @@ def attention_flex(
         mask = block_mask(key[S - T :], key, window=window)
     if isinstance(mask, BlockMask):
         return _by_flex(q, k, v, mask)
-    return attention_sdpa(q, k, v, mask, window)
+    return attention_sdpa(q, k, v, mask, window, kernels=kernels)
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
@@ -149,11 +163,18 @@ _OP = Op(
         "naive": attention_naive,
         "sdpa": attention_sdpa,
         "flex": attention_flex,
+        "flash": functools.partial(attention_flex, kernels=[SDPBackend.FLASH_ATTENTION]),
+        "cudnn": functools.partial(attention_flex, kernels=[SDPBackend.CUDNN_ATTENTION]),
     },
     {"cuda": "flex", "default": "sdpa"},
     _check,
-    only_on={"flex": "cuda"},
+    only_on=dict.fromkeys(ON_A_GPU, "cuda"),
     plain="sdpa",
-    limits={"flex": "sdpa where every query sees all before it, and below 128 tokens"},
+    limits={
+        "flex": "where a query sees all before it, flash attention in training and cuDNN's kernel "
+        "in inference; in float32, and with a mask below 128 tokens, the memory-efficient one",
+        "flash": "flash attention where flex would have the choice",
+        "cudnn": "cuDNN's kernel where flex would have the choice",
+    },
     trials={"flex": flex_kernels.TRIAL},
 )

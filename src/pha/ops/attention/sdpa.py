@@ -7,6 +7,8 @@ memory-efficient one, which shares none. They want head sizes in multiples of 8.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,9 +26,17 @@ INFERENCE = TRAINING[::-1]
 
 
 def attention_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None = None,
+    window: int | None = None,
+    kernels: Sequence[SDPBackend] | None = None,
 ) -> Tensor:
-    """PyTorch's scaled_dot_product_attention, any head size, key heads shared without copies."""
+    """PyTorch's scaled_dot_product_attention, any head size, key heads shared without copies.
+
+    On a GPU `kernels` are tried for half precision without a mask; see `attention_flex`.
+    """
     queries, keys, mask = q.shape[2], k.shape[2], written_out(mask)
     if window is not None and keys > window:
         return _windowed_sdpa(q, k, v, mask, window)
@@ -36,24 +46,37 @@ def attention_sdpa(
         if torch.is_grad_enabled():  # masks of all blocks would be kept
             return checkpoint(_windowed_sdpa, q, k, v, None, keys, use_reentrant=False)
         return _windowed_sdpa(q, k, v, None, keys)
-    return _sdpa(q, k, v, mask, causal)
+    return _sdpa(q, k, v, mask, causal, kernels)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    kernels: Sequence[SDPBackend] | None = None,
+) -> Tensor:
     if q.device.type == "cuda" and q.dtype != torch.float64:
-        return _by_named_kernels(q, k, v, mask, causal)
+        return _by_named_kernels(q, k, v, mask, causal, kernels)
     shared = bool(q.shape[1] != k.shape[1])
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, scale=1.0, enable_gqa=shared
     )
 
 
-def _by_named_kernels(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def _by_named_kernels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    kernels: Sequence[SDPBackend] | None = None,
+) -> Tensor:
     (_, H, T, K), G, wide = q.shape, k.shape[1], v.shape[3]
     if mask is None and q.dtype != torch.float32 and K <= LARGEST and _has_flash(q.device):
-        return _padded(q, k, v, None, causal, TRAINING if q.requires_grad else INFERENCE)[
-            ..., :wide
-        ]
+        kernels = list(kernels or (TRAINING if q.requires_grad else INFERENCE))
+        return _padded(q, k, v, None, causal, kernels)[..., :wide]
     efficient = [SDPBackend.EFFICIENT_ATTENTION]
     if H == G or T >= FEW:
         k, v = (x.repeat_interleave(H // G, 1) for x in (k, v))
