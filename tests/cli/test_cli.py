@@ -182,6 +182,7 @@ def test_a_signal_that_a_library_makes_another_error_of_still_stops_in_good_orde
     assert capsys.readouterr().err == "pha doctor: stopped; run the same command again\n"
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_knows_every_preset() -> None:
     command = [sys.executable, "-m", "pha", "params", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -91,7 +91,9 @@ pha.PHAModel.from_pretrained("model")
     ("missing", "extra", "words"),
     [
         ("rich", "train", ["--help"]),
-        ("jsonargparse", "train", ["train", "pha-tiny.stdlib"]),
+        pytest.param(
+            *("jsonargparse", "train", ["train", "pha-tiny.stdlib"]), marks=pytest.mark.slow
+        ),
         ("accelerate", "train", ["train", "pha-tiny.stdlib"]),
     ],
 )

@@ -92,7 +92,10 @@ def test_help_and_mistakes_on_an_output_that_shows_no_accents(
     assert b"caf\\xe9 \\udce9" in raw.getvalue()
 
 
-@pytest.mark.parametrize("output", ["closed pipe", "closed", "full"])
+@pytest.mark.parametrize(
+    "output",
+    ["full", *(pytest.param(each, marks=pytest.mark.slow) for each in ("closed", "closed pipe"))],
+)
 def test_an_output_that_takes_nothing(output: str) -> None:
     words = [sys.executable, "-m", "pha", "recipes"]
     if output == "closed":

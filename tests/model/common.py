@@ -52,6 +52,8 @@ def scramble(module: nn.Module, seed: int = 0, by: float = 0.3) -> Any:
 class States:
     """The smallest cache there is: the states of one layer."""
 
+    pieces = None
+
     def __init__(self) -> None:
         self.kept: dict[int, Tensor] = {}
 

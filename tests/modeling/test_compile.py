@@ -198,6 +198,7 @@ def test_writing_into_a_static_cache_is_a_graph() -> None:
     assert graphs.count == 2
 
 
+@pytest.mark.slow
 def test_under_autocast_the_compiled_step_is_that_of_autocast() -> None:
     model = make("pha-tiny", layers=1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -222,6 +223,7 @@ def test_with_gradient_checkpointing_too() -> None:
     assert graphs.count == 1
 
 
+@pytest.mark.slow
 def test_a_whole_model_is_one_graph_whatever_its_loss_goes_through(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -87,9 +87,9 @@ def test_a_plan_for_more_devices_names_their_traffic(
 
 
 def test_what_a_rank_keeps_falls_with_their_number() -> None:
-    config = PHAConfig.from_preset("pha-125m")
+    config = PHAConfig.from_preset("pha-125m", num_hidden_layers=2)
     whole = activation_bytes_per_token(config, "bf16")
-    for ranks in (2, 4, 8):
+    for ranks in (2, 8):
         kept = activation_bytes_per_token(config, "bf16", ranks=ranks)
         # Each token of a piece keeps the gathered keys of `ranks` tokens, and states twice.
         assert whole < kept < 1.4 * whole

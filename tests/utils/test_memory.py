@@ -20,6 +20,7 @@ print(held - resident())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 @pytest.mark.parametrize("function", ["return_freed_memory", "keep_freed_memory"])
 def test_freed_memory_is_returned_or_kept(function: str) -> None:

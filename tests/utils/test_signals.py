@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -21,7 +22,7 @@ def handlers() -> Iterator[None]:
 
 def send(*numbers: int) -> None:
     for number in numbers:
-        signal.raise_signal(number)  # to this thread: others may be slow to take one
+        os.kill(os.getpid(), number)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
