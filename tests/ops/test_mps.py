@@ -85,7 +85,7 @@ def test_models_of_state_spaces_make_float64_in_one_place(preset: str, watched: 
 
 
 @pytest.mark.skipif(not torch.backends.mps.is_available(), reason="needs Apple's MPS")
-@pytest.mark.parametrize("preset", ["pha-tiny", *MODELS])
+@pytest.mark.parametrize("preset", ["pha-tiny", "retnet-tiny", "gated-deltanet-tiny", *MODELS])
 def test_the_model_on_mps_is_that_of_a_cpu(preset: str) -> None:
     ids, results = torch.arange(40).view(2, -1) % 17, []
     for device in ("cpu", "mps"):

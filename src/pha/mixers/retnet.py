@@ -12,6 +12,7 @@ from pha.model.config import ArchitectureConfig
 from pha.model.norm import RMSNorm
 from pha.ops import linear_attention, rotate, swiglu
 from pha.ops.linear_attention.chunked import chunked_flops
+from pha.ops.precision import exponent_type
 from pha.utils.errors import PHAError
 
 
@@ -62,7 +63,7 @@ class Retention(Branch):
         q, k, v = (W(z).unflatten(-1, (self.heads, -1)) for W in (self.W_q, self.W_k, self.W_v))
         angles = rotary_angles(context.positions, q.shape[-1], self.rope_theta)
         q, k = (rotate(x.transpose(1, 2), *angles).transpose(1, 2) for x in (q, k))
-        g = self._decays(z.device).log().expand(*z.shape[:2], -1)
+        g = self._log_decays(z.device).expand(*z.shape[:2], -1)
         y, S = linear_attention(
             *(q, k * k.shape[-1] ** -0.5, v, g, None, self.past(context, "S")),
             *(context.document_starts, context.token_mask, context.cache is not None),
@@ -71,8 +72,10 @@ class Retention(Branch):
         self.keep(context, S=S)
         return self.W_o(swiglu(self.W_g(z), self.norm(y).flatten(2)))
 
-    def _decays(self, device: torch.device) -> Tensor:
-        return 1 - 2.0 ** (-5 - torch.arange(self.heads, device=device, dtype=torch.float64))
+    def _log_decays(self, device: torch.device) -> Tensor:
+        """log(1 - 2^(-5 - h)) of each head."""
+        head = torch.arange(self.heads, device=device, dtype=exponent_type(device))
+        return torch.log1p(-(2.0 ** (-5 - head)))
 
     def flops(self, length: int) -> float:
         """Of linear attention."""
@@ -81,4 +84,4 @@ class Retention(Branch):
 
     def diagnostics(self, z: Tensor) -> Diagnostics:
         """Its decays, which are fixed."""
-        return Diagnostics(decays=self._decays(z.device))
+        return Diagnostics(decays=self._log_decays(z.device).exp())

@@ -17,6 +17,11 @@ def accumulation_type(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def exponent_type(device: torch.device) -> torch.dtype:
+    """The type of exponents that are added up before they are raised: float64 but on MPS."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def wide(x: Tensor) -> Tensor:
     """`x` in float64, on the CPU where its device has none: Apple's MPS."""
     return (x.cpu() if x.device.type == "mps" else x).double()

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pha.ops.linear_attention.naive import linear_attention_naive
-from pha.ops.precision import accumulation_type
+from pha.ops.precision import accumulation_type, exponent_type
 
 CHUNK = 64  # a power of two
 
@@ -40,7 +40,7 @@ def linear_attention_chunked(
         return linear_attention_naive(q, k, v, g, beta, h0, starts)
     dtype, C = accumulation_type(v), min(CHUNK, 1 << (T - 1).bit_length())
     q, k, u = (_chunks(x.to(dtype), C) for x in (q, k, v))
-    G = _chunks(q.new_zeros(1, T, 1) if g is None else g.double(), C).cumsum(3)
+    G = _chunks(q.new_zeros(1, T, 1) if g is None else g.to(exponent_type(g.device)), C).cumsum(3)
     document = _chunks(starts[..., None], C).cumsum(-1) if starts is not None else G.new_zeros(C)
     seen = (document[..., None] == document[..., None, :]).tril()
     if G.dim() == 5:
