@@ -69,7 +69,7 @@ def rank_main(folder: Path) -> None:
     )
     pieces = Pieces()
     for which in LAYERS:
-        for documents in (False, True):
+        for documents in (False, True) if which == "pha" else (True,):
             whole, gradients = learn(which, documents)
             x, own = learn(which, documents, pieces)
             size = T // pieces.size

@@ -213,6 +213,7 @@ def test_a_folder_in_use_is_refused_until_it_is_free(train_small: Train, tmp_pat
     assert run.result.is_file()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_no_lock(train_small: Train, tmp_path: Path) -> None:
     code = "import sys, time; from pathlib import Path; from pha.runs import RunFolder\n"
     code += "with RunFolder(Path(sys.argv[1])).lock(): print(flush=True); time.sleep(600)"

@@ -72,6 +72,7 @@ def test_no_process_outlives_the_time() -> None:
     assert not psutil.Process().children()
 
 
+@pytest.mark.slow
 def test_a_process_that_watches_stops_when_its_parent_is_killed(tmp_path: Path) -> None:
     stopped = tmp_path / "stopped"
     child = (
