@@ -46,7 +46,7 @@ def learn(
     model = scrambled(config_of(which)).double().train()
     ids = tokens(2, T + 1)
     starts = torch.zeros(2, T, dtype=torch.bool)
-    starts[0, [0, 5, 13]] = starts[1, 0] = True
+    starts[0, [0, 5, 13]] = starts[1, [0, 10]] = True  # near the ends of pieces, too
     here, cache = slice(0, T), None
     if pieces is not None:
         size = T // pieces.size

@@ -61,7 +61,11 @@ def short_convolution(
     flags = {"starts": (starts, (B, T)), "mask": (mask, (B, T))}
     require_shapes("short_convolution", "x", shapes | flags)
     if pieces is not None:
-        past, last_state = pieces.before(x, w - 1), False
+        tail = x[:, 1 - w :]
+        if starts is not None:  # the rest is not of the document that goes on
+            document = starts.cumsum(1)
+            tail = torch.where((document[:, 1 - w :] == document[:, -1:]).unsqueeze(-1), tail, 0)
+        past, last_state = pieces.before(tail, w - 1), False
 
     def convolve(x: Tensor, starts: Tensor | None) -> Tensor:
         x = F.pad(x, (0, 0, w - 1, 0)) if past is None else x
