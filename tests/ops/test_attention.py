@@ -289,6 +289,8 @@ def test_blocks_say_what_the_mask_says(
     key = torch.arange(S) + first
     query = key[S - T :] if first == 0 else key[-first : T - first]  # cached, or in fixed places
     starts = torch.rand(2, S, generator=generator) < 0.008 if documents else None
+    if starts is not None:  # whole blocks of one document each, beside those of another
+        starts[0] = torch.arange(S) % BLOCK == 0
     tokens = None
     if padding:  # holes, and rows that begin or end with nothing
         tokens = torch.rand(2, S, generator=generator) < 0.99

@@ -63,7 +63,8 @@ def block_mask(
         first, last = q.ends(of_query, 2)
         first_key, last_key = k.ends(of_key, 1)
         some = some & (last_key >= first) & (first_key <= last)
-        whole = whole & (first == last) & (first_key == last_key) & (first == first_key)
+        # Where some is seen, both are then of one document.
+        whole = whole & (first == last) & (first_key == last_key)
     if token_mask is not None:
         present = token_mask[:, key.clamp(0, token_mask.shape[1] - 1)]
         in_blocks = F.pad(present, (0, -len(key) % BLOCK)).unflatten(1, (-1, BLOCK))
