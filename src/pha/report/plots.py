@@ -56,10 +56,10 @@ DARK = {
 
 MUTED = LIGHT["muted"]
 SERIES_COUNT = 6
-GLYPHS = ("●", "■", "▲", "◆", "▼", "✚")
+GLYPHS = ("●", "■", "▲", "◆", "▼", "✚", "✖")
 """In text, the marker of series i: a second way to tell series apart."""
 
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # one more than colours, so that pairs differ longer
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (5, 2, 1, 2)), (0, (1.5, 1.5)))
 _WIDTH = 5.0
 _SVG = "{http://www.w3.org/2000/svg}"
