@@ -161,6 +161,7 @@ def test_muon_is_torchs_but_for_rounding(shape: tuple[int, int]) -> None:
         other.step()
     moved = (theirs - start).norm()
     assert (ours - theirs).norm() < 0.02 * moved  # theirs rounds to bfloat16
+    assert ours.grad is not None
     u, _, v = torch.linalg.svd(ours.grad, full_matrices=False)
     values = u.T @ orthogonal(ours.grad) @ v.T
     assert (values - values.diag().diag()).abs().max() < 1e-4
