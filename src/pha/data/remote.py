@@ -124,7 +124,7 @@ def find_remote(spec: str) -> list[RemoteFile]:
             found = {path: system.info(path)}
         return [
             # A listing of a web server tells names alone.
-            RemoteFile(url, name, system, system.info(name) if info["size"] is None else info)
+            RemoteFile(url, name, system, info if info.get("size") else system.info(name))
             for name, info in found.items()
             if info["type"] == "file"
             for url in [spec if name == path else system.unstrip_protocol(name)]
