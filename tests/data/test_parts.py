@@ -118,6 +118,8 @@ def test_parts_that_are_missing_or_damaged(parts: Path, refuses: Refuses) -> Non
         shutil.rmtree(parts)
         shutil.copytree(parts.with_name("kept"), parts)
 
+    with refuses("not joined", "pha join"):
+        TokenStore.open(parts)
     shutil.rmtree(parts / "part-2-of-3")
     with refuses("lacks part 2 of 3", "--part 2/3"):
         join(parts)

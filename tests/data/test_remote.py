@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pha.data import cached_store, open_source, prepare
@@ -155,13 +157,24 @@ def test_a_large_file_is_streamed(server: Server) -> None:
     source = open_source(f"{server.url}/long.txt")  # its cuts are found by ranges
     assert server.sent < size / 2
     assert [unit.size for unit in source.units] == [56_700_000, 3_150_000, 3_150_000]
+    table = pa.table({"text": ["some words of a text\n" * 1000] * 1000})
+    table_bytes = pa.BufferOutputStream()
+    # One row group of many pages.
+    pq.write_table(table, table_bytes, compression="none", use_dictionary=False, write_batch_size=9)
+    server.files["/rows.parquet"] = table_bytes.getvalue().to_pybytes()
+    (file,) = find_remote(f"{server.url}/rows.parquet")
+    server.sent = 0
+    rows = read_records(file, "text", Meter())
+    assert next(rows).startswith("some words")
+    assert server.sent < 12_000_000 < len(server.files["/rows.parquet"])
+    assert len(list(rows)) == 999
     server.has_ranges = False
     with_none = find_remote(f"{server.url}/long.txt")[0]
     assert sum(map(len, read_text(with_none, Meter()))) == size
 
 
 def test_what_a_network_does_is_one_line(server: Server, refuses: Refuses) -> None:
-    server.files["/rows.jsonl"] = b'{"text": "a"}\n' * 100_000
+    server.files["/rows.jsonl"] = b'{"text": "%s"}\n' % (b"a" * 1000) * 1400
     for has_ranges in (True, False):
         server.has_ranges, server.cut = has_ranges, None
         source = open_source(f"{server.url}/rows.jsonl")

@@ -84,7 +84,7 @@ def prepare(
 ) -> TokenStore:
     """Encode a corpus into a token store.
 
-    Text is streamed: memory holds a few megabytes of it and the document (or row group) being
+    Text is streamed: memory holds a few megabytes of it and the document (or the rows) being
     read. The tokenizer's threads encode while the next text is read.
 
     Args:

@@ -142,7 +142,7 @@ def line_end(path: TextFile, position: int) -> int:
 
 
 def read_records(path: TextFile, field: str, meter: Meter) -> Iterator[str]:
-    """Yield the text of each record; memory holds one of them, or one row group.
+    """Yield the text of each record; memory holds one of them, or 64 rows.
 
     Args:
         path: .jsonl, compressed or not, or .parquet.
@@ -213,20 +213,25 @@ def read_rows(rows: Any, field: str, where: str, meter: Meter) -> Iterator[str]:
     Raises:
         PHAError: as `read_records`, and whatever a network does.
     """
-    if rows.column_names is not None:
-        _require_field(where, field, rows.column_names)
-        rows = rows.select_columns(field)
-    yield from _texts_of(rows.iter(batch_size=_ROWS), field, where, meter)
+
+    def batches() -> Iterator[Mapping[str, Any]]:
+        chosen = rows
+        if rows.column_names is not None:
+            _require_field(where, field, rows.column_names)
+            chosen = rows.select_columns(field)
+        yield from chosen.iter(batch_size=_ROWS)
+
+    yield from _texts_of(batches(), field, where, meter)
 
 
 def _parquet_batches(path: TextFile, field: str) -> Iterator[dict[str, list[Any]]]:
-    """Rows of a .parquet file, of whose row groups memory holds a few megabytes."""
+    """Rows of a .parquet file; memory holds a few megabytes of a row group, whatever its size."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise PHAError(f"reading {path} needs pyarrow: pip install 'pha[data]'") from error
     with _open_bytes(path, Meter()) as file:
-        rows = ParquetFile(file, buffer_size=_BLOCK)
+        rows = ParquetFile(file, buffer_size=_BLOCK, pre_buffer=False)
         _require_field(str(path), field, rows.schema_arrow.names)
         for batch in rows.iter_batches(_ROWS, columns=[field]):
             yield batch.to_pydict()

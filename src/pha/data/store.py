@@ -105,7 +105,9 @@ class TokenStore:
         """
         path = Path(path)
         if not (path / RECORD).is_file():
-            raise PHAError(f"{path} is not a token store: it has no {RECORD}")
+            in_parts = any(path.glob("part-*-of-*"))
+            why = "its parts are not joined: run `pha join`" if in_parts else f"it has no {RECORD}"
+            raise PHAError(f"{path} is not a token store: {why}")
         record = read_json(path / RECORD)
         version = record.get("format") if isinstance(record, dict) else None
         if version is None:
