@@ -41,6 +41,7 @@ Verb = Callable[..., None]
 VERBS = {
     "demo": "training:demo",
     "prepare": "training:prepare",
+    "join": "training:join",
     "train": "training:train",
     "extend": "extension:extend",
     "sweep": "studies:sweep",

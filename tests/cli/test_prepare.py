@@ -78,7 +78,7 @@ def test_the_documented_check_of_a_split(
         (["rows.jsonl", "--holdout", "0.0001"], "larger --holdout"),
         (["bad.jsonl"], "line 2 of bad.jsonl is not JSON"),
         (["cut.jsonl.xz"], "cut.jsonl.xz is cut short"),
-        (["cut.parquet"], "cut.parquet cannot be opened"),
+        (["cut.parquet"], "reading cut.parquet failed"),
         (["nowhere"], "wikitext-103"),
     ],
 )

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pha.data.readers import Meter, kind_of, read_records, read_text
+from pha.data.readers import Meter, kind_of, open_rows, read_records, read_text
 from tests.data.common import COMPRESS, RECORDS, write_records
 from tests.data.conftest import Refuses
 
@@ -159,11 +159,14 @@ def test_files_that_cannot_be_opened(tmp_path: Path, refuses: Refuses) -> None:
 def test_libraries_that_are_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: Refuses
 ) -> None:
-    for name, suffix in (("datasets", ".parquet"), ("pyarrow", ".jsonl.zst")):
-        path = write_records(tmp_path / f"rows{suffix}", ["a"])
+    paths = [write_records(tmp_path / f"rows{s}", ["a"]) for s in (".parquet", ".jsonl.zst")]
+    for name in ("datasets", "pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
-        with refuses(name, "pip install 'pha[data]'"):
+    for path in paths:
+        with refuses("pyarrow", "pip install 'pha[data]'"):
             list(read_records(path, "text", Meter()))
+    with refuses("datasets", "pip install 'pha[data]'"):
+        open_rows(str(tmp_path), None, "a data set")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from rich.console import RenderableType
 from rich.table import Table
@@ -25,6 +25,9 @@ from pha.commands.common import (
 from pha.utils.errors import PHAError
 from pha.utils.progress import make_console
 from pha.utils.text import file_name
+
+if TYPE_CHECKING:
+    from pha.data import TokenStore
 
 
 def demo(*, out: Folder = Path("runs/demo"), steps: int | None = None) -> None:
@@ -51,6 +54,7 @@ def prepare(
     text_field: str = "text",
     holdout: Fraction | None = None,
     split_seed: int | None = None,
+    part: Annotated[str | None, "K/N"] = None,
     json: Json = False,
 ) -> None:
     """Turn text into a token store.
@@ -61,6 +65,7 @@ def prepare(
       FOLDER                  files named train, valid and test (wiki.train.raw, train-2.jsonl.xz)
                               keep these splits; any others are split by document
       'books/**/*.jsonl.xz'   a pattern, quoted: likewise
+      's3://bucket/x*.jsonl'  a file or pattern behind a URL, read as a stream; https://, gs://, ...
       hf:OWNER/NAME[:CONFIG]  a data set of the Hugging Face Hub, read as a stream
       hf:FOLDER:CONFIG        a local folder in the Hub's layout
       wikitext-103, wikitext-2, openwebtext
@@ -76,11 +81,13 @@ def prepare(
         holdout: share of documents in each of validation and test, where the source has no splits
             (0.05 of files, 0.005 of Hub data sets)
         split_seed: of the hash that splits documents (0)
+        part: make part K of N alone, each maybe elsewhere; `pha join` makes them one store
         json: print the store's facts as JSON
     """
     from pha.data import SourceOptions
     from pha.data import prepare as prepare_store
     from pha.data.display import PreparationDisplay
+    from pha.data.parts import Part
 
     begin = time.monotonic()
     with PreparationDisplay(console_for(json)) as display:
@@ -90,9 +97,33 @@ def prepare(
             out,
             separator=separator,
             options=SourceOptions(text_field, holdout, split_seed),
+            part=None if part is None else Part.parse(part),
             progress=display,
         )
-    seconds = time.monotonic() - begin
+    _answer_store(json, store, time.monotonic() - begin)
+
+
+def join(store: Store, *, json: Json = False) -> None:
+    """Make the parts of a store one.
+
+    STORE holds what `pha prepare ... --part K/N --out STORE` made, here or copied from other
+    machines: a folder part-K-of-N for every K. They are checked and stay where they are. The store
+    then is the one that a single process would have made, with the same hashes.
+
+    Args:
+        store: folder with the parts
+        json: print the store's facts as JSON
+    """
+    from pha.data.display import PreparationDisplay
+    from pha.data.joining import join as join_parts
+
+    begin = time.monotonic()
+    with PreparationDisplay(console_for(json)) as display:
+        joined = join_parts(store, display)
+    _answer_store(json, joined, time.monotonic() - begin)
+
+
+def _answer_store(json: bool, store: TokenStore, seconds: float) -> None:
     counts = {split: store.counts(split) for split in store.splits}
     effort = {
         "seconds": round(seconds, 2),

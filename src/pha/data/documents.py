@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from pha.data.readers import Meter
+from pha.data.remote import TextFile, version_of
 from pha.data.splits import SPLITS, TextSplit
 from pha.utils.errors import PHAError
 
@@ -91,6 +92,23 @@ class SourceOptions:
 
 
 @dataclass(frozen=True)
+class Unit:
+    """What is read as a whole: a file, or all of a split where its files make one text.
+
+    Attributes:
+        split: the given split it is of.
+        name: the same on every machine.
+        size: what a meter counts while it is read, None if that is not known.
+        read: yields its texts, each in parts that join to it, in the same order every time.
+    """
+
+    split: str
+    name: str
+    size: int | None
+    read: Callable[[Meter], Iterator[Iterable[str]]]
+
+
+@dataclass(frozen=True)
 class Source:
     """A corpus in splits. Opening one lists files; texts are read when documents are asked for.
 
@@ -102,9 +120,7 @@ class Source:
         given: the splits that are there.
         held_out: what holds others out of the train split, if anything does.
         split_rule: how documents were given to splits, ready for JSON; `rule` says it in words.
-        read: yields the texts of a given split, each in parts that join to it, in the same order
-            every time.
-        size: what a meter counts while a given split is read, None if that is not known.
+        units: all there is to read, in the order of `SPLITS`.
     """
 
     description: str
@@ -113,8 +129,7 @@ class Source:
     given: Collection[str]
     held_out: TextSplit | None
     split_rule: dict[str, Any]
-    read: Callable[[str, Meter], Iterator[Iterable[str]]]
-    size: Callable[[str], int | None]
+    units: tuple[Unit, ...]
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -134,24 +149,45 @@ class Source:
             has = ", ".join(self.splits)
             raise PHAError(f"{self.description} has no {split} split: it has {has}")
         origin = split if split is None or split in self.given else "train"
-        wanted = [name for name in SPLITS if name in self.given and origin in (None, name)]
+        units = [unit for unit in self.units if origin in (None, unit.split)]
+        sizes = [unit.size for unit in units]
         meter = meter or Meter()
-        sizes = [self.size(name) for name in wanted]
-        meter.done, meter.total = 0, sum(size or 0 for size in sizes) if all(sizes) else None
-        for name in wanted:
-            for parts in self.read(name, meter):
-                document = Document(name, parts)
-                if name == "train" and self.held_out:
+        meter.done, meter.total = 0, None if None in sizes else sum(size or 0 for size in sizes)
+        for unit in units:
+            for parts in unit.read(meter):
+                document = Document(unit.split, parts)
+                if unit.split == "train" and self.held_out:
                     text = document.text
                     document = Document(self.held_out.split_of(text), (text,))
                 if split in (None, document.split):
                     yield document
 
+    def part(self, number: int, of: int) -> Source:
+        """Part `number`, from 1, of a division into stretches of as many units, or one fewer.
 
-def identity_of(words: Iterable[str], files: Iterable[Path] = ()) -> str:
+        All parts one after the other are the whole, in its order.
+
+        Raises:
+            PHAError: fewer units than parts.
+        """
+        count = len(self.units)
+        if count < of:
+            raise PHAError(
+                f"{self.description} cannot be divided into {of} parts, as it is read in {count}: "
+                "ask for fewer, or give the text in more files"
+            )
+        return replace(self, units=self.units[(number - 1) * count // of : number * count // of])
+
+    @property
+    def listing(self) -> str:
+        """A hash of the units' splits, names and sizes: what a division rests on."""
+        listed = [[unit.split, unit.name, unit.size] for unit in self.units]
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def identity_of(words: Iterable[str], files: Iterable[TextFile] = ()) -> str:
     """A hash of what a source is known by, and of every file's path, size and date."""
     digest = hashlib.sha256(os.fsencode("\0".join(words)))
-    for path in files:
-        stat = path.stat()
-        digest.update(os.fsencode(f"\0{path.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}"))
+    for file in files:
+        digest.update(os.fsencode(f"\0{version_of(file)}"))
     return digest.hexdigest()

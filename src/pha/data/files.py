@@ -8,21 +8,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from glob import glob
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pha.data.documents import Source, SourceOptions, identity_of
+from pha.data.documents import Source, SourceOptions, Unit, identity_of
 from pha.data.readers import (
     DOCUMENT_TEXT,
     KINDS,
     RUNNING_TEXT,
     Meter,
     kind_of,
+    line_end,
     read_records,
     read_text,
 )
+from pha.data.remote import TextFile, find_remote, shown_url, size_of
 from pha.data.splits import SPLIT_WORDS, SPLITS, natural_order, path_split, split_word
 from pha.utils.errors import PHAError
 
@@ -35,7 +38,7 @@ _BY_PATH = {"rule": "hash of the path", "fractions": _SHARES}
 _BY_POSITION = {"rule": "position in the file, at line ends", "fractions": _SHARES}
 
 
-def open_file(path: Path, options: SourceOptions) -> Source:
+def open_file(path: TextFile, options: SourceOptions) -> Source:
     """One file: records are split by document, plain text is cut by position."""
     kind = kind_of(path)
     if kind.is_records:
@@ -82,9 +85,25 @@ def open_folder(folder: Path, options: SourceOptions) -> Source:
 def open_pattern(pattern: str, options: SourceOptions) -> Source:
     """The files that a glob matches: split files where all are named so, else split by document."""
     found = (Path(name) for name in glob(pattern, recursive=True))  # noqa: PTH207, it may be absolute
-    files = sorted((path for path in found if path.is_file()), key=_order)
+    files = [path for path in found if path.is_file()]
     if not files:
         raise PHAError(f"no file matches {pattern!r}: quote the pattern and check the folder")
+    return _open_found(pattern, files, options)
+
+
+def open_remote(spec: str, options: SourceOptions) -> Source:
+    """The file behind a URL, or those that match a URL with `*`, as local ones are opened."""
+    files = find_remote(spec)
+    if not files:
+        raise PHAError(
+            f"there is no file {shown_url(spec)}, or no answer: give the URL of a file, or one "
+            "with * for several, in quotes"
+        )
+    return _open_found(spec, files, options) if "*" in spec else open_file(files[0], options)
+
+
+def _open_found(pattern: str, found: Iterable[TextFile], options: SourceOptions) -> Source:
+    files, pattern = sorted(found, key=_order), shown_url(pattern)
     for path in files:
         if not (kind_of(path).is_data or kind_of(path).suffix in RUNNING_TEXT | DOCUMENT_TEXT):
             raise PHAError(
@@ -162,7 +181,7 @@ def require_target(path: Path) -> Path:
 
 
 def _source(
-    files: Mapping[str, Sequence[Path]],
+    files: Mapping[str, Sequence[TextFile]],
     description: str,
     options: SourceOptions,
     otherwise: dict[str, Any],
@@ -174,13 +193,12 @@ def _source(
     words = [description, options.text_field, str(rule)]
     paths = [path for split in given for path in files[split]]
 
-    def read(split: str, meter: Meter) -> Iterator[Iterable[str]]:
-        for path in files[split]:
-            if kind_of(path).is_records:
-                for text in read_records(path, options.text_field, meter):
-                    yield (text,)
-            else:
-                yield read_text(path, meter)
+    def read(path: TextFile, meter: Meter) -> Iterator[Iterable[str]]:
+        if kind_of(path).is_records:
+            for text in read_records(path, options.text_field, meter):
+                yield (text,)
+        else:
+            yield read_text(path, meter)
 
     return Source(
         description=description,
@@ -189,12 +207,15 @@ def _source(
         given=given,
         held_out=held_out,
         split_rule=rule,
-        read=read,
-        size=lambda split: sum(path.stat().st_size for path in files[split]),
+        units=tuple(
+            Unit(split, path.name, size_of(path), partial(read, path))
+            for split in given
+            for path in files[split]
+        ),
     )
 
 
-def _split_files(files: Sequence[Path], where: str, options: SourceOptions) -> Source:
+def _split_files(files: Sequence[TextFile], where: str, options: SourceOptions) -> Source:
     """Files that are all named for a split."""
     named = [path for path in files if _split_word(path)]
     others = [path for path in files if path not in named]
@@ -203,7 +224,7 @@ def _split_files(files: Sequence[Path], where: str, options: SourceOptions) -> S
             f"{where} has files named for a split ({_listed(named)}) and others "
             f"({_listed(others)}): keep one sort there, or choose files with a pattern"
         )
-    by_split: dict[str, list[Path]] = {}
+    by_split: dict[str, list[TextFile]] = {}
     for path in files:
         by_split.setdefault(SPLIT_WORDS[_split_word(path) or ""], []).append(path)
     for split, paths in by_split.items():
@@ -213,7 +234,7 @@ def _split_files(files: Sequence[Path], where: str, options: SourceOptions) -> S
                 f"{where} has more than one variant of the {split} split ({_listed(paths)}): "
                 "keep one of them"
             )
-        if all(path.stat().st_size == 0 for path in paths):
+        if all(size_of(path) == 0 for path in paths):
             raise PHAError(f"the {split} split of {where} is empty: put text into {paths[0].name}")
     are_records = all(kind_of(path).is_records for path in files)
     for split, example in (("train", "train.txt"), ("validation", "valid.txt")):
@@ -226,35 +247,29 @@ def _split_files(files: Sequence[Path], where: str, options: SourceOptions) -> S
     return _source(by_split, description, options, _BY_NAME, HOLDOUT)
 
 
-def _split_by_text(files: Sequence[Path], description: str, options: SourceOptions) -> Source:
+def _split_by_text(files: Sequence[TextFile], description: str, options: SourceOptions) -> Source:
     return _source({"train": files}, description, options, {}, HOLDOUT)
 
 
-def _cut_text(path: Path, options: SourceOptions) -> Source:
+def _cut_text(path: TextFile, options: SourceOptions) -> Source:
     """One text cut into 90%, 5% and 5% of its bytes, each to the end of the line it ends in."""
-    size, cuts = path.stat().st_size, []
+    size = size_of(path)
+    if size is None:
+        raise PHAError(f"{path} comes from a server that does not tell its size: download it first")
     if size == 0:
         raise PHAError(f"{path} is empty")
-    try:
-        with path.open("rb") as file:
-            for percent in (90, 95):
-                file.seek(max(0, size * percent // 100 - 1))
-                file.readline()
-                cuts.append(file.tell())
-    except OSError as error:
-        raise PHAError(f"{path} cannot be read ({error.strerror})") from error
+    cuts = [line_end(path, max(0, size * percent // 100 - 1)) for percent in (90, 95)]
     bounds = [0, *cuts, size]
     if sorted(set(bounds)) != bounds:
         raise PHAError(
             f"{path} has too few lines to be cut 90/5/5 at line ends: use a longer file, "
             "or a folder with train.txt, valid.txt and test.txt"
         )
-    stretches = dict(zip(SPLITS, pairwise(bounds), strict=True))
     description = f"text file {path.name}, cut 90/5/5 at line ends"
     held_out, rule = options.split_rule(description, SPLITS, _BY_POSITION)
 
-    def read(split: str, meter: Meter) -> Iterator[Iterable[str]]:
-        yield read_text(path, meter, *stretches[split])
+    def read(first: int, last: int, meter: Meter) -> Iterator[Iterable[str]]:
+        yield read_text(path, meter, first, last)
 
     return Source(
         description=description,
@@ -263,23 +278,25 @@ def _cut_text(path: Path, options: SourceOptions) -> Source:
         given=SPLITS,
         held_out=held_out,
         split_rule=rule,
-        read=read,
-        size=lambda split: stretches[split][1] - stretches[split][0],
+        units=tuple(
+            Unit(split, path.name, last - first, partial(read, first, last))
+            for split, (first, last) in zip(SPLITS, pairwise(bounds), strict=True)
+        ),
     )
 
 
-def _split_word(path: Path) -> str | None:
+def _split_word(path: TextFile) -> str | None:
     """The word for a split in the name of a file that may be one: not code, not notes."""
     kind = kind_of(path)
     return split_word(kind.stem) if kind.is_records or kind.suffix in RUNNING_TEXT else None
 
 
-def _order(path: Path) -> tuple[list[str | int], Path]:
+def _order(path: TextFile) -> tuple[list[str | int], str]:
     """Numbered parts in order, the one without a number first."""
-    return natural_order((path.parent / kind_of(path).stem).as_posix()), path
+    return natural_order((path.parent / kind_of(path).stem).as_posix()), str(path)
 
 
-def _listed(paths: Sequence[Path]) -> str:
+def _listed(paths: Sequence[TextFile]) -> str:
     names = [path.name for path in paths[:_LISTED]]
     more = len(paths) - len(names)
     return ", ".join([*names, f"{more} more"] if more else names)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from functools import partial
 from itertools import islice
+from typing import Any
 
-from pha.data.documents import Source, SourceOptions, identity_of
-from pha.data.readers import Meter, first_line, open_rows, read_rows
-from pha.data.splits import SPLIT_WORDS
+from pha.data.documents import Source, SourceOptions, Unit, identity_of
+from pha.data.readers import Meter, open_rows, read_rows
+from pha.data.remote import first_line
+from pha.data.splits import SPLIT_WORDS, SPLITS
 from pha.utils.errors import PHAError
 from pha.utils.files import user_path
 
@@ -63,20 +66,26 @@ def open_hub(spec: str, options: SourceOptions) -> Source:
         raise PHAError(f"{description} lacks a train or validation split: it has {has}")
     held_out, rule = options.split_rule(description, names, _BY_NAME, HOLDOUT)
 
-    def read(split: str, meter: Meter) -> Iterator[Iterable[str]]:
+    def units(split: str) -> Iterator[Unit]:
+        """The files of a split; all of WikiText's, whose rows are of one text."""
         name = names[split]
-        where = f"split {name} of {description}"
-        texts = read_rows(dataset[name], options.text_field, where, meter)
+        rows, where = dataset[name], f"split {name} of {description}"
+        # Where the data set's card tells the rows, each file has about as many.
+        known = (rows.info.splits or {}).get(name)
+        count = 1 if is_wikitext else rows.num_shards
+        size = None if known is None else int(known.num_examples or 0) // count
+        for number in range(count):
+            one = where if count == 1 else f"file {number + 1} of {count} of {where}"
+            shard = rows if count == 1 else rows.shard(count, number)
+            yield Unit(split, one, size, partial(read, shard, one))
+
+    def read(rows: Any, where: str, meter: Meter) -> Iterator[Iterable[str]]:
+        texts = read_rows(rows, options.text_field, where, meter)
         if is_wikitext:
             yield _wikitext(texts)
         else:
             for text in texts:
                 yield (text,)
-
-    def size(split: str) -> int | None:
-        """Rows, where the data set's card tells."""
-        known = (dataset[names[split]].info.splits or {}).get(names[split])
-        return int(known.num_examples or 0) if known is not None else None
 
     return Source(
         description=description,
@@ -85,8 +94,7 @@ def open_hub(spec: str, options: SourceOptions) -> Source:
         given=names,
         held_out=held_out,
         split_rule=rule,
-        read=read,
-        size=size,
+        units=tuple(unit for split in SPLITS if split in names for unit in units(split)),
     )
 
 

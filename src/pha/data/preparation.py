@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from pha.data.documents import Document, Source, SourceOptions
 from pha.data.encoding import TextEncoder, cut
 from pha.data.hub import HubUnreachableError
+from pha.data.parts import SPLIT_LINES, Part
 from pha.data.readers import Meter
+from pha.data.remote import shown_url
 from pha.data.sources import open_source
 from pha.data.store import (
     DTYPES,
@@ -77,11 +79,12 @@ def prepare(
     *,
     separator: Separator = "auto",
     options: SourceOptions | None = None,
+    part: Part | None = None,
     progress: Progress | None = None,
 ) -> TokenStore:
     """Encode a corpus into a token store.
 
-    Text is streamed: memory holds a few megabytes of it and the document (or row group) being
+    Text is streamed: memory holds a few megabytes of it and the document (or the rows) being
     read. The tokenizer's threads encode while the next text is read.
 
     Args:
@@ -92,16 +95,23 @@ def prepare(
         separator: `end-of-text` ends every document with that token, `none` puts nothing between
             them, `auto` picks `none` where a split is one running text, else `end-of-text`.
         options: text field and split of the source, where it leaves them open.
+        part: encode this part of the source's files alone, into a folder of `out`, for
+            `pha.data.joining.join`. A tokenizer is trained on the text that it is always trained
+            on.
         progress: told how far the work is.
 
     Raises:
         PHAError: see `open_source` and `load_tokenizer`; `out` exists and is no store or cannot
-            be written; a split without text.
+            be written; a split without text; more parts than files.
     """
+    if part is not None:
+        if is_store(out) and not TokenStore.open(out, verify=False).parts:
+            raise PHAError(f"{out} is a store that one process made: name another for the parts")
+        out = out / part.folder
     _require_replaceable(out)
     source = open_source(source_spec, options)
     with claimed(out):
-        return _make_store(source, source_spec, tokenizer_spec, out, separator, progress)
+        return _make_store(source, source_spec, tokenizer_spec, out, separator, progress, part)
 
 
 def cached_store(
@@ -117,7 +127,7 @@ def cached_store(
     Raises:
         PHAError: see `prepare`.
     """
-    names = f"{Path(source_spec).name} {Path(tokenizer_spec).name}"
+    names = f"{Path(shown_url(source_spec)).name} {Path(tokenizer_spec).name}"
     slug = "-".join(re.findall(r"[a-z0-9]+", names.lower()))[:48]
     try:
         source = open_source(source_spec)
@@ -163,7 +173,9 @@ def _make_store(
     out: Path,
     separator: Separator,
     progress: Progress | None,
+    part: Part | None = None,
 ) -> TokenStore:
+    own = source.part(*part) if part else source
     if separator == "auto":
         separator = "none" if source.joins_documents else "end-of-text"
     report = progress or (lambda state: None)
@@ -182,13 +194,15 @@ def _make_store(
         }
         for writer in writers.values():
             files.enter_context(writer.file)
-        split_sha256 = _encode(source, tokenizer, writers, report)
+        lines = files.enter_context((folder / SPLIT_LINES).open("wb")) if part else None
+        split_sha256 = _encode(own, tokenizer, writers, lines, report)
         entries = {split: writer.finish() for split, writer in writers.items()}
-        _require_text(source, entries)
+        if part is None:
+            require_text(source.description, entries, source.held_out is not None)
         tokenizer.save_pretrained(str(folder / TOKENIZER))
         record = {
             "format": FORMAT,
-            "source": source_spec,
+            "source": shown_url(source_spec),
             "description": source.description,
             "tokenizer": tokenizer_spec,
             "tokenizer_sha256": tokenizer_sha256(tokenizer),
@@ -199,6 +213,8 @@ def _make_store(
             "split": {**source.split_rule, "sha256": split_sha256},
             "splits": entries,
         }
+        if part is not None:
+            record["part"] = {**part._asdict(), "listing": source.listing}
         write_json(folder / RECORD, record)
     return TokenStore(out, record)
 
@@ -218,15 +234,22 @@ def _encode(
     source: Source,
     tokenizer: PreTrainedTokenizerFast,
     writers: dict[str, SplitWriter],
+    lines: IO[bytes] | None,
     report: Progress,
 ) -> str:
-    """Write all documents in one pass and return the hash of their split."""
+    """Write all documents in one pass and return the hash of their split; `lines` gets its text."""
     encoder = TextEncoder(tokenizer)
     split_hash = hashlib.sha256()
+
+    def hash_line(line: bytes) -> None:
+        split_hash.update(line)
+        if lines is not None:
+            lines.write(line)
+
     meter = Meter()
     documents = size = tokens = 0
     report(PreparationState("encoding", None, documents, size, tokens))
-    pieces = _pieces(source.documents(meter=meter), encoder, split_hash.update)
+    pieces = _pieces(source.documents(meter=meter), encoder, hash_line)
     with closing(_encode_ahead(_batches(pieces), encoder)) as encoded:
         for batch, ids in encoded:
             for piece, piece_ids in zip(batch, ids, strict=True):
@@ -309,13 +332,25 @@ class _TrainingTexts:
                     return
 
 
-def _require_text(source: Source, entries: dict[str, dict[str, Any]]) -> None:
+def require_text(
+    description: str, entries: Mapping[str, Mapping[str, Any]], is_held_out: bool
+) -> None:
+    """Refuse splits without a document.
+
+    Args:
+        description: of the source.
+        entries: of the splits in store.json.
+        is_held_out: whether splits other than train are held out of it.
+
+    Raises:
+        PHAError: a split has none.
+    """
     for split, entry in entries.items():
         if entry["documents"] > 0:
             continue
-        if source.held_out is not None and split != "train":
+        if is_held_out and split != "train":
             raise PHAError(
-                f"no document of {source.description} falls into the {split} split: give more "
+                f"no document of {description} falls into the {split} split: give more "
                 "documents, a larger --holdout, or files named for their splits"
             )
-        raise PHAError(f"the {split} split of {source.description} has no text: add some")
+        raise PHAError(f"the {split} split of {description} has no text: add some")

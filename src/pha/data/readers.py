@@ -7,20 +7,20 @@ look like dates for dates, and accepts a .zst file that is cut short.
 from __future__ import annotations
 
 import codecs
-import glob
 import gzip
 import io
 import lzma
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any, NamedTuple
 
 from pha.data.encoding import CUT
+from pha.data.remote import RemoteFile, RemoteStream, TextFile, first_line, size_of
 from pha.utils.errors import PHAError
 from pha.utils.formats import parse_json, require_encodable, require_text
 
@@ -48,6 +48,10 @@ class Meter:
 
     done: int = 0
     total: int | None = None
+
+    def add(self, size: int) -> None:
+        """Count what was read."""
+        self.done += size
 
     @property
     def fraction(self) -> float | None:
@@ -83,14 +87,17 @@ class FileKind(NamedTuple):
         return self.is_records or self.is_packed_text
 
 
-def kind_of(path: Path) -> FileKind:
+def kind_of(path: TextFile) -> FileKind:
     """The kind of a file by its name."""
-    compression = path.suffix if path.suffix.lower() in COMPRESSIONS else ""
-    inner = Path(path.name.removesuffix(compression))
+    suffix = PurePath(path.name).suffix
+    compression = suffix if suffix.lower() in COMPRESSIONS else ""
+    inner = PurePath(path.name.removesuffix(compression))
     return FileKind(inner.stem, inner.suffix.lower(), compression.lower())
 
 
-def read_text(path: Path, meter: Meter, start: int = 0, end: int | None = None) -> Iterator[str]:
+def read_text(
+    path: TextFile, meter: Meter, start: int = 0, end: int | None = None
+) -> Iterator[str]:
     """Yield the text of a file in blocks, line ends untouched; a byte order mark is no part of it.
 
     Args:
@@ -126,8 +133,16 @@ def read_text(path: Path, meter: Meter, start: int = 0, end: int | None = None) 
             ) from error
 
 
-def read_records(path: Path, field: str, meter: Meter) -> Iterator[str]:
-    """Yield the text of each record; memory holds one of them, or one row group.
+def line_end(path: TextFile, position: int) -> int:
+    """The position after the line feed that follows, in an uncompressed file."""
+    with _open_bytes(path, Meter()) as file:
+        file.seek(position)
+        file.readline()
+        return file.tell()
+
+
+def read_records(path: TextFile, field: str, meter: Meter) -> Iterator[str]:
+    """Yield the text of each record; memory holds one of them, or 64 rows.
 
     Args:
         path: .jsonl, compressed or not, or .parquet.
@@ -143,14 +158,11 @@ def read_records(path: Path, field: str, meter: Meter) -> Iterator[str]:
             _require_field(where, field, record)
             yield _as_text(record[field], field, where)
         return
-    # A path, but `datasets` takes it for a pattern.
-    data_files = glob.escape(str(path.absolute()))
-    rows = open_rows("parquet", None, str(path), data_files=data_files)["train"]
-    yield from read_rows(rows, field, str(path), Meter())
-    meter.done += path.stat().st_size
+    yield from _texts_of(_parquet_batches(path, field), field, str(path), Meter())
+    meter.add(size_of(path) or 0)
 
 
-def read_json_lines(path: Path, meter: Meter) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_json_lines(path: TextFile, meter: Meter) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each object of a .jsonl file, compressed or not, after the words for where it stands.
 
     Raises:
@@ -201,17 +213,42 @@ def read_rows(rows: Any, field: str, where: str, meter: Meter) -> Iterator[str]:
     Raises:
         PHAError: as `read_records`, and whatever a network does.
     """
-    number = 0
-    try:
+
+    def batches() -> Iterator[Mapping[str, Any]]:
+        chosen = rows
         if rows.column_names is not None:
             _require_field(where, field, rows.column_names)
-            rows = rows.select_columns(field)
-        for batch in rows.iter(batch_size=_ROWS):
+            chosen = rows.select_columns(field)
+        yield from chosen.iter(batch_size=_ROWS)
+
+    yield from _texts_of(batches(), field, where, meter)
+
+
+def _parquet_batches(path: TextFile, field: str) -> Iterator[dict[str, list[Any]]]:
+    """Rows of a .parquet file; memory holds a few megabytes of a row group, whatever its size."""
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise PHAError(f"reading {path} needs pyarrow: pip install 'pha[data]'") from error
+    with _open_bytes(path, Meter()) as file:
+        rows = ParquetFile(file, buffer_size=_BLOCK, pre_buffer=False)
+        _require_field(str(path), field, rows.schema_arrow.names)
+        for batch in rows.iter_batches(_ROWS, columns=[field]):
+            yield batch.to_pydict()
+
+
+def _texts_of(
+    batches: Iterable[Mapping[str, Any]], field: str, where: str, meter: Meter
+) -> Iterator[str]:
+    """Yield the text in a field of each row of some batches; `meter` counts rows."""
+    number = 0
+    try:
+        for batch in batches:
             _require_field(where, field, batch)
             for value in batch[field]:
                 number += 1
                 yield _as_text(value, field, f"row {number} of {where}")
-            meter.done += len(batch[field])
+            meter.add(len(batch[field]))
     except PHAError:
         raise
     except Exception as error:  # whatever the many formats and file systems raise
@@ -219,12 +256,6 @@ def read_rows(rows: Any, field: str, where: str, meter: Meter) -> Iterator[str]:
             f"reading {where} failed after {number} rows ({first_line(error)}): "
             "get damaged files again, or check the network and start again"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, cut to one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 def _require_field(where: str, field: str, present: Any) -> None:
@@ -248,23 +279,29 @@ def _as_text(value: Any, field: str, where: str) -> str:
 
 
 class _MeteredFile(io.FileIO):
-    """A file on disk that tells a meter how much of it has been read."""
+    """A file on disk that tells how much of it has been read."""
 
-    def __init__(self, path: Path, meter: Meter) -> None:
+    def __init__(self, path: Path, count: Callable[[int], None]) -> None:
         super().__init__(path)
-        self._meter = meter
+        self._count = count
 
     def readinto(self, buffer: Any) -> int:
         size = super().readinto(buffer) or 0
-        self._meter.done += size
+        self._count(size)
         return size
 
 
+def _open_raw(path: TextFile, meter: Meter) -> io.RawIOBase:
+    if isinstance(path, RemoteFile):
+        return RemoteStream(path, meter.add)
+    return _MeteredFile(path, meter.add)
+
+
 @contextmanager
-def _open_bytes(path: Path, meter: Meter) -> Iterator[IO[bytes]]:
+def _open_bytes(path: TextFile, meter: Meter) -> Iterator[IO[bytes]]:
     """Open a file, decompressing it where its name ends in .gz, .xz or .zst."""
     try:
-        with io.BufferedReader(_MeteredFile(path, meter), _BUFFER) as raw:
+        with io.BufferedReader(_open_raw(path, meter), _BUFFER) as raw:
             yield _decompressed(raw, kind_of(path).compression)
     except EOFError as error:
         raise PHAError(f"{path} is cut short: get the file again") from error
@@ -274,7 +311,9 @@ def _open_bytes(path: Path, meter: Meter) -> Iterator[IO[bytes]]:
         raise PHAError(f"{path} takes more memory to unpack than there is") from error
     except OSError as error:
         reason = error.strerror or str(error)
-        raise PHAError(f"{path} cannot be read ({reason}): get the file again") from error
+        is_remote = isinstance(path, RemoteFile)
+        remedy = "try again, or download it" if is_remote else "get the file again"
+        raise PHAError(f"{path} cannot be read ({reason}): {remedy}") from error
 
 
 def _decompressed(raw: Any, compression: str) -> Any:

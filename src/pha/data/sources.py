@@ -11,7 +11,14 @@ import sysconfig
 from pathlib import Path
 
 from pha.data.documents import Source, SourceOptions
-from pha.data.files import open_file, open_folder, open_pattern, split_by_path, text_files
+from pha.data.files import (
+    open_file,
+    open_folder,
+    open_pattern,
+    open_remote,
+    split_by_path,
+    text_files,
+)
 from pha.data.hub import open_hub
 from pha.data.readers import Meter, read_text
 from pha.utils.errors import PHAError
@@ -33,9 +40,9 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
     """Open a corpus.
 
     Args:
-        spec: `stdlib`, a file, a folder, a pattern, `hf:OWNER/NAME[:CONFIG]`, `hf:FOLDER:CONFIG`
-            or a name of `SHORT_NAMES`; a path of such a name comes first. docs/data.md says which
-            files are read, and how each is split.
+        spec: `stdlib`, a file, a folder, a pattern, a URL, `hf:OWNER/NAME[:CONFIG]`,
+            `hf:FOLDER:CONFIG` or a name of `SHORT_NAMES`; a path of such a name comes first.
+            docs/data.md says which files are read, and how each is split.
         options: text field and split, where the source leaves them open.
 
     Raises:
@@ -44,6 +51,8 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
     options = options or SourceOptions()
     if spec == "stdlib":
         return _standard_library(options)
+    if "://" in spec:
+        return open_remote(spec, options)
     path = user_path(spec)
     if spec and path.is_dir():
         return open_folder(path, options)

@@ -5,7 +5,9 @@
     STORE/SPLIT.bin              token ids, uint16 (uint32 for vocabularies above 65,536 entries)
     STORE/SPLIT.documents.npy    position of each document's first token, int64
 
-Numbers are little-endian. A store is written whole or not at all, and checked when opened.
+A store may consist of parts, which are in folders below it and are stores themselves; see
+`pha.data.parts`. Numbers are little-endian. A store is written whole or not at all, and checked
+when opened.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import json
 from array import array
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
+from pha.data.parts import SPLIT_LINES, Part, Shards
 from pha.data.splits import SPLITS
 from pha.data.tokenizer import load_tokenizer, saved_tokenizer_sha256
 from pha.utils.errors import PHAError
@@ -33,7 +36,7 @@ FORMAT = 1
 RECORD = "store.json"
 TOKENIZER = "tokenizer"
 STORE_FILES = {
-    *(RECORD, TOKENIZER),
+    *(RECORD, TOKENIZER, SPLIT_LINES),
     *(f"{split}{ending}" for split in SPLITS for ending in (".bin", ".documents.npy")),
 }
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -66,6 +69,7 @@ class TokenStore:
 
     Attributes:
         path: the folder.
+        parts: that it was joined of, or 0.
         splits: the splits it has, in the order of `SPLITS`.
         vocab_size: every id is below it.
         tokenizer_sha256: of the tokenizer that made the ids.
@@ -79,6 +83,7 @@ class TokenStore:
         self._dtype = DTYPES[record["dtype"]]
         if not isinstance(record.get("split", {}), dict):
             raise TypeError("split")
+        self.parts = int(record.get("parts", 0))
         self.splits = tuple(split for split in SPLITS if split in self._entries)
         self.vocab_size = int(record["vocab_size"])
         self.tokenizer_sha256 = str(record["tokenizer_sha256"])
@@ -86,6 +91,7 @@ class TokenStore:
             split: Counts(**{field.name: int(entry[field.name]) for field in fields(Counts)})
             for split, entry in self._entries.items()
         }
+        self._shards = {split: self._shards_of(split) for split in self.splits}
         self._facts = {key: record[key] for key in _FACTS}
         self.sha256 = _combined_sha256(self.tokenizer_sha256, self._entries)
 
@@ -99,7 +105,9 @@ class TokenStore:
         """
         path = Path(path)
         if not (path / RECORD).is_file():
-            raise PHAError(f"{path} is not a token store: it has no {RECORD}")
+            in_parts = any(path.glob("part-*-of-*"))
+            why = "its parts are not joined: run `pha join`" if in_parts else f"it has no {RECORD}"
+            raise PHAError(f"{path} is not a token store: {why}")
         record = read_json(path / RECORD)
         version = record.get("format") if isinstance(record, dict) else None
         if version is None:
@@ -108,31 +116,35 @@ class TokenStore:
         try:
             store = cls(path, record)
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            raise _unusable(path / RECORD, "is damaged") from error
+            raise unusable(path / RECORD, "is damaged") from error
         if saved_tokenizer_sha256(path / TOKENIZER) != store.tokenizer_sha256:
-            raise _unusable(
-                path / TOKENIZER, "is not the tokenizer that made the ids of this store"
-            )
+            raise unusable(path / TOKENIZER, "is not the tokenizer that made the ids of this store")
         for split in store.splits:
-            store._check_starts(split)
-            store._check_ids(split, verify)
+            for shard in store._shards[split]:
+                store._check(split, shard, verify)
+            if verify:
+                store._check_ids(split)
         return store
 
     def tokens(self, split: str) -> np.ndarray:
-        """The ids of a split: (tokens,) uint16 or uint32, memory-mapped and read-only."""
+        """The ids of a split: (tokens,) uint16 or uint32, memory-mapped and read-only.
+
+        Of a store in parts they are `Shards`, which are sliced and indexed as an array is.
+        """
         self._require(split)
-        return np.memmap(self.path / f"{split}.bin", dtype=self._dtype, mode="r")
+        files = [shard.folder / f"{split}.bin" for shard in self._shards[split] if shard.tokens]
+        maps = [np.memmap(file, dtype=self._dtype, mode="r") for file in files]
+        if not maps:
+            return np.empty(0, self._dtype)
+        return maps[0] if len(maps) == 1 else cast(np.ndarray, Shards(maps))
 
     def document_starts(self, split: str) -> np.ndarray:
         """Position of the first token of each document: (documents,) int64, ascending from 0."""
         self._require(split)
-        path = self.path / f"{split}.documents.npy"
-        try:
-            # Mapped first, as that takes no memory for what the file promises and does not hold.
-            starts = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
-        except Exception as error:  # numpy parses the header as Python, with all of its errors
-            raise _unusable(path, "is missing or damaged") from error
-        return starts
+        shards = self._shards[split]
+        starts = [_read_starts(shard.folder / f"{split}.documents.npy") for shard in shards]
+        firsts = np.cumsum([0, *(shard.tokens for shard in shards)])
+        return np.concatenate([s + first for s, first in zip(starts, firsts, strict=False)])
 
     def counts(self, split: str) -> Counts:
         """Tokens, documents, words, lines and bytes of a split."""
@@ -179,37 +191,66 @@ class TokenStore:
         if split not in self.splits:
             raise PHAError(f"{self.path} has no {split} split: it has {', '.join(self.splits)}")
 
-    def _check_starts(self, split: str) -> None:
-        starts = self.document_starts(split)
+    def _shards_of(self, split: str) -> list[_Shard]:
+        """The files of a split, in order: its own, or those of each part."""
+        if not self.parts:
+            return [_Shard.of(self.path, self._entries[split])]
+        numbered = zip(range(1, self.parts + 1), self._entries[split]["shards"], strict=True)
+        return [_Shard.of(self.path / Part(n, self.parts).folder, each) for n, each in numbered]
+
+    def _check(self, split: str, shard: _Shard, verify: bool) -> None:
+        path = shard.folder / f"{split}.documents.npy"
+        starts = _read_starts(path)
         if (
             starts.dtype != np.dtype("<i8")
-            or starts.shape != (self._counts[split].documents,)
-            or hashlib.sha256(starts.tobytes()).hexdigest()
-            != self._entries[split].get("document_starts_sha256")
+            or starts.shape != (shard.documents,)
+            or hashlib.sha256(starts.tobytes()).hexdigest() != shard.document_starts_sha256
         ):
-            path = self.path / f"{split}.documents.npy"
-            raise _unusable(path, "is not what was written for this store")
-
-    def _check_ids(self, split: str, verify: bool) -> None:
-        path = self.path / f"{split}.bin"
+            raise unusable(path, "is not what was written for this store")
+        path = shard.folder / f"{split}.bin"
         if not path.is_file():
-            raise _unusable(path, "is missing")
-        size, expected = path.stat().st_size, self._counts[split].tokens * self._dtype.itemsize
+            raise unusable(path, "is missing")
+        size, expected = path.stat().st_size, shard.tokens * self._dtype.itemsize
         if size != expected:
-            raise _unusable(path, f"is truncated or altered, with {size} bytes, not {expected}")
-        if not verify:
-            return
-        if sha256_file(path) != self._entries[split].get("sha256"):
-            raise _unusable(path, "is altered, as its SHA-256 is not the recorded one")
+            raise unusable(path, f"is truncated or altered, with {size} bytes, not {expected}")
+        if verify and sha256_file(path) != shard.sha256:
+            raise unusable(path, "is altered, as its SHA-256 is not the recorded one")
+
+    def _check_ids(self, split: str) -> None:
         tokens = self.tokens(split)
         parts = range(0, len(tokens), _CHECK_TOKENS)
-        largest = max(int(tokens[start : start + _CHECK_TOKENS].max()) for start in parts)
+        largest = max((int(tokens[n : n + _CHECK_TOKENS].max()) for n in parts), default=0)
         if largest >= self.vocab_size:
-            raise _unusable(path, f"has id {largest} in a vocabulary of {self.vocab_size}")
+            path = self.path / f"{split}.bin"
+            raise unusable(path, f"has id {largest} in a vocabulary of {self.vocab_size}")
 
 
-def _unusable(path: Path, what: str) -> PHAError:
-    return PHAError(f"{path} {what}: prepare the store again")
+class _Shard(NamedTuple):
+    """The files of a split in one folder, and what they have to be."""
+
+    folder: Path
+    tokens: int
+    documents: int
+    sha256: str
+    document_starts_sha256: str
+
+    @classmethod
+    def of(cls, folder: Path, entry: dict[str, Any]) -> _Shard:
+        counts = int(entry["tokens"]), int(entry["documents"])
+        return cls(folder, *counts, str(entry["sha256"]), str(entry["document_starts_sha256"]))
+
+
+def _read_starts(path: Path) -> np.ndarray:
+    try:
+        # Mapped first, as that takes no memory for what the file promises and does not hold.
+        return np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+    except Exception as error:  # numpy parses the header as Python, with all of its errors
+        raise unusable(path, "is missing or damaged") from error
+
+
+def unusable(path: Path, what: str) -> PHAError:
+    """The refusal of a file of a store."""
+    return PHAError(f"{path} {what}: prepare it again")
 
 
 class SplitWriter:
