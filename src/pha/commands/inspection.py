@@ -174,7 +174,7 @@ def inspect(
         store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
         protocol = choose_protocol(sequence_length, None, False, own_protocol(loaded))
         length = protocol.sequence_length
-        with progress_bars(json) as progress:
+        with progress_bars() as progress:
             found = inspect_model(
                 *(loaded, store, split),
                 length=length,
@@ -271,7 +271,11 @@ def _memory(memory: Memory | None) -> str:
 
 
 def report(
-    runs: Sequence[Annotated[Path, "RUN"]], *, out: File | None = None, title: str | None = None
+    runs: Sequence[Annotated[Path, "RUN"]],
+    *,
+    out: File | None = None,
+    title: str | None = None,
+    json: Json = False,
 ) -> None:
     """One self-contained HTML page about runs.
 
@@ -282,7 +286,8 @@ def report(
     """
     from pha.report.page import write_report
 
-    print(write_report(runs, out or runs[0] / "report.html", title=title))
+    path = str(write_report(runs, out or runs[0] / "report.html", title=title))
+    answer(json, {"path": path}, path)
 
 
 def doctor(*, device: str | None = None, json: Json = False) -> None:

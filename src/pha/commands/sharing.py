@@ -47,7 +47,7 @@ def export(
     answer(json, content, str(exported.path), *note)
 
 
-def convert(folder: Path, new_folder: Path) -> None:
+def convert(folder: Path, new_folder: Path, *, json: Json = False) -> None:
     """A model folder of an older version, as this one reads it.
 
     FOLDER is what an older version saved: a run's model/, a checkpoint, an export.
@@ -59,7 +59,8 @@ def convert(folder: Path, new_folder: Path) -> None:
     from pha.conversion import convert_model
 
     convert_model(folder, new_folder)
-    print(f"{new_folder}: {folder} in today's names")
+    record = {"path": str(new_folder), "from": str(folder)}
+    answer(json, record, f"{new_folder}: {folder} in today's names")
 
 
 def harness(model: Model, *arguments: str) -> None:
