@@ -124,4 +124,3 @@ TRIAL = Trial(_largest_error, 3e-2)  # of the largest magnitude, in bf16 against
 if is_installed():
     _LIMITS = "chunked for float32, and for the delta rule with a decay per channel"
     OPS["linear_attention"].add("fla", linear_attention_fla, "cuda", TRIAL, _LIMITS)
-
