@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,11 @@ WITHOUT = Path(__file__).with_name("without_pha.py")
 
 def exported(config: PHAConfig, folder: Path) -> Path:
     """An export, with what the package makes of it beside it."""
-    model = scrambled(config)
-    model.save_pretrained(folder / "saved")
+    scrambled(config).save_pretrained(folder / "saved")
     load_tokenizer("bytes").save_pretrained(folder / "saved")
     out = folder / "shared"
     export_model(folder / "saved", out)
+    model = PHAForCausalLM.from_pretrained(out)
     ids = torch.randint(256, (2, 11), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
@@ -65,8 +67,37 @@ def run_without_pha(folders: list[Path], scratch: Path) -> None:
     assert done.stdout.splitlines() == list(map(str, folders))
 
 
-def test_a_shared_model_loads_without_the_package(tmp_path: Path) -> None:
-    run_without_pha([exported(small_config(vocab_size=257), tmp_path)], tmp_path / "hf")
+OWN_BRANCH = """
+from torch import Tensor
+from pha.model import Branch, Context, register_branch
+from .rates import RATE
+
+@register_branch("halved")
+class Halved(Branch):
+    def forward(self, z: Tensor, context: Context) -> Tensor:
+        return RATE * z
+"""
+
+
+@pytest.fixture
+def own_branch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A branch `halved` in a package of a user's own."""
+    (tmp_path / "users_own").mkdir()
+    (tmp_path / "users_own" / "branch.py").write_text(OWN_BRANCH)
+    (tmp_path / "users_own" / "rates.py").write_text("RATE = 0.5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("users_own.branch")
+    yield "halved"
+    del BRANCHES["halved"]
+
+
+def test_shared_models_load_without_the_package(tmp_path: Path, own_branch: str) -> None:
+    configs = {
+        "ours": small_config(vocab_size=257),
+        "own": small_config(vocab_size=257, branches=["gss", own_branch]),
+    }
+    folders = [exported(config, tmp_path / name) for name, config in configs.items()]
+    run_without_pha(folders, tmp_path / "hf")
 
 
 @pytest.mark.slow
