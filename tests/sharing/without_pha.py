@@ -15,7 +15,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 for hidden in ("pha", "numba"):
     sys.modules[hidden] = None  # type: ignore[assignment]
@@ -117,6 +123,8 @@ def check(folder: Path, whole: bool) -> None:
     with torch.no_grad():
         states = load(AutoModel, folder)(ids).last_hidden_state
         same(model.lm_head(states), expected["logits"])
+        classifier = load(AutoModelForSequenceClassification, folder, num_labels=3)
+        same(classifier.score(states[:, -1]), classifier(ids).logits)
     assert load(AutoTokenizer, folder)("é")["input_ids"] == [195, 169]
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)

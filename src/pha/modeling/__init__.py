@@ -1,8 +1,15 @@
 """The transformers face of `pha.model`, known to its Auto classes, with every branch of ours."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from pha import mixers as mixers  # which makes them known
+from pha.modeling.classification import PHAForSequenceClassification, PHAForTokenClassification
 from pha.modeling.configuration import PHAConfig
 from pha.modeling.language_model import PHAForCausalLM, PHAModel, PHAPreTrainedModel
 
@@ -17,5 +24,14 @@ else:
 AutoConfig.register("pha", PHAConfig)
 AutoModel.register(PHAConfig, PHAModel)
 AutoModelForCausalLM.register(PHAConfig, PHAForCausalLM)
+AutoModelForSequenceClassification.register(PHAConfig, PHAForSequenceClassification)
+AutoModelForTokenClassification.register(PHAConfig, PHAForTokenClassification)
 
-__all__ = ["PHAConfig", "PHAForCausalLM", "PHAModel", "PHAPreTrainedModel"]
+__all__ = [
+    "PHAConfig",
+    "PHAForCausalLM",
+    "PHAForSequenceClassification",
+    "PHAForTokenClassification",
+    "PHAModel",
+    "PHAPreTrainedModel",
+]

@@ -40,6 +40,8 @@ class PHAPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # A state cannot be taken back: transformers refuses what would crop the cache.
     _is_stateful = True
+    # Beginnings of the names of weights that a folder may lack: those of a new head.
+    starts_anew: ClassVar[tuple[str, ...]] = ()
 
     def post_init(self) -> None:
         """What transformers does after the modules are made; they say what stays in float32."""
@@ -72,7 +74,8 @@ class PHAPreTrainedModel(PreTrainedModel):
         model, found = super().from_pretrained(
             *arguments, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-        problems = {"lack": found["missing_keys"], "also have": found["unexpected_keys"]}
+        missing = [x for x in found["missing_keys"] if not x.startswith(cls.starts_anew)]
+        problems = {"lack": missing, "also have": found["unexpected_keys"]}
         if output_loading_info:
             problems = {}
         if not ignore_mismatched_sizes:

@@ -31,10 +31,12 @@ AUTO_MAP = {
     "AutoConfig": "modeling_pha.PHAConfig",
     "AutoModel": "modeling_pha.PHAModel",
     "AutoModelForCausalLM": "modeling_pha.PHAForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_pha.PHAForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_pha.PHAForTokenClassification",
 }
 """Auto class of transformers -> what it finds in the file: `auto_map` in config.json."""
 
-_ENTRY = "pha.modeling.language_model"
+_FACES = ("pha.modeling.language_model", "pha.modeling.classification")
 _RULE = "# " + "-" * 98
 _HEADER = '''\
 # SPDX-License-Identifier: Apache-2.0
@@ -91,7 +93,7 @@ def model_code(config: PHAConfig) -> str:
     Raises:
         PHAError: a branch of the user's own whose file cannot be joined with ours.
     """
-    modules = [*(BRANCHES[name].__module__ for name in config.branch_names), _ENTRY]
+    modules = [*(BRANCHES[name].__module__ for name in config.branch_names), *_FACES]
     roots = {_root(module) for module in modules}
     if "__main__" in roots:
         raise PHAError("a branch of a script cannot be exported; put its class into a module")

@@ -113,11 +113,17 @@ def _require_replaceable(out: Path, force: bool) -> None:
 
 def _write(loaded: LoadedModel, card: ModelCard, code: str, out: Path) -> None:
     model, tokenizer = loaded.pha, loaded.tokenizer
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    # Padding is masked, so any token will do, and programs ask for one.
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"  # the first is saved
+    # Where programs cut texts that are too long. Nothing ends there, and so `pha` reads on.
+    tokenizer.model_max_length = model.config.longest_trained
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(tokenizer, name) for name in names}
     for name, value in ids.items():
         setattr(model.config, name, value)
-    # Padding is masked, so any token will do, and generation asks for one.
-    model.generation_config = GenerationConfig(**ids, pad_token_id=tokenizer.eos_token_id)
+    model.generation_config = GenerationConfig(**ids)
     model.config.auto_map = AUTO_MAP
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)
