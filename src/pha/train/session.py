@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from rich.console import Console
 
 from pha.data.display import PreparationDisplay
@@ -35,6 +36,9 @@ from pha.utils.hardware import choose_precision, device_name
 from pha.utils.progress import make_console
 from pha.utils.text import count, duration, memory
 
+# The main process prepares data and evaluates at the end while the others wait for it in a
+# collective, which by default fails after minutes. `run.timeout` is what ends a hanging run.
+LONGEST_WAIT = timedelta(hours=12)
 # Keys that may change when a run is resumed: they touch neither the weights nor the order of data.
 FREE_KEYS = {
     "format",
@@ -47,6 +51,7 @@ FREE_KEYS = {
     "run.sample_tokens",
     "run.log_every",
     "run.watch_every",
+    "run.timeout",
     "run.gradient_checkpointing",
 }
 
@@ -218,7 +223,7 @@ def open_session(
     """Open devices and data, settle what was left open, plan; for `devices` see `plan_training`.
 
     Raises:
-        PHAError: bad data, a run folder in the way, an impossible plan.
+        PHAError: bad data, a run folder in the way, an impossible plan, processes that cannot meet.
     """
     run = RunFolder(out)
     run.require_usable()
@@ -231,6 +236,12 @@ def open_session(
         if find_spec(tracker) is None:
             raise PHAError(f"{tracker} is not installed; run `pip install 'pha[{tracker}]'`")
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # says whoever started this one
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if again and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise PHAError(
+            "torchrun restarted this on a store that still holds addresses of processes that have "
+            "ended, for which new ones wait; start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
     accelerator = Accelerator(
         # Processes that torchrun started on a machine without a GPU are joined only if told so.
         cpu=processes > 1 and not torch.accelerator.is_available(),
@@ -238,6 +249,7 @@ def open_session(
         mixed_precision="no",
         log_with=config.run.trackers or None,
         project_dir=str(out) if config.run.trackers else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
     if accelerator.num_processes != processes:
         raise PHAError(
