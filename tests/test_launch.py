@@ -1,8 +1,7 @@
-"""The files of launch/ are what Accelerate and the shell read."""
+"""The files of launch/ are what Accelerate reads."""
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,3 @@ def test_accelerate_reads_it(name: str) -> None:
 
 def test_none_is_without_a_test() -> None:
     assert {path.stem for path in FOLDER.glob("*.yaml")} == set(SIZES)
-
-
-def test_the_script_for_slurm_is_shell() -> None:
-    subprocess.run(["bash", "-n", FOLDER / "slurm.sh"], check=True)
