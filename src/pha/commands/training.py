@@ -126,6 +126,8 @@ def train(
     hours: float = 24.0,
     dry_run: DryRun = False,
     devices: int | None = None,
+    device_tflops: float | None = None,
+    device_gb: float | None = None,
     quiet: bool = False,
     json: Json = False,
 ) -> None:
@@ -145,11 +147,14 @@ def train(
         nodes: with --cluster: machines
         gpus: with --cluster: of each machine
         hours: with --cluster: of each attempt
-        devices: with --dry-run: what it takes on so many devices such as this one
+        devices: with --dry-run: what it takes on so many devices such as this one, or
+        device_tflops: on GPUs with so many TFLOP/s of matrix products
+        device_gb: and so much memory
         quiet: progress, but no table at the end
         json: print the result as JSON
     """
     from pha.train.cluster import ClusterJob
+    from pha.train.plan import Card
     from pha.train.recipes import load_recipe
     from pha.train.run import run_training
     from pha.train.session import plan_training
@@ -175,8 +180,13 @@ def train(
         said = f"job {number} is in the queue and will write to {job.log}"
         answer(json, {"job": number, "log": str(job.log)}, said)
         return
+    card = None
+    if device_tflops is not None or device_gb is not None:
+        if not dry_run or not device_tflops or not device_gb or min(device_tflops, device_gb) < 0:
+            raise PHAError("--device-tflops and --device-gb are for --dry-run, both, and above 0")
+        card = Card(device_tflops * 1e12, round(device_gb * 1e9))
     if dry_run:
-        answer(json, plan_training(config, out, console, resume, devices))
+        answer(json, plan_training(config, out, console, resume, devices, card))
         return
     result = run_training(config, out, console, resume)
     if result is None:

@@ -29,7 +29,7 @@ from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train.config import TrainConfig, TransformersConfig
 from pha.train.data import TaskData, TextData, TrainingData
-from pha.train.plan import Plan, make_plan
+from pha.train.plan import Card, Plan, make_plan
 from pha.utils.errors import PHAError
 from pha.utils.files import cache_folder
 from pha.utils.hardware import choose_precision, device_name
@@ -159,10 +159,12 @@ def print_plan(session: Session) -> None:
     device = session.accelerator.device
     cut = f"{plan.micro_batch} at a time" if plan.accumulation > 1 else "at once"
     carried = f", {memory(plan.carried_bytes)} carried" if plan.carried_bytes else ""
+    rate = f"{count(plan.matmul_flops)}FLOP/s"
     lines = [
         f"model      {config.model_name or 'custom'}, {count(plan.parameters)} parameters",
-        f"device     {device_name(device)}, {run.precision}, matrix products at "
-        f"{count(plan.matmul_flops)}FLOP/s measured",
+        f"device     {device_name(device)}, {run.precision}, matrix products at {rate} measured"
+        if session.card is None
+        else f"device     one with {memory(session.card.memory)} and {rate}, {run.precision}",
         f"batch      {run.global_batch} sequences of {config.data.sequence_length} tokens, {cut}",
         f"length     {plan.steps} steps, {count(plan.tokens)} tokens"
         + (f", {plan.steps / plan.steps_per_epoch:.2f} epochs" if config.data.task is None else ""),
@@ -171,13 +173,20 @@ def print_plan(session: Session) -> None:
         f"{memory(plan.free_bytes)} free",
         f"work       {count(plan.flops)}FLOP, those of mixers counted",
         *_network(plan),
-        "ops        " + ", ".join(f"{op} {what}" for op, what in in_use(device.type).items())
-        if config.transformers.name is None
-        else "watch      off: it knows the layers of ours alone",
+        *_ops(session),
         f"time       about {duration(plan.seconds)} if 40% of that rate is reached",
     ]
     for line in lines:
         session.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _ops(session: Session) -> list[str]:
+    if session.config.transformers.name is not None:
+        return ["watch      off: it knows the layers of ours alone"]
+    if session.card is not None:
+        return []
+    used = in_use(session.accelerator.device.type).items()
+    return ["ops        " + ", ".join(f"{op} {what}" for op, what in used)]
 
 
 def _network(plan: Plan) -> list[str]:
@@ -200,6 +209,7 @@ class Session:
     data: TrainingData
     accelerator: Accelerator
     console: Console
+    card: Card | None = None
 
 
 def _require_compiler(device: torch.device) -> None:
@@ -219,8 +229,9 @@ def open_session(
     console: Console,
     resume: Literal["auto", "never"] = "auto",
     devices: int | None = None,
+    card: Card | None = None,
 ) -> Session:
-    """Open devices and data, settle what was left open, plan; for `devices` see `plan_training`.
+    """Open devices and data, settle what was left open, plan; for the last two: `plan_training`.
 
     Raises:
         PHAError: bad data, a run folder in the way, an impossible plan, processes that cannot meet.
@@ -262,15 +273,17 @@ def open_session(
     with accelerator.main_process_first():
         data = open_data(config, console)
     device = accelerator.device
+    if card is not None and config.run.precision == "auto":
+        config = replace(config, run=replace(config.run, precision="bf16"))
     config = resolve(config, run, data, device)
     # What is measured could differ between processes: the main one decides for all.
     precision = [config.run.precision]
     broadcast_object_list(precision)
     config = replace(config, run=replace(config.run, precision=precision[0]))
     processes = devices or processes
-    plans = [make_plan(config, data.windows(), device, precision[0], processes)]
+    plans = [make_plan(config, data.windows(), device, precision[0], processes, card)]
     broadcast_object_list(plans)
-    return Session(config, plans[0], run, data, accelerator, console)
+    return Session(config, plans[0], run, data, accelerator, console, card)
 
 
 def _used(folder: Path) -> bool:
@@ -283,6 +296,7 @@ def plan_training(
     console: Console,
     resume: Literal["auto", "never"] = "auto",
     devices: int | None = None,
+    card: Card | None = None,
 ) -> dict[str, Any]:
     """Only say what a run would take: the plan and the configuration as a mapping.
 
@@ -291,11 +305,12 @@ def plan_training(
         out: its folder.
         console: for the plan.
         resume: as of `open_session`.
-        devices: such as this one, with a process each; None for the processes that there are.
+        devices: with a process each; None for the processes that there are.
+        card: what the devices are; None for such as this one.
 
     Raises:
         PHAError: bad data, or a run folder in the way.
     """
-    session = open_session(config, out, console, resume, devices)
+    session = open_session(config, out, console, resume, devices, card)
     print_plan(session)
     return {"plan": asdict(session.plan), "config": session.config.to_dict()}
