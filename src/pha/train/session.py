@@ -12,7 +12,11 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from rich.console import Console
 
 from pha.data.display import PreparationDisplay
@@ -260,7 +264,11 @@ def open_session(
         mixed_precision="no",
         log_with=config.run.trackers or None,
         project_dir=str(out) if config.run.trackers else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+            # Without it every gradient has a second copy, which is what is sent.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
     )
     if accelerator.num_processes != processes:
         raise PHAError(
