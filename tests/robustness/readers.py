@@ -43,7 +43,7 @@ from pha.results import (
 )
 from pha.runs import RunFolder
 from pha.studies.definition import load_study
-from pha.train.checkpoint import Progress, load_checkpoint, save_checkpoint
+from pha.train.checkpoint import Progress, Snapshot, load_checkpoint, moments_of, save_checkpoint
 from pha.train.recipes import load_recipe
 from pha.utils.files import sha256_file, write_json
 from pha.utils.formats import read_yaml
@@ -82,9 +82,13 @@ def scratch() -> Path:
     run = RunFolder(root / "run")
     optimizer = torch.optim.AdamW(model.parameters())
     progress = Progress(step=3, tokens=9, best=[(2.5, 3)], schedule={"scale": 1.0})
-    save_checkpoint(run, model, tokenizer, optimizer, progress, keep=1)
+    snapshot = Snapshot(model, tokenizer)
+    model(torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
+    optimizer.step()
+    moments = moments_of(model, optimizer, snapshot)
+    save_checkpoint(run, snapshot, moments, progress, keep=1)
     shutil.copytree(run.checkpoint(3), root / "model")
-    for name in ("optimizer.pt", "trainer.json"):
+    for name in ("optimizer.safetensors", "trainer.json"):
         (root / "model" / name).unlink()
     return root
 
@@ -121,8 +125,8 @@ def _read_optimiser(folder: Path) -> None:
     """The optimiser's state, with a record that its hash is right."""
     record = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
     record.pop("digest", None)
-    if (folder / "optimizer.pt").is_file():
-        record["sha256"]["optimizer.pt"] = sha256_file(folder / "optimizer.pt")
+    if (folder / "optimizer.safetensors").is_file():
+        record["sha256"]["optimizer.safetensors"] = sha256_file(folder / "optimizer.safetensors")
     write_json(folder / "trainer.json", record)
     _read_checkpoint(folder)
 
@@ -260,7 +264,7 @@ def readers() -> dict[str, Reader]:
         "generation config": _replaced("model", "generation_config.json", load_model),
         "checkpoint record": _replaced("run/checkpoints/step-3", "trainer.json", _read_checkpoint),
         "checkpoint optimiser": _replaced(
-            "run/checkpoints/step-3", "optimizer.pt", _read_optimiser
+            "run/checkpoints/step-3", "optimizer.safetensors", _read_optimiser
         ),
     }
 

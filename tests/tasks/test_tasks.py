@@ -214,7 +214,7 @@ def test_tests_are_the_same_for_all_and_no_training_batch(name: str) -> None:
     test = make_tests(name, {}, kind.tests, kind.length)[0]
 
     def rows(**limits: Any) -> list[np.ndarray]:
-        return [row for block in test.blocks(**limits) for row in block.tokens]
+        return [row for block, counts in test.blocks(**limits) if counts for row in block.tokens]
 
     first = rows(for_validation=False, rows=40)
     shares = [rows(for_validation=False, rows=40, share=(i, 2)) for i in range(2)]

@@ -22,7 +22,7 @@ from pha.peers import PEERS
 from pha.report.page import write_report
 from pha.results import RunResult
 from pha.runs import RunFolder
-from pha.train.checkpoint import load_checkpoint, save_model
+from pha.train.checkpoint import Snapshot, load_checkpoint
 from pha.train.models import make_model
 from pha.train.optim import make_optimizer
 from pha.train.recipes import load_recipe
@@ -131,7 +131,7 @@ def test_every_peer_learns_and_is_saved(store: TokenStore, tmp_path: Path, name:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    save_model(tmp_path / "model", model, store.tokenizer())
+    Snapshot(model, store.tokenizer()).write(tmp_path / "model")
     again = make_model(config)
     again.load_state_dict(load_file(tmp_path / "model/model.safetensors"), strict=False)
     loaded = load_model(Path(f"hf:{tmp_path / 'model'}")).model

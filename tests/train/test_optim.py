@@ -9,7 +9,14 @@ import torch
 
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.train.config import OptimizerConfig, ScheduleConfig
-from pha.train.optim import MuonAdamW, Schedule, make_optimizer, set_rate
+from pha.train.optim import (
+    Muon,
+    MuonAdamW,
+    Schedule,
+    make_optimizer,
+    orthogonal,
+    set_rate,
+)
 from pha.utils.errors import PHAError
 
 
@@ -126,13 +133,7 @@ def test_muon_beside_adamw_steps_as_the_two_do_alone(model: PHAForCausalLM) -> N
     )
     take_steps(together, [optimizer], 3)
     own = dict(apart.named_parameters())
-    muon = torch.optim.Muon(
-        [own[name] for name in names_in(together, optimizer.muon)],
-        lr=1e-2,
-        momentum=0.9,
-        weight_decay=0.2,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    muon = Muon([{"params": [own[n] for n in names_in(together, optimizer.muon)]}], 1e-2, 0.2, 0.9)
     rest = names_in(together, optimizer.adamw)
     adamw = torch.optim.AdamW(
         [{"params": [own[n]], "weight_decay": 0.2 if "embed_tokens" in n else 0.0} for n in rest],
@@ -142,6 +143,29 @@ def test_muon_beside_adamw_steps_as_the_two_do_alone(model: PHAForCausalLM) -> N
     )
     take_steps(apart, [muon, adamw], 3)
     assert_equal(together, apart)
+
+
+@pytest.mark.parametrize("shape", [(6, 17), (17, 6)])
+def test_muon_is_torchs_but_for_rounding(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    one = Muon([{"params": [ours]}], 0.1, 0.2, 0.9)
+    other = torch.optim.Muon(
+        [theirs], lr=0.1, weight_decay=0.2, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+    )
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        one.step()
+        other.step()
+    moved = (theirs - start).norm()
+    assert (ours - theirs).norm() < 0.02 * moved  # theirs rounds to bfloat16
+    assert ours.grad is not None
+    u, _, v = torch.linalg.svd(ours.grad, full_matrices=False)
+    values = u.T @ orthogonal(ours.grad) @ v.T
+    assert (values - values.diag().diag()).abs().max() < 1e-4
+    assert 0.6 < values.diag().min() <= values.diag().max() < 1.3
 
 
 def test_muon_continues_from_a_saved_state(model: PHAForCausalLM) -> None:

@@ -83,6 +83,7 @@ def test_a_card_that_is_not_here_is_planned_for(small_config: Callable[..., Trai
     ]
     assert [plan.free_bytes for plan in plans] == [80 * 10**9] * 2
     assert plans[0].micro_batch == 16  # a CPU takes no more than 8,192 tokens at a time
+    assert plans[0].weights_bytes == 16 * plans[0].parameters
     assert plans[0].seconds == 2 * plans[1].seconds
     assert plans[0].seconds == pytest.approx(plans[0].flops / (1e14 * 4 * 0.4))
     small = make_plan(config, 100, here, "bf16", 4, Card(1e14, 2 * 10**8))

@@ -111,13 +111,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert_same_weights(whole.checkpoint(8), cut.checkpoint(8))
     assert_same_weights(whole.model, cut.model)
     assert timeless(whole) == timeless(cut)
-    states = [
-        torch.load(r.checkpoint(8) / "optimizer.pt", weights_only=True)["state"]
-        for r in (whole, cut)
-    ]
-    for index, state in states[0].items():
-        for key, value in state.items():
-            assert torch.equal(value, states[1][index][key])
+    kept = [load_file(r.checkpoint(8) / "optimizer.safetensors") for r in (whole, cut)]
+    assert kept[0].keys() == kept[1].keys()
+    for place, value in kept[0].items():
+        assert torch.equal(value, kept[1][place])
 
 
 def start(store: TokenStore, out: Path, **changes: Any) -> subprocess.Popen[str]:
@@ -272,7 +269,7 @@ def test_a_bad_step_updates_nothing(
     assert RunFolder(tmp_path / "run").checkpoint_steps() == [4]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.json"])
 def test_damaged_checkpoint_is_refused_in_one_line(
     train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -288,7 +285,7 @@ def test_damaged_checkpoint_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "trainer.json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     train_small: Train,
     tmp_path: Path,
@@ -339,7 +336,7 @@ def test_a_full_disk_is_said_in_a_line_and_the_checkpoint_before_stays(
             train_small("cut")
     before = sorted(run.path.rglob("*"))
     with monkeypatch.context() as patch:
-        full_disk(patch, "optimizer.pt")
+        full_disk(patch, "optimizer.safetensors")
         with pytest.raises(PHAError, match=r"cut cannot be written \(No space left on device\)"):
             train_small("cut")
     # The weights of the evaluation at step 4 were whole.

@@ -182,7 +182,7 @@ def test_accuracy_counts_what_a_plain_reading_does() -> None:
     [test] = make_tests("mqar", OPTIONS, {"x": {"gap": [0, 20], "rows": 40}}, 40)
     result = evaluate_task(model, test, "x")
     nats, hits, near = [], [], []
-    for drawn in test.blocks(for_validation=False):
+    for drawn, _ in test.blocks(for_validation=False):
         labels = torch.from_numpy(drawn.labels)
         with torch.no_grad():
             logits = model.eval()(torch.from_numpy(drawn.tokens)).logits
@@ -204,7 +204,7 @@ def test_accuracy_counts_what_a_plain_reading_does() -> None:
 def test_excess_of_gist_is_over_bayes() -> None:
     [test] = make_tests("gist", {"size": 28}, {"x": {"rows": 4}}, 32)
     result = evaluate_task(small_model(), test, "x")
-    drawn = next(test.blocks(for_validation=False))
+    drawn, _ = next(test.blocks(for_validation=False))
     best = test.task.best(drawn)
     assert best is not None
     assert result.best == pytest.approx(float(best.mean()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby, islice
 from typing import Any
 
@@ -18,6 +18,7 @@ from pha.loading import LanguageModel
 from pha.results import Evaluation
 from pha.utils.errors import PHAError
 from pha.utils.hardware import PRECISIONS, synchronise
+from pha.utils.turns import turns
 
 BATCH_TOKENS = 8192
 
@@ -61,19 +62,27 @@ def evaluate(
     read = counts.tokens if max_tokens is None else min(counts.tokens, max_tokens + 1)
     if read < 2:
         raise PHAError(f"the {split} split of {store.path} gives {read} tokens; 2 are needed")
-    windows = list(protocol.windows(read))[share[0] :: share[1]]
+    batches = _batches(protocol, read, batch_tokens)
+    tokens = store.tokens(split)
+    starts: np.ndarray | None = None
+    if protocol.packed_documents:
+        starts = np.zeros(len(tokens), dtype=bool)
+        starts[store.document_starts(split)] = True
     sums = torch.zeros(3, dtype=torch.float64)  # negative log-likelihood, hits, tokens
     begin, done = time.perf_counter(), 0
     shape: tuple[int, ...] | None = None
     was_training = model.training
     model.eval()
     try:
-        for batch, ids, starts in _batches(store, split, protocol, windows, batch_tokens):
+        for batch, counts_here in turns(batches, share):
+            ids, marks = _rows(tokens, starts, batch)
             wanted = np.arange(batch[0].first_scored, ids.shape[1] - 1)
             shape = shape or ids.shape
             # The last rows, which are fewer or shorter, are not worth compiling for.
             with torch.compiler.set_stance("default" if ids.shape == shape else "force_eager"):
-                nats, hits = score_rows(model, ids, wanted, precision, starts, piece)
+                nats, hits = score_rows(model, ids, wanted, precision, marks, piece)
+            if not counts_here:
+                continue
             found = [nats.sum(dtype="float64"), hits.sum(), nats.size]
             sums += torch.tensor(found, dtype=torch.float64)
             if losses is not None:
@@ -81,7 +90,7 @@ def evaluate(
                     losses[window.start + window.first_scored : window.end] = values
             done += len(batch)
             if progress is not None:
-                progress(done, len(windows))
+                progress(done, sum(map(len, batches)))
     finally:
         model.train(was_training)
     synchronise(model.device)
@@ -124,28 +133,23 @@ def figures(nll: float, hits: int, tokens: int, words: float, size: float) -> di
     }
 
 
-def _batches(
-    store: TokenStore,
-    split: str,
-    protocol: Protocol,
-    windows: Sequence[Window],
-    batch_tokens: int,
-) -> Iterator[tuple[Sequence[Window], np.ndarray, np.ndarray | None]]:
-    """Windows in order, as many of equal shape at a time as `batch_tokens` holds.
-
-    With their tokens (B, T + 1) and, where documents are kept apart, their starts (B, T).
-    """
-    tokens = store.tokens(split)
-    starts: np.ndarray | None = None
-    if protocol.packed_documents:
-        starts = np.zeros(len(tokens), dtype=bool)
-        starts[store.document_starts(split)] = True
+def _batches(protocol: Protocol, tokens: int, batch_tokens: int) -> list[list[Window]]:
+    """The windows of so many tokens in order, as many of equal shape as `batch_tokens` holds."""
+    found = []
     rows = max(1, batch_tokens // protocol.sequence_length)
+    windows = protocol.windows(tokens)
     for _, group in groupby(windows, lambda w: (w.end - w.start, w.first_scored)):
         while batch := list(islice(group, rows)):
-            ids = np.stack([tokens[w.start : w.end + 1].astype(np.int64) for w in batch])
-            marks = None if starts is None else np.stack([starts[w.start : w.end] for w in batch])
-            yield batch, ids, marks
+            found.append(batch)
+    return found
+
+
+def _rows(
+    tokens: np.ndarray, starts: np.ndarray | None, batch: Sequence[Window]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Tokens (B, T + 1) of windows and, where documents are kept apart, their starts (B, T)."""
+    ids = np.stack([tokens[w.start : w.end + 1].astype(np.int64) for w in batch])
+    return ids, None if starts is None else np.stack([starts[w.start : w.end] for w in batch])
 
 
 @torch.inference_mode()

@@ -14,7 +14,7 @@ from pha.evals.perplexity import BATCH_TOKENS
 from pha.loading import LanguageModel
 from pha.results import Evaluation, Part
 from pha.tasks.task import IGNORE, Drawn
-from pha.tasks.testing import TaskTest
+from pha.tasks.testing import BLOCK, TaskTest
 from pha.utils.hardware import PRECISIONS, synchronise
 
 OCTAVES = 32  # of distances, which end far below 2^32
@@ -53,13 +53,16 @@ def evaluate_task(
     begin, was_training, knows_best = time.perf_counter(), model.training, False
     model.eval()
     try:
-        for drawn in test.blocks(for_validation, rows, share):
+        for drawn, counts in test.blocks(for_validation, rows, share):
             best = test.task.best(drawn)
             knows_best = best is not None
             best = np.zeros(drawn.labels.shape) if best is None else best
             many = max(1, BATCH_TOKENS // drawn.tokens.shape[1])
-            for first in range(0, len(drawn.tokens), many):
-                _add(sums, model, drawn, best, slice(first, first + many), precision)
+            # The last block may have fewer rows, and as many passes.
+            for first in range(0, min(BLOCK, test.rows, rows or BLOCK), many):
+                new = counts and first < len(drawn.tokens)
+                here = slice(first, first + many) if new else slice(many)
+                _add(sums if new else torch.zeros_like(sums), model, drawn, best, here, precision)
     finally:
         model.train(was_training)
     synchronise(model.device)

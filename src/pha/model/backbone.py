@@ -167,21 +167,9 @@ class Backbone(nn.Module):
                 found.add(bound if bound < keys else None)
         return found
 
-    @torch.no_grad()
     def mixing_weights(self) -> list[dict[str, dict[str, float]]]:
-        """Per layer `{"weights": {branch: w}, "effective": {branch: share}}`; [] if sequential."""
-        layers = []
-        for layer in self.layers:
-            if isinstance(layer, ParallelBlock):
-                mixing = layer.mixing
-                weights, shares = mixing.weights().tolist(), mixing.effective_shares().tolist()
-                layers.append(
-                    {
-                        "weights": dict(zip(mixing.names, weights, strict=True)),
-                        "effective": dict(zip(mixing.names, shares, strict=True)),
-                    }
-                )
-        return layers
+        """Per layer what `LearnableMixing.describe` says; [] if sequential."""
+        return [x.mixing.describe() for x in self.layers if isinstance(x, ParallelBlock)]
 
 
 def _counted(document_starts: Tensor | None, token_mask: Tensor | None) -> Tensor:

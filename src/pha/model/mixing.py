@@ -69,6 +69,14 @@ class LearnableMixing(nn.Module):
         shares = self.weights() * torch.stack(gains)
         return shares / shares.sum()
 
+    def describe(self) -> dict[str, dict[str, float]]:
+        """`{"weights": {branch: w}, "effective": {branch: share}}`."""
+        found = {"weights": self.weights(), "effective": self.effective_shares()}
+        return {
+            name: dict(zip(self.names, values.tolist(), strict=True))
+            for name, values in found.items()
+        }
+
     def forward(self, outputs: dict[str, Tensor]) -> Tensor:
         """Mix branch outputs, each (B, T, d), into one (B, T, d)."""
         total: Tensor | None = None

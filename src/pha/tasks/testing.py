@@ -8,6 +8,7 @@ from typing import Any
 
 from pha.tasks.sampler import TEST, VALIDATION
 from pha.tasks.task import TASKS, Drawn, Task, generator, make_task, require
+from pha.utils.turns import turns
 
 ROWS = 1000
 BLOCK = 16  # rows that are drawn at a time
@@ -31,18 +32,18 @@ class TaskTest:
 
     def blocks(
         self, for_validation: bool, rows: int | None = None, share: tuple[int, int] = (0, 1)
-    ) -> Iterator[Drawn]:
-        """The sequences, some rows at a time: those of validation, or those of the test proper.
+    ) -> Iterator[tuple[Drawn, bool]]:
+        """The sequences, some rows at a time, and whether they count, as `turns` says.
 
         Args:
-            for_validation: which of the two.
+            for_validation: those of validation, or else of the test proper.
             rows: only the first so many.
             share: (rank, ranks) when several processes take turns at the blocks.
         """
         rows = self.rows if rows is None else min(rows, self.rows)
-        for number, first in list(enumerate(range(0, rows, BLOCK)))[share[0] :: share[1]]:
-            random = generator(VALIDATION if for_validation else TEST, number)
-            yield self.task.draw(random, min(BLOCK, rows - first), self.length)
+        for first, counts in turns(range(0, rows, BLOCK), share):
+            random = generator(VALIDATION if for_validation else TEST, first // BLOCK)
+            yield self.task.draw(random, min(BLOCK, rows - first), self.length), counts
 
     def describe(self) -> dict[str, Any]:
         """How it is measured, for a result to carry."""

@@ -17,6 +17,7 @@ from pha.utils.files import atomic_folder, write_json
 from pha.utils.formats import read_json
 
 WEIGHTS = "model.safetensors"
+TRAINING_FILES = {"optimizer.safetensors", "optimizer.pt", "carried.safetensors", "trainer.json"}
 
 
 def average_weights(folders: Sequence[Path]) -> dict[str, Tensor]:
@@ -66,7 +67,7 @@ def average_models(folders: Sequence[Path], out: Path) -> None:
     with atomic_folder(out) as temporary:
         for file in first.iterdir():
             # Of a checkpoint only the model: not its optimiser, nor where it stood.
-            if file.is_file() and file.name not in (WEIGHTS, "optimizer.pt", "trainer.json"):
+            if file.is_file() and file.name not in (WEIGHTS, *TRAINING_FILES):
                 shutil.copy2(file, temporary / file.name)
         write_json(temporary / "config.json", shape | {"dtype": "float32"})
         save_file(mean, temporary / WEIGHTS, metadata={"format": "pt"})

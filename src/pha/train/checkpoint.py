@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from pha.foreign import ForeignModel
 from pha.loading import LanguageModel
 from pha.runs import RunFolder
+from pha.train.sharding import part, shallow_copy, whole
 from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.files import atomic_folder, remove_folder, sha256_file, write_json
 from pha.utils.formats import read_json
@@ -25,9 +30,10 @@ from pha.utils.records import record_from
 from pha.utils.text import shorten
 from pha.utils.versions import check_format
 
-FORMAT = 4  # 3 had no state of the numerics watch
+FORMAT = 5  # up to 4 the optimiser's state was in `optimizer.pt`; 3 had none of the numerics watch
 
-CARRIED = "carried.safetensors"
+MOMENTS, CARRIED = "optimizer.safetensors", "carried.safetensors"
+OLD_MOMENTS = "optimizer.pt"
 
 
 class DamagedError(PHAError):
@@ -64,24 +70,108 @@ class Progress:
         return self.best.index(entry) if entry in self.best else None
 
 
-def save_model(folder: Path, model: LanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write weights, configuration and tokenizer as `from_pretrained` reads them, atomically."""
-    with atomic_folder(folder) as temporary:
-        _write_model(temporary, model, tokenizer)
+class Saver:
+    """Writes what a run keeps while it trains on, one thing after the other; a context manager."""
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self.jobs: list[Future[None]] = []
+        self.failed = False
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.thread.shutdown()
+        if kind is None:
+            self.wait()
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Do it when all that was started before is done, unless something of it failed."""
+        self.jobs.append(self.thread.submit(self._run, job))
+
+    def _run(self, job: Callable[[], None]) -> None:
+        if self.failed:
+            return
+        try:
+            job()
+        except BaseException:
+            self.failed = True
+            raise
+
+    def check(self) -> None:
+        """Raise what has gone wrong, without waiting."""
+        for job in self.jobs:
+            if job.done():
+                job.result()
+
+    def wait(self) -> None:
+        """Until all is written; raise what has gone wrong."""
+        for job in self.jobs:
+            job.result()
+        self.jobs = []
 
 
-def _write_model(folder: Path, model: LanguageModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    # A bar for each of many small files would tear the progress line of the run apart.
-    logging.disable_progress_bar()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+class Snapshot:
+    """A model as it is now, copied to the host's memory, to be written while it trains on.
+
+    Every process takes one, as sharded weights are gathered for it; only one keeps the copy.
+
+    Args:
+        model: sharded or not.
+        tokenizer: saved with it.
+        keep: whether to keep the copy.
+    """
+
+    def __init__(
+        self, model: LanguageModel, tokenizer: PreTrainedTokenizerFast, keep: bool = True
+    ) -> None:
+        self.tokenizer, self.keep = tokenizer, keep
+        inner = model.inner if isinstance(model, ForeignModel) else model
+        # Settings may change from step to step.
+        self.model = shallow_copy(inner)
+        self.model.config = copy.deepcopy(inner.config)
+        copies: dict[int, Tensor] = {}  # of tied weights there is one
+        weights = inner.state_dict(keep_vars=True).items()
+        for _, x in weights:
+            if id(x) not in copies:
+                copies[id(x)] = self.copy(x)
+        self.weights = {name: copies[id(x)] for name, x in weights}
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """All of a tensor in the host's memory, or nothing where no copy is kept."""
+        all_of_it = whole(tensor.detach())
+        return all_of_it.to("cpu", copy=True) if self.keep else tensor.new_empty(0)
+
+    def write(self, folder: Path) -> None:
+        """Write a folder that `from_pretrained` reads, atomically."""
+        with atomic_folder(folder) as temporary:
+            self.write_into(temporary)
+
+    def write_into(self, folder: Path) -> None:
+        """Write weights, configuration and tokenizer into a folder that is there."""
+        # A bar for each of many small files would tear the progress line of the run apart.
+        logging.disable_progress_bar()
+        self.model.save_pretrained(folder, state_dict=dict(self.weights))  # which empties it
+        self.tokenizer.save_pretrained(folder)
+
+
+def moments_of(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, snapshot: Snapshot
+) -> dict[str, Tensor]:
+    """Copies of what the optimiser keeps, by `PARAMETER.NAME`."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"{names[id(p)]}.{key}": snapshot.copy(x)
+        for p, kept in optimizer.state.items()
+        for key, x in kept.items()
+    }
 
 
 def save_checkpoint(
     run: RunFolder,
-    model: LanguageModel,
-    tokenizer: PreTrainedTokenizerFast,
-    optimizer: torch.optim.Optimizer,
+    snapshot: Snapshot,
+    moments: dict[str, Tensor],
     progress: Progress,
     keep: int,
     carried: dict[str, Tensor] | None = None,
@@ -91,9 +181,8 @@ def save_checkpoint(
     `carried` is what the rows of this step leave to the next ones, by name, if they do.
     """
     with atomic_folder(run.checkpoint(progress.step)) as folder:
-        _write_model(folder, model, tokenizer)
-        with (folder / "optimizer.pt").open("wb") as file:  # by name, no error would say its reason
-            torch.save(optimizer.state_dict(), file)
+        snapshot.write_into(folder)
+        save_file(moments, folder / MOMENTS)
         if carried is not None:
             save_file(carried, folder / CARRIED)
         files = {f.name: sha256_file(f) for f in sorted(folder.iterdir()) if f.is_file()}
@@ -159,8 +248,10 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
     return content
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-    """Verify a checkpoint and load it into a model and its optimiser.
+def load_checkpoint(
+    folder: Path, model: LanguageModel, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Verify a checkpoint and load it into a model, sharded or not, and its optimiser.
 
     Raises:
         DamagedError: a file is missing, truncated or altered; nothing was loaded.
@@ -169,20 +260,40 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     content = verify_checkpoint(folder)
     try:
         weights = load_file(folder / "model.safetensors")
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        if (folder / MOMENTS).is_file():
+            moments = load_file(folder / MOMENTS)
+        else:
+            state = torch.load(folder / OLD_MOMENTS, map_location="cpu", weights_only=True)["state"]
+            moments = None
         progress = record_from(Progress, content["progress"], str(folder / "trainer.json"))
     except Exception as error:  # whatever safetensors and torch make of such files
         if is_out_of_memory(error):
             raise
         raise DamagedError(f"checkpoint {folder} is damaged: {shorten(str(error), 200)}") from error
     try:
-        missing, unexpected = model.load_state_dict(weights, strict=False)
+        own = model.state_dict(keep_vars=True)
+        missing, unexpected = model.load_state_dict(
+            {name: part(x, own[name]) if name in own else x for name, x in weights.items()},
+            strict=False,
+        )
         # Weights that are tied, such as head and embedding, are stored once.
-        own = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-        stored = {own[name] for name in weights.keys() & own.keys()}
-        if unexpected or any(own[name] not in stored for name in missing):
+        stored = {id(own[name]) for name in weights.keys() & own.keys()}
+        if unexpected or any(id(own[name]) not in stored for name in missing):
             raise PHAError(f"checkpoint {folder} belongs to another model; choose another --out")
-        optimizer.load_state_dict(state)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if moments is not None:
+            state = {number: {} for number in range(len(parameters))}
+            names = {id(p): name for name, p in model.named_parameters()}
+            numbers = {names[id(p)]: number for number, p in enumerate(parameters)}
+            for place, x in moments.items():
+                name, _, key = place.rpartition(".")
+                state[numbers[name]][key] = x
+        state = {
+            number: {key: part(x, parameters[number]) for key, x in kept.items()}
+            for number, kept in state.items()
+        }
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         if is_out_of_memory(error):
             raise

@@ -138,6 +138,8 @@ class RunConfig:
         micro_batch: sequences per forward pass and device; chosen from memory when null.
         context_parallel: processes that share a sequence, a piece each, for sequences longer than
             one device has memory for.
+        shards: processes that hold a part of every weight, gradient and moment each, for models
+            larger than one device has memory for; groups of so many then share the work.
         precision: fp32, bf16 (autocast), or auto: bf16 where the device does it faster.
         seed: of the weights, the order of the data and dropout.
         gradient_checkpointing: keep only what enters each layer and compute the rest again in the
@@ -173,6 +175,7 @@ class RunConfig:
     global_batch: int = 24
     micro_batch: int | None = None
     context_parallel: int = 1
+    shards: int = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
     gradient_checkpointing: bool = False
@@ -215,7 +218,7 @@ _RULES = {
     ("data", "at least 0"): "memory",
     ("data", "in [0, 1]"): "carry_share long_documents planted_repeats",
     ("run", "at least 1"): (
-        "steps global_batch micro_batch context_parallel evaluate_every evaluations "
+        "steps global_batch micro_batch context_parallel shards evaluate_every evaluations "
         "evaluate_tokens checkpoint_every keep_checkpoints keep_best average_best log_every"
     ),
     ("run", "at least 0"): "sample_tokens seed watch_every",

@@ -175,7 +175,7 @@ class TaskData:
                     "leave options that change them out of the tests"
                 )
         self.vocab_size, self.length = len(self.words), self.tests[0].length
-        drawn = [next(test.blocks(for_validation=True)) for test in self.tests]
+        drawn = [next(test.blocks(for_validation=True))[0] for test in self.tests]
         digest = hashlib.sha256(json.dumps(self.words).encode())
         for block in drawn:
             digest.update(block.tokens.tobytes() + block.labels.tobytes())
@@ -242,5 +242,5 @@ class TaskData:
 
     def prompts(self, length: int) -> list[str]:
         """The openings of two sequences of the first test."""
-        block, tokenizer = next(self.tests[0].blocks(for_validation=True)), self.tokenizer()
+        (block, _), tokenizer = next(self.tests[0].blocks(for_validation=True)), self.tokenizer()
         return [tokenizer.decode(row[:length].tolist()) for row in block.tokens[:2]]

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pha.train.sharding import whole
 from pha.utils.errors import PHAError
 
 
 def first_bad_gradient(model: nn.Module) -> str | None:
     """Name of the first parameter whose gradient is not finite, in the model's own order."""
     for name, parameter in model.named_parameters():
-        if parameter.grad is not None and not bool(parameter.grad.isfinite().all()):
+        if parameter.grad is not None and not bool(whole(parameter.grad).isfinite().all()):
             return f"the gradient of {name}"
     return None
 
@@ -26,7 +27,7 @@ def first_bad_value(model: nn.Module, **inputs: Any) -> str | None:
     The forward pass is repeated without gradients, on the model as it was when the loss went bad.
     """
     for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not bool(whole(parameter).isfinite().all()):
             return f"the weight {name}"
     found: list[str] = []
 

@@ -14,7 +14,6 @@ from pha.model.parameters import count_parameters
 from pha.results import (
     SOLVED,
     Candidate,
-    LayerMixing,
     ModelSize,
     Parameters,
     RunResult,
@@ -24,6 +23,7 @@ from pha.train.averaging import average_models
 from pha.train.checkpoint import Progress
 from pha.train.config import TrainConfig
 from pha.train.session import Session
+from pha.train.sharding import mixing_of
 from pha.utils.files import copy_folder
 from pha.utils.hardware import provenance
 
@@ -98,13 +98,6 @@ def _components(config: TrainConfig, model: LanguageModel) -> dict[str, int]:
     }
     embedding = sum(ends.values())
     return {"embedding": embedding, "other": sum(p.numel() for p in inner.parameters()) - embedding}
-
-
-def mixing_of(model: LanguageModel) -> list[LayerMixing]:
-    """The mixing of every layer; none of a model that is not ours."""
-    if isinstance(model, ForeignModel):
-        return []
-    return [LayerMixing(**layer) for layer in model.model.mixing_weights()]
 
 
 def _candidates(session: Session, progress: Progress) -> list[tuple[Candidate, Path]]:

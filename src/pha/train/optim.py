@@ -7,12 +7,64 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pha.foreign import ForeignModel
 from pha.model import Branch
 from pha.train.config import OptimizerConfig, ScheduleConfig
+from pha.train.sharding import part, whole
 from pha.utils.errors import PHAError
+
+# Of x -> a x + b x^3 + c x^5, which draws singular values towards 1: Keller Jordan's for Muon.
+ROOT = 3.4445, -4.7750, 2.0315
+ROUNDS = 5
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """A matrix with the singular vectors of x (M, N), and singular values of about 1, float32.
+
+    Newton and Schulz's iteration. On a GPU it runs in bfloat16, whose errors it evens out.
+    """
+    y = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+    y = y / y.norm().clamp(min=1e-7)
+    if is_tall := y.shape[0] > y.shape[1]:
+        y = y.T
+    a, b, c = ROOT
+    for _ in range(ROUNDS):
+        square = y @ y.T
+        y = torch.addmm(y, torch.addmm(square, square, square, beta=b, alpha=c), y, beta=a)
+    return (y.T if is_tall else y).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum with Nesterov's look ahead, made orthogonal; matrices may be sharded.
+
+    As `torch.optim.Muon` with updates scaled to the size of AdamW's (arXiv 2502.16982), but for
+    two things. Off a GPU it computes in float32, so that rounding does not tell how many processes
+    share a batch. And of a sharded matrix the momentum is gathered once and orthogonalised whole.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float, weight_decay: float, momentum: float
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every matrix that has a gradient."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if p not in self.state:
+                    self.state[p] = {"momentum_buffer": torch.zeros_like(p)}
+                mean = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+                update = part(orthogonal(whole(p.grad.lerp(mean, momentum))), p)
+                p.mul_(1 - rate * group["weight_decay"])
+                p.add_(update, alpha=-rate * 0.2 * math.sqrt(max(p.shape)))
+        return loss
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -21,7 +73,7 @@ class MuonAdamW(torch.optim.Optimizer):
     The two share its groups and its state, each steps its own.
     """
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         self.muon, self.adamw = muon, adamw
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self._share()
@@ -90,13 +142,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
         raise PHAError("the model has no matrix for Muon; set optimizer.kind to adamw")
     rate = config.muon_learning_rate or config.learning_rate
     group = {"params": hidden, "rate_cap": math.inf, "rate_scale": rate / config.learning_rate}
-    muon = torch.optim.Muon(
-        [group],
-        lr=rate,
-        weight_decay=config.weight_decay,
-        momentum=config.muon_momentum,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    muon = Muon([group], rate, config.weight_decay, config.muon_momentum)
     return MuonAdamW(muon, adamw)
 
 

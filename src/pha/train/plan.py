@@ -57,13 +57,14 @@ class Plan:
     accumulation: int  # forward passes per optimiser step and device
     flops_per_token: float  # to train on one, the work of mixers counted as far as it is known
     flops: float  # of the run
-    weights_bytes: int  # weights, gradients and two moments
+    weights_bytes: int  # weights, gradients and two moments, and on a CPU a copy that is saved
     activation_bytes: int  # what a micro-batch keeps for its backward pass
     carried_bytes: int  # what the rows of a step leave to the next, on each device
     free_bytes: int  # what is free now
     devices: int  # that share the work
     gradient_bytes: int  # that each of them sends in a step, and receives, to add gradients up
-    gathered_bytes: dict[str, int]  # by branch, what each receives in a step from pieces of others
+    gathered_bytes: dict[str, int]  # what each receives in a step: `weights`, and by branch of
+    # the pieces of others
     matmul_flops: float  # rate of matrix products, measured or that of a `Card`, FLOP/s
     seconds: float  # expected time of the training alone, at `ASSUMED_UTILISATION`
 
@@ -210,6 +211,11 @@ def make_plan(
             f"run.context_parallel is {ranks}, and the number of processes ({processes}) no "
             "multiple of it; start as many with torchrun --nproc_per_node"
         )
+    if processes % run.shards:
+        raise PHAError(
+            f"run.shards is {run.shards}, and the number of processes ({processes}) no multiple of "
+            "it; start as many with torchrun --nproc_per_node"
+        )
     replicas = processes // ranks
     if run.global_batch % replicas:
         raise PHAError(
@@ -217,16 +223,22 @@ def make_plan(
             f"processes ({processes})" + f" over run.context_parallel ({ranks})" * (ranks > 1)
         )
     share, piece = run.global_batch // replicas, length // ranks
-    size = _measure(config, precision)
-    parameters, per_token, width = size.parameters, size.per_token, size.width
-    weights, carried = parameters * 4 * 4, carried_bytes_per_row(config, precision)
-    if run.gradient_checkpointing:
-        # What enters each layer, in float32, and the inside of one layer at a time.
-        per_token = 4 * size.layers * width + per_token / size.layers
     if card is None:
         free, rate = free_memory(device), matmul_rate(device, precision)
     else:
         device, free, rate = torch.device("cuda"), card.memory, card.matmul_flops
+    size = _measure(config, precision)
+    parameters, per_token, width = size.parameters, size.per_token, size.width
+    weights = parameters * 4 * 4 // run.shards
+    if run.shards > 1:  # one block, and the embedding, are whole while they are used
+        embedding = config.model.vocab_size * width
+        weights += 4 * (embedding + (parameters - embedding) // size.layers)
+    if device.type == "cpu":  # the copy that is written while training goes on
+        weights += 3 * 4 * parameters
+    carried = carried_bytes_per_row(config, precision)
+    if run.gradient_checkpointing:
+        # What enters each layer, in float32, and the inside of one layer at a time.
+        per_token = 4 * size.layers * width + per_token / size.layers
     # The loss holds a chunk of logits and what is computed from it, and the head's gradient.
     chunk = min(chunk_logits(device, card and card.memory), share * piece * config.model.vocab_size)
     loss_bytes = 3 * 4 * chunk + 4 * config.model.vocab_size * width
@@ -255,18 +267,26 @@ def make_plan(
             assert run.epochs is not None
             steps = max(1, round(run.epochs * steps_per_epoch))
     tokens = steps * per_step
+    accumulation = math.ceil(share / micro)
+    # Adding up in a ring: each part goes around twice. Sharded, it goes around once to be added up
+    # in a group, after each micro-batch, and then a shard's part twice between groups.
+    among = (run.shards - 1) / run.shards
+    groups = processes // run.shards
+    sent = accumulation * among + 2 * (groups - 1) / groups / run.shards
     gathered = {}
     if ranks > 1:
         # Forward once, backward twice.
         one = gathered_bytes(config.model, precision, length, ranks)
         gathered = {name: 3 * share * size for name, size in one.items()}
+    if run.shards > 1:  # forward and backward
+        gathered["weights"] = round(2 * accumulation * 4 * parameters * among)
     return Plan(
         parameters=parameters,
         steps=steps,
         tokens=tokens,
         steps_per_epoch=steps_per_epoch,
         micro_batch=micro,
-        accumulation=math.ceil(share / micro),
+        accumulation=accumulation,
         flops_per_token=flops_per_token,
         flops=flops_per_token * tokens,
         weights_bytes=weights,
@@ -274,8 +294,7 @@ def make_plan(
         carried_bytes=carried * share,
         free_bytes=free,
         devices=processes,
-        # Adding up in a ring: each part goes around twice.
-        gradient_bytes=round(2 * 4 * parameters * (processes - 1) / processes),
+        gradient_bytes=round(4 * parameters * sent),
         gathered_bytes=gathered,
         matmul_flops=rate,
         seconds=flops_per_token * tokens / (rate * processes * ASSUMED_UTILISATION),

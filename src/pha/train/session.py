@@ -50,6 +50,7 @@ FREE_KEYS = {
     "data.store",
     "data.source",
     "data.tokenizer",
+    "run.shards",
     "run.keep_checkpoints",
     "run.trackers",
     "run.sample_tokens",

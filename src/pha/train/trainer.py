@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import math
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerFast
 
 from pha.loading import LanguageModel
 from pha.modeling import PHAForCausalLM
-from pha.results import EvalRecord, LayerMixing, MixingRecord, Scores, TrainRecord, WarningRecord
+from pha.results import EvalRecord, MixingRecord, Scores, TrainRecord, WarningRecord
 from pha.runs import RunFolder
 from pha.train.batches import BatchFeed
 from pha.train.carry import Carried
@@ -26,9 +28,11 @@ from pha.train.checkpoint import (
     CARRIED,
     DamagedError,
     Progress,
+    Saver,
+    Snapshot,
     load_checkpoint,
+    moments_of,
     save_checkpoint,
-    save_model,
     set_aside,
     steps_needed,
 )
@@ -39,6 +43,7 @@ from pha.train.hang import no_hang
 from pha.train.metrics import MetricsWriter
 from pha.train.optim import Schedule, make_optimizer, set_rate
 from pha.train.plan import Plan
+from pha.train.sharding import mixing_of, shard, whole
 from pha.train.split import SequenceSplit
 from pha.train.watch import Watch
 from pha.train.windows import windowed
@@ -72,10 +77,14 @@ class Trainer:
         self.config, self.plan, self.run = config, plan, run
         self.tokenizer, self.data = tokenizer, data
         self.accelerator, self.console = accelerator, console
-        optimizer = make_optimizer(model, config.optimizer)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
         if config.run.compile:
             compile_blocks(model)
+        if config.run.shards > 1:
+            shard(model, config.run.shards, accelerator.device)
+            self.model = model
+        else:
+            self.model = accelerator.prepare(model)
+        self.optimizer = make_optimizer(model, config.optimizer)
         ranks = config.run.context_parallel
         self.split: SequenceSplit | None = None
         if ranks > 1:
@@ -100,10 +109,13 @@ class Trainer:
         self.progress = Progress()
         self.watch: Watch | None = None
         plain = self.plain_model
-        watched = config.run.watch_every and accelerator.is_main_process
+        # Sharded weights are whole only where every process asks for them.
+        watched = config.run.watch_every and (config.run.shards > 1 or self._main)
         if watched and isinstance(plain, PHAForCausalLM):
             tokens = config.run.global_batch * config.data.sequence_length
             self.watch = Watch(plain, config.run.watch_every, tokens, self.autocast)
+        self.saver = Saver()
+        self.snapshot: Snapshot | None = None
         self.stop_requested = 0  # by the signal of this number
 
     @property
@@ -127,7 +139,7 @@ class Trainer:
         for step in reversed(self.run.checkpoint_steps()):
             folder = self.run.checkpoint(step)
             try:
-                self.progress = load_checkpoint(folder, self.plain_model, self.optimizer.optimizer)
+                self.progress = load_checkpoint(folder, self.plain_model, self.optimizer)
             except DamagedError as error:
                 damaged[folder] = error
                 continue
@@ -171,6 +183,7 @@ class Trainer:
         self.feed.waited = progress.data_seconds
         self.model.train()
         with (
+            self.saver,
             metrics,
             self.feed,
             on_stop_signals(self._request_stop),
@@ -181,6 +194,7 @@ class Trainer:
             if progress.step == 0:
                 self._write_mixing(metrics)
             while progress.step < plan.steps:
+                self.saver.check()
                 begin = time.perf_counter()
                 rate = self.schedule.rate(progress.step)
                 with windowed(self.plain_model.config, run.windows, run.seed, progress.step):
@@ -230,12 +244,15 @@ class Trainer:
                     stop = stop or self._agree_to_stop(log)
                 if checkpoint or stop:
                     self._checkpoint(metrics)
+                self.snapshot = None
                 if stop:
+                    self._finish_saving()
                     raise TrainingInterruptedError(
                         f"stopped after step {progress.step} of {plan.steps}; a checkpoint is "
                         "written, the same command continues from it",
                         exit_code(self.stop_requested),
                     )
+            self._finish_saving()
         return progress
 
     def _report(self, metrics: MetricsWriter, display: ProgressLine) -> None:
@@ -280,25 +297,38 @@ class Trainer:
             # Dropout is a pure function of the seed and of which sequences these are, in whichever
             # process: no generator has a state.
             torch.manual_seed(seed)
-            context = contextlib.nullcontext() if piece == last else accelerator.no_sync(self.model)
-            with context:
+            with self._adding_up(piece == last):
                 total += self._backward(given, labels)
             if self.carried is not None:
                 self.carried.leave(piece, given)
         loss = accelerator.reduce(total, "mean")
         if self.watch is not None:
             self.watch.gradients()
+        parameters = list(self.model.parameters())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = whole(nn.utils.get_total_norm(gradients))
         clip = self.config.optimizer.gradient_clip or math.inf
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), clip)
+        nn.utils.clip_grads_with_norm_(parameters, clip, norm)
         # On a GPU this waits for the step; it is the only wait in it.
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             self._diverged(step, float(loss), given)
         if self.watch is not None:
             self.watch.after(step + 1, float(loss), inputs)
-        set_rate(self.optimizer.optimizer, rate)
+        set_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
+
+    def _adding_up(self, last: bool) -> AbstractContextManager[Any]:
+        """Of the micro-batches of a step, processes add gradients up in the last alone.
+
+        Sharded ones have to be added up within a group after each, as they are whole on no process.
+        """
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_all_reduce(last)
+        elif not last:
+            return self.accelerator.no_sync(self.model)
+        return nullcontext()
 
     def _backward(self, inputs: dict[str, Any], labels: int) -> Tensor:
         """Add the gradients of a micro-batch; its part of the mean loss over the global batch."""
@@ -321,6 +351,7 @@ class Trainer:
         # Not compiled, in which form no module shows its output.
         with self.autocast(), torch.compiler.set_stance("force_eager"):
             where = first_bad_value(model, **inputs) or first_bad_gradient(model) or "the loss"
+        self.saver.wait()
         steps = self.run.checkpoint_steps()
         kept = f"{self.run.checkpoint(steps[-1])} is intact" if steps else "no checkpoint yet"
         where += " is not finite" + (self.watch.explain(step + 1) if self.watch is not None else "")
@@ -353,45 +384,58 @@ class Trainer:
             raise PHAError(f"step {progress.step}: the validation loss is {result.loss}")
         self.schedule.observe(result.perplexity)
         rank = progress.rank(result.perplexity, self.config.run.keep_best)
-        if rank is None or not self._main:
+        if rank is None:
             return
-        if self.config.run.keep_best == 1:
-            save_model(self.run.model, self.plain_model, self.tokenizer)
-            return
-        kept = self.run.best_model(progress.step)
-        save_model(kept, self.plain_model, self.tokenizer)
-        if rank == 0:
-            copy_folder(kept, self.run.model)
+        snapshot, several = self._take_snapshot(), self.config.run.keep_best > 1
+        kept = self.run.best_model(progress.step) if several else self.run.model
+
+        def save() -> None:
+            snapshot.write(kept)
+            if several and rank == 0:
+                copy_folder(kept, self.run.model)
+
+        if self._main:
+            self.saver.start(save)
+
+    def _take_snapshot(self) -> Snapshot:
+        """The model after this step, copied once for all that is saved of it."""
+        if self.snapshot is None:
+            self.saver.wait()  # there is room for one copy
+            self.snapshot = Snapshot(self.plain_model, self.tokenizer, self._main)
+        return self.snapshot
+
+    def _finish_saving(self) -> None:
+        """Wait, in all processes, until everything is written."""
+        self.saver.wait()
+        self.accelerator.wait_for_everyone()
 
     def _write_mixing(self, metrics: MetricsWriter) -> None:
         model, at = self.plain_model, self.progress
         if isinstance(model, PHAForCausalLM):  # no other has any
-            layers = [LayerMixing(**layer) for layer in model.model.mixing_weights()]
-            metrics.write(MixingRecord(step=at.step, tokens=at.tokens, layers=layers))
+            metrics.write(MixingRecord(step=at.step, tokens=at.tokens, layers=mixing_of(model)))
 
     def _checkpoint(self, metrics: MetricsWriter) -> None:
         progress = self.progress
         progress.peak_memory = max(progress.peak_memory, peak_memory(self.accelerator.device))
         progress.schedule = self.schedule.state()
         progress.watch = self.watch.state() if self.watch is not None else {}
+        progress.metrics_bytes = metrics.flush()
+        snapshot = self._take_snapshot()
+        moments = moments_of(self.plain_model, self.optimizer, snapshot)
         carried = None
         if self.carried is not None:  # of the rows of all processes
             carried = self.accelerator.gather(self.carried.state())
-        if self._main:
-            progress.metrics_bytes = metrics.flush()
-            save_checkpoint(
-                self.run,
-                self.plain_model,
-                self.tokenizer,
-                self.optimizer.optimizer,
-                progress,
-                self.config.run.keep_checkpoints,
-                carried,
-            )
+            carried = {name: snapshot.copy(x) for name, x in carried.items()}
+        reached, keep = copy.deepcopy(progress), self.config.run.keep_checkpoints
+
+        def save() -> None:
+            save_checkpoint(self.run, snapshot, moments, reached, keep, carried)
             # Only now: until this checkpoint was whole, a resumed run might have needed them.
             for step in set(self.run.best_steps()) - steps_needed(self.run):
                 remove_folder(self.run.best_model(step))
-        self.accelerator.wait_for_everyone()
+
+        if self._main:
+            self.saver.start(save)
 
     def _request_stop(self, number: int) -> None:
         self.stop_requested = number

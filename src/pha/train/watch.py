@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from pha.model import Branch, Diagnostics
 from pha.modeling import PHAForCausalLM
-from pha.results import LayerMixing, LayerWatch, Record, WarningRecord, WatchRecord
+from pha.results import LayerWatch, Record, WarningRecord, WatchRecord
+from pha.train.sharding import mixing_of, norms
 from pha.utils.text import percent
 
 LIMIT = 6.0  # robust standard deviations
@@ -109,8 +110,7 @@ class Watch:
 
     def gradients(self) -> None:
         """Measure the step's gradients, which are not clipped yet; this waits for nothing."""
-        grads = [p.grad for layer in self._layers for p in layer if p.grad is not None]
-        self._norms = torch.stack(torch._foreach_norm(grads))
+        self._norms = norms([p.grad for layer in self._layers for p in layer if p.grad is not None])
 
     def after(self, step: int, loss: float, inputs: dict[str, Any]) -> None:
         """Take in the loss of the step, before its update; a spike is looked at, in `inputs`."""
@@ -221,7 +221,7 @@ class Watch:
             )
             for index, gradient in enumerate(gradients)
         ]
-        mixing = [LayerMixing(**layer) for layer in self.model.model.mixing_weights()]
+        mixing = mixing_of(self.model)
         leaving = values[Place("leaving")]["rms"]
         return WatchRecord(**at, layers=layers, leaving=leaving, mixing=mixing)
 
@@ -256,7 +256,7 @@ def measure(model: PHAForCausalLM, **inputs: Any) -> Values:
         handles.append(layers[-1].register_forward_hook(leaving))
         # Not compiled, in which form no module shows its output.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            model.model(**inputs)
+            model.states(**inputs)
     finally:
         for handle in handles:
             handle.remove()

@@ -12,16 +12,8 @@ from torch._dynamo.exc import TorchDynamoException
 from pha.utils.errors import PHAError
 
 
-def compile_blocks(model: nn.Module, **options: Any) -> None:
-    """Compile each repeated block of the model in place; embedding, head and loss stay eager.
-
-    Blocks of one kind have the same code and the same shapes, so they share graphs: one for each
-    shape of the input and for each of training and inference. A block that does not make one graph
-    is an error where it first runs, not a slower block; see `compile_errors`.
-
-    Args:
-        model: ours or any of transformers; its blocks are the modules that it says never to split.
-        options: for `torch.compile`.
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model of ours or of transformers: what it says never to split.
 
     Raises:
         PHAError: it has none.
@@ -31,8 +23,25 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     }
     blocks = [module for module in model.modules() if type(module).__name__ in kinds]
     if not blocks:
-        raise PHAError(f"{type(model).__name__} does not say what its blocks are to be compiled by")
-    for block in blocks:
+        raise PHAError(f"{type(model).__name__} does not say what its blocks are")
+    return blocks
+
+
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """Compile each repeated block of the model in place; embedding, head and loss stay eager.
+
+    Blocks of one kind have the same code and the same shapes, so they share graphs: one for each
+    shape of the input and for each of training and inference. A block that does not make one graph
+    is an error where it first runs, not a slower block; see `compile_errors`.
+
+    Args:
+        model: ours or any of transformers.
+        options: for `torch.compile`.
+
+    Raises:
+        PHAError: see `blocks_of`.
+    """
+    for block in blocks_of(model):
         block.compile(**{"dynamic": False, "fullgraph": True} | options)
 
 
