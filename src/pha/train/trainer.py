@@ -39,6 +39,7 @@ from pha.train.checkpoint import (
 from pha.train.config import TrainConfig
 from pha.train.data import TrainingData
 from pha.train.diagnose import first_bad_gradient, first_bad_value
+from pha.train.hang import no_hang
 from pha.train.metrics import MetricsWriter
 from pha.train.optim import Schedule, make_optimizer, set_rate
 from pha.train.plan import Plan
@@ -186,6 +187,7 @@ class Trainer:
             metrics,
             self.feed,
             on_stop_signals(self._request_stop),
+            no_hang(run.timeout, lambda: progress.step),
             ProgressLine(self.console) as display,
         ):
             self._show(display, "")

@@ -30,12 +30,14 @@ SHARE = 0.02  # of a CUDA device's memory that a chunk may take at most, at 4 by
 ALIGNMENT = 64  # elements: aligned rows of logits have a multiple, and so has the vocabulary
 
 
-def chunk_logits(device: torch.device) -> int:
-    """Rows times vocabulary that are held at a time on a device."""
+def chunk_logits(device: torch.device, memory: int | None = None) -> int:
+    """Rows times vocabulary that are held at a time on a device, of so many bytes if it is away."""
     most = CHUNK_LOGITS.get(device.type, CHUNK_LOGITS["default"])
     if device.type != "cuda":
         return most
-    return min(most, int(SHARE / 4 * torch.cuda.get_device_properties(device).total_memory))
+    if memory is None:
+        memory = torch.cuda.get_device_properties(device).total_memory
+    return min(most, int(SHARE / 4 * memory))
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
