@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -101,7 +102,7 @@ class _Watch:
 
     def say(self) -> tuple[int, int]:
         """Give a sign of life; how far this process has come."""
-        groups = list(distributed_c10d._world.pg_map)
+        groups: list[Any] = list(distributed_c10d._world.pg_map)  # stubs do not know the number
         begun = sum(group._get_sequence_number_for_group() for group in groups)
         self.beat += 1
         sign = Sign(self.beat, self.step(), begun, socket.gethostname())
@@ -150,9 +151,7 @@ class _Watch:
     def leave(self, what: str, show: bool = False) -> None:
         """End this process, whatever its other threads do."""
         if what:
-            print(
-                f"pha: {what}; the same command goes on from the last checkpoint", file=sys.stderr
-            )
+            print(f"pha: {what}; {REMEDY}", file=sys.stderr)
         if show:
             faulthandler.dump_traceback()
         sys.stderr.flush()

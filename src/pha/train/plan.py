@@ -240,7 +240,8 @@ def make_plan(
         # What enters each layer, in float32, and the inside of one layer at a time.
         per_token = 4 * size.layers * width + per_token / size.layers
     # The loss holds a chunk of logits and what is computed from it, and the head's gradient.
-    chunk = min(chunk_logits(device, card and card.memory), share * piece * config.model.vocab_size)
+    memory = None if card is None else card.memory
+    chunk = min(chunk_logits(device, memory), share * piece * config.model.vocab_size)
     loss_bytes = 3 * 4 * chunk + 4 * config.model.vocab_size * width
     budget = 0.8 * free - weights - loss_bytes - carried * share
     fits = int(budget / (per_token * piece + carried))
