@@ -19,7 +19,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -32,9 +31,10 @@ from pha.utils.errors import (
     is_out_of_memory,
 )
 from pha.utils.extras import remedy
+from pha.utils.modules import asked_for
 from pha.utils.processes import leave_with_parent
 from pha.utils.signals import exit_code, leave, on_stop_signals, write_nowhere
-from pha.utils.text import did_you_mean, printable
+from pha.utils.text import did_you_mean, printable, split_commas
 
 Verb = Callable[..., None]
 
@@ -56,11 +56,13 @@ VERBS = {
     "generate": "texts:generate",
     "score": "texts:score",
     "export": "sharing:export",
+    "verify": "sharing:verify",
     "harness": "sharing:harness",
     "mixing": "inspection:mixing",
     "inspect": "inspection:inspect",
     "report": "inspection:report",
     "doctor": "inspection:doctor",
+    "check-branch": "branches:check_branch",
     "bench": "benchmark:bench",
     "completion": ".completion:completion",
 }
@@ -163,8 +165,8 @@ def _main(arguments: Sequence[str] | None, asked: Sequence[int]) -> None:
                 parser.error(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)}")
             program = f"pha {verb}"
             run = read_verb(verb, words)
-            _import(options.modules)
-            run()
+            with asked_for(options.modules):
+                run()
             sys.stdout.flush()  # what cannot be written is an error of this command
     except BrokenPipeError:
         _leave(141)
@@ -236,16 +238,6 @@ def _read_start(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Names
     given = sys.argv[1:] if arguments is None else arguments
     parser.refuse_unknown(list(itertools.takewhile(lambda word: word.startswith("-"), given)))
     return parser, parser.parse_args(given)
-
-
-def _import(modules: Sequence[str]) -> None:
-    if modules:
-        sys.path.insert(0, str(Path.cwd()))
-    for name in modules:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise PHAError(f"--import {name}: {error}") from error
 
 
 def _list_verbs() -> str:
@@ -354,7 +346,7 @@ def _reader(kind: type, with_commas: bool = False) -> Callable[[str], Any]:
         try:
             if not with_commas:
                 return kind(text)
-            return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+            return tuple(kind(part) for part in split_commas(text) if part)
         except (ValueError, ZeroDivisionError):
             noun = f"list of {NOUNS[kind]}s" if with_commas else NOUNS[kind]
             raise argparse.ArgumentTypeError(f"{text!r} is not a {noun}") from None

@@ -27,6 +27,7 @@ from pha.commands.common import (
 )
 from pha.utils.errors import PHAError
 from pha.utils.formats import to_json
+from pha.utils.modules import import_modules
 from pha.utils.text import file_name
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def prepare(
     Args:
         source: text, as above
         tokenizer: gpt2, gpt2:FOLDER with encoder.json and vocab.bpe, bytes, bpe:SIZE trained on the
-            text (at most its first GB), or the folder of a saved tokenizer
+            text (at most its first GB), the folder of a saved tokenizer, or a run, for its own
         out: folder of the store
         separator: what ends a document; auto: end-of-text where documents are separate texts
         text_field: field of a record that holds the text
@@ -188,9 +189,10 @@ def train(
         quiet: progress, but no table at the end
         json: print the result as JSON
     """
+    from pha.runs import RunFolder
     from pha.train.cluster import ClusterJob
     from pha.train.plan import Card
-    from pha.train.recipes import load_recipe
+    from pha.train.recipes import as_words, load_recipe
     from pha.train.run import run_training
     from pha.train.session import plan_training
 
@@ -199,6 +201,8 @@ def train(
         words += ["--data.store", str(data)]
     if init_from is not None:
         words += ["--run.init_from", init_from]
+    before = RunFolder(out or Path("runs") / file_name(recipe)).read_config().get("run", {})
+    import_modules(before.get("imports", []), "run.imports")
     config = load_recipe(recipe, words)
     out = out or Path("runs") / file_name(str(config.recipe))
     console = outcome_console(json) if dry_run else progress_console()
@@ -207,6 +211,7 @@ def train(
     if cluster is not None:
         if resume == "never" or devices is not None:
             raise PHAError("--cluster goes on with what is there; leave out --resume and --devices")
+        words += as_words({"run.imports": config.run.imports})
         job = ClusterJob([recipe, *words], out, cluster, nodes, gpus, hours)
         if dry_run:
             print(job.script(), end="")

@@ -24,6 +24,7 @@ from pha.train.config import TrainConfig
 from pha.train.keys import SECTIONS, in_words, recipe_keys, require_keys
 from pha.utils.errors import PHAError
 from pha.utils.formats import read_yaml
+from pha.utils.modules import ASKED, import_modules
 from pha.utils.text import did_you_mean
 from pha.utils.versions import check_format
 
@@ -178,6 +179,9 @@ def load_recipe(
     if not isinstance(overrides, Mapping):
         overrides = parse_overrides(overrides or [])
     settings = merge(_flat(content, recipe), overrides)
+    modules = settings.get("run.imports") or []
+    import_modules(modules, "run.imports")
+    settings["run.imports"] = list(dict.fromkeys([*ASKED, *modules]))
     chosen = settings.get("model.preset")
     if chosen not in (None, "custom"):
         shape = {f"model.{key}": value for key, value in preset(str(chosen)).items()}

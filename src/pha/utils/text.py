@@ -27,6 +27,11 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def split_commas(text: str) -> list[str]:
+    """The parts of `text` between its commas, those in brackets left alone."""
+    return [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", text)]
+
+
 def file_name(text: str) -> str:
     """`text` as the name of one file: what systems give a meaning of their own is a dash."""
     return re.sub(r"[/\\:]+", "-", text)
