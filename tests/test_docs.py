@@ -19,6 +19,7 @@ from pha.cli import main
 from pha.model import BRANCHES
 from pha.ops import OPS
 from pha.tasks import TASKS
+from pha.train.keys import recipe_keys
 from scripts.include_source import QUOTE, included
 from tests.conftest import synthetic_text
 
@@ -201,7 +202,9 @@ def documented(page: Path) -> list[list[str]]:
 @cache
 def help_of(verb: str) -> str:
     """The help of a verb; of "" that of `pha`, of "keys" the keys of recipes."""
-    words = {"": ["--help"], "keys": ["recipes", "--keys"]}.get(verb, [verb, "--help"])
+    if verb == "keys":
+        return "\n".join(f"--{key}" for key in recipe_keys())
+    words = ["--help"] if verb == "" else [verb, "--help"]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
         main(words)
     return out.getvalue()

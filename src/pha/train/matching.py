@@ -60,6 +60,7 @@ def find_match(config: ArchitectureConfig, key: str, wanted: int) -> Match:
         PHAError: no such key, none that is a number, or one that changes no parameters.
     """
     change, is_whole = _changer(config, key)
+    count_parameters(config)  # what is wrong with the rest of it is said as it is
 
     def parameters(value: float) -> int | None:
         try:
