@@ -230,7 +230,7 @@ def open_session(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     for tracker in config.run.trackers:
         if find_spec(tracker) is None:
-            raise PHAError(f"{tracker} is not installed; run `pip install 'pha[{tracker}]'`")
+            raise PHAError(f"{tracker} is not installed; run `pip install 'pha-lm[{tracker}]'`")
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # says whoever started this one
     accelerator = Accelerator(
         # Processes that torchrun started on a machine without a GPU are joined only if told so.
