@@ -14,7 +14,7 @@ PARTS = {
     "one training step, with set-up": (
         "src/pha/train/run.py src/pha/train/session.py src/pha/train/trainer.py "
         "src/pha/train/optim.py src/pha/train/batches.py src/pha/train/plan.py "
-        "src/pha/train/config.py src/pha/data/sampler.py src/pha/modeling.py"
+        "src/pha/train/config.py src/pha/data/sampler.py src/pha/modeling/language_model.py"
     ),
     "one op, the gated scan": "src/pha/ops/gated_scan/*.py src/pha/ops/backends.py",
     "its tests": "tests/ops/test_gated_scan.py",

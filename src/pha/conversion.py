@@ -14,23 +14,18 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pha.model.config import RENAMED, is_old
 from pha.utils.errors import PHAError
 from pha.utils.files import atomic_folder
 from pha.utils.formats import read_json
 from pha.utils.outputs import claimed, require_new_folder
 
-_RENAMED = {"input_scale": "input_scaling"}
 _BRANCH = re.compile(r"(\.(?:branches|norms|residuals))\.ffn\.")
-
-
-def is_old(config: dict[str, Any]) -> bool:
-    """Whether a configuration was written by an older version."""
-    return "ffn" in (config.get("branches") or ()) or bool(set(config) & set(_RENAMED))
 
 
 def convert_config(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration in today's words."""
-    config = {_RENAMED.get(name, name): value for name, value in config.items()}
+    config = {RENAMED.get(name, name): value for name, value in config.items()}
     if "branches" in config:
         config["branches"] = ["aux_ffn" if b == "ffn" else b for b in config["branches"]]
     options = config.get("branch_options") or {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from pha import decoder, modeling
+from pha import decoder
 from pha.decoder import program
 from pha.modeling import PHAConfig, PHAForCausalLM
 from tests.modeling.common import (
@@ -128,7 +128,7 @@ def test_bf16_is_at_least_as_exact_as_the_layers(
     ours = written(model, ids)
     assert steps
     assert ours.dtype == torch.bfloat16
-    monkeypatch.setattr(modeling, "decode", None)
+    monkeypatch.setattr(PHAForCausalLM, "decode", None)
     layers = written(model, ids)
     assert (ours - truth).abs().mean() <= (layers - truth).abs().mean()
 
@@ -240,7 +240,7 @@ def test_generate_is_the_same(
     options: dict[str, Any] = {"max_new_tokens": 12, "num_beams": beams, "do_sample": False}
     ours = model.generate(tokens(1, 5), pad_token_id=0, **options)
     assert len(steps) >= 10
-    monkeypatch.setattr(modeling, "decode", None)
+    monkeypatch.setattr(PHAForCausalLM, "decode", None)
     assert torch.equal(ours, model.generate(tokens(1, 5), pad_token_id=0, **options))
 
 

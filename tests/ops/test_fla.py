@@ -71,6 +71,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> None:
     for parent in ("fla", "fla.ops"):
         monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
     monkeypatch.setattr(OPS["linear_attention"], "faults", {})
+    monkeypatch.setitem(OPS["linear_attention"].trials, "fla", fla.TRIAL)
 
 
 def problem(decay: str, strength: bool, documents: bool) -> tuple[Any, ...]:

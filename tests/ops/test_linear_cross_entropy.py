@@ -35,6 +35,7 @@ from tests.ops.common import (
 
 # The package re-exports a function of the same name as the module, so it is asked for by path.
 MODULE = importlib.import_module("pha.ops.linear_cross_entropy")
+KERNEL = importlib.import_module("pha.ops.linear_cross_entropy.triton")
 BACKENDS = cpu_backends("linear_cross_entropy")
 CHUNK_LOGITS = dict(MODULE.CHUNK_LOGITS)
 N, V, D = 33, 101, 12
@@ -354,14 +355,14 @@ def test_the_gradient_of_the_head_is_not_rounded_for_each_chunk(
 
 
 def test_a_wrong_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = MODULE._by_torch
+    right = MODULE.chunk_by_torch
 
     def wrong(x: Tensor, w: Tensor, y: Tensor, buffer: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         loss, dz = right(x, w[:4100], y, buffer[:, :4100], True)
         return loss, F.pad(dz, (0, 60)) + 0.01
 
     monkeypatch.setattr(OPS["linear_cross_entropy"], "faults", {})
-    monkeypatch.setattr(MODULE, "_by_triton", wrong)
+    monkeypatch.setattr(KERNEL, "_by_triton", wrong)
     with pytest.raises(PHAError, match=r"off by 0.01\).*PHA_BACKENDS=linear_cross_entropy=chunked"):
         backend_function("triton")(**problem(torch.float32))
 

@@ -43,8 +43,9 @@ from pha.results import (
 )
 from pha.runs import RunFolder
 from pha.studies.definition import load_study
-from pha.train.checkpoint import Progress, Snapshot, load_checkpoint, moments_of, save_checkpoint
+from pha.train.checkpoint import Progress, load_checkpoint
 from pha.train.recipes import load_recipe
+from pha.train.saving import Snapshot, moments_of, save_checkpoint
 from pha.utils.files import sha256_file, write_json
 from pha.utils.formats import read_yaml
 

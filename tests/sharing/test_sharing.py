@@ -83,6 +83,7 @@ def test_body_tells_how_to_load_and_to_repeat(make_run: MakeRun) -> None:
     text = card_of(run).text
     for fact in (
         "import pha",
+        "trust_remote_code=True",
         'folder = "pha-small"',
         f"| tokens seen | {result['tokens_seen']:,} |",
         "| seed | 1234 |",

@@ -22,11 +22,12 @@ from pha.peers import PEERS
 from pha.report.page import write_report
 from pha.results import RunResult
 from pha.runs import RunFolder
-from pha.train.checkpoint import Snapshot, load_checkpoint
+from pha.train.checkpoint import load_checkpoint
 from pha.train.models import make_model
 from pha.train.optim import make_optimizer
 from pha.train.recipes import load_recipe
 from pha.train.run import run_training
+from pha.train.saving import Snapshot
 from pha.train.session import plan_training
 from pha.utils.errors import PHAError, TrainingInterruptedError
 

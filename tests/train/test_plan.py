@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from pha.bench.peers import build, model_config
+from pha.cli import main
 from pha.foreign import ForeignModel
 from pha.model.config import ArchitectureConfig, vars_of
 from pha.model.presets import preset_config
 from pha.modeling import PHAConfig, PHAForCausalLM
-from pha.train.plan import PROBE_TOKENS, _divide, _kept, activation_bytes_per_token
+from pha.train.config import TrainConfig
+from pha.train.plan import (
+    PROBE_TOKENS,
+    Card,
+    _divide,
+    _kept,
+    activation_bytes_per_token,
+    make_plan,
+)
 from pha.utils import compiling
 
 
@@ -61,3 +72,34 @@ def test_what_is_counted_is_what_inductor_keeps(
     )
     kept = _kept(model, PROBE_TOKENS, "bf16", compiled=True)
     assert counted == sum(size for size, shape in kept if PROBE_TOKENS in shape) / PROBE_TOKENS
+
+
+def test_a_card_that_is_not_here_is_planned_for(small_config: Callable[..., TrainConfig]) -> None:
+    changes = {"data__sequence_length": 4096, "run__global_batch": 64, "model__vocab_size": 257}
+    config = small_config(**changes)
+    here = torch.device("cpu")
+    plans = [
+        make_plan(config, 100, here, "bf16", 4, Card(rate, 80 * 10**9)) for rate in (1e14, 2e14)
+    ]
+    assert [plan.free_bytes for plan in plans] == [80 * 10**9] * 2
+    assert plans[0].micro_batch == 16  # a CPU takes no more than 8,192 tokens at a time
+    assert plans[0].weights_bytes == 16 * plans[0].parameters
+    assert plans[0].seconds == 2 * plans[1].seconds
+    assert plans[0].seconds == pytest.approx(plans[0].flops / (1e14 * 4 * 0.4))
+    small = make_plan(config, 100, here, "bf16", 4, Card(1e14, 2 * 10**8))
+    assert small.micro_batch < 16
+    assert small.activation_bytes < 0.8 * 2 * 10**8
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--dry-run", "--device-gb", "80"],
+        ["--dry-run", "--device-gb", "80", "--device-tflops", "0"],
+        ["--device-gb", "80", "--device-tflops", "989"],
+    ],
+)
+def test_half_a_card_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "pha-tiny.text", "--data", "STORE", *words])
+    assert "--device-tflops and --device-gb" in capsys.readouterr().err

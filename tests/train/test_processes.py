@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,14 +25,31 @@ CHANGES = {"run__steps": 120, "run__checkpoint_every": 5, "run__evaluate_every":
 
 
 def start(store: TokenStore, out: Path, processes: int, **changes: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={processes}", "-m", "pha", "train", "pha-tiny.text"]
-    command += ["--out", str(out), *arguments(store, run__epochs="null", **(CHANGES | changes))]
+    return torchrun(["--standalone", f"--nproc_per_node={processes}"], store, out, **changes)
+
+
+def torchrun(
+    options: list[str], store: TokenStore, out: Path, to: Any = subprocess.PIPE, **changes: Any
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", *options]
+    command += ["-m", "pha", "train", "pha-tiny.text", "--out", str(out)]
+    command += arguments(store, run__epochs="null", **(CHANGES | changes))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     environment.pop("ACCELERATE_USE_CPU", None)
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, env=environment, stdout=to, stderr=subprocess.STDOUT, text=True
     )
+
+
+def worker(process: subprocess.Popen[str], rank: int) -> psutil.Process:
+    """The process of that rank below a torchrun."""
+    (found,) = (
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if child.environ().get("RANK") == str(rank)
+    )
+    return found
 
 
 def finish(store: TokenStore, out: Path, processes: int, **changes: Any) -> RunFolder:
@@ -68,12 +87,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_its_number_is_named(
     run = RunFolder(tmp_path / "killed")
     process = start(store, run.path, 2)
     wait_for_checkpoint(run, process)
-    (victim,) = (
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if child.environ().get("RANK") == "1"
-    )
-    victim.kill()
+    worker(process, 1).kill()
     printed, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "rank      : 1" in printed
@@ -93,3 +107,52 @@ def test_fewer_processes_go_on(store: TokenStore, tmp_path: Path) -> None:
     losses = [kept.read_metrics().eval[-1].loss for kept in (whole, last)]
     # Sums over a batch are associated differently.
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_rank_that_hangs_ends_the_job_and_is_named(store: TokenStore, tmp_path: Path) -> None:
+    changes = {"run__global_batch": 6, "run__timeout": 10, "run__evaluate_every": 1000}
+    run = RunFolder(tmp_path / "hanging")
+    process = start(store, run.path, 3, **changes)
+    wait_for_checkpoint(run, process)
+    worker(process, 2).suspend()
+    # Two signs of life after the timeout, then what torchrun gives a process to leave by itself.
+    printed, _ = process.communicate(timeout=10 + 20 + 30 + 10)
+    assert process.returncode != 0
+    (line,) = (line for line in printed.splitlines() if line.startswith("pha: "))
+    assert re.match(r"pha: rank 2 \(.+\) gives no sign of life: .*; step \d+ was not", line)
+    before = run.checkpoint_steps()[-1]
+    finish(store, run.path, 1, **changes)
+    first = next(r.step for r in run.read_metrics().train if r.step > before)
+    assert first == before + 1
+    assert run.result.exists()
+
+
+def test_three_machines_go_on_by_themselves_when_a_fourth_is_lost(
+    store: TokenStore, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "elastic")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--nnodes=3:4", "--nproc_per_node=1", "--max_restarts=3", "--rdzv_backend=c10d"]
+    options += [f"--rdzv_endpoint=127.0.0.1:{port}"]
+    options += ["--rdzv_conf=last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=5"]
+    changes = {"run__global_batch": 12, "run__evaluate_every": 1000, "run__steps": 60}
+    agents = []
+    for number in range(4):
+        with (tmp_path / f"{number}.log").open("w") as log:
+            agents.append(torchrun(options, store, run.path, log, **changes))
+        if number == 0:  # it holds the store of all, which the others look for
+            time.sleep(1)
+    try:
+        wait_for_checkpoint(run, agents[0])
+        lost = psutil.Process(agents[-1].pid)
+        for process in [*lost.children(recursive=True), lost]:
+            process.kill()
+        agents.pop().wait()
+        codes = [agent.wait(timeout=180) for agent in agents]
+        assert codes == [0, 0, 0], (tmp_path / "0.log").read_text()[-3000:]
+    finally:
+        for agent in agents:
+            agent.terminate()
+    assert run.read_result().provenance["processes"] == 3

@@ -22,8 +22,9 @@ def export(
     """A folder with model, tokenizer and model card to share.
 
     The folder loads with transformers' AutoModelForCausalLM and AutoTokenizer after `import pha`,
-    and can be uploaded to the Hugging Face Hub as it is. Its model card, README.md, gives the
-    results of the run's result.json, each with its protocol, and how the run was made.
+    or with trust_remote_code=True where pha is not installed: the model's code lies in it, as
+    modeling_pha.py. It can be uploaded to the Hugging Face Hub as it is. Its model card, README.md,
+    gives the results of the run's result.json, each with its protocol, and how the run was made.
 
     Args:
         out: the folder to write

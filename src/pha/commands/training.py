@@ -151,8 +151,14 @@ def train(
     out: Folder | None = None,
     resume: Literal["auto", "never"] = "auto",
     init_from: Annotated[str | None, "MODEL"] = None,
+    cluster: Annotated[str | None, "PARTITION"] = None,
+    nodes: int = 1,
+    gpus: int = 8,
+    hours: float = 24.0,
     dry_run: DryRun = False,
     devices: int | None = None,
+    device_tflops: float | None = None,
+    device_gb: float | None = None,
     quiet: bool = False,
     json: Json = False,
 ) -> None:
@@ -167,10 +173,19 @@ def train(
         out: run folder (runs/RECIPE)
         resume: auto: continue from the newest checkpoint; never: refuse a folder in use
         init_from: start from these weights
-        devices: with --dry-run: what it takes on so many devices such as this one
+        cluster: hand the run to Slurm, which starts it again after a preemption or its time;
+            with --dry-run: print the script
+        nodes: with --cluster: machines
+        gpus: with --cluster: of each machine
+        hours: with --cluster: of each attempt
+        devices: with --dry-run: what it takes on so many devices such as this one, or
+        device_tflops: on GPUs with so many TFLOP/s of matrix products
+        device_gb: and so much memory
         quiet: progress, but no table at the end
         json: print the result as JSON
     """
+    from pha.train.cluster import ClusterJob
+    from pha.train.plan import Card
     from pha.train.recipes import load_recipe
     from pha.train.run import run_training
     from pha.train.session import plan_training
@@ -185,8 +200,24 @@ def train(
     console = console_for(json)
     if devices is not None and (devices < 1 or not dry_run):
         raise PHAError("--devices is for --dry-run, and at least 1; torchrun starts processes")
+    if cluster is not None:
+        if resume == "never" or devices is not None:
+            raise PHAError("--cluster goes on with what is there; leave out --resume and --devices")
+        job = ClusterJob([recipe, *words], out, cluster, nodes, gpus, hours)
+        if dry_run:
+            print(job.script(), end="")
+            return
+        number = job.submit()
+        said = f"job {number} is in the queue and will write to {job.log}"
+        answer(json, {"job": number, "log": str(job.log)}, said)
+        return
+    card = None
+    if device_tflops is not None or device_gb is not None:
+        if not dry_run or not device_tflops or not device_gb or min(device_tflops, device_gb) < 0:
+            raise PHAError("--device-tflops and --device-gb are for --dry-run, both, and above 0")
+        card = Card(device_tflops * 1e12, round(device_gb * 1e9))
     if dry_run:
-        answer(json, plan_training(config, out, console, resume, devices))
+        answer(json, plan_training(config, out, console, resume, devices, card))
         return
     result = run_training(config, out, console, resume)
     if result is None:

@@ -227,6 +227,7 @@ def read_saved_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         PHAError: missing or damaged files.
     """
     from transformers import PreTrainedTokenizerFast
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
     for name in (_SAVED, *filter(lambda name: (folder / name).is_file(), _SETTINGS)):
         if not isinstance(read_json(folder / name), dict):
@@ -235,7 +236,11 @@ def read_saved_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         # The file is named, as the settings may name another one elsewhere.
         file = str(folder / _SAVED)
         return PreTrainedTokenizerFast.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False, tokenizer_file=file
+            str(folder),
+            local_files_only=True,
+            trust_remote_code=False,
+            tokenizer_file=file,
+            model_max_length=VERY_LARGE_INTEGER,  # it warns of longer texts, which we cut ourselves
         )
     except Exception as error:  # tokenizers raises bare Exception
         raise PHAError(

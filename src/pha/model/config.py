@@ -16,6 +16,9 @@ _Layer = Sequence[str | dict[str, dict[str, Any]]]
 # Far beyond any model: what is above is a slip or a damaged file, and fills the memory.
 MOST, MOST_LAYERS = 1 << 24, 10_000
 
+RENAMED = {"input_scale": "input_scaling"}
+"""Fields by their names of older versions."""
+
 
 @dataclass(kw_only=True)
 class ArchitectureConfig:
@@ -220,6 +223,11 @@ def _named(entries: _Layer) -> Iterator[tuple[str, dict[str, Any]]]:
     """Names and own options, of branches that are named with them or without."""
     for entry in entries:
         yield from ({entry: {}} if isinstance(entry, str) else entry).items()
+
+
+def is_old(config: dict[str, Any]) -> bool:
+    """Whether a configuration was written by an older version; see `pha.conversion`."""
+    return "ffn" in (config.get("branches") or ()) or bool(set(config) & set(RENAMED))
 
 
 def vars_of(config: ArchitectureConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Shapes, here and in the whole package: B batch, T tokens, S cached and new token
 n state size, H query heads, G key-value heads, K head size, V vocabulary, N = B * T.
 """
 
+from pha.ops import kernels as kernels  # which makes them known
 from pha.ops.attention import attention
 from pha.ops.backends import OPS, Op, in_use
 from pha.ops.diagonal_ssm import diagonal_ssm

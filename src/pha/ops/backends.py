@@ -48,6 +48,7 @@ class Op:
         trials: backend name -> how it is tried, for those that may fail on some machine.
         forced: the backend of `force`; it wins over the user's choice, and that over `preferred`.
         faults: what the trials have found: see `fault`.
+        kernels: what the op's own operators call of an added backend, by name.
     """
 
     name: str
@@ -60,9 +61,35 @@ class Op:
     limits: dict[str, str] = field(default_factory=dict)
     forced: str | None = None
     faults: dict[tuple[str, torch.device], str | None] = field(default_factory=dict)
+    kernels: dict[str, Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
+
+    def add(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        device_type: str,
+        trial: Trial,
+        limits: str,
+        **kernels: Callable[..., Any],
+    ) -> None:
+        """Have one more backend, made for one type of device and preferred there.
+
+        The files of kernels call this, so that an op knows none of them and runs without.
+
+        Args:
+            name: of the backend.
+            function: with the signature of the others.
+            device_type: such as `"cuda"`.
+            trial: see `trials`.
+            limits: see `limits`.
+            kernels: see `kernels`.
+        """
+        self.backends[name], self.preferred[device_type] = function, name
+        self.only_on[name], self.trials[name], self.limits[name] = device_type, trial, limits
+        self.kernels |= kernels
 
     def choice(self, device_type: str) -> str:
         """The backend that runs on tensors of `device_type` (`"cpu"`, `"cuda"`, ...).

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pha.modeling import PHAConfig
 from pha.results import Evaluation, RunResult
+from pha.sharing.code import FILE
 from pha.utils.text import count, duration, fixed, percent, perplexity, plain, shorten
 
 _TEMPLATE = Path(__file__).with_name("card.md")
@@ -74,6 +75,7 @@ def model_card(
         str(_TEMPLATE),
         md=_markdown,
         name=name,
+        code=FILE,
         folder=json.dumps(name, ensure_ascii=False),
         command_folder=shlex.quote(name),
         parameters=count(result.model.parameters.total) if result else "",

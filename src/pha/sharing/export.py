@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from pha.loading import LoadedModel, load_model, model_folder
 from pha.results import RunResult
 from pha.sharing.card import model_card
+from pha.sharing.code import AUTO_MAP, FILE, model_code
 from pha.utils.errors import PHAError
 from pha.utils.files import atomic_folder
 from pha.utils.outputs import claimed, require_folder
@@ -21,6 +22,7 @@ CARD = "README.md"
 
 _FILES = {
     CARD,
+    FILE,
     "model.safetensors",
     "config.json",
     "generation_config.json",
@@ -47,7 +49,7 @@ def export_model(
     datasets: Sequence[str] = (),
     force: bool = False,
 ) -> Exported:
-    """Write a model as a folder that transformers loads after `import pha`.
+    """Write a model as a folder that transformers loads, by `import pha` or the code in it.
 
     Args:
         source: a run, one of its checkpoints, or a saved model.
@@ -80,7 +82,7 @@ def _export(
         license_id=license_id,
         datasets=datasets,
     )
-    _write(loaded, card, out)
+    _write(loaded, card, model_code(loaded.pha.config), out)
     return Exported(out, 0 if result is None or note else len(result.evaluations), note)
 
 
@@ -109,14 +111,22 @@ def _require_replaceable(out: Path, force: bool) -> None:
         raise PHAError(f"{out} holds an earlier export; give --force to replace it")
 
 
-def _write(loaded: LoadedModel, card: ModelCard, out: Path) -> None:
+def _write(loaded: LoadedModel, card: ModelCard, code: str, out: Path) -> None:
     model, tokenizer = loaded.pha, loaded.tokenizer
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    # Padding is masked, so any token will do, and programs ask for one.
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side = "left"  # the first is saved
+    # Where programs cut texts that are too long. Nothing ends there, and so `pha` reads on.
+    tokenizer.model_max_length = model.config.longest_trained
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: getattr(tokenizer, name) for name in names}
     for name, value in ids.items():
         setattr(model.config, name, value)
-    # Padding is masked, so any token will do, and generation asks for one.
-    model.generation_config = GenerationConfig(**ids, pad_token_id=tokenizer.eos_token_id)
+    model.generation_config = GenerationConfig(**ids)
+    model.config.auto_map = AUTO_MAP
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        (folder / FILE).write_text(code, encoding="utf-8")
         (folder / CARD).write_text(card.content, encoding="utf-8")

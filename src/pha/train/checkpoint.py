@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging
+from safetensors.torch import load_file
 
-from pha.foreign import ForeignModel
 from pha.loading import LanguageModel
 from pha.runs import RunFolder
-from pha.train.sharding import part, shallow_copy, whole
+from pha.train.sharding import part
 from pha.utils.errors import PHAError, is_out_of_memory
-from pha.utils.files import atomic_folder, remove_folder, sha256_file, write_json
+from pha.utils.files import remove_folder, sha256_file
 from pha.utils.formats import read_json
 from pha.utils.records import record_from
 from pha.utils.text import shorten
@@ -70,128 +63,6 @@ class Progress:
         return self.best.index(entry) if entry in self.best else None
 
 
-class Saver:
-    """Writes what a run keeps while it trains on, one thing after the other; a context manager."""
-
-    def __init__(self) -> None:
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="saver")
-        self.jobs: list[Future[None]] = []
-        self.failed = False
-
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.thread.shutdown()
-        if kind is None:
-            self.wait()
-
-    def start(self, job: Callable[[], None]) -> None:
-        """Do it when all that was started before is done, unless something of it failed."""
-        self.jobs.append(self.thread.submit(self._run, job))
-
-    def _run(self, job: Callable[[], None]) -> None:
-        if self.failed:
-            return
-        try:
-            job()
-        except BaseException:
-            self.failed = True
-            raise
-
-    def check(self) -> None:
-        """Raise what has gone wrong, without waiting."""
-        for job in self.jobs:
-            if job.done():
-                job.result()
-
-    def wait(self) -> None:
-        """Until all is written; raise what has gone wrong."""
-        for job in self.jobs:
-            job.result()
-        self.jobs = []
-
-
-class Snapshot:
-    """A model as it is now, copied to the host's memory, to be written while it trains on.
-
-    Every process takes one, as sharded weights are gathered for it; only one keeps the copy.
-
-    Args:
-        model: sharded or not.
-        tokenizer: saved with it.
-        keep: whether to keep the copy.
-    """
-
-    def __init__(
-        self, model: LanguageModel, tokenizer: PreTrainedTokenizerFast, keep: bool = True
-    ) -> None:
-        self.tokenizer, self.keep = tokenizer, keep
-        inner = model.inner if isinstance(model, ForeignModel) else model
-        # Settings may change from step to step.
-        self.model = shallow_copy(inner)
-        self.model.config = copy.deepcopy(inner.config)
-        copies: dict[int, Tensor] = {}  # of tied weights there is one
-        weights = inner.state_dict(keep_vars=True).items()
-        for _, x in weights:
-            if id(x) not in copies:
-                copies[id(x)] = self.copy(x)
-        self.weights = {name: copies[id(x)] for name, x in weights}
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        """All of a tensor in the host's memory, or nothing where no copy is kept."""
-        all_of_it = whole(tensor.detach())
-        return all_of_it.to("cpu", copy=True) if self.keep else tensor.new_empty(0)
-
-    def write(self, folder: Path) -> None:
-        """Write a folder that `from_pretrained` reads, atomically."""
-        with atomic_folder(folder) as temporary:
-            self.write_into(temporary)
-
-    def write_into(self, folder: Path) -> None:
-        """Write weights, configuration and tokenizer into a folder that is there."""
-        # A bar for each of many small files would tear the progress line of the run apart.
-        logging.disable_progress_bar()
-        self.model.save_pretrained(folder, state_dict=dict(self.weights))  # which empties it
-        self.tokenizer.save_pretrained(folder)
-
-
-def moments_of(
-    model: LanguageModel, optimizer: torch.optim.Optimizer, snapshot: Snapshot
-) -> dict[str, Tensor]:
-    """Copies of what the optimiser keeps, by `PARAMETER.NAME`."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {
-        f"{names[id(p)]}.{key}": snapshot.copy(x)
-        for p, kept in optimizer.state.items()
-        for key, x in kept.items()
-    }
-
-
-def save_checkpoint(
-    run: RunFolder,
-    snapshot: Snapshot,
-    moments: dict[str, Tensor],
-    progress: Progress,
-    keep: int,
-    carried: dict[str, Tensor] | None = None,
-) -> None:
-    """Write `checkpoints/step-N` and delete all but the newest `keep`.
-
-    `carried` is what the rows of this step leave to the next ones, by name, if they do.
-    """
-    with atomic_folder(run.checkpoint(progress.step)) as folder:
-        snapshot.write_into(folder)
-        save_file(moments, folder / MOMENTS)
-        if carried is not None:
-            save_file(carried, folder / CARRIED)
-        files = {f.name: sha256_file(f) for f in sorted(folder.iterdir()) if f.is_file()}
-        content = {"format": FORMAT, "progress": asdict(progress), "sha256": files}
-        write_json(folder / "trainer.json", content | {"digest": _digest(content)})
-    for step in run.checkpoint_steps()[:-keep]:
-        remove_folder(run.checkpoint(step))
-
-
 def steps_needed(run: RunFolder) -> set[int]:
     """Steps whose best weights a run that goes on from any of its checkpoints may ask for."""
     found: set[int] = set()
@@ -210,7 +81,7 @@ def set_aside(folder: Path) -> None:
     folder.rename(aside)
 
 
-def _digest(content: dict[str, Any]) -> str:
+def digest(content: dict[str, Any]) -> str:
     """SHA-256 of a record, the same before it is written and after, where infinities are null."""
     plain = json.loads(json.dumps(content), parse_constant=lambda _: None)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
@@ -226,8 +97,8 @@ def _read(folder: Path) -> dict[str, Any]:
         content = read_json(folder / "trainer.json")
     except PHAError as error:
         raise DamagedError(f"checkpoint {folder} is damaged: {error}") from error
-    digest = content.pop("digest", None) if isinstance(content, dict) else ""
-    if digest is not None and digest != _digest(content):
+    kept = content.pop("digest", None) if isinstance(content, dict) else ""
+    if kept is not None and kept != digest(content):
         raise DamagedError(f"checkpoint {folder} is damaged: trainer.json is altered")
     return dict(content)
 

@@ -160,6 +160,8 @@ class RunConfig:
             if it is better than the best one on the whole validation split. 1: no average.
         log_every: steps between lines in metrics.jsonl.
         watch_every: steps between looks at every layer's numbers; 0 watches nothing.
+        timeout: seconds that several processes wait for a step, an evaluation or a checkpoint,
+            before they end and name the one that hangs.
         trackers: tensorboard and wandb, beside metrics.jsonl.
         init_from: a model or run to start the weights from, with its tokenizer.
         init_attention: options of attention that differ from those of a model of ours there, such
@@ -189,6 +191,7 @@ class RunConfig:
     average_best: int = 1
     log_every: int = 10
     watch_every: int = 50
+    timeout: float = 1800.0
     trackers: list[str] = field(default_factory=list)
     init_from: str | None = None
     init_attention: dict[str, Any] = field(default_factory=dict)
@@ -219,7 +222,7 @@ _RULES = {
         "evaluate_tokens checkpoint_every keep_checkpoints keep_best average_best log_every"
     ),
     ("run", "at least 0"): "sample_tokens seed watch_every",
-    ("run", "above 0"): "epochs flops",
+    ("run", "above 0"): "epochs flops timeout",
     ("schedule", "at least 0"): "warmup_steps plateau_patience",
     ("schedule", "in [0, 1]"): "floor warmup_fraction decay_fraction plateau_factor",
     ("optimizer", "at least 0"): "weight_decay gradient_clip",

@@ -38,6 +38,14 @@ PROBE_TOKENS = 23  # a prime, so that no size of a model's own is taken for it
 
 
 @dataclass(frozen=True)
+class Card:
+    """A GPU that is not here, to plan for."""
+
+    matmul_flops: float  # rate of matrix products, FLOP/s
+    memory: int  # bytes
+
+
+@dataclass(frozen=True)
 class Plan:
     """Sizes, memory, work and time of a run."""
 
@@ -57,7 +65,7 @@ class Plan:
     gradient_bytes: int  # that each of them sends in a step, and receives, to add gradients up
     gathered_bytes: dict[str, int]  # what each receives in a step: `weights`, and by branch of
     # the pieces of others
-    matmul_flops: float  # measured rate of matrix products, FLOP/s
+    matmul_flops: float  # rate of matrix products, measured or that of a `Card`, FLOP/s
     seconds: float  # expected time of the training alone, at `ASSUMED_UTILISATION`
 
 
@@ -186,11 +194,12 @@ def make_plan(
     device: torch.device,
     precision: str,
     processes: int,
+    card: Card | None = None,
 ) -> Plan:
     """Work out a run whose training split has `train_windows` sequences.
 
     `config.model.vocab_size` must be that of the data, `precision` resolved; `processes` share a
-    global batch.
+    global batch. `card` stands in the place of `device`.
 
     Raises:
         PHAError: the batch cannot be divided as asked, or too little data for one step.
@@ -214,6 +223,10 @@ def make_plan(
             f"processes ({processes})" + f" over run.context_parallel ({ranks})" * (ranks > 1)
         )
     share, piece = run.global_batch // replicas, length // ranks
+    if card is None:
+        free, rate = free_memory(device), matmul_rate(device, precision)
+    else:
+        device, free, rate = torch.device("cuda"), card.memory, card.matmul_flops
     size = _measure(config, precision)
     parameters, per_token, width = size.parameters, size.per_token, size.width
     weights = parameters * 4 * 4 // run.shards
@@ -226,9 +239,9 @@ def make_plan(
     if run.gradient_checkpointing:
         # What enters each layer, in float32, and the inside of one layer at a time.
         per_token = 4 * size.layers * width + per_token / size.layers
-    free = free_memory(device)
     # The loss holds a chunk of logits and what is computed from it, and the head's gradient.
-    chunk = min(chunk_logits(device), share * piece * config.model.vocab_size)
+    memory = None if card is None else card.memory
+    chunk = min(chunk_logits(device, memory), share * piece * config.model.vocab_size)
     loss_bytes = 3 * 4 * chunk + 4 * config.model.vocab_size * width
     budget = 0.8 * free - weights - loss_bytes - carried * share
     fits = int(budget / (per_token * piece + carried))
@@ -255,7 +268,6 @@ def make_plan(
             assert run.epochs is not None
             steps = max(1, round(run.epochs * steps_per_epoch))
     tokens = steps * per_step
-    rate = matmul_rate(device, precision)
     accumulation = math.ceil(share / micro)
     # Adding up in a ring: each part goes around twice. Sharded, it goes around once to be added up
     # in a group, after each micro-batch, and then a shard's part twice between groups.

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
 from rich.console import Console
 
 from pha.data.display import PreparationDisplay
@@ -28,13 +33,16 @@ from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train.config import TrainConfig, TransformersConfig
 from pha.train.data import TaskData, TextData, TrainingData
-from pha.train.plan import Plan, make_plan
+from pha.train.plan import Card, Plan, make_plan
 from pha.utils.errors import PHAError
 from pha.utils.files import cache_folder
 from pha.utils.hardware import choose_precision, device_name
 from pha.utils.progress import make_console
 from pha.utils.text import count, duration, memory
 
+# The main process prepares data and evaluates at the end while the others wait for it in a
+# collective, which by default fails after minutes. `run.timeout` is what ends a hanging run.
+LONGEST_WAIT = timedelta(hours=12)
 # Keys that may change when a run is resumed: they touch neither the weights nor the order of data.
 FREE_KEYS = {
     "format",
@@ -48,6 +56,7 @@ FREE_KEYS = {
     "run.sample_tokens",
     "run.log_every",
     "run.watch_every",
+    "run.timeout",
     "run.gradient_checkpointing",
 }
 
@@ -155,10 +164,12 @@ def print_plan(session: Session) -> None:
     device = session.accelerator.device
     cut = f"{plan.micro_batch} at a time" if plan.accumulation > 1 else "at once"
     carried = f", {memory(plan.carried_bytes)} carried" if plan.carried_bytes else ""
+    rate = f"{count(plan.matmul_flops)}FLOP/s"
     lines = [
         f"model      {config.model_name or 'custom'}, {count(plan.parameters)} parameters",
-        f"device     {device_name(device)}, {run.precision}, matrix products at "
-        f"{count(plan.matmul_flops)}FLOP/s measured",
+        f"device     {device_name(device)}, {run.precision}, matrix products at {rate} measured"
+        if session.card is None
+        else f"device     one with {memory(session.card.memory)} and {rate}, {run.precision}",
         f"batch      {run.global_batch} sequences of {config.data.sequence_length} tokens, {cut}",
         f"length     {plan.steps} steps, {count(plan.tokens)} tokens"
         + (f", {plan.steps / plan.steps_per_epoch:.2f} epochs" if config.data.task is None else ""),
@@ -167,13 +178,20 @@ def print_plan(session: Session) -> None:
         f"{memory(plan.free_bytes)} free",
         f"work       {count(plan.flops)}FLOP, those of mixers counted",
         *_network(plan),
-        "ops        " + ", ".join(f"{op} {what}" for op, what in in_use(device.type).items())
-        if config.transformers.name is None
-        else "watch      off: it knows the layers of ours alone",
+        *_ops(session),
         f"time       about {duration(plan.seconds)} if 40% of that rate is reached",
     ]
     for line in lines:
         session.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _ops(session: Session) -> list[str]:
+    if session.config.transformers.name is not None:
+        return ["watch      off: it knows the layers of ours alone"]
+    if session.card is not None:
+        return []
+    used = in_use(session.accelerator.device.type).items()
+    return ["ops        " + ", ".join(f"{op} {what}" for op, what in used)]
 
 
 def _network(plan: Plan) -> list[str]:
@@ -196,6 +214,7 @@ class Session:
     data: TrainingData
     accelerator: Accelerator
     console: Console
+    card: Card | None = None
 
 
 def _require_compiler(device: torch.device) -> None:
@@ -215,11 +234,12 @@ def open_session(
     console: Console,
     resume: Literal["auto", "never"] = "auto",
     devices: int | None = None,
+    card: Card | None = None,
 ) -> Session:
-    """Open devices and data, settle what was left open, plan; for `devices` see `plan_training`.
+    """Open devices and data, settle what was left open, plan; for the last two: `plan_training`.
 
     Raises:
-        PHAError: bad data, a run folder in the way, an impossible plan.
+        PHAError: bad data, a run folder in the way, an impossible plan, processes that cannot meet.
     """
     run = RunFolder(out)
     run.require_usable()
@@ -232,6 +252,12 @@ def open_session(
         if find_spec(tracker) is None:
             raise PHAError(f"{tracker} is not installed; run `pip install 'pha-lm[{tracker}]'`")
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # says whoever started this one
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if again and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise PHAError(
+            "torchrun restarted this on a store that still holds addresses of processes that have "
+            "ended, for which new ones wait; start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+        )
     accelerator = Accelerator(
         # Processes that torchrun started on a machine without a GPU are joined only if told so.
         cpu=processes > 1 and not torch.accelerator.is_available(),
@@ -239,6 +265,11 @@ def open_session(
         mixed_precision="no",
         log_with=config.run.trackers or None,
         project_dir=str(out) if config.run.trackers else None,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=LONGEST_WAIT),
+            # Without it every gradient has a second copy, which is what is sent.
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+        ],
     )
     if accelerator.num_processes != processes:
         raise PHAError(
@@ -251,15 +282,17 @@ def open_session(
     with accelerator.main_process_first():
         data = open_data(config, console)
     device = accelerator.device
+    if card is not None and config.run.precision == "auto":
+        config = replace(config, run=replace(config.run, precision="bf16"))
     config = resolve(config, run, data, device)
     # What is measured could differ between processes: the main one decides for all.
     precision = [config.run.precision]
     broadcast_object_list(precision)
     config = replace(config, run=replace(config.run, precision=precision[0]))
     processes = devices or processes
-    plans = [make_plan(config, data.windows(), device, precision[0], processes)]
+    plans = [make_plan(config, data.windows(), device, precision[0], processes, card)]
     broadcast_object_list(plans)
-    return Session(config, plans[0], run, data, accelerator, console)
+    return Session(config, plans[0], run, data, accelerator, console, card)
 
 
 def _used(folder: Path) -> bool:
@@ -272,6 +305,7 @@ def plan_training(
     console: Console,
     resume: Literal["auto", "never"] = "auto",
     devices: int | None = None,
+    card: Card | None = None,
 ) -> dict[str, Any]:
     """Only say what a run would take: the plan and the configuration as a mapping.
 
@@ -280,11 +314,12 @@ def plan_training(
         out: its folder.
         console: for the plan.
         resume: as of `open_session`.
-        devices: such as this one, with a process each; None for the processes that there are.
+        devices: with a process each; None for the processes that there are.
+        card: what the devices are; None for such as this one.
 
     Raises:
         PHAError: bad data, or a run folder in the way.
     """
-    session = open_session(config, out, console, resume, devices)
+    session = open_session(config, out, console, resume, devices, card)
     print_plan(session)
     return {"plan": asdict(session.plan), "config": session.config.to_dict()}

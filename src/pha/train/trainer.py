@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -28,27 +27,24 @@ from pha.train.checkpoint import (
     CARRIED,
     DamagedError,
     Progress,
-    Saver,
-    Snapshot,
     load_checkpoint,
-    moments_of,
-    save_checkpoint,
     set_aside,
-    steps_needed,
 )
 from pha.train.config import TrainConfig
 from pha.train.data import TrainingData
 from pha.train.diagnose import first_bad_gradient, first_bad_value
+from pha.train.hang import no_hang
 from pha.train.metrics import MetricsWriter
 from pha.train.optim import Schedule, make_optimizer, set_rate
 from pha.train.plan import Plan
+from pha.train.saving import Saver
 from pha.train.sharding import mixing_of, shard, whole
 from pha.train.split import SequenceSplit
 from pha.train.watch import Watch
 from pha.train.windows import windowed
 from pha.utils.compiling import compile_blocks, compile_errors
 from pha.utils.errors import PHAError, TrainingInterruptedError
-from pha.utils.files import copy_folder, remove_folder, write_json
+from pha.utils.files import write_json
 from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
 from pha.utils.progress import ProgressLine
 from pha.utils.signals import exit_code, on_stop_signals
@@ -113,8 +109,7 @@ class Trainer:
         if watched and isinstance(plain, PHAForCausalLM):
             tokens = config.run.global_batch * config.data.sequence_length
             self.watch = Watch(plain, config.run.watch_every, tokens, self.autocast)
-        self.saver = Saver()
-        self.snapshot: Snapshot | None = None
+        self.saver = Saver(run, plain, self.optimizer, tokenizer, self._main)
         self.stop_requested = 0  # by the signal of this number
 
     @property
@@ -186,6 +181,7 @@ class Trainer:
             metrics,
             self.feed,
             on_stop_signals(self._request_stop),
+            no_hang(run.timeout, lambda: progress.step),
             ProgressLine(self.console) as display,
         ):
             self._show(display, "")
@@ -242,7 +238,6 @@ class Trainer:
                     stop = stop or self._agree_to_stop(log)
                 if checkpoint or stop:
                     self._checkpoint(metrics)
-                self.snapshot = None
                 if stop:
                     self._finish_saving()
                     raise TrainingInterruptedError(
@@ -384,23 +379,8 @@ class Trainer:
         rank = progress.rank(result.perplexity, self.config.run.keep_best)
         if rank is None:
             return
-        snapshot, several = self._take_snapshot(), self.config.run.keep_best > 1
-        kept = self.run.best_model(progress.step) if several else self.run.model
-
-        def save() -> None:
-            snapshot.write(kept)
-            if several and rank == 0:
-                copy_folder(kept, self.run.model)
-
-        if self._main:
-            self.saver.start(save)
-
-    def _take_snapshot(self) -> Snapshot:
-        """The model after this step, copied once for all that is saved of it."""
-        if self.snapshot is None:
-            self.saver.wait()  # there is room for one copy
-            self.snapshot = Snapshot(self.plain_model, self.tokenizer, self._main)
-        return self.snapshot
+        several = self.config.run.keep_best > 1
+        self.saver.save_model(progress.step, several, best=rank == 0)
 
     def _finish_saving(self) -> None:
         """Wait, in all processes, until everything is written."""
@@ -418,22 +398,10 @@ class Trainer:
         progress.schedule = self.schedule.state()
         progress.watch = self.watch.state() if self.watch is not None else {}
         progress.metrics_bytes = metrics.flush()
-        snapshot = self._take_snapshot()
-        moments = moments_of(self.plain_model, self.optimizer, snapshot)
         carried = None
         if self.carried is not None:  # of the rows of all processes
             carried = self.accelerator.gather(self.carried.state())
-            carried = {name: snapshot.copy(x) for name, x in carried.items()}
-        reached, keep = copy.deepcopy(progress), self.config.run.keep_checkpoints
-
-        def save() -> None:
-            save_checkpoint(self.run, snapshot, moments, reached, keep, carried)
-            # Only now: until this checkpoint was whole, a resumed run might have needed them.
-            for step in set(self.run.best_steps()) - steps_needed(self.run):
-                remove_folder(self.run.best_model(step))
-
-        if self._main:
-            self.saver.start(save)
+        self.saver.save_checkpoint(progress, self.config.run.keep_checkpoints, carried)
 
     def _request_stop(self, number: int) -> None:
         self.stop_requested = number

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask
 
-from pha.ops.attention import flex as flex_kernels
-from pha.ops.attention.flex import block_mask
+from pha.ops.attention.flex import BLOCK, TRIAL, block_mask, tried_flex
 from pha.ops.attention.naive import Mask, attention_naive, within, written_out
 from pha.ops.attention.sdpa import attention_sdpa
 from pha.ops.backends import Op
@@ -52,13 +51,7 @@ def attention(
 
 def takes_blocks(backend: str | None, queries: int, device_type: str) -> bool:
     """Whether the backend, or the one of the device, wants masks of so many queries as blocks."""
-    return (backend or _OP.choice(device_type)) in ON_A_GPU and queries >= flex_kernels.BLOCK
-
-
-def _by_flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
-    if q.is_cuda:  # elsewhere there is no kernel
-        _OP.require("flex", q)
-    return flex_kernels.flex(q, k, v, blocks)
+    return (backend or _OP.choice(device_type)) in ON_A_GPU and queries >= BLOCK
 
 
 def causal_pairs(length: int, window: int) -> int:
@@ -133,11 +126,11 @@ def attention_flex(
     """
     T, S = q.shape[2], k.shape[2]
     bounded = S != T or (window is not None and window < S)
-    if mask is None and bounded and T >= flex_kernels.BLOCK:
+    if mask is None and bounded and T >= BLOCK:
         key = torch.arange(S, device=q.device)
         mask = block_mask(key[S - T :], key, window=window)
     if isinstance(mask, BlockMask):
-        return _by_flex(q, k, v, mask)
+        return tried_flex(q, k, v, mask)
     return attention_sdpa(q, k, v, mask, window, kernels=kernels)
 
 
@@ -176,5 +169,5 @@ _OP = Op(
         "flash": "flash attention where flex would have the choice",
         "cudnn": "cuDNN's kernel where flex would have the choice",
     },
-    trials={"flex": flex_kernels.TRIAL},
+    trials={"flex": TRIAL},
 )

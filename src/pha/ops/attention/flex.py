@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from pha.ops.backends import Trial
+from pha.ops.backends import OPS, Trial
 from pha.ops.testing import largest_error
 
 BLOCK = 128  # tokens; with fewer queries there is nothing to skip
@@ -33,6 +33,13 @@ def flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
     # One form more than the limit would be the whole matrix too, unless it must be compiled.
     with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
         return _compiled(q, k, v, block_mask=blocks, scale=1.0, enable_gqa=shared)
+
+
+def tried_flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
+    """`flex`, whose kernel is tried first."""
+    if q.is_cuda:  # elsewhere there is no kernel
+        OPS["attention"].require("flex", q)
+    return flex(q, k, v, blocks)
 
 
 _compiled: Any = torch.compile(flex_attention, fullgraph=True)

@@ -12,7 +12,6 @@ Saved are gate, value and h; the input of the recurrence is not. A document star
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from torch import Tensor
 from pha.ops.backends import Op
 from pha.ops.gated_scan.naive import gated_scan_naive
 from pha.ops.gated_scan.operator import gated_scan_operator
-from pha.ops.gated_scan.trial import TRIAL
 from pha.ops.pieces import Pieces
 from pha.ops.precision import accumulation_type
 from pha.ops.shapes import require_shapes
@@ -124,11 +122,8 @@ _OP = Op(
     {
         "naive": gated_scan_naive,
         "torch": gated_scan_operator,
-        "triton": functools.partial(gated_scan_operator, form="auto"),
     },
-    {"cuda": "triton", "default": "torch"},
+    {"default": "torch"},
     _check,
-    only_on={"triton": "cuda"},
-    trials={"triton": TRIAL},
-    limits=dict.fromkeys(("torch", "triton"), "naive for one step"),
+    limits={"torch": "naive for one step"},
 )

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pha.ops.backends import OPS
-from pha.ops.gated_scan import triton as triton_scan
 from pha.ops.gated_scan.closed_form import torch_backward, torch_forward
 from pha.ops.precision import accumulation_type
 
@@ -20,7 +19,7 @@ _INPUTS = "Tensor gate, Tensor value, Tensor a, Tensor b, Tensor? h0, Tensor? st
 )
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     if _by_triton(arguments[-1], arguments[1]):
-        return triton_scan.scan_forward(*arguments)
+        return OPS["gated_scan"].kernels["forward"](*arguments)
     return torch_forward(*arguments[:-1])
 
 
@@ -38,7 +37,7 @@ def _outputs(gate: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 )
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     if _by_triton(arguments[-1], arguments[2]):
-        return triton_scan.scan_backward(*arguments)
+        return OPS["gated_scan"].kernels["backward"](*arguments)
     return torch_backward(*arguments[:-1])
 
 

@@ -1,14 +1,17 @@
-"""A trial of Triton's scan: both forms against torch in float64."""
+"""Triton's scan as a backend, tried first: both forms against torch in float64."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
-from pha.ops.backends import Trial
+from pha.ops.backends import OPS, Trial
 from pha.ops.gated_scan import triton as triton_scan
 from pha.ops.gated_scan.closed_form import torch_backward
 from pha.ops.gated_scan.naive import gated_scan_naive
+from pha.ops.gated_scan.operator import gated_scan_operator
 from pha.ops.gated_scan.sizes import sizes_of
 from pha.ops.testing import largest_error
 
@@ -36,4 +39,12 @@ def _largest_error(device: torch.device) -> float:
     return largest_error(results, [*states, *gradients] * 2)
 
 
-TRIAL = Trial(_largest_error, 1e-5)  # as `pha doctor` has it
+OPS["gated_scan"].add(
+    "triton",
+    functools.partial(gated_scan_operator, form="auto"),
+    "cuda",
+    Trial(_largest_error, 1e-5),  # as `pha doctor` has it
+    "naive for one step",
+    forward=triton_scan.scan_forward,
+    backward=triton_scan.scan_backward,
+)

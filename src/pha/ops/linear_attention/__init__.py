@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pha.ops.backends import Op
-from pha.ops.linear_attention import fla
 from pha.ops.linear_attention.chunked import linear_attention_chunked
 from pha.ops.linear_attention.naive import linear_attention_naive
 from pha.ops.pieces import Pieces
@@ -138,18 +137,11 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
     )
 
 
-_BACKENDS: dict[str, Any] = {"naive": linear_attention_naive, "chunked": linear_attention_chunked}
-_PREFERRED = {"default": "chunked"}
-if fla.is_installed():
-    _BACKENDS["fla"], _PREFERRED["cuda"] = fla.linear_attention_fla, "fla"
-
 _OP = Op(
     "linear_attention",
-    _BACKENDS,
-    _PREFERRED,
+    {"naive": linear_attention_naive, "chunked": linear_attention_chunked},
+    {"default": "chunked"},
     _check,
-    only_on={"fla": "cuda"},
-    trials={"fla": fla.TRIAL},
     plain="chunked",
-    limits={"chunked": "naive for one step", "fla": fla.LIMITS},
+    limits={"chunked": "naive for one step"},
 )

@@ -18,7 +18,6 @@ from pha.ops.linear_attention.chunked import linear_attention_chunked
 from pha.ops.testing import relative_error
 
 LARGEST_KEY = 256  # channels that one program holds
-LIMITS = "chunked for float32, and for the delta rule with a decay per channel"
 
 
 def is_installed() -> bool:
@@ -122,3 +121,6 @@ def _largest_error(device: torch.device) -> float:
 
 
 TRIAL = Trial(_largest_error, 3e-2)  # of the largest magnitude, in bf16 against float64
+if is_installed():
+    _LIMITS = "chunked for float32, and for the delta rule with a decay per channel"
+    OPS["linear_attention"].add("fla", linear_attention_fla, "cuda", TRIAL, _LIMITS)

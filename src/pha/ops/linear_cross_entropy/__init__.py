@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pha.ops.backends import Op, Trial
+from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type, compute_type
-from pha.ops.testing import largest_error, relative_error
+from pha.ops.testing import relative_error
 from pha.utils.errors import PHAError
 
 IGNORE_INDEX = -100
@@ -30,12 +30,14 @@ SHARE = 0.02  # of a CUDA device's memory that a chunk may take at most, at 4 by
 ALIGNMENT = 64  # elements: aligned rows of logits have a multiple, and so has the vocabulary
 
 
-def chunk_logits(device: torch.device) -> int:
-    """Rows times vocabulary that are held at a time on a device."""
+def chunk_logits(device: torch.device, memory: int | None = None) -> int:
+    """Rows times vocabulary that are held at a time on a device, of so many bytes if it is away."""
     most = CHUNK_LOGITS.get(device.type, CHUNK_LOGITS["default"])
     if device.type != "cuda":
         return most
-    return min(most, int(SHARE / 4 * torch.cuda.get_device_properties(device).total_memory))
+    if memory is None:
+        memory = torch.cuda.get_device_properties(device).total_memory
+    return min(most, int(SHARE / 4 * memory))
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ def _logits(x: Tensor, w: Tensor, buffer: Tensor) -> Tensor:
     return z.copy_(x @ w.T)
 
 
-def _by_torch(
+def chunk_by_torch(
     x: Tensor, w: Tensor, y: Tensor, buffer: Tensor, gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of a chunk, and dz in the type of x if it is wanted; z is overwritten."""
@@ -106,20 +108,7 @@ def _by_torch(
     return loss, dz.to(x.dtype)
 
 
-def _by_triton(
-    x: Tensor, w: Tensor, y: Tensor, buffer: Tensor, gradient: bool, vocabulary: int
-) -> tuple[Tensor, Tensor]:
-    """The same with softmax and gradient in one kernel, on logits of the type of x.
-
-    The rows of w from `vocabulary` on are zeros that pad it: dz is zero there.
-    """
-    from pha.ops.linear_cross_entropy.triton_kernel import softmax_gradient_
-
-    z = torch.mm(x, w.T, out=buffer[: x.shape[0]])
-    return softmax_gradient_(z, y, vocabulary, IGNORE_INDEX, gradient).sum(), z
-
-
-def _padded(weight: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
+def padded(weight: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
     """`weight` in another type, and with zeros below it up to `rows`."""
     if rows == weight.shape[0]:
         return weight.to(dtype)
@@ -138,17 +127,6 @@ def _add_product_(dw: Tensor, dz: Tensor, x: Tensor) -> None:
         dw += dz.T @ x
 
 
-def _largest_error(device: torch.device) -> float:
-    """Of Triton's kernel, on a padded problem of a whole block and a part of one."""
-    generator = torch.Generator().manual_seed(0)
-    x, w = torch.randn(7, 16, generator=generator), torch.randn(4100, 16, generator=generator)
-    y = torch.tensor([0, 4099, IGNORE_INDEX, 4096, 17, 5, 6])
-    x, w, y = x.to(device), w.to(device), y.to(device)
-    loss, dz = _by_torch(x, w, y, x.new_empty(7, 4100), True)
-    wide = _padded(w, w.dtype, 4160), y, x.new_empty(7, 4160)
-    return largest_error(_by_triton(x, *wide, True, 4100), (loss, F.pad(dz, (0, 60))))
-
-
 def _chunk_by_chunk(
     x: Tensor,
     weight: Tensor,
@@ -162,14 +140,14 @@ def _chunk_by_chunk(
     total, dx, _ = _outputs(x, weight, targets, dtype, triton, need_x, False)
     total.zero_()
     vocabulary = weight.shape[0]
-    chunk_loss: Callable[..., tuple[Tensor, Tensor]] = _by_torch
+    chunk_loss: Callable[..., tuple[Tensor, Tensor]] = chunk_by_torch
     logits, columns = total.dtype, vocabulary
     if triton and dtype != torch.float64:
         _OP.require("triton", x)
-        chunk_loss = functools.partial(_by_triton, vocabulary=vocabulary)
+        chunk_loss = functools.partial(_OP.kernels["chunk"], vocabulary=vocabulary)
         # Products of aligned extents take the fast kernels.
         logits, columns = dtype, -(-vocabulary // ALIGNMENT) * ALIGNMENT
-    w = _padded(weight, dtype, columns)
+    w = padded(weight, dtype, columns)
     dw = total.new_zeros(w.shape if need_weight else 0)
     chunk = _chunk_rows(x, weight)
     # One buffer for all chunks, overwritten in place from logits to gradients: fresh memory of this
@@ -291,12 +269,8 @@ _OP = Op(
     {
         "naive": linear_cross_entropy_naive,
         "chunked": linear_cross_entropy_chunked,
-        "triton": functools.partial(linear_cross_entropy_chunked, triton=True),
     },
-    {"cuda": "triton", "default": "chunked"},
+    {"default": "chunked"},
     _check,
-    only_on={"triton": "cuda"},
     plain="chunked",
-    limits={"triton": "chunked for float64"},
-    trials={"triton": Trial(_largest_error, 1e-3)},
 )

@@ -1,163 +1,31 @@
-"""The transformers face of `pha.model`: configuration, body, causal language model."""
+"""The model as transformers has it: body, causal language model."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
-from pha import mixers as mixers  # which makes them known
 from pha.caching import CacheAdapter, PHACache, SequencePieces
-from pha.conversion import is_old
 from pha.inputs import check_rows, packed_starts, token_mask
-from pha.model import BRANCHES, ArchitectureConfig, Backbone, Branch
-from pha.model.backbone import initialise
-from pha.model.presets import preset
-from pha.ops import linear_cross_entropy, token_statistics
+from pha.model.backbone import Backbone, initialise
+from pha.model.branches import Branch
+from pha.modeling.configuration import PHAConfig
+from pha.ops.linear_cross_entropy import linear_cross_entropy, token_statistics
 from pha.ops.precision import accumulation_type
 from pha.utils.errors import PHAError
 from pha.utils.plain import is_plain_linear
 
-decode: Callable[..., Tensor | None] | None
-try:
-    from pha.decoder import decode, stand_for
-except ImportError:  # no numba: the layers write tokens too
-    decode = None
-
-
-class PHAConfig(ArchitectureConfig, PreTrainedConfig):
-    """`ArchitectureConfig` as a transformers configuration (saved as config.json).
-
-    Raises:
-        PHAError: an impossible shape (see `ArchitectureConfig.check`).
-    """
-
-    model_type: ClassVar[str] = "pha"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-
-    # Tokens of a sequence in training, for programs that ask; nothing here depends on it.
-    max_position_embeddings: int = 1024
-    # Of the longest ones, where training went on from other weights; None: the line above.
-    trained_length: int | None = None
-    tie_word_embeddings: bool = True
-    use_cache: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if is_old(vars(self) | kwargs):
-            raise PHAError(
-                "model: this configuration was written by an older version of pha; run `pha "
-                "convert FOLDER NEW_FOLDER` on the model's folder"
-            )
-        self.check()
-        super().__post_init__(**kwargs)
-        if not self.tie_word_embeddings:
-            raise PHAError("model: tie_word_embeddings is false; the paper ties them, and so do we")
-
-    @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> PHAConfig:
-        """A published configuration by name (`pha params` lists them), fields replaced at will.
-
-        Raises:
-            PHAError: an unknown preset or an impossible shape.
-        """
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(overrides) - set(known)):
-            close = difflib.get_close_matches(unknown[0], known, n=2) or ["a field of PHAConfig"]
-            raise PHAError(
-                f"model: there is no field {unknown[0]}; did you mean {' or '.join(close)}?"
-            )
-        return cls(**(preset(name) | overrides))
-
-    @property
-    def longest_trained(self) -> int:
-        """Tokens of the longest sequences in training."""
-        return self.trained_length or self.max_position_embeddings
-
-    @property
-    def windows(self) -> list[int | None]:
-        """How many keys a query sees in each layer that keeps keys, its own included; None: all."""
-        found = []
-        for layer in range(self.num_hidden_layers):
-            own = self.layer_branches(layer).get("attention", {}).get("window")
-            bounds = [w for w in (self.attention_window, own) if w is not None]
-            if self._keeps(layer, "keeps_keys"):
-                found.append(min(bounds) if bounds else None)
-        return found
-
-    @property
-    def sliding_window(self) -> int | None:
-        """transformers' word for the most keys that a query sees; None: all, in some layer."""
-        bounds = [window for window in self.windows if window is not None]
-        if len(bounds) < len(self.windows):
-            return None
-        return max(bounds) if bounds else self.attention_window
-
-    @property
-    def has_windows(self) -> bool:
-        """Whether attention has a window in some layer, the model's or its own."""
-        return self.attention_window is not None or any(self.windows)
-
-    @property
-    def layer_types(self) -> list[str]:
-        """What each layer keeps in a transformers cache.
-
-        Where no layer keeps keys, the first still has room for them, which then counts the past.
-        """
-        keys_kind, both = "full_attention", "hybrid"
-        if self.sliding_window is not None and self.keeps_keys:
-            keys_kind, both = "sliding_attention", "hybrid_sliding"
-        # A layer that keeps nothing counts as linear: one with keys would be asked for its length.
-        kinds = {
-            (True, True): both,
-            (True, False): keys_kind,
-            (False, True): "linear_attention",
-            (False, False): "linear_attention",
-        }
-        kept = [
-            (self._keeps(layer, "keeps_keys"), self._keeps(layer, "states"))
-            for layer in range(self.num_hidden_layers)
-        ]
-        if not self.keeps_keys:
-            kept[0] = (True, kept[0][1])
-        return [kinds[layer] for layer in kept]
-
-    @property
-    def number_of_conv_states(self) -> int:
-        """transformers' word for how many states a layer of the cache has room for."""
-        classes = [
-            [BRANCHES.get(name, Branch) for name in self.layer_branches(layer)]
-            for layer in range(self.num_hidden_layers)
-        ]
-        return max(1, *(sum(len(cls.states) for cls in layer) for layer in classes))
-
-    @property
-    def keeps_keys(self) -> bool:
-        """Whether some layer keeps keys and values."""
-        return any(self._keeps(layer, "keeps_keys") for layer in range(self.num_hidden_layers))
-
-    def _keeps(self, layer_idx: int, what: str) -> bool:
-        # A name that is not known here is refused where the model is made.
-        names = self.layer_branches(layer_idx)
-        return any(bool(getattr(BRANCHES.get(name, Branch), what)) for name in names)
+# transformers' names of attention implementations -> backends of ours; any other is the default.
+_BACKENDS = {"eager": "naive"}
 
 
 class PHAPreTrainedModel(PreTrainedModel):
@@ -172,6 +40,8 @@ class PHAPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # A state cannot be taken back: transformers refuses what would crop the cache.
     _is_stateful = True
+    # Beginnings of the names of weights that a folder may lack: those of a new head.
+    starts_anew: ClassVar[tuple[str, ...]] = ()
 
     def post_init(self) -> None:
         """What transformers does after the modules are made; they say what stays in float32."""
@@ -204,7 +74,8 @@ class PHAPreTrainedModel(PreTrainedModel):
         model, found = super().from_pretrained(
             *arguments, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
-        problems = {"lack": found["missing_keys"], "also have": found["unexpected_keys"]}
+        missing = [x for x in found["missing_keys"] if not x.startswith(cls.starts_anew)]
+        problems = {"lack": missing, "also have": found["unexpected_keys"]}
         if output_loading_info:
             problems = {}
         if not ignore_mismatched_sizes:
@@ -358,6 +229,8 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
     """The Parallel Hybrid Architecture with its tied language-modelling head."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    # What writes tokens without the layers, where there is something; see `pha.decoder.decode`.
+    decode: ClassVar[Callable[..., Tensor | None] | None] = None
 
     def __init__(self, config: PHAConfig) -> None:
         super().__init__(config)
@@ -514,6 +387,7 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None,
     ) -> Tensor | None:
         """Logits after one more token by compiled instructions, where that is possible."""
+        decode = type(self).decode
         if decode is None or cache is None or input_ids is None or input_ids.shape[1:] != (1,):
             return None
         if isinstance(cache, CacheAdapter):  # one of training
@@ -530,14 +404,5 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         return attention_mask
 
 
-# transformers' names of attention implementations -> backends of ours; any other is the default.
-_BACKENDS = {"eager": "naive"}
-
-
-if decode is not None:
-    stand_for(PHAModel)
-AutoConfig.register("pha", PHAConfig)
-AutoModel.register(PHAConfig, PHAModel)
-AutoModelForCausalLM.register(PHAConfig, PHAForCausalLM)
 # By this table Trainer knows that labels have to be shifted where it forms the loss itself.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["pha"] = PHAForCausalLM.__name__
