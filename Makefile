@@ -42,7 +42,8 @@ format: $(INSTALLED) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel-check: ## build sdist and wheel, install the wheel into an empty environment, use it
+wheel-check: ## rehearse a release: build, check, install into an empty environment, use
+	$(PYTHON) scripts/check_release.py > /dev/null
 	scripts/check_wheel.sh $(PYTHON)
 
 audit: $(TOOLS)/uv ## look for known weaknesses of the pinned packages; needs the network

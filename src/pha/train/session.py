@@ -250,7 +250,7 @@ def open_session(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     for tracker in config.run.trackers:
         if find_spec(tracker) is None:
-            raise PHAError(f"{tracker} is not installed; run `pip install 'pha[{tracker}]'`")
+            raise PHAError(f"{tracker} is not installed; run `pip install 'pha-lm[{tracker}]'`")
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # says whoever started this one
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if again and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
