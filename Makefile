@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TOOLS := build/tools/bin
 
-.PHONY: help install demo test test-gpu test-slow test-lowest lint format wheel-check audit lock clean
+.PHONY: help install demo test test-gpu test-slow test-lowest docs tutorials lint format wheel-check audit lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -31,6 +31,16 @@ test-lowest: $(TOOLS)/uv ## the fast tests with the lowest versions that pyproje
 	$(TOOLS)/uv venv --clear --quiet --python $(PYTHON) build/lowest
 	$(TOOLS)/uv pip install --quiet --python build/lowest --resolution lowest-direct -e '.[dev]'
 	build/lowest/bin/python -m pytest -n auto
+
+docs: tutorials ## build the site into build/site: open build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+tutorials: .venv/.docs ## run the tutorials into notebooks in build/tutorials
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/run_tutorials.py build/tutorials
+
+.venv/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 lint: $(INSTALLED) ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
