@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import functools
 import importlib
 import inspect
 import io
+import itertools
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
@@ -32,9 +31,10 @@ from pha.utils.errors import (
     is_out_of_memory,
 )
 from pha.utils.extras import remedy
+from pha.utils.modules import asked_for
 from pha.utils.processes import leave_with_parent
 from pha.utils.signals import exit_code, leave, on_stop_signals, write_nowhere
-from pha.utils.text import printable
+from pha.utils.text import did_you_mean, printable, split_commas
 
 Verb = Callable[..., None]
 
@@ -56,14 +56,17 @@ VERBS = {
     "generate": "texts:generate",
     "score": "texts:score",
     "export": "sharing:export",
+    "verify": "sharing:verify",
     "harness": "sharing:harness",
     "mixing": "inspection:mixing",
     "inspect": "inspection:inspect",
     "report": "inspection:report",
     "doctor": "inspection:doctor",
+    "check-branch": "branches:check_branch",
     "bench": "benchmark:bench",
+    "completion": ".completion:completion",
 }
-"""Module and function of every verb, in the order of `pha --help`."""
+"""Module and function of every verb, in the order of `pha --help`; relative to `pha.commands`."""
 
 ABOUT = """\
 The Parallel Hybrid Architecture: train, evaluate and study language models whose every layer runs a
@@ -76,6 +79,16 @@ first steps
   pha generate runs/mine --prompt "Once"
   pha report runs/mine
 """
+
+START = """\
+Three commands to begin with (`pha --help` lists all, `pha VERB --help` explains one):
+  pha demo                                    train PHA and its attention-only twin, see a report
+  pha prepare my-texts/ --tokenizer bpe:8192 --out stores/mine
+  pha train pha-tiny.text --data stores/mine --out runs/mine
+"""
+
+KEYS = "overrides"
+"""The `*words` of a verb that takes the keys of recipes as options."""
 
 # What a value is called in the help where its type does not say, and what it is in an error.
 METAVARS = {int: "N", float: "X", Fraction: "FRACTION"}
@@ -92,6 +105,28 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print `message` and leave."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def refuse_unknown(self, words: Sequence[str], keys_too: bool = False) -> None:
+        """Leave at the first option that there is not, before anything else is found missing.
+
+        Args:
+            words: of the command line.
+            keys_too: whether the keys of recipes are options too, which are looked at later.
+        """
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            option = word.partition("=")[0]
+            if not re.match("--[a-z]", option) or option in known:
+                continue
+            hint = did_you_mean(option, known)
+            if not keys_too or (hint and "." not in option):
+                self.error(f"there is no option {option}{hint}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = list(map(str, action.choices))
+            hint = did_you_mean(value, choices, 0.5) or f" (choose from {', '.join(choices)})"
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{hint}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -119,20 +154,19 @@ def _main(arguments: Sequence[str] | None, asked: Sequence[int]) -> None:
             from pha import __version__
 
             print(f"pha {__version__}")
-        elif options.help or not options.words:
+        elif options.help:
             parser.epilog = _list_verbs()
             parser.print_help()
+        elif not options.words:
+            print(START, end="")
         else:
             verb, *words = options.words
             if verb not in VERBS:
-                close = difflib.get_close_matches(verb, VERBS, n=1)
-                parser.error(
-                    f"there is no verb {verb!r}" + f"; did you mean {close[0]}?" * len(close)
-                )
+                parser.error(f"there is no verb {verb!r}{did_you_mean(verb, VERBS)}")
             program = f"pha {verb}"
             run = read_verb(verb, words)
-            _import(options.modules)
-            run()
+            with asked_for(options.modules):
+                run()
             sys.stdout.flush()  # what cannot be written is an error of this command
     except BrokenPipeError:
         _leave(141)
@@ -201,17 +235,9 @@ def _read_start(arguments: Sequence[str] | None) -> tuple[Parser, argparse.Names
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    return parser, parser.parse_args(arguments)
-
-
-def _import(modules: Sequence[str]) -> None:
-    if modules:
-        sys.path.insert(0, str(Path.cwd()))
-    for name in modules:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise PHAError(f"--import {name}: {error}") from error
+    given = sys.argv[1:] if arguments is None else arguments
+    parser.refuse_unknown(list(itertools.takewhile(lambda word: word.startswith("-"), given)))
+    return parser, parser.parse_args(given)
 
 
 def _list_verbs() -> str:
@@ -226,7 +252,7 @@ def _list_verbs() -> str:
 def find_verb(name: str) -> Verb:
     """The function of a verb."""
     module, _, function = VERBS[name].partition(":")
-    found: Verb = getattr(importlib.import_module(f"pha.commands.{module}"), function)
+    found: Verb = getattr(importlib.import_module(f".{module}", "pha.commands"), function)
     return found
 
 
@@ -235,8 +261,11 @@ def read_verb(name: str, words: Sequence[str]) -> functools.partial[None]:
     verb = find_verb(name)
     parameters = list(inspect.signature(verb).parameters.values())
     parser = make_parser(f"pha {name}", verb)
+    more = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
+    if more in (None, KEYS):
+        parser.refuse_unknown(words, keys_too=more is not None)
     options, rest = parser.parse_known_args(words)
-    if rest and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+    if rest and more is None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     values = vars(options)
     by_place = [values.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -245,8 +274,14 @@ def read_verb(name: str, words: Sequence[str]) -> functools.partial[None]:
 
 def make_parser(program: str, verb: Verb) -> Parser:
     """The parser of a verb: its parameters with their types and defaults, and its docstring."""
-    description, helps = read_docstring(verb)
-    parser = Parser(prog=program, description=description)
+    parser = Parser(prog=program, description=read_docstring(verb)[0])
+    add_arguments(parser, verb)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
+    """Add the parameters of a verb."""
+    _, helps = read_docstring(verb)
     hints = get_type_hints(verb, include_extras=True)
     for name, parameter in inspect.signature(verb).parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -269,7 +304,6 @@ def make_parser(program: str, verb: Verb) -> Parser:
         # What is given is appended to the default, which therefore must be a list.
         default = list(default or ()) if several else default
         parser.add_argument(words, default=default, **settings)
-    return parser
 
 
 def read_docstring(verb: Verb) -> tuple[str, dict[str, str]]:
@@ -300,7 +334,9 @@ def _describe(hint: Any) -> dict[str, Any]:
         return {"type": _reader(inner[0], with_commas=True)}
     if hint is bool:
         return {"action": "store_true"}
-    return {"type": _reader(hint)} | ({"metavar": METAVARS[hint]} if hint in METAVARS else {})
+    if hint not in METAVARS:
+        return {"type": hint}
+    return {"type": _reader(hint), "metavar": METAVARS[hint]}
 
 
 def _reader(kind: type, with_commas: bool = False) -> Callable[[str], Any]:
@@ -310,7 +346,7 @@ def _reader(kind: type, with_commas: bool = False) -> Callable[[str], Any]:
         try:
             if not with_commas:
                 return kind(text)
-            return tuple(kind(part.strip()) for part in text.split(",") if part.strip())
+            return tuple(kind(part) for part in split_commas(text) if part)
         except (ValueError, ZeroDivisionError):
             noun = f"list of {NOUNS[kind]}s" if with_commas else NOUNS[kind]
             raise argparse.ArgumentTypeError(f"{text!r} is not a {noun}") from None

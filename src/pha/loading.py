@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +203,10 @@ def load_model(
     folder, run = model_folder(path)
     config = _check_files(folder)
     kind = config.get("model_type")
+    modules = {} if run is None else run.read_config().get("run", {})
+    for name in modules.get("imports", []):
+        if name not in sys.modules:  # a run may be from anybody: only who says so runs its code
+            raise PHAError(f"{path} was trained with module {name}: `pha --import {name} ...`")
     if kind != "pha" and attention:
         raise PHAError(
             f"{path} holds a {kind!r} model; with options of attention this reads PHA models"

@@ -31,6 +31,7 @@ class RunFolder:
         self.model = path / "model"  # the chosen weights
         self.result = path / "result.json"  # present only when finished
         self.diverged = path / "diverged.json"  # the step and the place, if the run ended so
+        self.tracker = path / "tracker.txt"  # what trackers know the run by, to go on with it
         self.owner = path / ".owner"  # which process holds the lock, `.lock`
 
     @property

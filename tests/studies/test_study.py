@@ -140,7 +140,7 @@ def test_a_study_trains_compares_writes_and_is_reused(
     # Another study that asks for the same model trains it no second time.
     stamps = {run: (run / "result.json").stat().st_mtime_ns for run in runs}
     main(study("mixing", tmp_path, store, "--seeds", "2"))
-    assert "2 of 2 runs are there already" in capsys.readouterr().out
+    assert "2 of 2 runs are there already" in capsys.readouterr().err
     main(study("composition", tmp_path, store, "--seeds", "2", "--json"))
     again = json.loads(capsys.readouterr().out)
     assert again["variants"] == content["variants"]

@@ -23,6 +23,7 @@ from pha.ops import OPS
 from pha.utils.errors import PHAError
 from pha.utils.formats import read_json
 from pha.utils.hardware import PRECISIONS, default_device
+from pha.utils.modules import ASKED
 from pha.utils.processes import Command, run_processes
 
 KERNELS = "kernels"
@@ -240,6 +241,7 @@ def run_worker(job: Job, seconds: float | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         answer, log = Path(folder) / "answer.json", Path(folder) / "log"
         words = [sys.executable, "-m", "pha.bench.worker", json.dumps(asdict(job)), str(answer)]
+        words += ASKED
         try:
             run_processes(
                 [Command(words, log)],

@@ -1,4 +1,4 @@
-"""One measurement in a process of its own: `python -m pha.bench.worker JOB ANSWER`.
+"""One measurement in a process of its own: `python -m pha.bench.worker JOB ANSWER [MODULE ...]`.
 
 JOB is JSON, ANSWER the file for the result or `{"error": ...}`. None outlives its parent.
 """
@@ -26,6 +26,7 @@ from pha.ops import in_use
 from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.files import write_json
 from pha.utils.hardware import default_device, device_name, keep_freed_memory, seconds_of
+from pha.utils.modules import import_modules
 from pha.utils.processes import leave_with_parent
 
 
@@ -109,11 +110,12 @@ def attempt(job: Job) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure the job of the first argument into the file of the second."""
-    job, answer = sys.argv[1:]
+    """Measure the job of the first argument into the file of the second; then come modules."""
+    job, answer, *modules = sys.argv[1:]
     with suppress(OSError):  # where memory runs out, this process is the one to go
         Path("/proc/self/oom_score_adj").write_text("1000")
     leave_with_parent()
+    import_modules(modules)
     write_json(Path(answer), attempt(Job(**json.loads(job))))
 
 

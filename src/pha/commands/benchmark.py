@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from rich.table import Table
 from rich.text import Text
 
-from pha.commands.common import DryRun, Folder, Json, answer, console_for, figures_table
+from pha.commands.common import DryRun, Folder, Json, answer, figures_table, progress_console
 from pha.utils.errors import PHAError
 from pha.utils.outputs import require_folder, require_own, writing
 
@@ -165,7 +165,7 @@ def bench(
         require_own(out / f"bench-{mode}.json")
         if request is None:
             record["rows"] = _earlier_rows(out / "bench-all.json", record)
-    console = console_for(json)
+    console = progress_console()
 
     def keep(rows: list[dict[str, Any]]) -> None:
         record["rows"] = rows

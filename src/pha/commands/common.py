@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from rich import box
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.progress import Progress
 from rich.table import Table
 
@@ -64,9 +65,16 @@ def read_attention(words: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def console_for(as_json: bool) -> Console:
-    """For progress: on standard error where standard output is for JSON."""
-    return make_console(stderr=as_json)
+def progress_console() -> Console:
+    """For progress, on standard error."""
+    return make_console(stderr=True)
+
+
+def outcome_console(as_json: bool) -> Console:
+    """For what a verb found: on standard error where standard output is for JSON."""
+    # A file or pipe has no width at which a table would have to be cut.
+    stream = sys.stderr if as_json else sys.stdout
+    return make_console(stderr=as_json, width=None if stream.isatty() else 200)
 
 
 def answer(as_json: bool, record: Any, *shown: RenderableType) -> None:
@@ -74,13 +82,28 @@ def answer(as_json: bool, record: Any, *shown: RenderableType) -> None:
     if as_json:
         print_json(record, indent=2)
         return
-    # A file or pipe has no width at which a table would have to be cut.
-    console = make_console(width=None if sys.stdout.isatty() else 200)
+    console = outcome_console(as_json)
     for each in shown:
         if isinstance(each, str):
             print(printable(each))
         else:
-            console.print(each)
+            print_table(console, each)
+
+
+def print_table(console: Console, shown: RenderableType) -> None:
+    """Print a table, or every row of it as lines where its columns do not fit side by side."""
+    room = console.options.update(max_width=1000)
+    needed = Measurement.get(console, room, shown).minimum
+    if not isinstance(shown, Table) or needed <= console.width:
+        console.print(shown)
+        return
+    headings = [str(column.header) for column in shown.columns]
+    console.print(f"{shown.title}\n" if shown.title else "", style="italic", soft_wrap=True)
+    for cells in zip(*(column.cells for column in shown.columns), strict=True):
+        console.print(cells[0], style="bold")
+        for heading, cell in zip(headings[1:], cells[1:], strict=True):
+            if cell != "":
+                console.print(f"  {heading}: ", cell, sep="", soft_wrap=True)
 
 
 def print_json(record: Any, indent: int | None = None) -> None:
@@ -101,9 +124,9 @@ def figures_table(title: str, first: str, *others: str, gap: int = 1) -> Table:
 
 
 @contextmanager
-def progress_bars(as_json: bool) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """Yields what shows how many of a named walk's steps are done; nothing outside a terminal."""
-    console = console_for(as_json)
+    console = progress_console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 

@@ -122,7 +122,7 @@ def evaluate(
     if nats is not None and len(protocols) > 1:
         raise PHAError("--nats keeps the losses of one protocol; name one")
     chosen = choose_precision(precision, device)
-    with progress_bars(json) as progress:
+    with progress_bars() as progress:
         results = []
         for each in protocols:
             shown = partial(progress, f"{split} {each.name}")
@@ -202,7 +202,7 @@ def compare(
         models = load_model(a, device), load_model(b, device)
         trained = _common_protocol(*models, sequence_length, packed_documents)
         protocol = choose_protocol(sequence_length, stride, packed_documents, trained)
-        with progress_bars(json) as progress:
+        with progress_bars() as progress:
             result = compare_models(
                 *models, store, split, protocol, precision=chosen, block=block, progress=progress
             )

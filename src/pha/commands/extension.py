@@ -12,9 +12,9 @@ from pha.commands.common import (
     Json,
     Store,
     answer,
-    console_for,
     figures_table,
     progress_bars,
+    progress_console,
 )
 from pha.utils.errors import PHAError
 from pha.utils.outputs import require_folder, require_own, writing
@@ -67,7 +67,7 @@ def extend(
     out = out or Path("runs") / file_name(f"{run.resolve().name}-{to}")
     require_folder(out)
     require_own(*(out / f"extend.{ending}" for ending in ("json", "svg", "png")))
-    console = console_for(json)
+    console = progress_console()
     plan = plan_extension(
         *(run, to, out, console),
         data=data,
@@ -98,7 +98,7 @@ def extend(
         console.print(note, highlight=False, markup=False, soft_wrap=True)
     if not train_stages(plan, console):
         return  # not the main process
-    with progress_bars(json) as progress:
+    with progress_bars() as progress:
         found = judge(plan, progress)
     record |= {
         "split": plan.split,

@@ -35,23 +35,41 @@ if TYPE_CHECKING:
 
 def params(
     presets: Sequence[Annotated[str, "PRESET"]] = (),
-    *,
+    *overrides: str,
     vocab_size: int = 50257,
     length: int | None = None,
+    match: Annotated[str | None, "PRESET"] = None,
+    by: Annotated[str | None, "KEY"] = None,
     json: Json = False,
 ) -> None:
     """Parameters of every preset by component, and what it costs at a length.
 
+    A recipe takes the place of a preset too, and keys change it. With --match and --by it tells at
+    which value of a key a model has as many parameters as another:
+      pha --import average params pha-tiny --model.branches=[gss,average] \\
+          --match pha-tiny --by model.state_size
+
     Args:
         presets: only these
+        match: a preset or recipe whose parameters are wanted
+        by: a number of the model, such as model.state_size, or an option of a branch, as in
+            model.branch_options.average.window
         vocab_size: V, by default GPT-2's
         length: also MFLOP to train on a token, and kB kept of a sequence (float32), at this length
     """
     from pha import mixers as mixers  # which makes them known
     from pha.costs import cache_bytes, training_flops
     from pha.model.parameters import count_parameters
-    from pha.model.presets import PAPER_PARAMETERS, PRESETS, preset_config
+    from pha.model.presets import PAPER_PARAMETERS, PRESETS
+    from pha.train.matching import read_architecture
+    from pha.train.recipes import parse_overrides
 
+    settings = parse_overrides(overrides)
+    if match is not None or by is not None:
+        if match is None or by is None or len(presets) != 1 or length is not None:
+            raise PHAError("--match and --by go together, with one model to change")
+        _match(presets[0], settings, match, by, vocab_size, json)
+        return
     columns = ["total", "paper", "diff", "embed", "mixer", "attn", "aux_ffn", "ffn"]
     if length is not None:
         if length < 1:
@@ -60,7 +78,7 @@ def params(
     table = figures_table(f"millions of parameters, V = {vocab_size}", "preset", *columns, gap=0)
     rows: list[dict[str, Any]] = []
     for name in presets or PRESETS:
-        config = preset_config(name, vocab_size=vocab_size)
+        config = read_architecture(name, settings, vocab_size)
         components = count_parameters(config)
         costs = {}
         if length is not None:
@@ -68,7 +86,7 @@ def params(
             costs = {"length": length, "flops_per_token": flops, "cache_bytes": kept}
         total = sum(components.values())
         # The paper's counts are those of its own vocabulary.
-        paper = PAPER_PARAMETERS.get(name) if vocab_size == 50257 else None
+        paper = PAPER_PARAMETERS.get(name) if vocab_size == 50257 and not settings else None
         difference = None if paper is None else total / paper - 1
         rows.append(
             {
@@ -95,6 +113,25 @@ def params(
             *([f"{flops / 1e6:,.0f}", f"{kept / 1e3:,.0f}"] if costs else []),
         )
     answer(json, {"vocab_size": vocab_size, "presets": rows}, table)
+
+
+def _match(
+    name: str, settings: dict[str, Any], other: str, key: str, vocab_size: int, json: bool
+) -> None:
+    from pha.model.parameters import count_parameters
+    from pha.train.matching import CLOSE, find_match, read_architecture
+
+    config = read_architecture(name, settings, vocab_size)
+    wanted = sum(count_parameters(read_architecture(other, {}, vocab_size)).values())
+    found = find_match(config, key, wanted)
+    record = {"key": key, "difference": found.difference, **asdict(found)}
+    lines = [
+        f"--{key} {found.value:g}: {found.parameters:,} parameters, {found.difference:+.2%} of the "
+        f"{wanted:,} of {other}"
+    ]
+    if abs(found.difference) > CLOSE:
+        lines.append(f"no value of {key} is within {CLOSE:.1%}; another key may have finer steps")
+    answer(json, record, *lines)
 
 
 def mixing(model: Model, *, json: Json = False) -> None:
@@ -174,7 +211,7 @@ def inspect(
         store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
         protocol = choose_protocol(sequence_length, None, False, own_protocol(loaded))
         length = protocol.sequence_length
-        with progress_bars(json) as progress:
+        with progress_bars() as progress:
             found = inspect_model(
                 *(loaded, store, split),
                 length=length,
@@ -271,7 +308,11 @@ def _memory(memory: Memory | None) -> str:
 
 
 def report(
-    runs: Sequence[Annotated[Path, "RUN"]], *, out: File | None = None, title: str | None = None
+    runs: Sequence[Annotated[Path, "RUN"]],
+    *,
+    out: File | None = None,
+    title: str | None = None,
+    json: Json = False,
 ) -> None:
     """One self-contained HTML page about runs.
 
@@ -282,7 +323,8 @@ def report(
     """
     from pha.report.page import write_report
 
-    print(write_report(runs, out or runs[0] / "report.html", title=title))
+    path = str(write_report(runs, out or runs[0] / "report.html", title=title))
+    answer(json, {"path": path}, path)
 
 
 def doctor(*, device: str | None = None, json: Json = False) -> None:

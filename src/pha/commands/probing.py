@@ -101,7 +101,7 @@ def probe(
     question = Question(store, split, trained, length, max_tokens, chosen, piece, longest)
     names = _names(models)
     found = {}
-    with progress_bars(json) as progress:
+    with progress_bars() as progress:
         for name in probes:
             found[name] = {
                 label: [PROBES[name](model, question, partial(progress, f"{name} {label}"))]

@@ -1,12 +1,14 @@
-"""Verbs that take a model elsewhere: export, convert, harness."""
+"""Verbs that take a model elsewhere: export, verify, convert, harness."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from pha.commands.common import Dtype, Folder, Json, Model, answer
+from pha.commands.common import Dtype, Folder, Json, Model, Store, answer
+from pha.utils.errors import PHAError
 
 
 def export(
@@ -48,7 +50,32 @@ def export(
     answer(json, content, str(exported.path), *note)
 
 
-def convert(folder: Path, new_folder: Path) -> None:
+def verify(folder: Folder, *, data: Store, json: Json = False) -> None:
+    """Whether an exported model scores what its card says.
+
+    Reads the scores and their protocols from README.md, evaluates again on the same tokens, and
+    says yes or no: exit code 0 or 2.
+
+    Args:
+        folder: of `pha export`
+    """
+    from pha.commands.common import figures_table, progress_bars
+    from pha.sharing.verify import verify_export
+
+    with progress_bars() as progress:
+        checks = verify_export(folder, data, progress)
+    table = figures_table(str(folder), "score", "on the card", "measured", "")
+    for each in checks:
+        verdict = "yes" if each.same else "NO"
+        table.add_row(f"{each.split}: {each.name}", *map("{:.7g}".format, each.values), verdict)
+    same = all(each.same for each in checks)
+    record = {"same": same, "checks": [asdict(each) for each in checks]}
+    answer(json, record, table, *(["yes: the model scores what its card says"] if same else []))
+    if not same:
+        raise PHAError(f"no: {folder} does not score what its card says")
+
+
+def convert(folder: Path, new_folder: Path, *, json: Json = False) -> None:
     """A model folder of an older version, as this one reads it.
 
     FOLDER is what an older version saved: a run's model/, a checkpoint, an export.
@@ -60,7 +87,8 @@ def convert(folder: Path, new_folder: Path) -> None:
     from pha.conversion import convert_model
 
     convert_model(folder, new_folder)
-    print(f"{new_folder}: {folder} in today's names")
+    record = {"path": str(new_folder), "from": str(folder)}
+    answer(json, record, f"{new_folder}: {folder} in today's names")
 
 
 def harness(model: Model, *arguments: str) -> None:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
 
-from pha.commands.common import DryRun, Folder, Json, Recipe, Store, answer, console_for
+from pha.commands.common import (
+    DryRun,
+    Folder,
+    Json,
+    Recipe,
+    Store,
+    answer,
+    outcome_console,
+    progress_console,
+)
 from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:
@@ -119,7 +128,8 @@ def study(
     else:
         from pha.studies.study import run_efficiency
 
-        answer(json, run_efficiency(chosen, size, folder, console_for(json)))
+        shown = outcome_console(json)
+        answer(json, run_efficiency(chosen, size, folder, progress_console(), shown))
 
 
 def _asked(overrides: Sequence[str], data: Path | None) -> dict[str, Any]:
@@ -134,11 +144,12 @@ def _run(
     from pha.studies.cost import study_cost
     from pha.studies.study import run_study
 
-    console = console_for(json)
-    answer(
-        json,
-        study_cost(plan, console) if dry_run else run_study(plan, folder, console, jobs, cluster),
-    )
+    shown = outcome_console(json)
+    if dry_run:
+        answer(json, study_cost(plan, shown))
+    else:
+        progress = progress_console()
+        answer(json, run_study(plan, folder, progress, jobs, cluster, shown=shown))
 
 
 def _list_studies(json: bool) -> None:

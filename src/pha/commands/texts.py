@@ -20,9 +20,9 @@ from pha.commands.common import (
     Model,
     Precision,
     answer,
-    console_for,
     figures_table,
     print_json,
+    progress_console,
     read_attention,
 )
 from pha.data.readers import Meter, kind_of, read_json_lines, read_text
@@ -164,7 +164,7 @@ def _read_past(
     state = None if saved is None else states.load_state(saved, loaded.pha, loaded.tokenizer)
     if prefix is None:
         return state
-    with _counting(console_for(True), prefix.name) as count:
+    with _counting(progress_console(), prefix.name) as count:
 
         def read() -> None:
             nonlocal state
@@ -312,7 +312,7 @@ def score(
     results: list[dict[str, Any]] = []
     for path in files:
         collected = Collector(shown)
-        with _counting(console_for(json), path.name) as count:
+        with _counting(progress_console(), path.name) as count:
 
             def look(found: Any, collected: Collector = collected, count: Any = count) -> None:
                 collected(found)

@@ -6,9 +6,11 @@ import inspect
 import time
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 
@@ -19,18 +21,20 @@ from pha.commands.common import (
     Recipe,
     Store,
     answer,
-    console_for,
     figures_table,
+    outcome_console,
+    progress_console,
 )
 from pha.utils.errors import PHAError
-from pha.utils.progress import make_console
+from pha.utils.formats import to_json
+from pha.utils.modules import import_modules
 from pha.utils.text import file_name
 
 if TYPE_CHECKING:
     from pha.data import TokenStore
 
 
-def demo(*, out: Folder = Path("runs/demo"), steps: int | None = None) -> None:
+def demo(*, out: Folder = Path("runs/demo"), steps: int | None = None, json: Json = False) -> None:
     """Train pha-tiny and attention-only-tiny, compare them, write a report.
 
     Reads the source text of this Python's standard library. What is finished is reused;
@@ -42,7 +46,8 @@ def demo(*, out: Folder = Path("runs/demo"), steps: int | None = None) -> None:
     """
     from pha.studies.demo import run_demo
 
-    run_demo(out, make_console(), steps)
+    results = run_demo(out, progress_console(), outcome_console(json), steps)
+    answer(json, [result.to_dict() for result in results])
 
 
 def prepare(
@@ -74,7 +79,7 @@ def prepare(
     Args:
         source: text, as above
         tokenizer: gpt2, gpt2:FOLDER with encoder.json and vocab.bpe, bytes, bpe:SIZE trained on the
-            text (at most its first GB), or the folder of a saved tokenizer
+            text (at most its first GB), the folder of a saved tokenizer, or a run, for its own
         out: folder of the store
         separator: what ends a document; auto: end-of-text where documents are separate texts
         text_field: field of a record that holds the text
@@ -90,7 +95,7 @@ def prepare(
     from pha.data.parts import Part
 
     begin = time.monotonic()
-    with PreparationDisplay(console_for(json)) as display:
+    with PreparationDisplay(progress_console()) as display:
         store = prepare_store(
             source,
             tokenizer,
@@ -118,7 +123,7 @@ def join(store: Store, *, json: Json = False) -> None:
     from pha.data.joining import join as join_parts
 
     begin = time.monotonic()
-    with PreparationDisplay(console_for(json)) as display:
+    with PreparationDisplay(progress_console()) as display:
         joined = join_parts(store, display)
     _answer_store(json, joined, time.monotonic() - begin)
 
@@ -184,9 +189,10 @@ def train(
         quiet: progress, but no table at the end
         json: print the result as JSON
     """
+    from pha.runs import RunFolder
     from pha.train.cluster import ClusterJob
     from pha.train.plan import Card
-    from pha.train.recipes import load_recipe
+    from pha.train.recipes import as_words, load_recipe
     from pha.train.run import run_training
     from pha.train.session import plan_training
 
@@ -195,14 +201,17 @@ def train(
         words += ["--data.store", str(data)]
     if init_from is not None:
         words += ["--run.init_from", init_from]
+    before = RunFolder(out or Path("runs") / file_name(recipe)).read_config().get("run", {})
+    import_modules(before.get("imports", []), "run.imports")
     config = load_recipe(recipe, words)
     out = out or Path("runs") / file_name(str(config.recipe))
-    console = console_for(json)
+    console = outcome_console(json) if dry_run else progress_console()
     if devices is not None and (devices < 1 or not dry_run):
         raise PHAError("--devices is for --dry-run, and at least 1; torchrun starts processes")
     if cluster is not None:
         if resume == "never" or devices is not None:
             raise PHAError("--cluster goes on with what is there; leave out --resume and --devices")
+        words += as_words({"run.imports": config.run.imports})
         job = ClusterJob([recipe, *words], out, cluster, nodes, gpus, hours)
         if dry_run:
             print(job.script(), end="")
@@ -230,7 +239,7 @@ def train(
     answer(json, result.to_dict(), *shown)
 
 
-def average(models: Sequence[Annotated[Path, "MODEL"]], *, out: Folder) -> None:
+def average(models: Sequence[Annotated[Path, "MODEL"]], *, out: Folder, json: Json = False) -> None:
     """Average the weights of saved models.
 
     MODEL is a run, a checkpoint or a saved model; all must be of one shape. Runs average
@@ -248,41 +257,81 @@ def average(models: Sequence[Annotated[Path, "MODEL"]], *, out: Folder) -> None:
     folders = [model_folder(path)[0] for path in models]
     with claimed(out):
         average_models(folders, out)
-    print(f"{out}: the average of {len(folders)} models")
+    record = {"path": str(out), "models": list(map(str, folders))}
+    answer(json, record, f"{out}: the average of {len(folders)} models")
 
 
-def recipes(recipe: Recipe | None = None, *, keys: bool = False) -> None:
+def recipes(recipe: Recipe | None = None, *, keys: bool = False, json: Json = False) -> None:
     """List recipes, or explain their keys.
 
+    `pha recipes --keys` is a table of every key, and `pha recipes --keys WORD` of those that have
+    the word in their name or meaning.
+
     Args:
-        recipe: print this one, resolved
-        keys: every key with type and default
+        recipe: print this one, resolved; with --keys a word to look for
+        keys: every key with its default and meaning
     """
     import yaml
 
     from pha.model.presets import PRESETS
     from pha.peers import PEERS, PREFIX
     from pha.tasks import TASKS
-    from pha.train.recipes import describe, load_recipe, make_parser, protocols
+    from pha.train.recipes import describe, load_recipe, protocols
 
     if keys:
-        make_parser().print_help()
+        _explain_keys(recipe or "", json)
         return
     if recipe is not None:
         # A recipe without data of its own needs some to be shown.
         text = protocols().get(recipe.rpartition(".")[2], "source:")
         config = load_recipe(recipe, [] if "source:" in text else ["--data.store", "STORE"])
-        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+        content = config.to_dict()
+        answer(json, content, yaml.safe_dump(content, sort_keys=False).rstrip("\n"))
         return
-    console = make_console()
+    about = {name: describe(text) for name, text in protocols().items()}
+    about |= {
+        name: f"task: {(inspect.getdoc(task) or '').partition(chr(10))[0]}"
+        for name, task in TASKS.items()
+    }
     table = Table(title="RECIPE = PRESET.PROTOCOL", title_justify="left")
     table.add_column("protocol", no_wrap=True)
     table.add_column("what it is")
-    for name, text in protocols().items():
-        table.add_row(name, describe(text))
-    for name, task in TASKS.items():
-        table.add_row(name, f"task: {(inspect.getdoc(task) or '').partition(chr(10))[0]}")
-    console.print(table)
-    console.print("presets: " + "  ".join(PRESETS), highlight=False)
-    peers = "  ".join(PREFIX + name for name in PEERS)
-    console.print(f"models of transformers, also hf:FOLDER: {peers}", highlight=False)
+    for name, text in about.items():
+        table.add_row(name, text)
+    peers = [PREFIX + name for name in PEERS]
+    record = {"protocols": about, "presets": list(PRESETS), "peers": peers}
+    lines = "presets: " + "  ".join(PRESETS), "models of transformers, also hf:FOLDER: "
+    answer(json, record, table, lines[0], lines[1] + "  ".join(peers))
+
+
+def _explain_keys(word: str, json: bool) -> None:
+    """The keys of recipes, those that have to do with a word, as a table for each section.
+
+    Raises:
+        PHAError: there is none.
+    """
+    from pha.train.keys import in_words, recipe_keys
+
+    found = [
+        key for key in recipe_keys().values() if word.lower() in f"{key.name} {key.meaning}".lower()
+    ]
+    if not found:
+        raise PHAError(
+            f"no key has {word!r} in its name or meaning; `pha recipes --keys` lists all"
+        )
+    tables = []
+    for section, keys in groupby(found, lambda key: key.name.partition(".")[0]):
+        table = Table(
+            title=section, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
+        for heading in ("key", "default", "meaning"):
+            table.add_column(heading, overflow="fold")
+        for key in keys:
+            table.add_row(key.name, to_json(key.default), f"{key.meaning} ({in_words(key.hint)})")
+        tables.append(table)
+    record = [
+        {"key": key.name, "default": key.default, "type": in_words(key.hint)}
+        | {"meaning": key.meaning}
+        for key in found
+    ]
+    answer(json, record, *tables)

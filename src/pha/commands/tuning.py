@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from pha.commands.common import answer, console_for, figures_table
+from pha.commands.common import answer, figures_table, progress_console
 from pha.utils.outputs import require_folder, require_own, writing
 
 
@@ -47,7 +47,7 @@ def sweep_scan(
         require_folder(out)
         require_own(out / "bench-sweep.json")
     shapes = [(batch, length, config.state_size) for config in configs for length in lengths]
-    with console_for(as_json).status("") as status:
+    with progress_console().status("") as status:
         rows, best = sweep(shapes, PRECISIONS[precision], seconds, progress=status.update)
     path = write_tuned(device, best)
     record: dict[str, Any] = {

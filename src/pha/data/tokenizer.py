@@ -25,7 +25,7 @@ END_OF_TEXT = "<|endoftext|>"
 _SAVED = "tokenizer.json"
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _BPE_PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-_FORMS = "bytes, bpe:SIZE, gpt2, gpt2:FOLDER or a tokenizer's folder"
+_FORMS = "bytes, bpe:SIZE, gpt2, gpt2:FOLDER, a run or a tokenizer's folder"
 # White space, contractions, accents composed and not, capitals, a control character, an emoji.
 _PROBE = " A  b\t\n\n it's <x> , Éé e\u0301 ß 中 \u00a0\u200b\x00 😀 ."
 
@@ -38,7 +38,7 @@ def load_tokenizer(spec: str, corpus: Iterable[str] | None = None) -> PreTrained
             byte-level BPE of SIZE entries trained on `corpus`: bytes, merges, end of text), `gpt2`
             (from the Hugging Face Hub), `gpt2:FOLDER` (GPT-2's encoder.json and vocab.bpe, or
             vocab.json and merges.txt, in FOLDER), or a folder that holds such files or one that
-            `save_pretrained` wrote, like a run's `model/`.
+            `save_pretrained` wrote, or a run, for the tokenizer of its model.
         corpus: texts for `bpe:SIZE`, read once.
 
     Returns:
@@ -58,7 +58,7 @@ def load_tokenizer(spec: str, corpus: Iterable[str] | None = None) -> PreTrained
     if spec.startswith("gpt2:"):
         folder = user_path(spec.removeprefix("gpt2:"))
         return _gpt2(*_bpe_files(folder), origin=str(folder))
-    folder = user_path(spec)
+    folder = _saved_folder(spec)
     if not spec or not folder.is_dir():
         raise PHAError(f"no tokenizer {spec!r}: give {_FORMS}")
     if (folder / _SAVED).is_file():
@@ -103,9 +103,16 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return int(max(tokenizer.get_vocab().values())) + 1
 
 
+def _saved_folder(spec: str) -> Path:
+    """The folder that a spec names; of a run, that of its model."""
+    folder = user_path(spec)
+    inside = folder / "model"
+    return inside if (inside / _SAVED).is_file() and not (folder / _SAVED).is_file() else folder
+
+
 def tokenizer_identity(spec: str) -> str:
     """What a spec stands for, without loading it: a folder is followed by a hash of its files."""
-    folder = user_path(spec.removeprefix("gpt2:"))
+    folder = _saved_folder(spec.removeprefix("gpt2:"))
     names = [_SAVED, *(name for pair in _BPE_PAIRS for name in pair)]
     hashes = [sha256_file(folder / name) for name in names if (folder / name).is_file()]
     return " ".join([spec, *hashes])

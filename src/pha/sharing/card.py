@@ -154,6 +154,8 @@ def _groups(
         "learning rate": plain(settings.get("optimizer", {}).get("learning_rate")),
         "seed": plain(run.get("seed")),
     }
+    if run.get("imports"):
+        training["modules beside pha"] = plain(run["imports"])
     if result is None:
         groups = {"Model": {"weights": weights} | _context(config)}
         return groups | {"Training": training} if settings else groups

@@ -18,7 +18,9 @@ TWINS = ("pha-tiny", "attention-only-tiny")
 PROTOCOL = "stdlib"
 
 
-def run_demo(out: Path, console: Console, steps: int | None = None) -> list[RunResult]:
+def run_demo(
+    out: Path, progress: Console, console: Console, steps: int | None = None
+) -> list[RunResult]:
     """Train both twins, each in a process of its own, and show what came of it.
 
     A process each makes peak memory a figure of one model. Whatever is finished is reused. Without
@@ -31,7 +33,7 @@ def run_demo(out: Path, console: Console, steps: int | None = None) -> list[RunR
     length = {} if steps is None else {"run.steps": steps}
     require_file(out / "report.html")
     jobs = [Job(f"{preset}.{PROTOCOL}", out / preset, length) for preset in TWINS]
-    run_jobs(jobs, console)
+    run_jobs(jobs, progress)
     results = [job.run.read_result() for job in jobs]
     console.rule(Text("results", style="bold"))
     console.print(results_table(results))

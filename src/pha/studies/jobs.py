@@ -26,6 +26,7 @@ from pha.utils.errors import (
     TrainingInterruptedError,
 )
 from pha.utils.formats import read_json
+from pha.utils.modules import ASKED
 from pha.utils.processes import Command, run_processes
 from pha.utils.signals import leave, on_stop_signals
 
@@ -76,8 +77,9 @@ class Job:
 
     def words(self) -> list[str]:
         """The command that trains it."""
-        words = [sys.executable, "-m", "pha", "train", self.recipe, "--out", str(self.out)]
-        return [*words, "--quiet", *as_words(self.settings)]
+        modules = [f"--import={name}" for name in ASKED]
+        words = [sys.executable, "-m", "pha", *modules, "train", self.recipe]
+        return [*words, "--out", str(self.out), "--quiet", *as_words(self.settings)]
 
     def check(self, code: int) -> None:
         """Refuse an exit code that is not that of a run with an outcome.

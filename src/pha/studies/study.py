@@ -42,7 +42,7 @@ class Files:
     study: Study
     scale: Scale
     folder: Path
-    console: Console
+    shown: Console  # for the outcome
 
     def write(
         self, tables: Sequence[TextTable], sentences: Sequence[str], content: dict[str, Any]
@@ -98,7 +98,7 @@ class Files:
         self, tables: Sequence[TextTable], sentences: Sequence[str], pictures: Sequence[Path]
     ) -> None:
         """Print tables and sentences, and where the files are."""
-        show = self.console.print
+        show = self.shown.print
         show(self.study.question, highlight=False, markup=False)
         for table in tables:
             show(table)
@@ -113,17 +113,20 @@ def run_study(
     console: Console,
     parallel: int = 1,
     partition: str | None = None,
+    *,
+    shown: Console | None = None,
 ) -> dict[str, Any]:
     """Run a study that trains; write `study.json` (returned), `table.*` and the plots to `folder`.
 
     The runs lie where the plan says, `parallel` of them side by side, or on the nodes of a Slurm
-    partition, which needs submitit.
+    partition, which needs submitit. Progress goes to `console`, and the outcome to `shown` where
+    that is another.
 
     Raises:
         PHAError: a bad configuration, or a training that failed.
         TrainingInterruptedError: stopped by the user; the same call continues.
     """
-    files = Files(plan.study, plan.scale, folder, console)
+    files = Files(plan.study, plan.scale, folder, shown or console)
     with files.kept():
 
         def train(jobs: Sequence[Job]) -> None:
@@ -162,13 +165,15 @@ def run_study(
     return content
 
 
-def run_efficiency(study: Study, scale: Scale, folder: Path, console: Console) -> dict[str, Any]:
+def run_efficiency(
+    study: Study, scale: Scale, folder: Path, console: Console, shown: Console | None = None
+) -> dict[str, Any]:
     """Measure a study of speed and memory, and write its files after every measurement.
 
     Raises:
         PHAError: a preset or length that cannot be measured.
     """
-    files = Files(study, scale, folder, console)
+    files = Files(study, scale, folder, shown or console)
     with files.kept():
         for measured in efficiency.measure(study, scale, folder, console):
             content = files.write(measured.tables, measured.sentences, measured.record)

@@ -10,6 +10,7 @@ import yaml
 from pha.studies.definition import Model, Scale, Study, Variant, grid, scales
 from pha.train.recipes import Settings, load_recipe, merge, parse_overrides
 from pha.utils.errors import PHAError
+from pha.utils.text import split_commas
 
 
 def make_sweep(recipe: str, over: Sequence[str], asked: Settings) -> tuple[Study, Scale]:
@@ -38,6 +39,7 @@ def make_sweep(recipe: str, over: Sequence[str], asked: Settings) -> tuple[Study
         ],
         plots=["settings" if axes else "dots"],
         axis=names[0] if axes else "",
+        baseline=variants[0].name if axes else "",
     )
     scale = Scale(
         name=recipe,
@@ -61,8 +63,7 @@ def parse_axis(text: str) -> tuple[str, dict[str, Settings]]:
         PHAError: not of this form, no such key, a value that it does not take or that comes twice.
     """
     key, equals, values = text.partition("=")
-    # At commas outside brackets.
-    parts = [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", values)]
+    parts = split_commas(values)
     if not (equals and re.fullmatch(r"\w+\.\w+", key) and all(map(_is_yaml, parts))):
         raise PHAError(f"{text!r} is not SECTION.KEY=VALUE,VALUE,...")
     if key == "run.seed":

@@ -162,7 +162,10 @@ class RunConfig:
         watch_every: steps between looks at every layer's numbers; 0 watches nothing.
         timeout: seconds that several processes wait for a step, an evaluation or a checkpoint,
             before they end and name the one that hangs.
-        trackers: tensorboard and wandb, beside metrics.jsonl.
+        trackers: what mirrors metrics.jsonl: any that Accelerate knows, such as tensorboard, wandb,
+            trackio and mlflow.
+        imports: modules of your own to import first, such as one that registers a branch; those of
+            `--import` are added.
         init_from: a model or run to start the weights from, with its tokenizer.
         init_attention: options of attention that differ from those of a model of ours there, such
             as {theta: 1.0e+6}.
@@ -193,6 +196,7 @@ class RunConfig:
     watch_every: int = 50
     timeout: float = 1800.0
     trackers: list[str] = field(default_factory=list)
+    imports: list[str] = field(default_factory=list)
     init_from: str | None = None
     init_attention: dict[str, Any] = field(default_factory=dict)
     sample_tokens: int = 96
@@ -355,11 +359,6 @@ class TrainConfig:
             f"run.windows is of our attention; leave it out for {self.model_name}",
         )
         _require(run.trackers is not None, "run.trackers is null; write [] for none")
-        unknown = set(run.trackers) - {"tensorboard", "wandb"}
-        _require(
-            not unknown,
-            f"run.trackers names {', '.join(sorted(unknown))}; there are tensorboard and wandb",
-        )
 
     def _check_task(self) -> None:
         data = self.data

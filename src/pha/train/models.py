@@ -57,7 +57,7 @@ def initial_model(run: RunFolder | None) -> PHAForCausalLM | None:
     """
     if run is None or not run.config.is_file():
         return None
-    config = load_recipe(str(run.config))
+    config = load_recipe(str(run.config), {"run.imports": []})
     if config.run.init_from is not None or config.transformers.name is not None:
         return None
     model = make_model(config)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,11 @@ from pha.results import CONFIG_FORMAT
 from pha.tasks import TASKS
 from pha.tasks.testing import recipe_of
 from pha.train.config import TrainConfig
+from pha.train.keys import SECTIONS, in_words, recipe_keys, require_keys
 from pha.utils.errors import PHAError
 from pha.utils.formats import read_yaml
+from pha.utils.modules import ASKED, import_modules
+from pha.utils.text import did_you_mean
 from pha.utils.versions import check_format
 
 if TYPE_CHECKING:
@@ -29,8 +33,6 @@ if TYPE_CHECKING:
 
 Settings = dict[str, Any]
 """`section.key` -> value."""
-
-SECTIONS = {f.name: f for f in dataclasses.fields(TrainConfig) if f.name != "recipe"}
 
 
 def protocols() -> dict[str, str]:
@@ -134,10 +136,16 @@ def parse_overrides(words: Sequence[str]) -> Settings:
     Raises:
         PHAError: a word that is neither key nor value, an unknown key, a wrong type.
     """
+    words = list(words)
+    options = [word.partition("=") for word in words if word.startswith("--")]
+    require_keys(option.removeprefix("--") for option, _, _ in options)
     try:
-        given = make_parser().parse_args(list(words), defaults=False)
+        given = make_parser().parse_args(words, defaults=False)
     except argparse.ArgumentError as error:
-        raise PHAError(_one_line(error)) from error
+        after = dict(pairwise(words))
+        values = {key: value if equals else after.get(key) for key, equals, value in options}
+        said = {key.removeprefix("--"): value for key, value in values.items()}
+        raise PHAError(_in_words(error, said)) from error
     return {
         f"{section}.{key}": value
         for section, keys in given.as_dict().items()
@@ -171,6 +179,9 @@ def load_recipe(
     if not isinstance(overrides, Mapping):
         overrides = parse_overrides(overrides or [])
     settings = merge(_flat(content, recipe), overrides)
+    modules = settings.get("run.imports") or []
+    import_modules(modules, "run.imports")
+    settings["run.imports"] = list(dict.fromkeys([*ASKED, *modules]))
     chosen = settings.get("model.preset")
     if chosen not in (None, "custom"):
         shape = {f"model.{key}": value for key, value in preset(str(chosen)).items()}
@@ -193,10 +204,14 @@ def _checked(settings: Settings, name: str) -> TrainConfig:
         section, _, rest = key.partition(".")
         nested.setdefault(section, {})[rest] = value
     try:
+        require_keys(settings)
+    except PHAError as error:
+        raise PHAError(f"{name}: {error}") from error
+    try:
         # The dataclasses add the defaults, for which jsonargparse takes twenty times as long.
         parsed = make_parser().parse_object(nested, defaults=False).as_dict()
     except argparse.ArgumentError as error:
-        raise PHAError(f"{name}: {_one_line(error)}") from error
+        raise PHAError(f"{name}: {_in_words(error, settings)}") from error
     sections: dict[str, Any] = {}
     for section, spec in SECTIONS.items():
         factory = spec.default_factory
@@ -207,5 +222,12 @@ def _checked(settings: Settings, name: str) -> TrainConfig:
     return config
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _in_words(error: Exception, given: Mapping[str, Any]) -> str:
+    """What jsonargparse says of a value, in terms of what a user writes."""
+    text = " ".join(str(error).split())
+    named = re.search(r'key "([\w.]+)"', text)
+    if named is None or named[1] not in recipe_keys() or named[1] not in given:
+        return text
+    key = recipe_keys()[named[1]]
+    hint = did_you_mean(str(given[key.name]), key.choices)
+    return f"{key.name} is {given[key.name]!r}; it must be {in_words(key.hint)}{hint}"

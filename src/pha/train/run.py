@@ -19,6 +19,7 @@ from pha.train.diagnose import deterministic
 from pha.train.finish import finish
 from pha.train.models import make_model
 from pha.train.session import Session, open_session, print_plan, require_same_run
+from pha.train.trackers import start_trackers
 from pha.train.trainer import Trainer
 from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.files import write_text
@@ -108,8 +109,7 @@ def _train(session: Session) -> Progress:
     if accelerator.is_main_process:
         run.path.mkdir(parents=True, exist_ok=True)
         write_text(run.config, yaml.safe_dump(config.to_dict(), sort_keys=False))
-    if config.run.trackers:
-        accelerator.init_trackers("pha", config={"recipe": config.recipe or "custom"})
+    start_trackers(accelerator, config, run)
     model, tokenizer = make_model(config), data.tokenizer()
     # So that generation from a saved model ends where a document does.
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id

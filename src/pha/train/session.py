@@ -33,7 +33,9 @@ from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train.config import TrainConfig, TransformersConfig
 from pha.train.data import TaskData, TextData, TrainingData
+from pha.train.optim import Schedule
 from pha.train.plan import Card, Plan, make_plan
+from pha.train.trackers import require_trackers
 from pha.utils.errors import PHAError
 from pha.utils.files import cache_folder
 from pha.utils.hardware import choose_precision, device_name
@@ -43,6 +45,9 @@ from pha.utils.text import count, duration, memory
 # The main process prepares data and evaluates at the end while the others wait for it in a
 # collective, which by default fails after minutes. `run.timeout` is what ends a hanging run.
 LONGEST_WAIT = timedelta(hours=12)
+MOST_WARMUP = 0.2
+"""Of a run's steps: a longer warm-up is more often a mistake than meant."""
+
 # Keys that may change when a run is resumed: they touch neither the weights nor the order of data.
 FREE_KEYS = {
     "format",
@@ -52,6 +57,7 @@ FREE_KEYS = {
     "data.tokenizer",
     "run.shards",
     "run.keep_checkpoints",
+    "run.imports",
     "run.trackers",
     "run.sample_tokens",
     "run.log_every",
@@ -179,10 +185,21 @@ def print_plan(session: Session) -> None:
         f"work       {count(plan.flops)}FLOP, those of mixers counted",
         *_network(plan),
         *_ops(session),
+        *_warm_up(config, plan),
         f"time       about {duration(plan.seconds)} if 40% of that rate is reached",
     ]
     for line in lines:
         session.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _warm_up(config: TrainConfig, plan: Plan) -> list[str]:
+    warmup = Schedule(config.schedule, config.optimizer.learning_rate, plan.steps).warmup
+    if warmup <= MOST_WARMUP * plan.steps:
+        return []
+    return [
+        f"warning    the warm-up takes {warmup} of {plan.steps} steps; set "
+        "schedule.warmup_steps null and schedule.warmup_fraction 0.05"
+    ]
 
 
 def _ops(session: Session) -> list[str]:
@@ -248,9 +265,7 @@ def open_session(
     if config.run.deterministic:
         # cuBLAS reads this when it is first used, which planning does.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    for tracker in config.run.trackers:
-        if find_spec(tracker) is None:
-            raise PHAError(f"{tracker} is not installed; run `pip install 'pha-lm[{tracker}]'`")
+    require_trackers(config.run.trackers)
     processes = int(os.environ.get("WORLD_SIZE", "1"))  # says whoever started this one
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if again and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

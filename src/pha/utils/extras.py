@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 EXTRAS = {
-    "train": ("accelerate", "filelock", "jsonargparse", "psutil", "rich", "yaml"),
+    "train": ("accelerate", "filelock", "jsonargparse", "psutil", "rich", "shtab", "yaml"),
     "report": ("jinja2", "matplotlib", "scipy"),
     "data": ("datasets", "pyarrow", "zstandard"),
     "cpu": ("numba",),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 DASH = "–"
@@ -18,6 +19,17 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff
 def printable(text: str) -> str:
     """`text` with control characters made visible, safe to encode and to put into XML."""
     return _UNPRINTABLE.sub(_picture, text)
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`; did you mean ...?` with the nearest of the known names; empty where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def split_commas(text: str) -> list[str]:
+    """The parts of `text` between its commas, those in brackets left alone."""
+    return [part.strip() for part in re.split(r",(?![^\[{]*[\]}])", text)]
 
 
 def file_name(text: str) -> str:
