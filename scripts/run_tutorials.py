@@ -17,6 +17,9 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 
+# Which of the languages of a page is that of the notebook; shell becomes cells that begin with %%sh.
+SPEC = "{name: python3, language: python, display_name: Python 3}"
+KERNEL = f"---\njupyter:\n  kernelspec: {SPEC}\n---\n\n"
 TUTORIALS = Path(__file__).parents[1] / "docs" / "tutorials"
 
 
@@ -26,8 +29,7 @@ def run_tutorial(source: Path, out: Path) -> None:
     Raises:
         nbclient.exceptions.CellExecutionError: a cell fails.
     """
-    notebook = jupytext.read(source)
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    notebook = jupytext.reads(KERNEL + source.read_text(encoding="utf-8"), "md")
     with tempfile.TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
         NotebookClient(notebook, timeout=600, resources=resources).execute()
