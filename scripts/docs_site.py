@@ -134,6 +134,8 @@ def render(notebook: Path) -> tuple[str, dict[str, bytes]]:
         drawn = len(pictures)
         printed = ""
         for output in cell["outputs"]:
+            if output.get("name") == "stderr":  # progress, and what libraries have to say
+                continue
             data = output.get("data", {"text/plain": output.get("text", "")})
             kind = next((k for k in PICTURES if k in data), None)
             if kind is None:
