@@ -64,7 +64,7 @@ audit: $(TOOLS)/uv ## look for known weaknesses of the pinned packages; needs th
 	$(TOOLS)/pip-audit --strict --disable-pip -r requirements.lock
 
 lock: $(TOOLS)/uv ## write requirements.lock, the hashes of the pinned packages
-	$(TOOLS)/uv pip compile pyproject.toml --extra dev --extra harness --extra ecosystem -c constraints.txt --universal \
+	$(TOOLS)/uv pip compile pyproject.toml --extra dev --extra harness --extra ecosystem --extra docs -c constraints.txt --universal \
 	    --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --quiet \
 	    --custom-compile-command 'make lock' -o requirements.lock
 
