@@ -75,10 +75,9 @@ def find_match(config: ArchitectureConfig, key: str, wanted: int) -> Match:
     if step == 0 or first is None:
         raise PHAError(f"{key} has no value that this model can have; choose another --by")
     low, high = first, 2 * first
-    smallest = parameters(low * step)
+    if parameters(low * step) == parameters(64 * low * step):
+        raise PHAError(f"{key} changes no parameters; choose another --by")
     while (found := parameters(high * step)) is not None and found < wanted:
-        if high * step > 1000 and found == smallest:
-            raise PHAError(f"{key} changes no parameters; choose another --by")
         low, high = high, 2 * high
         if high * step > LARGEST:
             raise PHAError(f"no {key} up to {LARGEST:,} gives {wanted:,} parameters")
