@@ -85,7 +85,8 @@ def _ahead(name: str) -> float:
 
 
 def _splits(name: str) -> float:
-    model, ids, cache, found = _exact(name), _tokens(2), None, []
+    model, ids, cache = _exact(name), _tokens(2), None
+    found: list[torch.Tensor] = []
     for begin, end in itertools.pairwise([0, 1, 2, 20, LENGTH - 1, LENGTH]):
         part = model(ids[:, begin:end], past_key_values=cache, use_cache=True)
         cache, found = part.past_key_values, [*found, part.logits]
