@@ -186,7 +186,8 @@ def _keys() -> str:
 def _names(module: str) -> str:
     """The page of a module; `pha` itself is more than its own page can show."""
     options = f"{{heading_level: 1, show_submodules: {str(module != 'pha').lower()}}}"
-    return f"::: {module}\n    options: {options}\n"
+    # A search finds the pages that explain before those that list.
+    return f"---\nsearch: {{boost: 0.2}}\n---\n\n::: {module}\n    options: {options}\n"
 
 
 def _modules() -> Iterator[str]:
