@@ -34,7 +34,7 @@ def run_tutorial(source: Path, out: Path) -> None:
     notebook = jupytext.reads(KERNEL + source.read_text(encoding="utf-8"), "md")
     with tempfile.TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
-        NotebookClient(notebook, timeout=600, resources=resources).execute(env=ENVIRONMENT)
+        NotebookClient(notebook, timeout=1800, resources=resources).execute(env=ENVIRONMENT)
     nbformat.write(notebook, out)
 
 
