@@ -57,7 +57,7 @@ def verify_export(
         raise PHAError(f"{folder} has no card, README.md; give a folder of `pha export`")
     text = card.read_text(encoding="utf-8")
     try:
-        claims = getattr(ModelCard(text).data, "eval_results", None) or []
+        claims: list[EvalResult] = getattr(ModelCard(text).data, "eval_results", None) or []
     except (ValueError, TypeError, KeyError) as error:
         raise PHAError(f"{card} is damaged: {error}") from error
     if not claims:
