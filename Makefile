@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TOOLS := build/tools/bin
 
-.PHONY: help install demo test test-gpu test-slow test-lowest lint format wheel-check audit lock clean
+.PHONY: help install demo test test-gpu test-slow test-ecosystem test-lowest docs tutorials lint format wheel-check audit lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -27,10 +27,24 @@ test-gpu: $(INSTALLED) ## the tests that need a GPU, in one process
 test-slow: $(INSTALLED) ## every test, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu'
 
+test-ecosystem: $(INSTALLED) ## other people's tools on a small model; installs them
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ecosystem]'
+	$(BIN)/python -m pytest -n 0 tests/ecosystem tests/evals/test_harness.py
+
 test-lowest: $(TOOLS)/uv ## the fast tests with the lowest versions that pyproject.toml allows
 	$(TOOLS)/uv venv --clear --quiet --python $(PYTHON) build/lowest
 	$(TOOLS)/uv pip install --quiet --python build/lowest --resolution lowest-direct -e '.[dev]'
 	build/lowest/bin/python -m pytest -n auto
+
+docs: tutorials ## build the site into build/site: open build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+tutorials: .venv/.docs ## run the tutorials into notebooks in build/tutorials
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python scripts/run_tutorials.py build/tutorials
+
+.venv/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
 
 lint: $(INSTALLED) ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
@@ -42,14 +56,15 @@ format: $(INSTALLED) ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel-check: ## build sdist and wheel, install the wheel into an empty environment, use it
+wheel-check: ## rehearse a release: build, check, install into an empty environment, use
+	$(PYTHON) scripts/check_release.py > /dev/null
 	scripts/check_wheel.sh $(PYTHON)
 
 audit: $(TOOLS)/uv ## look for known weaknesses of the pinned packages; needs the network
 	$(TOOLS)/pip-audit --strict --disable-pip -r requirements.lock
 
 lock: $(TOOLS)/uv ## write requirements.lock, the hashes of the pinned packages
-	$(TOOLS)/uv pip compile pyproject.toml --extra dev --extra harness -c constraints.txt --universal \
+	$(TOOLS)/uv pip compile pyproject.toml --extra dev --extra harness --extra ecosystem --extra docs -c constraints.txt --universal \
 	    --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --quiet \
 	    --custom-compile-command 'make lock' -o requirements.lock
 

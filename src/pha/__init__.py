@@ -8,12 +8,11 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from pha.utils.versions import own_version
+from pha.utils.versions import __version__
 
 if TYPE_CHECKING:
     from pha.modeling import PHAConfig, PHAForCausalLM, PHAModel
 
-__version__ = own_version()
 __all__ = ["PHAConfig", "PHAForCausalLM", "PHAModel", "__version__"]
 
 

@@ -34,7 +34,7 @@ from pha.utils.files import atomic_file
 from pha.utils.formats import parse_json
 from pha.utils.outputs import require_file, writing
 from pha.utils.records import record_from
-from pha.utils.versions import check_format, own_version, version_of
+from pha.utils.versions import __version__, check_format, version_of
 
 FORMAT = 1
 _RECORD = "pha_state"  # its name in the metadata
@@ -158,7 +158,7 @@ def save_state(
         tokens=tokens,
         texts=state.texts,
         tokenizer=None if tokenizer is None else tokenizer_sha256(tokenizer),
-        versions={"pha": own_version()} | versions,
+        versions={"pha": __version__} | versions,
         **_identity(model),
     )
     record = dataclasses.replace(record, digest=_digest(record, tensors))

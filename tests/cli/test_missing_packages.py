@@ -36,7 +36,7 @@ class Hiding(PathFinder):
     @classmethod
     def find_distributions(cls, context=None):
         found = PathFinder.find_distributions(context)
-        return (d for d in found if d.metadata["Name"].replace("-", "_") not in {"pha", *HIDDEN})
+        return (d for d in found if d.metadata["Name"].replace("-", "_") not in HIDDEN)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
 """
@@ -62,12 +62,10 @@ def run_python(tmp_path: Path, hidden: tuple[str, ...], *words: str) -> subproce
 
 def test_what_training_and_benchmarks_import_is_there(tmp_path: Path) -> None:
     modules = "pha.bench.runner, pha.bench.worker, pha.bench.doctor, pha.train.run, pha.data"
-    program = f"import sys, {modules}; print(pha.__version__); print(*sys.modules)"
+    program = f"import sys, {modules}; print(*sys.modules)"
     done = run_python(tmp_path, (*OPTIONAL, "jsonargparse"), "-c", program)
     assert done.returncode == 0, done.stderr
-    version, _, imported = done.stdout.partition("\n")
-    assert version == "0+source"
-    assert not {*OPTIONAL, "jsonargparse"} & set(imported.split())
+    assert not {*OPTIONAL, "jsonargparse"} & set(done.stdout.split())
 
 
 TRAIN = ("accelerate", "filelock", "jsonargparse", "psutil", "yaml", "rich")
@@ -104,7 +102,7 @@ def test_a_missing_package_is_one_line_with_its_extra(
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert f"{missing}, which is not installed" in done.stderr
-    assert f"pha[{extra}]" in done.stderr
+    assert f"pha-lm[{extra}]" in done.stderr
 
 
 @pytest.mark.slow
@@ -112,7 +110,7 @@ def test_training_and_benchmarks_run_without_them(store: TokenStore, tmp_path: P
     words = ["pha-tiny.text", "--out", str(tmp_path / "run"), *arguments(store, run__epochs="null")]
     done = run_python(tmp_path, OPTIONAL, "-m", "pha", "train", *words)
     assert done.returncode == 0, done.stderr
-    assert read_json(tmp_path / "run" / "result.json")["provenance"]["pha"] == "0+source"
+    assert read_json(tmp_path / "run" / "result.json")["provenance"]["pha"] == pha.__version__
     words = ["--models", "pha-tiny,hf:gpt2-tiny", "--lengths", "16,32", "--batch", "1"]
     words += ["--runs", "1", "--seconds", "0.01", "--out", str(tmp_path / "bench")]
     done = run_python(tmp_path, OPTIONAL, "-m", "pha", "bench", "train", *words)

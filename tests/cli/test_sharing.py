@@ -143,6 +143,6 @@ def test_mistakes_in_exporting(refused: Refused, model: Path, tmp_path: Path) ->
 
 def test_mistakes_in_the_harness(refused: Refused, model: Path, tmp_path: Path) -> None:
     if find_spec("lm_eval") is None:
-        assert "pip install 'pha[harness]'" in refused("harness", model, "--tasks", "x")
+        assert "pip install 'pha-lm[harness]'" in refused("harness", model, "--tasks", "x")
     else:
         assert "does not exist" in refused("harness", tmp_path / "none", "--tasks", "x")

@@ -163,9 +163,9 @@ def test_libraries_that_are_missing(
     for name in ("datasets", "pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
     for path in paths:
-        with refuses("pyarrow", "pip install 'pha[data]'"):
+        with refuses("pyarrow", "pip install 'pha-lm[data]'"):
             list(read_records(path, "text", Meter()))
-    with refuses("datasets", "pip install 'pha[data]'"):
+    with refuses("datasets", "pip install 'pha-lm[data]'"):
         open_rows(str(tmp_path), None, "a data set")
 
 

@@ -145,6 +145,13 @@ def test_what_crops_or_repeats_the_cache_is_refused(block: str, branches: tuple[
     ids = tokens(1, 6)
     with pytest.raises(ValueError, match="not supported with stateful"):
         generate(model, ids, 4, assistant_model=model)
+    with pytest.raises(PHAError, match="num_beams"):
+        generate(model, ids, 4, prompt_lookup_num_tokens=2)
+    with pytest.raises(PHAError, match=r"contrastive search .*do_sample=True"):
+        generate(model, ids, 4, penalty_alpha=0.6, top_k=4)
+    for kind in ("quantized", "paged"):
+        with pytest.raises(PHAError, match=rf"{kind} cache .*attention_window"):
+            generate(model, ids, 4, cache_implementation=kind)
     if "gss" not in branches:
         return
     cache = model(ids, use_cache=True).past_key_values
@@ -185,6 +192,10 @@ def test_attention_weights_of_each_layer_that_has_them(
 ) -> None:
     model = cached_model(block, branches)
     ids, mask = padded_batch((9, 4), 9)
+    if "attention" not in branches and block == "parallel":
+        with pytest.raises(PHAError, match="no layer of this model has attention"):
+            model(ids, output_attentions=True)
+        return
     whole = model(ids, attention_mask=mask, output_attentions=True).attentions
     names = [model.config.layer_branches(layer) for layer in range(2)]
     assert len(whole) == sum("attention" in layer for layer in names)

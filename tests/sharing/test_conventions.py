@@ -83,3 +83,23 @@ def test_the_body_is_asked_as_other_bodies_are(folder: Path) -> None:
     assert torch.equal(model.lm_head(body.last_hidden_state), model(ids).logits)
     assert [x.shape for x in body.attentions] == [(2, 6, 5, 5)] * 2
     assert [x.shape for x in body.hidden_states] == [(2, 5, 32)] * 3
+
+
+def test_a_conversation_has_a_template_where_the_tokenizer_has_its_tokens(
+    folder: Path, tmp_path: Path
+) -> None:
+    assert AutoTokenizer.from_pretrained(folder).chat_template is None
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}  # 257 and 258
+    )
+    scrambled(small_config(vocab_size=259)).save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    out = export_model(tmp_path / "saved", tmp_path / "out").path
+    turns = [{"role": "user", "content": "Hi"}]
+    asked = AutoTokenizer.from_pretrained(out).apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=False
+    )
+    assert asked == [257, *b"user\nHi", 258, 10, 257, *b"assistant\n"]
+    assert AutoModelForCausalLM.from_pretrained(out).generation_config.eos_token_id == [256, 258]
+    assert export_model(tmp_path / "saved", out, force=True).path == out

@@ -21,7 +21,7 @@ from pha.utils.hardware import (
     instruction_set,
     matmul_rate,
 )
-from pha.utils.versions import own_version, version_of
+from pha.utils.versions import __version__, version_of
 
 # Relative to the oracle in float64, a float32 backend is right to a few units in the last place
 # of sums over tens of terms.
@@ -46,7 +46,7 @@ def examine(device_type: str | None = None) -> dict[str, Any]:
             raise PHAError(f"there is no {device_type} here; choose {' or '.join(devices)}")
         devices = [device_type]
     commit, dirty = git_state()
-    environment: dict[str, Any] = {"pha": own_version()} | {
+    environment: dict[str, Any] = {"pha": __version__} | {
         name: version_of(name)
         for name in ("torch", "transformers", "accelerate", "tokenizers", "triton", "numba")
     }

@@ -118,7 +118,7 @@ def model_config(name: str, length: int) -> PreTrainedConfig:
             import fla.models  # noqa: F401  # which makes them known
         except ImportError as error:
             raise PHAError(
-                f"{PREFIX}{name} needs flash-linear-attention ({error}); pip install 'pha[fla]'"
+                f"{PREFIX}{name} needs flash-linear-attention ({error}); pip install 'pha-lm[fla]'"
             ) from error
     return peer_config(peer.model_type, peer.shape, VOCABULARY, max(POSITIONS, length))
 

@@ -94,7 +94,7 @@ def convert(folder: Path, new_folder: Path, *, json: Json = False) -> None:
 def harness(model: Model, *arguments: str) -> None:
     """Tasks of EleutherAI's lm-evaluation-harness.
 
-    Needs `pip install 'pha[harness]'`. All further options are those of `lm_eval run`, such as
+    Needs `pip install 'pha-lm[harness]'`. All further options are those of `lm_eval run`, such as
     --tasks A,B, --include_path DIR, --limit N, --batch_size N and --output_path DIR. Longer texts
     than the model was trained on lose their beginning; --model_args max_length=N sets another
     length, which for PHA may be any. Tasks with local data run without a network; the harness's own

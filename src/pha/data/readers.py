@@ -196,7 +196,7 @@ def open_rows(place: str, config: str | None, where: str, **options: Any) -> Any
     try:
         import datasets
     except ImportError as error:
-        raise PHAError(f"reading {where} needs datasets: pip install 'pha[data]'") from error
+        raise PHAError(f"reading {where} needs datasets: pip install 'pha-lm[data]'") from error
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # an error is told once, by us
     try:
@@ -229,7 +229,7 @@ def _parquet_batches(path: TextFile, field: str) -> Iterator[dict[str, list[Any]
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise PHAError(f"reading {path} needs pyarrow: pip install 'pha[data]'") from error
+        raise PHAError(f"reading {path} needs pyarrow: pip install 'pha-lm[data]'") from error
     with _open_bytes(path, Meter()) as file:
         rows = ParquetFile(file, buffer_size=_BLOCK, pre_buffer=False)
         _require_field(str(path), field, rows.schema_arrow.names)
@@ -326,7 +326,7 @@ def _decompressed(raw: Any, compression: str) -> Any:
         try:
             import pyarrow as pa
         except ImportError as error:
-            raise PHAError("reading .zst needs pyarrow: pip install 'pha[data]'") from error
+            raise PHAError("reading .zst needs pyarrow: pip install 'pha-lm[data]'") from error
         stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd")
         return io.BufferedReader(stream, _BUFFER)
     return raw

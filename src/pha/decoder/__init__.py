@@ -21,7 +21,7 @@ from pha.model.attention import rotary_angles
 from pha.utils.plain import nothing_intercepts
 
 if find_spec("numba") is None:
-    raise ImportError("the compiled decoder needs numba: pip install 'pha[cpu]'")
+    raise ImportError("the compiled decoder needs numba: pip install 'pha-lm[cpu]'")
 
 enabled = True
 """False leaves every token to the layers, to measure what this is worth."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
@@ -26,6 +26,13 @@ from pha.utils.plain import is_plain_linear
 
 # transformers' names of attention implementations -> backends of ours; any other is the default.
 _BACKENDS = {"eager": "naive"}
+# Ways to write that go on from the past alone; all others try tokens and take them back.
+_MODES = {
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+}
 
 
 class PHAPreTrainedModel(PreTrainedModel):
@@ -142,8 +149,8 @@ class PHAModel(Backbone, PHAPreTrainedModel):
             last_hidden_state (B, T, d), past_key_values, hidden_states, attentions.
 
         Raises:
-            PHAError: both inputs or none, a cache of other sequences or another model, or a mask
-                of other tokens.
+            PHAError: both inputs or none, a cache of other sequences or another model, a mask of
+                other tokens, or weights of attention that the model does not have.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
@@ -190,6 +197,11 @@ class PHAModel(Backbone, PHAPreTrainedModel):
             attention_weights=weights,
             own_losses=others.get("own_losses"),
         )
+        if weights == []:
+            raise PHAError(
+                "output_attentions: no layer of this model has attention; leave it out, and see "
+                "model.model.mixing_weights() for what each branch gives"
+            )
         if cache is not None:
             if not self.config.keeps_keys:
                 cache.count(x)
@@ -398,10 +410,41 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         adapter.enter(input_ids.shape[0], attention_mask)
         return decode(self.model, self.lm_head, input_ids, adapter, attention_mask, position_ids)
 
+    def _prepare_generation_config(
+        self, *arguments: Any, **options: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        config, others = super()._prepare_generation_config(*arguments, **options)
+        _require_possible(config, config.get_generation_mode())
+        return config, others
+
+    def _validate_generation_mode(
+        self, generation_mode: GenerationMode, generation_config: GenerationConfig, *others: Any
+    ) -> None:
+        _require_possible(generation_config, generation_mode)  # an assistant is known only here
+        super()._validate_generation_mode(generation_mode, generation_config, *others)
+
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
         """Let `generate` hand over its mask as it is: (B, S), whatever the cache."""
         return attention_mask
+
+
+def _require_possible(config: GenerationConfig, mode: GenerationMode) -> None:
+    """Refuse ways to write that would need a state back, or keep the past in another form.
+
+    Raises:
+        PHAError: with what to do instead.
+    """
+    if mode not in _MODES:
+        raise PHAError(
+            f"generate: {mode.value.replace('_', ' ')} is not supported with stateful models, "
+            "whose states cannot take tokens back; sample (do_sample=True) or search with num_beams"
+        )
+    if config.cache_implementation in ("quantized", "paged"):
+        raise PHAError(
+            f"generate: a {config.cache_implementation} cache has no room for states; leave "
+            "cache_implementation out, or bound the keys by config.attention_window"
+        )
 
 
 # By this table Trainer knows that labels have to be shifted where it forms the loss itself.

@@ -28,7 +28,16 @@ _FILES = {
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
 }
+# The tokens around a turn of a conversation, and how ChatML puts them.
+_TURN = ("<|im_start|>", "<|im_end|>")
+_CHAT = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +133,11 @@ def _write(loaded: LoadedModel, card: ModelCard, code: str, out: Path) -> None:
     for name, value in ids.items():
         setattr(model.config, name, value)
     model.generation_config = GenerationConfig(**ids)
-    model.config.auto_map = AUTO_MAP
+    if tokenizer.chat_template is None and set(_TURN) <= set(tokenizer.get_added_vocab()):
+        tokenizer.chat_template = _CHAT
+        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(_TURN[1])]
+        model.generation_config.eos_token_id = list(dict.fromkeys(ends))
+    model.config.update({"auto_map": AUTO_MAP})
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -1,7 +1,7 @@
 """Many training runs: each in a process of its own, what is finished skipped, some side by side.
 
 On one machine they are processes of ours; on a Slurm cluster submitit starts them, an optional
-extra: `pip install 'pha[cluster]'`.
+extra: `pip install 'pha-lm[cluster]'`.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def run_on_cluster(jobs: Sequence[Job], partition: str, folder: Path, console: C
         import submitit  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError as error:
         raise PHAError(
-            "--cluster needs submitit, which is not installed; run `pip install 'pha[cluster]'`"
+            "--cluster needs submitit, which is not installed; run `pip install 'pha-lm[cluster]'`"
         ) from error
     waiting = _unfinished(jobs, console)
     try:

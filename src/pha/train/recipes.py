@@ -114,7 +114,7 @@ def make_parser() -> jsonargparse.ArgumentParser:
     except ImportError as error:
         raise PHAError(
             f"recipes are read with {error.name}, which is not installed; run "
-            "`pip install 'pha[train]'`"
+            "`pip install 'pha-lm[train]'`"
         ) from error
     parser = jsonargparse.ArgumentParser(
         prog="pha train RECIPE",

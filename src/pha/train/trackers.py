@@ -35,7 +35,7 @@ def require_trackers(names: Sequence[str]) -> None:
             hint = did_you_mean(name, TRACKERS) or f"; there are {', '.join(TRACKERS)}"
             raise PHAError(f"run.trackers names {name}{hint}")
         if find_spec(name) is None:
-            package = f"'pha[{name}]'" if name in _OWN_EXTRAS else name.replace("_", "-")
+            package = f"'pha-lm[{name}]'" if name in _OWN_EXTRAS else name.replace("_", "-")
             raise PHAError(f"{name} is not installed; run `pip install {package}`")
 
 

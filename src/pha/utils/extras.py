@@ -17,5 +17,6 @@ def remedy(error: ModuleNotFoundError) -> str | None:
     package = (error.name or "").partition(".")[0]
     for extra, packages in EXTRAS.items():
         if package in packages:
-            return f"this needs {package}, which is not installed; run `pip install 'pha[{extra}]'`"
+            todo = f"run `pip install 'pha-lm[{extra}]'`"
+            return f"this needs {package}, which is not installed; {todo}"
     return None

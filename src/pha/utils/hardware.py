@@ -21,7 +21,7 @@ import psutil
 import torch
 
 from pha.utils.errors import PHAError
-from pha.utils.versions import own_version, version_of
+from pha.utils.versions import __version__, version_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLOW = 5e9  # FLOP/s of products, at which one of size 1,024 takes half a second
@@ -192,7 +192,7 @@ def provenance(device: torch.device, precision: str) -> dict[str, Any]:
     commit, dirty = git_state()
     program = Path(sys.argv[0]).name
     return {
-        "pha": own_version(),
+        "pha": __version__,
         "torch": torch.__version__,
         "transformers": version_of("transformers"),
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""Versions of installed packages, of this one where it runs from a source tree, and of files."""
+"""Versions of installed packages and of files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 from pha.utils.errors import PHAError
 from pha.utils.text import shorten
 
+__version__ = "0.1.0"  # of this package; its metadata are made from this line
+
 
 def version_of(package: str) -> str | None:
     """The installed version, or None."""
@@ -16,11 +18,6 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def own_version() -> str:
-    """The version of `pha`; `0+source` where its source is on the path without being installed."""
-    return version_of("pha") or "0+source"
 
 
 def check_format(where: Path | str, found: Any, newest: int, oldest: int = 0) -> None:
