@@ -195,6 +195,7 @@ def test_a_process_of_its_own_knows_every_preset() -> None:
     assert {each["preset"] for each in json.loads(done.stdout)["presets"]} == PRESETS.keys()
 
 
+@pytest.mark.slow
 def test_params_json_agrees_with_the_paper(pha: Pha) -> None:
     rows = {r["preset"]: r for r in json.loads(pha("params", "--json"))["presets"]}
     for name in ("pha-90m", "pha-125m", "pha-180m", "sequential-186m"):

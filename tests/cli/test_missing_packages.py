@@ -60,6 +60,7 @@ def run_python(tmp_path: Path, hidden: tuple[str, ...], *words: str) -> subproce
     )
 
 
+@pytest.mark.slow
 def test_what_training_and_benchmarks_import_is_there(tmp_path: Path) -> None:
     modules = "pha.bench.runner, pha.bench.worker, pha.bench.doctor, pha.train.run, pha.data"
     program = f"import sys, {modules}; print(*sys.modules)"

@@ -124,6 +124,7 @@ def test_where_numba_fails_the_layers_write_and_say_so() -> None:
         assert_same(logits, model(ids).logits[:, 7:])
 
 
+@pytest.mark.slow
 @needs_fork
 def test_without_numba_or_without_the_folder_the_layers_write() -> None:
     # Each child imports pha without one of the two; what takes long to import they share.

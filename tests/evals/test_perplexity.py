@@ -80,7 +80,7 @@ def test_batching_and_sharing_change_nothing(model: PHAForCausalLM, store: Token
         return s
 
     for rank in range(3):
-        evaluate(model, store, "test", protocol, share=(rank, 3), reduce=keep)
+        evaluate(model, store, "test", protocol, batch_tokens=48, share=(rank, 3), reduce=keep)
     nll, hits, tokens = torch.stack(sums).sum(0).tolist()
     assert tokens == whole.tokens
     assert nll / tokens == pytest.approx(whole.loss, rel=1e-6)

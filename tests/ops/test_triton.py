@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="asks for a process that int
 
 
 # Triton decides when a kernel is defined whether to interpret it: a process of its own does.
+@pytest.mark.slow
 @pytest.mark.skipif(not has_triton(3, 7), reason="needs the interpreter of Triton 3.7")
 def test_in_the_interpreter() -> None:
     names = ("gated_scan", "linear_cross_entropy", "tuning")

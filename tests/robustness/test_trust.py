@@ -190,6 +190,7 @@ feed("store record", json.dumps(record).encode())
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_whatever_a_file_promises(tmp_path: Path) -> None:
     """What a process grows by, in MB: no text is held, and of records a few copies are."""
     words = [sys.executable, "-c", BOMBS, str(tmp_path)]

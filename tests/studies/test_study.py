@@ -99,6 +99,7 @@ def test_twins_have_the_same_parameters_at_tiny_scale(store: TokenStore, tmp_pat
         assert max(sizes) < 1.01 * min(sizes)
 
 
+@pytest.mark.slow
 def test_a_study_trains_compares_writes_and_is_reused(
     store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

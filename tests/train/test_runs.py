@@ -168,6 +168,7 @@ def test_accumulation_does_not_change_the_steps(train_small: Train, tmp_path: Pa
             torch.testing.assert_close(other[key], value, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one(
     train_small: Train, store: TokenStore, tmp_path: Path
 ) -> None:
@@ -525,6 +526,7 @@ def test_a_compiled_run_takes_the_same_steps(
         torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_names_what_is_not_a_number(
     train_small: Train, monkeypatch: pytest.MonkeyPatch, traced_compile: None
 ) -> None:

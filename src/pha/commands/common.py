@@ -127,7 +127,10 @@ def figures_table(title: str, first: str, *others: str, gap: int = 1) -> Table:
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """Yields what shows how many of a named walk's steps are done; nothing outside a terminal."""
     console = progress_console()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
+    if not console.is_terminal:  # where rich would leave an empty line
+        yield lambda *_: None
+        return
+    with Progress(console=console, transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def show(name: str, done: int, total: int) -> None:

@@ -192,6 +192,9 @@ def _counting(console: Console, name: str) -> Iterator[Callable[[int], None]]:
     """A line that counts the tokens of a text; yields what to call with more of them."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    if not console.is_terminal:  # where rich would leave an empty line
+        yield lambda _: None
+        return
     shape = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     seen = 0
     with Progress(*shape, console=console, transient=True) as progress:

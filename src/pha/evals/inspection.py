@@ -225,6 +225,8 @@ def _entropies(model: PHAForCausalLM, ids: Tensor) -> dict[int, float]:
     """Layer -> entropy of its attention weights in nats, over the last half of the queries."""
     every = branches_of(model.model).items()
     layers = [i for (i, _), branch in every if isinstance(branch, GroupedQueryAttention)]
+    if not layers:
+        return {}
     sums = dict.fromkeys(layers, 0.0)
     for row in ids[:, :LONGEST].to(model.device):  # one at a time: weights of all layers are large
         weights = model.model(row[None], output_attentions=True).attentions

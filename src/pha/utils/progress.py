@@ -71,5 +71,7 @@ class ProgressLine(Progress):
 
     def stop(self) -> None:
         """End the display."""
+        if self.disable:  # there is none, and rich would end it with an empty line
+            return
         with contextlib.suppress(*_UNWRITABLE):
             super().stop()
