@@ -24,13 +24,15 @@ from pha.model import BRANCHES
 from pha.modeling import PHAConfig
 from pha.utils.errors import PHAError
 from pha.utils.hardware import git_state
-from pha.utils.versions import own_version
+from pha.utils.versions import __version__
 
 FILE = "modeling_pha.py"
 AUTO_MAP = {
     "AutoConfig": "modeling_pha.PHAConfig",
     "AutoModel": "modeling_pha.PHAModel",
     "AutoModelForCausalLM": "modeling_pha.PHAForCausalLM",
+    # By this name alone does `transformers serve` load what is no class of transformers.
+    "AutoModelForDecision": "modeling_pha.PHAForCausalLM",
     "AutoModelForSequenceClassification": "modeling_pha.PHAForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_pha.PHAForTokenClassification",
 }
@@ -108,7 +110,7 @@ def model_code(config: PHAConfig) -> str:
         f"{_RULE}\n{_comment(file)}\n\n\n{_renamed(file, shared, roots)}" for file in files.values()
     ]
     commit, changed = git_state()
-    made_by = f"pha {own_version()}" + (f", commit {commit[:12]}" if commit else "")
+    made_by = f"pha {__version__}" + (f", commit {commit[:12]}" if commit else "")
     header = _HEADER.format(
         made_by=made_by + (" with changes" if changed else ""),
         contents="\n".join(f"- {file.path}" for file in files.values()),
