@@ -1,7 +1,7 @@
 """Put today's tables into docs/models.md: what every preset has and costs, and what was measured.
 
 The page says `<!-- table: NAME -->` before each. A test fails where the page is out of date: then
-run `python scripts/models_page.py`, which takes some minutes.
+run `python -m scripts.models_page`, which takes some minutes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from pha import mixers as mixers  # which makes their presets known
-from pha.costs import cache_bytes, training_flops
+from pha.costs import kept_bytes, training_flops
 from pha.model.parameters import count_parameters
 from pha.model.presets import PAPER_PARAMETERS, PRESETS, preset_config
 from pha.results import RunResult
@@ -24,7 +24,7 @@ from pha.utils.text import count, fixed, perplexity
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "models.md"
-TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(?=\n\n|\Z)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n)((?:\|[^\n]*\n)*)")
 LENGTH = 1024
 NOT_SHOWN = {"studies", "batch-size"}  # a table of their own; a search for a recipe
 STUDIES = ("branches", "composition", "scaling", "gss", "systems")
@@ -57,7 +57,7 @@ def size_row(name: str) -> list[str]:
     config = preset_config(name, vocab_size=8192 if tiny else 50257)
     parts = count_parameters(config)
     total, paper = sum(parts.values()), PAPER_PARAMETERS.get(name)
-    state = cache_bytes(config, 0)
+    state, keys = kept_bytes(config)
     protocol = "text" if tiny else "openwebtext" if "openwebtext" in name else "wikitext103"
     return [
         f"`{name}`",
@@ -65,7 +65,7 @@ def size_row(name: str) -> list[str]:
         "" if paper is None else count(paper),
         count(total - parts["embedding"]),
         f"{state / 1e3:,.1f} kB",
-        f"{(cache_bytes(config, 1) - state) / 1e3:,.1f} kB",
+        f"{keys / 1e3:,.1f} kB",
         f"{training_flops(config, LENGTH) / 1e6:,.0f} MFLOP",
         f"`pha train {name}.{protocol}{' --data STORE' * tiny}`",
     ]
@@ -103,7 +103,8 @@ def runs() -> Iterator[list[str]]:
 
 def short(command: str) -> str:
     """A command without what is of one machine or seed: where to write, where texts lie."""
-    words = shlex.split(command.replace("=", " "))
+    split = (word.split("=", 1) if word[:2] == "--" else [word] for word in shlex.split(command))
+    words = [part for parts in split for part in parts]
     kept: list[str] = []
     while words:
         word = words.pop(0)
@@ -149,7 +150,7 @@ def studied() -> Iterator[list[str]]:
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Rows as Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _size_table(names: list[str]) -> str:

@@ -58,6 +58,7 @@ VERBS = {
     "export": "sharing:export",
     "verify": "sharing:verify",
     "harness": "sharing:harness",
+    "serve": "sharing:serve",
     "mixing": "inspection:mixing",
     "inspect": "inspection:inspect",
     "report": "inspection:report",

@@ -25,7 +25,13 @@ def training_flops(config: ArchitectureConfig, length: int) -> float:
 
 
 def cache_bytes(config: ArchitectureConfig, length: int) -> int:
-    """Bytes that a model keeps of one sequence of `length` tokens to continue it, in float32.
+    """Bytes that a model keeps of one sequence of `length` tokens to continue it, in float32."""
+    states, keys = kept_bytes(config)
+    return states + keys * min(length, config.attention_window or length)
+
+
+def kept_bytes(config: ArchitectureConfig) -> tuple[int, int]:
+    """Bytes of the states of one sequence, and of the keys and values of each token, in float32.
 
     Counted by reading a token on fake tensors, which have shapes and types but no storage.
     """
@@ -39,4 +45,4 @@ def cache_bytes(config: ArchitectureConfig, length: int) -> int:
         kept = getattr(layer, "keys", None)
         if kept is not None and kept.dtype != torch.bool:  # those only mark what was seen
             keys += kept.nbytes + layer.values.nbytes
-    return states + keys * min(length, config.attention_window or length)
+    return states, keys

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "kill_anywhere.py"
 @pytest.mark.parametrize(
     ("moments", "others", "commands"),
     [
-        (2, 1, "train,prepare,export"),
+        pytest.param(2, 1, "train,prepare,export", marks=pytest.mark.slow),
         pytest.param(100, 25, "train,prepare,export,study", marks=pytest.mark.slow),
     ],
 )

@@ -1,4 +1,4 @@
-"""Verbs that take a model elsewhere: export, verify, convert, harness."""
+"""Verbs that take a model elsewhere: export, verify, convert, harness, serve."""
 
 from __future__ import annotations
 
@@ -103,3 +103,21 @@ def harness(model: Model, *arguments: str) -> None:
     from pha.evals.harness import run_harness
 
     run_harness(model, arguments)
+
+
+def serve(model: Model, *, host: str = "localhost", port: int = 8000) -> None:
+    """A model behind OpenAI's HTTP interface, by transformers' own server.
+
+    Needs `pip install 'pha-lm[serve]'`. Clients ask http://HOST:PORT/v1/completions for the model
+    by the name that is printed, which is its folder. It stays in memory until Ctrl-C.
+    /v1/chat/completions, and so `transformers chat`, wants a chat template in the tokenizer; a
+    model that has only read texts has none. Whoever reaches the port can use the model, and have
+    the server load others: think before listening elsewhere than at localhost.
+
+    Args:
+        host: where to listen
+        port: where to listen
+    """
+    from pha.sharing.serving import serve_model
+
+    serve_model(model, host, port)

@@ -31,6 +31,8 @@ AUTO_MAP = {
     "AutoConfig": "modeling_pha.PHAConfig",
     "AutoModel": "modeling_pha.PHAModel",
     "AutoModelForCausalLM": "modeling_pha.PHAForCausalLM",
+    # By this name alone does `transformers serve` load what is no class of transformers.
+    "AutoModelForDecision": "modeling_pha.PHAForCausalLM",
     "AutoModelForSequenceClassification": "modeling_pha.PHAForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_pha.PHAForTokenClassification",
 }

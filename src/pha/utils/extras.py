@@ -8,6 +8,7 @@ EXTRAS = {
     "data": ("datasets", "pyarrow", "zstandard"),
     "cpu": ("numba",),
     "harness": ("lm_eval",),
+    "serve": ("fastapi", "openai", "uvicorn"),
     "cluster": ("submitit",),
 }
 
