@@ -105,4 +105,4 @@ def test_the_parser_for_completion_has_every_key_where_keys_are_taken() -> None:
     keys = {f"--{name}" for name in recipe_keys()}
     for name, parser in verbs.items():
         found = keys & set(parser._option_string_actions)
-        assert found == (keys if name in ("train", "sweep", "study") else set()), name
+        assert found == (keys if name in ("train", "sweep", "study", "params") else set()), name
