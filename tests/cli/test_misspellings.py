@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +70,7 @@ def test_keys_have_a_table_with_their_meaning(pha: Pha) -> None:
     assert "schedule.warmup_steps" in printed
     assert "linear rise from zero" in printed
     assert "run.global_batch" not in printed
+    assert "\x1b" not in printed  # a pipe gets no colours
     rows = json.loads(pha("recipes", "--keys", "--json"))
     assert {row["key"] for row in rows} == recipe_keys().keys()
     [batch] = [row for row in rows if row["key"] == "run.global_batch"]
@@ -106,18 +106,3 @@ def test_the_parser_for_completion_has_every_key_where_keys_are_taken() -> None:
     for name, parser in verbs.items():
         found = keys & set(parser._option_string_actions)
         assert found == (keys if name in ("train", "sweep", "study", "params") else set()), name
-
-
-@pytest.mark.slow
-def test_a_pipe_gets_the_data_alone_and_no_colour(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pha", "demo", "--steps", "2", "--out", str(tmp_path)],
-        env=os.environ | {"NO_COLOR": "1", "FORCE_COLOR": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "\x1b[3" not in done.stdout + done.stderr
-    assert "model      pha-tiny" in done.stderr
-    assert "model      pha-tiny" not in done.stdout
-    assert "report: " in done.stdout
