@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TOOLS := build/tools/bin
 
-.PHONY: help install demo test test-gpu test-slow test-lowest docs tutorials lint format wheel-check audit lock clean
+.PHONY: help install demo test test-gpu test-slow test-ecosystem test-lowest docs tutorials lint format wheel-check audit lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -26,6 +26,10 @@ test-gpu: $(INSTALLED) ## the tests that need a GPU, in one process
 
 test-slow: $(INSTALLED) ## every test, the long ones too
 	$(BIN)/python -m pytest -m 'not gpu'
+
+test-ecosystem: $(INSTALLED) ## other people's tools on a small model; installs them
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ecosystem]'
+	$(BIN)/python -m pytest -n 0 tests/ecosystem tests/evals/test_harness.py
 
 test-lowest: $(TOOLS)/uv ## the fast tests with the lowest versions that pyproject.toml allows
 	$(TOOLS)/uv venv --clear --quiet --python $(PYTHON) build/lowest
@@ -60,7 +64,7 @@ audit: $(TOOLS)/uv ## look for known weaknesses of the pinned packages; needs th
 	$(TOOLS)/pip-audit --strict --disable-pip -r requirements.lock
 
 lock: $(TOOLS)/uv ## write requirements.lock, the hashes of the pinned packages
-	$(TOOLS)/uv pip compile pyproject.toml --extra dev --extra harness -c constraints.txt --universal \
+	$(TOOLS)/uv pip compile pyproject.toml --extra dev --extra harness --extra ecosystem --extra docs -c constraints.txt --universal \
 	    --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url --quiet \
 	    --custom-compile-command 'make lock' -o requirements.lock
 

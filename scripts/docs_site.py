@@ -57,7 +57,7 @@ def on_config(config: MkDocsConfig) -> None:
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Add the reference, the pictures of the tutorials, and what pages link to."""
     pages = {REFERENCE["Commands"]: _commands(), REFERENCE["Keys"]: _keys()}
-    pages |= {f"reference/{name}.md": f"# {name}\n\n::: {name}\n" for name in _modules()}
+    pages |= {f"reference/{name}.md": _names(name) for name in _modules()}
     for place, content in pages.items():
         files.append(File.generated(config, place, content=content))
     for notebook in NOTEBOOKS.glob("*.ipynb"):
@@ -115,9 +115,8 @@ def on_post_build(config: MkDocsConfig) -> None:
                     wrong.append(f"{path}: loads {link}")
             elif path.name != "404.html" and not target.is_file():
                 wrong.append(f"{path}: {link} leads nowhere")
-            elif parts.fragment and target in pages:
-                if unquote(parts.fragment) not in pages[target].anchors:
-                    wrong.append(f"{path}: {link} has no such anchor")
+            elif target in pages and unquote(parts.fragment) not in pages[target].anchors:
+                wrong.append(f"{path}: {link} has no such anchor")
     if wrong:
         raise PluginError("\n".join(wrong))
 
@@ -132,16 +131,22 @@ def render(notebook: Path) -> tuple[str, dict[str, bytes]]:
             continue
         language = "sh" if source.startswith(SHELL) else "python"
         parts.append(f"```{language}\n{source.removeprefix(SHELL)}\n```")
+        drawn = len(pictures)
+        printed = ""
         for output in cell["outputs"]:
+            if output.get("name") == "stderr":  # progress, and what libraries have to say
+                continue
             data = output.get("data", {"text/plain": output.get("text", "")})
             kind = next((k for k in PICTURES if k in data), None)
             if kind is None:
-                parts.append(f"```text\n{''.join(data['text/plain']).strip()}\n```")
+                printed += "".join(data["text/plain"])
                 continue
             name = f"{notebook.stem}-{len(pictures) + 1}.{PICTURES[kind]}"
             text = "".join(data[kind])
             pictures[name] = base64.b64decode(text) if kind == "image/png" else text.encode()
-            parts.append(f"![{''.join(data['text/plain']).strip('<>')}]({name})")
+        shown = "\n".join(line.rstrip() for line in printed.splitlines()).strip("\n")
+        parts += [f"```text\n{shown}\n```"] if shown else []
+        parts += [f"![What the code above draws]({name})" for name in list(pictures)[drawn:]]
     return "\n\n".join(parts) + "\n", pictures
 
 
@@ -162,7 +167,9 @@ def _commands() -> str:
 
 def _keys() -> str:
     """Every key of a recipe with its default and meaning."""
-    parts = ["# Keys\n\nSet any of them as in `pha train RECIPE --model.dropout 0.1`, or in a recipe."]
+    parts = [
+        "# Keys\n\nSet any of them as in `pha train RECIPE --model.dropout 0.1`, or in a recipe."
+    ]
     for section, spec in SECTIONS.items():
         kind: Any = spec.default_factory
         about, _, listed = (inspect.getdoc(kind) or "").partition("\nAttributes:\n")
@@ -174,6 +181,13 @@ def _keys() -> str:
             rows.append(f"| `{section}.{field.name}` | `{default}` | {meaning} |")
         parts.append(f"## {section}\n\n{about.strip()}\n\n" + "\n".join(rows))
     return "\n\n".join(parts) + "\n"
+
+
+def _names(module: str) -> str:
+    """The page of a module; `pha` itself is more than its own page can show."""
+    options = f"{{heading_level: 1, show_submodules: {str(module != 'pha').lower()}}}"
+    # A search finds the pages that explain before those that list.
+    return f"---\nsearch: {{boost: 0.2}}\n---\n\n::: {module}\n    options: {options}\n"
 
 
 def _modules() -> Iterator[str]:
@@ -195,7 +209,9 @@ def _place(path: Path) -> str:
     """Where the site has a file or folder of the repository."""
     if path.is_relative_to(DOCS):
         return path.relative_to(DOCS).as_posix()
-    return REPOSITORY + (path / "contents.md" if path.is_dir() else path).relative_to(ROOT).as_posix()
+    return (
+        REPOSITORY + (path / "contents.md" if path.is_dir() else path).relative_to(ROOT).as_posix()
+    )
 
 
 def _targets(page: Path) -> set[Path]:
@@ -203,7 +219,9 @@ def _targets(page: Path) -> set[Path]:
     if not page.exists():
         return set()
     found = {_resolve(page.parent, link) for link in LINK.findall(_read(page))}
-    return {p for p in found if p.is_relative_to(ROOT) and not p.is_relative_to(DOCS) and p.exists()}
+    return {
+        p for p in found if p.is_relative_to(ROOT) and not p.is_relative_to(DOCS) and p.exists()
+    }
 
 
 def _resolve(folder: Path, link: str) -> Path:

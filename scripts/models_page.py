@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -28,10 +29,14 @@ LENGTH = 1024
 NOT_SHOWN = {"studies", "batch-size"}  # a table of their own; a search for a recipe
 STUDIES = ("branches", "composition", "scaling", "gss", "systems")
 
-SIZES = ("preset", "parameters", "in the paper", "besides the embedding", "state", "per token kept")
-SIZES += ("training", "trained by")
-MEASURED = ("preset", "parameters", "text", "tokens seen", "seeds", "window", "perplexity")
-MEASURED += ("bits per byte", "trained by", "files")
+SIZES = (
+    *("preset", "parameters", "in the paper", "besides the embedding", "state", "per token kept"),
+    *("training", "trained by"),
+)
+MEASURED = (
+    *("preset", "parameters", "text", "tokens seen", "seeds", "window", "perplexity"),
+    *("bits per byte", "trained by", "files"),
+)
 STUDIED = ("preset", "variant", "parameters", "seeds", "perplexity", "trained by", "table")
 
 
@@ -148,11 +153,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
+def _size_table(names: list[str]) -> str:
+    return table(SIZES, map(size_row, names))
+
+
 def tables() -> dict[str, Callable[[], str]]:
     """Name -> the table as it is today."""
     made: dict[str, Callable[[], str]] = {
-        name: lambda names=names: table(SIZES, map(size_row, names))
-        for name, names in groups().items()
+        name: partial(_size_table, names) for name, names in groups().items()
     }
     return made | {
         "runs": lambda: table(MEASURED, runs()),

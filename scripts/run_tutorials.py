@@ -17,6 +17,11 @@ import jupytext
 import nbformat
 from nbclient import NotebookClient
 
+# Notebooks promise rich a terminal, whose moving lines no page can show.
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "TTY_COMPATIBLE": "0"}
+# A page has two languages. The notebook's is Python; shell becomes cells that begin with %%sh.
+SPEC = "{name: python3, language: python, display_name: Python 3}"
+KERNEL = f"---\njupyter:\n  kernelspec: {SPEC}\n---\n\n"
 TUTORIALS = Path(__file__).parents[1] / "docs" / "tutorials"
 
 
@@ -26,17 +31,15 @@ def run_tutorial(source: Path, out: Path) -> None:
     Raises:
         nbclient.exceptions.CellExecutionError: a cell fails.
     """
-    notebook = jupytext.read(source)
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    notebook = jupytext.reads(KERNEL + source.read_text(encoding="utf-8"), "md")
     with tempfile.TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
-        NotebookClient(notebook, timeout=600, resources=resources).execute()
+        NotebookClient(notebook, timeout=1800, resources=resources).execute(env=ENVIRONMENT)
     nbformat.write(notebook, out)
 
 
 def main(out: Path) -> None:
     """Run what has changed."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
     out.mkdir(parents=True, exist_ok=True)
     for source in sorted(TUTORIALS.glob("*.md")):
         notebook = out / f"{source.stem}.ipynb"

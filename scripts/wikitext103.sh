@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The paper's experiment, from raw text to table: PHA of 180M and its twin of attention alone on
-# WikiText-103. It needs a network, GPUs and `pip install 'pha[train,report,data]'`.
+# WikiText-103. It needs a network, GPUs and `pip install 'pha-lm[train,report,data]'`.
 #   GPUS=8 bash scripts/wikitext103.sh
 # Run it again after an interruption: what is finished is reused, and a stopped run continues.
 set -euo pipefail

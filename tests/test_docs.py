@@ -19,14 +19,15 @@ from pha.cli import main
 from pha.model import BRANCHES
 from pha.ops import OPS
 from pha.tasks import TASKS
+from pha.train.keys import recipe_keys
 from scripts.include_source import QUOTE, included
 from tests.conftest import synthetic_text
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")],
-)
-EXTENDING = ROOT / "docs" / "extending.md"
+DOCS = ROOT / "docs"
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md"), *TUTORIALS])
+EXTENDING = DOCS / "extending.md"
 FULL_RUN = ROOT / "scripts" / "wikitext103.sh"
 
 # The shell of these pages is run. By how a command begins: what is appended, so that it takes a
@@ -175,7 +176,11 @@ def test_tables_name_commands_of_the_pages(table: dict[str, str]) -> None:
         assert any(entry({key: ""}, c) is not None for _, block in SHELL for c in block), key
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page",
+    [p for p in PAGES if blocks(p, "python") and p not in TUTORIALS],
+    ids=lambda p: p.name,
+)
 def test_python_blocks_run(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace)
     namespace: dict[str, object] = {"__name__": "docs"}
@@ -201,7 +206,9 @@ def documented(page: Path) -> list[list[str]]:
 @cache
 def help_of(verb: str) -> str:
     """The help of a verb; of "" that of `pha`, of "keys" the keys of recipes."""
-    words = {"": ["--help"], "keys": ["recipes", "--keys"]}.get(verb, [verb, "--help"])
+    if verb == "keys":
+        return "\n".join(f"--{key}" for key in recipe_keys())
+    words = ["--help"] if verb == "" else [verb, "--help"]
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
         main(words)
     return out.getvalue()
@@ -225,6 +232,23 @@ def test_documented_commands_exist(page: Path) -> None:
             assert re.search(rf"{re.escape(option)}(?![\w.-])", known), f"no {option} in `{line}`"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda p: p.stem)
+def test_tutorials_run(page: Path, tmp_path: Path) -> None:
+    for package in ("jupytext", "nbclient", "ipykernel", "lm_eval"):
+        pytest.importorskip(package)
+    from scripts.run_tutorials import run_tutorial
+
+    run_tutorial(page, tmp_path / "notebook.ipynb")
+    assert (tmp_path / "notebook.ipynb").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("page", [*DOCS.glob("*.md"), *TUTORIALS], ids=lambda p: p.name)
+def test_every_page_has_a_place_in_the_order(page: Path) -> None:
+    order = read(DOCS / "README.md")
+    assert page.name == "README.md" or f"]({page.relative_to(DOCS).as_posix()})" in order
+
+
 def test_full_run_is_shell() -> None:
     subprocess.run(["bash", "-n", FULL_RUN], check=True)
 
@@ -235,7 +259,7 @@ def test_quotations_are_the_source(page: Path) -> None:
 
 
 def test_every_equation_is_quoted() -> None:
-    assert len(QUOTE.findall(read(ROOT / "docs" / "how-pha-works.md"))) >= 10
+    assert len(QUOTE.findall(read(DOCS / "how-pha-works.md"))) >= 10
 
 
 def anchors(page: Path) -> set[str]:

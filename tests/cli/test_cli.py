@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from unittest.mock import Mock
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from pha import __version__
 from pha.cli import VERBS, find_verb, main, make_parser, read_docstring
@@ -227,7 +228,10 @@ def test_dry_run_spends_nothing(pha: Pha, store: TokenStore, tmp_path: Path) -> 
     out = tmp_path / "dry"
     words = ["train", "pha-tiny.text", "--out", out, "--dry-run"]
     words += arguments(store, run__epochs="null")
+    assert "warning    the warm-up takes 2 of 8 steps" in pha(*words)
+    words.append("--schedule.warmup_steps=1")
     printed = pha(*words)
+    assert "warning" not in printed
     for word in ("parameters", "FLOP", "memory", "time"):
         assert word in printed
     assert not out.exists()
@@ -272,6 +276,28 @@ def test_report_writes_one_page(pha: Pha, run: Path) -> None:
     path = Path(pha("report", run).strip())
     assert path == run / "report.html"
     assert "<svg" in path.read_text()
+
+
+def test_an_export_is_verified_by_its_card(
+    pha: Pha, refused: Refused, run: Path, store: TokenStore, tmp_path: Path
+) -> None:
+    out = tmp_path / "shared"
+    pha("export", run, out)
+    found = json.loads(pha("verify", out, "--data", store.path, "--json"))
+    assert found["same"]
+    assert {each["name"] for each in found["checks"]} >= {"perplexity", "accuracy"}
+    assert "yes" in pha("verify", out, "--data", store.path)
+    card = (out / "README.md").read_text()
+    (out / "README.md").write_text(card.replace(store.sha256, "0" * 64))
+    assert "is not the data" in refused("verify", out, "--data", store.path)
+    (out / "README.md").write_text(card)
+    weights = load_file(out / "model.safetensors")
+    weights["model.embed_tokens.weight"][5, 5] += 1
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit) as stop:
+        pha("verify", out, "--data", store.path)
+    assert stop.value.code == 2
+    assert "has no card" in refused("verify", run / "model", "--data", store.path)
 
 
 def test_doctor_says_what_it_finds(

@@ -95,8 +95,8 @@ def test_completion_knows_verbs_options_and_keys(pha: Pha) -> None:
         assert "warmup-stable-decay" in script
     if sys.platform == "linux":
         typed = 'COMP_WORDS=(pha train --run.glo); COMP_CWORD=2; _shtab_pha; echo "${COMPREPLY[@]}"'
-        script = pha("completion", "bash") + typed
-        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        words = ["bash", "-c", pha("completion", "bash") + typed]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
         assert done.stdout == "--run.global_batch\n"
 
 

@@ -133,3 +133,58 @@ def test_a_terminal_sees_a_bar() -> None:
     assert "tokenizer" in printed
     assert "1 documents" in printed
     assert "50%  4 documents" in printed
+
+
+def test_a_few_files_are_cut_each(pha: Pha, tmp_path: Path) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.txt").write_text("".join(TEXTS[number * 80 :][:80]))
+    printed = pha("prepare", folder, "--tokenizer", "bytes", "--out", tmp_path / "store")
+    store = TokenStore.open(tmp_path / "store")
+    assert "split: position in the file, at line ends" in printed
+    assert "5 files, each cut 90/5/5" in store.describe()["description"]
+    counts = {split: store.counts(split) for split in store.splits}
+    assert {split: each.documents for split, each in counts.items()} == dict.fromkeys(counts, 5)
+    assert sum(each.bytes for each in counts.values()) == len("".join(TEXTS).encode())
+    assert counts["train"].bytes == pytest.approx(18 * counts["test"].bytes, rel=0.1)
+
+
+def test_several_sources_are_one_store(pha: Pha, refused: Refused, tmp_path: Path) -> None:
+    books = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for book, texts in zip(books, (TEXTS[:200], TEXTS[200:]), strict=True):
+        book.write_text("".join(texts))
+    words = ["--tokenizer", "bytes", "--out", tmp_path / "store"]
+    facts = json.loads(pha("prepare", *books, *words, "--json"))
+    assert facts["source"] == f"{books[0]} {books[1]}"
+    assert facts["counts"]["train"]["documents"] == 2
+    assert sum(each["bytes"] for each in facts["counts"].values()) == len("".join(TEXTS))
+    rows = write_records(tmp_path / "rows.jsonl", TEXTS)
+    assert "split by different rules" in refused("prepare", books[0], rows, *words)
+
+
+@pytest.mark.parametrize("kind", ["text", "records"])
+def test_a_pipe_is_a_source(
+    kind: str, pha: Pha, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "book.txt"
+    if kind == "records":
+        file = write_records(tmp_path / "rows.jsonl", TEXTS)
+    else:
+        file.write_text("".join(TEXTS))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(file.read_bytes())))
+    words = ["--tokenizer", "bytes", "--json", "--out"]
+    piped = json.loads(pha("prepare", "-", *words, tmp_path / "piped"))
+    plain = json.loads(pha("prepare", file, *words, tmp_path / "plain"))
+    assert piped["source"] == "-"
+    assert (piped["sha256"], piped["counts"]) == (plain["sha256"], plain["counts"])
+
+
+def test_the_tokenizer_of_a_run(pha: Pha, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("".join(TEXTS))
+    pha("prepare", book, "--tokenizer", "bpe:280", "--out", tmp_path / "a")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "a" / "tokenizer").rename(tmp_path / "run" / "model")
+    words = ["--tokenizer", tmp_path / "run", "--out", tmp_path / "b", "--json"]
+    assert json.loads(pha("prepare", book, *words))["vocab_size"] == 280

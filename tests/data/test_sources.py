@@ -66,7 +66,7 @@ def test_links_are_followed_and_each_file_is_read_once(
 
 def test_folder_with_too_few_documents(tmp_path: Path, refuses: Refuses) -> None:
     (tmp_path / "doc-0.txt").write_text("train alone")
-    with refuses(str(tmp_path), "validation", "train.txt"):
+    with refuses(str(tmp_path), "too few lines", "train.txt"):
         open_source(str(tmp_path))
 
 

@@ -88,7 +88,6 @@ def test_a_path_works_and_a_resolved_config_is_a_recipe(tmp_path: Path) -> None:
         (["--optimizer.muon_momentum", "1.5"], "optimizer.muon_momentum is 1.5"),
         (["--schedule.kind", "linear"], "schedule.kind"),
         (["--data.store", "x", "--data.source", "stdlib"], "one of them"),
-        (["--run.trackers", "[mlflow]"], "mlflow"),
         (["--model.preset", "pha-tine"], "pha-tiny"),
         (["stray"], "stray"),
     ],

@@ -466,6 +466,7 @@ def test_tensorboard_mirrors_the_metrics(train_small: Train, tmp_path: Path) -> 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train_small(run__trackers="[tensorboard]")
+    assert any("optimizer.learning_rate" in p.read_text() for p in tmp_path.rglob("hparams.yml"))
     events = EventAccumulator(str(next((tmp_path / "run").rglob("events.out*")).parent))
     events.Reload()
     shown = [e.value for e in events.Scalars("train/loss")]

@@ -51,7 +51,7 @@ def demo(*, out: Folder = Path("runs/demo"), steps: int | None = None, json: Jso
 
 
 def prepare(
-    source: str,
+    sources: Sequence[Annotated[str, "SOURCE"]],
     *,
     tokenizer: str,
     out: Folder,
@@ -64,11 +64,13 @@ def prepare(
 ) -> None:
     """Turn text into a token store.
 
-    SOURCE is one of
+    SOURCE is one of these; several, of one kind, make one store
       stdlib                  this Python's standard library
       FILE                    UTF-8 text, cut 90/5/5; or records: .jsonl (.gz, .xz, .zst), .parquet
+      -                       what comes through a pipe: such a text, or JSON lines
       FOLDER                  files named train, valid and test (wiki.train.raw, train-2.jsonl.xz)
-                              keep these splits; any others are split by document
+                              keep these splits; any others are split by document, and of a few
+                              files each is cut 90/5/5
       'books/**/*.jsonl.xz'   a pattern, quoted: likewise
       's3://bucket/x*.jsonl'  a file or pattern behind a URL, read as a stream; https://, gs://, ...
       hf:OWNER/NAME[:CONFIG]  a data set of the Hugging Face Hub, read as a stream
@@ -77,7 +79,7 @@ def prepare(
                               short for data sets of the Hub; a path of that name comes first
 
     Args:
-        source: text, as above
+        sources: text, as above
         tokenizer: gpt2, gpt2:FOLDER with encoder.json and vocab.bpe, bytes, bpe:SIZE trained on the
             text (at most its first GB), the folder of a saved tokenizer, or a run, for its own
         out: folder of the store
@@ -97,7 +99,7 @@ def prepare(
     begin = time.monotonic()
     with PreparationDisplay(progress_console()) as display:
         store = prepare_store(
-            source,
+            sources,
             tokenizer,
             out,
             separator=separator,
@@ -156,6 +158,7 @@ def train(
     out: Folder | None = None,
     resume: Literal["auto", "never"] = "auto",
     init_from: Annotated[str | None, "MODEL"] = None,
+    budget: Annotated[str | None, "TIME"] = None,
     cluster: Annotated[str | None, "PARTITION"] = None,
     nodes: int = 1,
     gpus: int = 8,
@@ -178,6 +181,8 @@ def train(
         out: run folder (runs/RECIPE)
         resume: auto: continue from the newest checkpoint; never: refuse a folder in use
         init_from: start from these weights
+        budget: train for so long (20min, 90s, 2h): some steps tell the speed, by which run.steps is
+            set; steps, schedule and evaluations then end with the time, interruptions left out
         cluster: hand the run to Slurm, which starts it again after a preemption or its time;
             with --dry-run: print the script
         nodes: with --cluster: machines
@@ -190,6 +195,7 @@ def train(
         json: print the result as JSON
     """
     from pha.runs import RunFolder
+    from pha.train.budget import fit_budget, read_seconds
     from pha.train.cluster import ClusterJob
     from pha.train.plan import Card
     from pha.train.recipes import as_words, load_recipe
@@ -203,11 +209,15 @@ def train(
         words += ["--run.init_from", init_from]
     before = RunFolder(out or Path("runs") / file_name(recipe)).read_config().get("run", {})
     import_modules(before.get("imports", []), "run.imports")
+    if budget is not None:
+        words += ["--run.steps", "1"]
     config = load_recipe(recipe, words)
     out = out or Path("runs") / file_name(str(config.recipe))
     console = outcome_console(json) if dry_run else progress_console()
     if devices is not None and (devices < 1 or not dry_run):
         raise PHAError("--devices is for --dry-run, and at least 1; torchrun starts processes")
+    if cluster is not None and budget is not None:
+        raise PHAError("--budget measures this machine; with --cluster give run.steps")
     if cluster is not None:
         if resume == "never" or devices is not None:
             raise PHAError("--cluster goes on with what is there; leave out --resume and --devices")
@@ -220,6 +230,8 @@ def train(
         said = f"job {number} is in the queue and will write to {job.log}"
         answer(json, {"job": number, "log": str(job.log)}, said)
         return
+    if budget is not None:
+        config = fit_budget(config, out, read_seconds(budget), console)
     card = None
     if device_tflops is not None or device_gb is not None:
         if not dry_run or not device_tflops or not device_gb or min(device_tflops, device_gb) < 0:

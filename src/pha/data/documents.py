@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -183,6 +183,30 @@ class Source:
         """A hash of the units' splits, names and sizes: what a division rests on."""
         listed = [[unit.split, unit.name, unit.size] for unit in self.units]
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def joined(sources: Sequence[Source], description: str) -> Source:
+    """Several sources as one, split by split; each is a text of its own.
+
+    Raises:
+        PHAError: they are split by different rules.
+    """
+    first = sources[0]
+    for other in sources[1:]:
+        if (other.held_out, other.split_rule) != (first.held_out, first.split_rule):
+            raise PHAError(
+                f"{first.description} and {other.description} are split by different rules "
+                f"({first.split_rule['rule']}; {other.split_rule['rule']}): prepare them apart"
+            )
+    units = [unit for source in sources for unit in source.units]
+    return replace(
+        first,
+        description=description,
+        identity=identity_of([description, *(source.identity for source in sources)]),
+        joins_documents=first.joins_documents and len(sources) == 1,
+        given={split for source in sources for split in source.given},
+        units=tuple(sorted(units, key=lambda unit: SPLITS.index(unit.split))),
+    )
 
 
 def identity_of(words: Iterable[str], files: Iterable[TextFile] = ()) -> str:

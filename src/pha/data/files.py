@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from pha.data.documents import Source, SourceOptions, Unit, identity_of
+from pha.data.documents import Source, SourceOptions, Unit, identity_of, joined
 from pha.data.readers import (
     DOCUMENT_TEXT,
     KINDS,
@@ -79,7 +79,12 @@ def open_folder(folder: Path, options: SourceOptions) -> Source:
         raise PHAError(
             f"{folder} holds no text: no file there is non-empty and one of {kinds}, or {KINDS}"
         )
-    return split_by_path(folder, files, f"{where}, {len(files)} files", options)
+    where = f"{where}, {len(files)} files"
+    if {path_split(path.relative_to(folder).as_posix()) for path in files} != set(SPLITS):
+        # Too few for whole ones to fall into every split.
+        cut = [_cut_text(path, options) for path in files]
+        return joined(cut, f"{where}, each cut 90/5/5 at line ends")
+    return split_by_path(folder, files, where, options)
 
 
 def open_pattern(pattern: str, options: SourceOptions) -> Source:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from pha.data.hub import HubUnreachableError
 from pha.data.parts import SPLIT_LINES, Part
 from pha.data.readers import Meter
 from pha.data.remote import shown_url
-from pha.data.sources import open_source
+from pha.data.sources import open_source, open_sources
 from pha.data.store import (
     DTYPES,
     FORMAT,
@@ -73,7 +73,7 @@ Progress = Callable[[PreparationState], None]
 
 
 def prepare(
-    source_spec: str,
+    source_spec: str | Sequence[str],
     tokenizer_spec: str,
     out: Path,
     *,
@@ -88,7 +88,7 @@ def prepare(
     read. The tokenizer's threads encode while the next text is read.
 
     Args:
-        source_spec: see `open_source`.
+        source_spec: see `open_source`; several are joined into one corpus.
         tokenizer_spec: see `load_tokenizer`; `bpe:SIZE` is trained on the first
             `TRAINING_BYTES` of the train split, in a pass of its own.
         out: the store's folder; an existing store there is replaced when the new one is whole.
@@ -109,9 +109,10 @@ def prepare(
             raise PHAError(f"{out} is a store that one process made: name another for the parts")
         out = out / part.folder
     _require_replaceable(out)
-    source = open_source(source_spec, options)
+    specs = [source_spec] if isinstance(source_spec, str) else source_spec
+    source, name = open_sources(specs, options), " ".join(map(shown_url, specs))
     with claimed(out):
-        return _make_store(source, source_spec, tokenizer_spec, out, separator, progress, part)
+        return _make_store(source, name, tokenizer_spec, out, separator, progress, part)
 
 
 def cached_store(
@@ -143,7 +144,7 @@ def cached_store(
     with claimed(path, wait=True):
         with suppress(PHAError):  # another process has made it meanwhile
             return TokenStore.open(path)
-        return _make_store(source, source_spec, tokenizer_spec, path, "auto", progress)
+        return _make_store(source, shown_url(source_spec), tokenizer_spec, path, "auto", progress)
 
 
 def _latest_store(root: Path, slug: str, source: str, tokenizer: str) -> TokenStore | None:
@@ -168,7 +169,7 @@ def _require_replaceable(out: Path) -> None:
 
 def _make_store(
     source: Source,
-    source_spec: str,
+    source_name: str,
     tokenizer_spec: str,
     out: Path,
     separator: Separator,
@@ -202,7 +203,7 @@ def _make_store(
         tokenizer.save_pretrained(str(folder / TOKENIZER))
         record = {
             "format": FORMAT,
-            "source": shown_url(source_spec),
+            "source": source_name,
             "description": source.description,
             "tokenizer": tokenizer_spec,
             "tokenizer_sha256": tokenizer_sha256(tokenizer),

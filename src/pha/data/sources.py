@@ -6,11 +6,16 @@ and its options alone, never on the tokenizer.
 
 from __future__ import annotations
 
+import atexit
 import platform
+import shutil
+import sys
 import sysconfig
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from pha.data.documents import Source, SourceOptions
+from pha.data.documents import Source, SourceOptions, joined
 from pha.data.files import (
     open_file,
     open_folder,
@@ -40,8 +45,9 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
     """Open a corpus.
 
     Args:
-        spec: `stdlib`, a file, a folder, a pattern, a URL, `hf:OWNER/NAME[:CONFIG]`,
-            `hf:FOLDER:CONFIG` or a name of `SHORT_NAMES`; a path of such a name comes first.
+        spec: `stdlib`, `-` for standard input, a file, a folder, a pattern, a URL,
+            `hf:OWNER/NAME[:CONFIG]`, `hf:FOLDER:CONFIG` or a name of `SHORT_NAMES`; a path of such
+            a name comes first.
             docs/data.md says which files are read, and how each is split.
         options: text field and split, where the source leaves them open.
 
@@ -51,6 +57,8 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
     options = options or SourceOptions()
     if spec == "stdlib":
         return _standard_library(options)
+    if spec == "-":
+        return open_file(_keep_standard_input(), options)
     if "://" in spec:
         return open_remote(spec, options)
     path = user_path(spec)
@@ -68,6 +76,30 @@ def open_source(spec: str, options: SourceOptions | None = None) -> Source:
         f"no file or folder {spec!r}: give the path of some text, a quoted pattern, "
         f"hf:OWNER/NAME, or one of {names}"
     )
+
+
+def open_sources(specs: Sequence[str], options: SourceOptions | None = None) -> Source:
+    """Open several corpora as one; see `open_source`.
+
+    Raises:
+        PHAError: as there, or they are split by different rules.
+    """
+    sources = [open_source(spec, options) for spec in specs]
+    if len(sources) == 1:
+        return sources[0]
+    return joined(sources, "; ".join(source.description for source in sources))
+
+
+def _keep_standard_input() -> Path:
+    """A file with what comes through the pipe, for as long as this process lives."""
+    folder = Path(tempfile.mkdtemp(prefix="pha-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    begin = sys.stdin.buffer.read(1)
+    path = folder / ("stdin.jsonl" if begin == b"{" else "stdin.txt")
+    with path.open("wb") as file:
+        file.write(begin)
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    return path
 
 
 def _standard_library(options: SourceOptions) -> Source:

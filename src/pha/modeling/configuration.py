@@ -23,6 +23,8 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
 
     model_type: ClassVar[str] = "pha"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # Where there is no code that travels with a model; programs read it of classes like ours.
+    auto_map: ClassVar[dict[str, str]] = {}
 
     # Tokens of a sequence in training, for programs that ask; nothing here depends on it.
     max_position_embeddings: int = 1024

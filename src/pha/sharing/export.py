@@ -137,7 +137,7 @@ def _write(loaded: LoadedModel, card: ModelCard, code: str, out: Path) -> None:
         tokenizer.chat_template = _CHAT
         ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(_TURN[1])]
         model.generation_config.eos_token_id = list(dict.fromkeys(ends))
-    model.config.auto_map = AUTO_MAP
+    model.config.update({"auto_map": AUTO_MAP})
     with atomic_folder(out) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

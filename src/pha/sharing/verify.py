@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def verify_export(
         raise PHAError(f"{folder} has no card, README.md; give a folder of `pha export`")
     text = card.read_text(encoding="utf-8")
     try:
-        claims = ModelCard(text).data.eval_results or []
+        claims: list[EvalResult] = getattr(ModelCard(text).data, "eval_results", None) or []
     except (ValueError, TypeError, KeyError) as error:
         raise PHAError(f"{card} is damaged: {error}") from error
     if not claims:
@@ -74,7 +75,7 @@ def verify_export(
             *(loaded.model, store, split, protocol),
             max_tokens=tokens,
             precision=precision,
-            progress=lambda done, whole, split=split: progress and progress(split, done, whole),
+            progress=None if progress is None else partial(progress, split),
         )
         kept = "bf16" if "| weights | bf16 |" in text else precision
         for score in scores:

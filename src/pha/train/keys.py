@@ -51,7 +51,7 @@ class Key:
 @cache
 def recipe_keys() -> dict[str, Key]:
     """Name -> key, section by section, read from the dataclasses and their docstrings."""
-    found = {}
+    found: dict[str, Key] = {}
     for section, spec in SECTIONS.items():
         kind = spec.default_factory
         assert isinstance(kind, type)

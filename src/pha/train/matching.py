@@ -60,6 +60,7 @@ def find_match(config: ArchitectureConfig, key: str, wanted: int) -> Match:
         PHAError: no such key, none that is a number, or one that changes no parameters.
     """
     change, is_whole = _changer(config, key)
+    count_parameters(config)  # what is wrong with the rest of it is said as it is
 
     def parameters(value: float) -> int | None:
         try:
@@ -75,10 +76,9 @@ def find_match(config: ArchitectureConfig, key: str, wanted: int) -> Match:
     if step == 0 or first is None:
         raise PHAError(f"{key} has no value that this model can have; choose another --by")
     low, high = first, 2 * first
-    smallest = parameters(low * step)
+    if parameters(low * step) == parameters(64 * low * step):
+        raise PHAError(f"{key} changes no parameters; choose another --by")
     while (found := parameters(high * step)) is not None and found < wanted:
-        if high * step > 1000 and found == smallest:
-            raise PHAError(f"{key} changes no parameters; choose another --by")
         low, high = high, 2 * high
         if high * step > LARGEST:
             raise PHAError(f"no {key} up to {LARGEST:,} gives {wanted:,} parameters")

@@ -369,9 +369,10 @@ class Trainer:
             EvalRecord(step=progress.step, tokens=progress.tokens, seconds=result.seconds, **scores)
         )
         self._write_mixing(metrics)
-        display.line(
+        display.note(
             f"{self.run.name}: step {progress.step}: validation perplexity "
-            f"{result.perplexity:.2f}, accuracy {result.accuracy:.1%}"
+            f"{result.perplexity:.2f}, accuracy {result.accuracy:.1%}",
+            is_last=progress.step == self.plan.steps,
         )
         if not math.isfinite(result.loss):
             raise PHAError(f"step {progress.step}: the validation loss is {result.loss}")

@@ -57,6 +57,13 @@ class ProgressLine(Progress):
             self._last_line = now
             self.line(f"{stage}: {status}")
 
+    def note(self, text: str, is_last: bool = False) -> None:
+        """Print a line above; where there is no terminal, only if one is due, or the last."""
+        now = time.monotonic()
+        if not self.disable or is_last or now - self._last_line > PLAIN_SECONDS:
+            self._last_line = now
+            self.line(text)
+
     def line(self, text: str) -> None:
         """Print a line of its own above."""
         with contextlib.suppress(*_UNWRITABLE):

@@ -1,0 +1,70 @@
+"""Runs as long as a time allows."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pha.data import TokenStore
+from pha.runs import RunFolder
+from pha.train import budget
+from pha.train.config import TrainConfig
+from pha.utils.errors import PHAError
+from tests.cli.conftest import pha  # noqa: F401
+from tests.train.conftest import arguments
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("20min", 1200), ("90s", 90), ("1.5h", 5400)])
+def test_a_time_in_words(text: str, seconds: float) -> None:
+    assert budget.read_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["20", "min", "0s", "-3min", "20 days"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(PHAError, match="give a time such as 20min"):
+        budget.read_seconds(text)
+
+
+def test_steps_fill_the_time_and_stay_once_begun(
+    small_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials: list[int] = []
+
+    def measure(config: TrainConfig) -> tuple[float, float]:
+        trials.append(config.run.steps or 0)
+        return 0.1, 2.0
+
+    monkeypatch.setattr(budget, "_measure", measure)
+    config, console = small_config(), Console(file=io.StringIO())
+    fitted = budget.fit_budget(config, tmp_path / "run", 60, console).run.steps
+    assert fitted in (579, 580)
+    assert trials[0] == 4
+    assert sum(trials) * 0.1 <= 3
+    with pytest.raises(PHAError, match="give a longer --budget"):
+        budget.fit_budget(config, tmp_path / "run", 2, console)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("run: {steps: 123}")
+    trials.clear()
+    assert budget.fit_budget(config, tmp_path / "run", 60, console).run.steps == 123
+    assert not trials
+
+
+@pytest.mark.slow
+def test_a_run_ends_near_its_time(
+    pha: Callable[..., str],  # noqa: F811
+    store: TokenStore,
+    tmp_path: Path,
+) -> None:
+    words = ["train", "pha-tiny.text", *arguments(store), "--budget", "40s", "--json"]
+    begin = time.monotonic()
+    result = json.loads(pha(*words, "--out", tmp_path / "run"))
+    assert 30 < time.monotonic() - begin < 50
+    last = RunFolder(tmp_path / "run").read_metrics().train[-1]
+    assert last.step == result["steps"]
+    assert last.learning_rate == pytest.approx(0.05 * 3e-3)
