@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -67,7 +66,7 @@ def test_when_one_fails_the_others_are_asked_to_stop(tmp_path: Path) -> None:
 def test_no_process_outlives_the_time() -> None:
     begin = time.monotonic()
     with pytest.raises(TimeoutError):
-        run_processes([python("import time; time.sleep(60)")], seconds=0.2, stop=signal.SIGKILL)
+        run_processes([python("import time; time.sleep(60)")], seconds=0.2, kill=True)
     assert time.monotonic() - begin < 30
     assert not psutil.Process().children()
 

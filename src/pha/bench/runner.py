@@ -246,7 +246,7 @@ def run_worker(job: Job, seconds: float | None = None) -> dict[str, Any]:
             run_processes(
                 [Command(words, log)],
                 seconds=seconds,
-                stop=signal.SIGKILL,
+                kill=True,
                 ended=lambda _, code: codes.append(code),
             )
         except TimeoutError:
@@ -258,7 +258,7 @@ def run_worker(job: Job, seconds: float | None = None) -> dict[str, Any]:
 
 
 def _failure(code: int, said: str) -> str:
-    if code == -signal.SIGKILL:
+    if code == -9:  # SIGKILL, which Windows does not name
         return "killed, most likely out of memory"
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"

@@ -37,7 +37,8 @@ def write_text(path: Path, text: str) -> None:
 
 def _writer(path: Path) -> IO[str]:
     # Half a surrogate pair stands for a byte of a file's name that is not UTF-8.
-    return path.open("w", encoding="utf-8", errors="backslashreplace")
+    # Line ends are those of the text on every system, or it would be another text.
+    return path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def is_standard_output(path: Path) -> bool:
@@ -79,7 +80,8 @@ def fsync_folder(folder: Path) -> None:
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows flushes no folder, and a file only to who may write it.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

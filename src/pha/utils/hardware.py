@@ -7,7 +7,6 @@ import ctypes
 import functools
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -88,6 +87,10 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes held so far: by the allocator on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows lacks
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -118,7 +121,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 
 
 def _mallopt(parameter: int, value: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # in turn: none, macOS, Windows
         ctypes.CDLL(None).mallopt(parameter, value)
 
 

@@ -47,7 +47,7 @@ def require_folder(path: Path, *, replaced: bool = False) -> None:
             raise PHAError(f"{path} is a file or a device; name a folder")
         place = followed(path)
         if replaced:
-            if place.exists() and (place.is_mount() or place.samefile(Path.cwd())):
+            if place.exists() and (os.path.ismount(place) or place.samefile(Path.cwd())):
                 raise PHAError(f"{path} cannot be replaced as a whole; name a folder inside it")
             place = place.parent
         _require_writable(path, place)

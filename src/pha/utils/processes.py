@@ -34,7 +34,7 @@ def run_processes(
     *,
     parallel: int = 1,
     seconds: float | None = None,
-    stop: signal.Signals = signal.SIGTERM,
+    kill: bool = False,
     started: Callable[[int], object] = lambda index: None,
     ended: Callable[[int, int], object] = lambda index, code: None,
 ) -> None:
@@ -47,7 +47,7 @@ def run_processes(
         commands: what to run.
         parallel: how many run at once. They share the cores, or get a GPU each in turn.
         seconds: for all of them; None for no limit.
-        stop: the signal by which a process is stopped.
+        kill: whether a process that is stopped gets no time to clear up.
         started: called with the index of a command.
         ended: called with the index of a command and its exit code, below zero for a signal.
 
@@ -74,7 +74,7 @@ def run_processes(
                 raise TimeoutError
     finally:
         for _, process in running.values():
-            process.send_signal(stop)
+            process.kill() if kill else process.terminate()
         for _, process in running.values():
             process.communicate()  # closes the pipe and waits
 

@@ -15,6 +15,9 @@ DASH = "–"
 # is drawn as its Unicode control picture. Lone surrogates cannot be encoded at all.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
+# What no file is called on Windows, whatever the ending.
+_DEVICES = r"con|prn|aux|nul|(com|lpt)\d"
+
 
 def printable(text: str) -> str:
     """`text` with control characters made visible, safe to encode and to put into XML."""
@@ -33,8 +36,9 @@ def split_commas(text: str) -> list[str]:
 
 
 def file_name(text: str) -> str:
-    """`text` as the name of one file: what systems give a meaning of their own is a dash."""
-    return re.sub(r"[/\\:]+", "-", text)
+    """`text` as the name of one file: what any system gives a meaning of its own is a dash."""
+    name = re.sub(r'[/\\:*?"<>|\x00-\x1f]+|[. ]+$', "-", text)
+    return f"_{name}" if re.fullmatch(_DEVICES, name.partition(".")[0], re.IGNORECASE) else name
 
 
 def shorten(text: str, limit: int) -> str:
