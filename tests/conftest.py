@@ -26,8 +26,22 @@ settings.register_profile("same", deadline=None, derandomize=True)
 settings.load_profile("same")
 
 
+# Suites about signals, pipes, links, torchrun, and names of any bytes.
+POSIX = {
+    *("utils/test_outputs.py", "utils/test_processes.py", "utils/test_signals.py"),
+    *("train/test_cluster.py", "train/test_processes.py", "train/test_sharding.py"),
+    *("data/test_sources.py", "cli/test_names.py", "test_launch.py"),
+}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` without one; PHA_GPU_TESTS=cpu rehearses it on a CPU."""
+    """Skip what is marked `gpu` without one; PHA_GPU_TESTS=cpu rehearses it on a CPU.
+
+    On Windows skip the suites of `POSIX`.
+    """
+    for item in items if os.name == "nt" else ():
+        if item.path.relative_to(Path(__file__).parent).as_posix() in POSIX:
+            item.add_marker(pytest.mark.skip(reason="is about what Windows lacks"))
     if torch.cuda.is_available() or os.environ.get("PHA_GPU_TESTS") == "cpu":
         return
     for item in items:

@@ -12,6 +12,7 @@ import pytest
 import pha
 from pha.utils.extras import EXTRAS
 from scripts.check_release import ROOT, release_notes
+from tests.conftest import POSIX
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 NAMES = ("src/pha/utils/versions.py", "CITATION.cff", "CHANGELOG.md")
@@ -19,6 +20,10 @@ NAMES = ("src/pha/utils/versions.py", "CITATION.cff", "CHANGELOG.md")
 
 def test_the_next_release_has_notes() -> None:
     assert release_notes().startswith(("**", "-", "#"))
+
+
+def test_suites_that_windows_skips_exist() -> None:
+    assert all((ROOT / "tests" / name).is_file() for name in POSIX)
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +17,13 @@ from tests.conftest import synthetic_text
 
 ROOT = Path(__file__).parents[2]
 
-# Python runs this at its start. It takes away what Windows lacks, and lets nothing flush a folder
-# or a file that is open for reading.
-WITHOUT = """
+# Libraries may use what their builds for this system use. From us is taken what Windows lacks, and
+# nothing flushes a folder or a file that is open for reading.
+PROGRAM = """
 import errno, fcntl, os, signal, sys
+import accelerate, transformers.modeling_utils
 
-for name in ("resource", "pwd", "grp", "termios"):
+for name in ("pwd", "grp", "termios"):
     sys.modules[name] = None
 for name in ("fork", "symlink", "mkfifo", "uname", "killpg", "getuid", "geteuid"):
     delattr(os, name)
@@ -33,15 +36,13 @@ def fsync(descriptor):
         raise OSError(errno.EBADF, "Bad file descriptor")
     flush(descriptor)
 os.fsync = fsync
-"""
-TRAIN = """
-import sys
+
 from pha.cli import main
 
 main(["prepare", "texts", "--tokenizer", "bytes", "--out", "store"])
 main(["train", "pha-tiny.text", "--data", "store", "--out", "run", *sys.argv[1:]])
 main(["export", "run", "shared"])
-main(["generate", "shared", "--prompt", "one", "--max-new-tokens", "2", "--out", "written.txt"])
+main(["generate", "shared", "--prompt", "one", "--max-new-tokens", "2", "--out", "written.jsonl"])
 """
 TINY = (
     "--run.epochs null --run.steps 2 --run.global_batch 2 --run.evaluations 1 "
@@ -53,17 +54,15 @@ TINY = (
 
 def test_from_text_to_text_without_what_windows_lacks(tmp_path: Path) -> None:
     """In a folder whose path is longer than 260 characters and is not ASCII."""
-    (tmp_path / "sitecustomize.py").write_text(WITHOUT, encoding="utf-8")
     place = tmp_path.joinpath("Büro und so", *["x" * 80] * 3)
     (place / "texts").mkdir(parents=True)
     for seed, split in enumerate(("train", "valid", "test")):
         text = synthetic_text(100, seed).replace("\n", "\r\n")
         (place / "texts" / f"{split}.txt").write_bytes(text.encode())
-    source = Path(pha.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", TRAIN, *TINY.split()],
+        [sys.executable, "-c", PROGRAM, *TINY.split()],
         cwd=place,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{source}"},
+        env=os.environ | {"PYTHONPATH": str(Path(pha.__file__).parents[1])},
         capture_output=True,
         text=True,
         timeout=300,
@@ -72,8 +71,16 @@ def test_from_text_to_text_without_what_windows_lacks(tmp_path: Path) -> None:
     assert len(str(place)) > 260
     assert (place / "run" / "result.json").is_file()
     assert (place / "shared" / "README.md").is_file()
-    assert (place / "written.txt").read_bytes().startswith(b"one")
+    written = (place / "written.jsonl").read_bytes()
+    assert json.loads(written)["prompt"] == "one"
+    assert b"\r" not in written
     assert not [path for path in place.rglob(".*") if path.suffix != ".lock"]  # nothing half done
+
+
+def test_no_file_begins_with_a_module_that_windows_lacks() -> None:
+    lacking = re.compile(r"^(import|from) (resource|fcntl|pwd|grp|termios)\b", re.MULTILINE)
+    for path in (ROOT / "src").rglob("*.py"):
+        assert not lacking.search(path.read_text(encoding="utf-8")), path
 
 
 RESERVED = {
