@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 TOOLS := build/tools/bin
 
-.PHONY: help install demo test test-gpu test-slow test-ecosystem test-lowest docs tutorials lint format wheel-check audit lock clean
+.PHONY: help install demo test test-gpu test-slow test-ecosystem test-lowest test-highest docs tutorials lint format wheel-check audit lock clean
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
@@ -35,6 +35,11 @@ test-lowest: $(TOOLS)/uv ## the fast tests with the lowest versions that pyproje
 	$(TOOLS)/uv venv --clear --quiet --python $(PYTHON) build/lowest
 	$(TOOLS)/uv pip install --quiet --python build/lowest --resolution lowest-direct -e '.[dev]'
 	build/lowest/bin/python -m pytest -n auto
+
+test-highest: $(TOOLS)/uv ## the fast tests with the newest versions that pyproject.toml allows
+	$(TOOLS)/uv venv --clear --quiet --python $(PYTHON) build/highest
+	$(TOOLS)/uv pip install --quiet --python build/highest --upgrade -e '.[dev]'
+	build/highest/bin/python -m pytest -n auto
 
 docs: tutorials ## build the site into build/site: open build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

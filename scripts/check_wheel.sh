@@ -9,7 +9,7 @@ python=${1:-python3}
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-dist=$(realpath -m "${2:-$work/dist}")
+dist=$("$python" -c 'import os, sys; print(os.path.abspath(sys.argv[1]))' "${2:-$work/dist}")
 [ ! -e "$dist" ] || { echo "$dist exists; remove it or name another folder" >&2; exit 2; }
 cd "$work"
 unset PYTHONPATH
