@@ -1,6 +1,9 @@
-"""What `pha train --dry-run --devices N` says beside what N processes on this machine take.
+r"""What `pha train --dry-run --devices N` says beside what N processes on this machine take.
 
     python scripts/scaling.py --data STORE --out results/scaling
+    python scripts/scaling.py --data STORE --out results/scaling --name pieces \
+      --recipe pha-tiny.text --data.sequence_length=16384 --run.global_batch=1 \
+      --run.context_parallel={processes}
 
 Each run takes a few steps on the CPU under torchrun, one thread a process. Memory is the highest
 resident size of a process less what it was before there was a model. Traffic is what went over the
@@ -97,6 +100,7 @@ def measure(words: list[str], processes: int) -> dict[str, Any]:
 
 def compare(words: list[str], processes: int) -> dict[str, Any]:
     """Plan and measurement for one number of processes."""
+    words = [word.replace("{processes}", str(processes)) for word in words]
     planned, measured = plan(words, processes), measure(words, processes)
     held = ("weights_bytes", "activation_bytes", "carried_bytes")
     said = {
