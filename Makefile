@@ -29,7 +29,8 @@ test-slow: $(INSTALLED) ## every test, the long ones too
 
 test-ecosystem: $(INSTALLED) ## other people's tools on a small model; installs them
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ecosystem]'
-	$(BIN)/python -m pytest -n 0 tests/ecosystem tests/evals/test_harness.py
+	$(BIN)/python -m pytest -n 0 -m 'not gpu' tests/ecosystem tests/evals/test_harness.py \
+	    tests/sharing/test_serving.py
 
 test-lowest: $(TOOLS)/uv ## the fast tests with the lowest versions that pyproject.toml allows
 	$(TOOLS)/uv venv --clear --quiet --python $(PYTHON) build/lowest

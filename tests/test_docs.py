@@ -67,6 +67,7 @@ NOT_RUN = {
     "make demo": "takes minutes; run where the test is marked slow",
     "make test": "runs this test",
     "pip install": "needs a network and changes the environment",
+    "pha serve": "waits for requests; tests/sharing asks it",
     "torchrun": "needs eight GPUs; tests/train runs two processes on the CPU",
 }
 

@@ -119,6 +119,15 @@ def test_a_client_gets_the_text_that_the_model_writes(
         said = [{"role": "user", "content": "To be"}]
         chat = ask(f"{url}/chat/completions", messages=said, **asked)
         assert chat["choices"][0]["message"]["content"] == expected
+        options = ["max_new_tokens=8", "do_sample=False"]
+        talk = ["-m", "transformers.cli.transformers", "chat", str(folder), url, *options]
+        told = subprocess.run(
+            [sys.executable, *talk],
+            input="To be\nn\n!exit\n",  # no more of that answer, then the end
+            capture_output=True,
+            text=True,
+        )
+        assert "8 tokens in" in told.stdout, told.stdout + told.stderr
         with pytest.raises(HTTPError, match="400"):
             ask(f"{url}/completions", **(asked | {"model": "other"}), prompt="x")
 
