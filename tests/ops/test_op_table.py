@@ -27,6 +27,7 @@ from pha.ops import (
     short_convolution,
     swiglu,
     unit_rotary,
+    unusual,
 )
 from pha.ops.backends import CHOSEN, Trial
 from pha.ops.testing import relative_error
@@ -180,6 +181,8 @@ def test_what_runs_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said["linear_attention"] == "chunked (naive for one step)"
     with OPS["gated_scan"].force("naive"):
         assert in_use("cpu")["gated_scan"] == "naive"
+        assert unusual("cpu") == "gated_scan naive, all others in plain torch"
+    assert unusual("cpu") == "all in plain torch"
     monkeypatch.setitem(OPS["swiglu"].trials, "torch", Trial(lambda _: math.nan, 1.0))
     monkeypatch.setattr(OPS["swiglu"], "faults", {})
     assert in_use("cpu")["swiglu"] == "torch cannot run: it is off by nan"

@@ -10,7 +10,7 @@ import matplotlib
 import pytest
 
 from pha.report import figures, plots
-from pha.utils.text import count, duration, memory, perplexity, printable, shorten
+from pha.utils.text import count, duration, flop, memory, perplexity, printable, shorten
 
 
 def curve(color: int = 0, label: str = "a", points: int = 40) -> figures.Series:
@@ -105,6 +105,7 @@ def test_numbers_read_well() -> None:
         "2 h 04 min",
         "1 d 03 h",
     ]
+    assert [flop(v) for v in (812, 31.6e9)] == ["812 FLOP", "31.6 GFLOP"]
     assert [memory(v) for v in (1.5e9, 9.996e8, 6.4e8)] == ["1.50 GB", "1.00 GB", "640 MB"]
 
 

@@ -6,7 +6,7 @@ n state size, H query heads, G key-value heads, K head size, V vocabulary, N = B
 
 from pha.ops import kernels as kernels  # which makes them known
 from pha.ops.attention import attention
-from pha.ops.backends import OPS, Op, in_use
+from pha.ops.backends import OPS, Op, in_use, unusual
 from pha.ops.diagonal_ssm import diagonal_ssm
 from pha.ops.dss import dss
 from pha.ops.gated_scan import gated_scan
@@ -39,4 +39,5 @@ __all__ = [
     "swiglu",
     "token_statistics",
     "unit_rotary",
+    "unusual",
 ]

@@ -171,8 +171,15 @@ class Op:
 
 
 def in_use(device_type: str) -> dict[str, str]:
-    """Op -> what runs on tensors of `device_type`: for the log of a run and rows of benchmarks."""
+    """Op -> what runs on tensors of `device_type`: for rows of benchmarks."""
     return {op.name: op.describe(device_type) for op in OPS.values()}
+
+
+def unusual(device_type: str) -> str:
+    """What runs on tensors of `device_type` in the place of torch's own operations, in words."""
+    other = [op for op in OPS.values() if op.choice(device_type) != op.plain]
+    said = [f"{op.name} {op.describe(device_type)}" for op in other]
+    return ", ".join([*said, "all others in plain torch" if said else "all in plain torch"])
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:

@@ -27,7 +27,7 @@ from pha.foreign import ForeignModel
 from pha.loading import load_model
 from pha.model import ArchitectureConfig
 from pha.model.config import vars_of
-from pha.ops import in_use
+from pha.ops import unusual
 from pha.peers import PREFIX
 from pha.results import RunResult
 from pha.runs import RunFolder
@@ -40,7 +40,7 @@ from pha.utils.errors import PHAError
 from pha.utils.files import cache_folder
 from pha.utils.hardware import choose_precision, device_name
 from pha.utils.progress import make_console
-from pha.utils.text import count, duration, memory
+from pha.utils.text import count, duration, flop, memory
 
 # The main process prepares data and evaluates at the end while the others wait for it in a
 # collective, which by default fails after minutes. `run.timeout` is what ends a hanging run.
@@ -170,7 +170,7 @@ def print_plan(session: Session) -> None:
     device = session.accelerator.device
     cut = f"{plan.micro_batch} at a time" if plan.accumulation > 1 else "at once"
     carried = f", {memory(plan.carried_bytes)} carried" if plan.carried_bytes else ""
-    rate = f"{count(plan.matmul_flops)}FLOP/s"
+    rate = f"{flop(plan.matmul_flops)}/s"
     lines = [
         f"model      {config.model_name or 'custom'}, {count(plan.parameters)} parameters",
         f"device     {device_name(device)}, {run.precision}, matrix products at {rate} measured"
@@ -182,7 +182,7 @@ def print_plan(session: Session) -> None:
         f"memory     {memory(plan.weights_bytes)} for weights, gradients and moments, "
         f"{memory(plan.activation_bytes)} for a micro-batch{carried}; "
         f"{memory(plan.free_bytes)} free",
-        f"work       {count(plan.flops)}FLOP, those of mixers counted",
+        f"work       {flop(plan.flops)}, those of mixers counted",
         *_network(plan),
         *_ops(session),
         *_warm_up(config, plan),
@@ -207,8 +207,7 @@ def _ops(session: Session) -> list[str]:
         return ["watch      off: it knows the layers of ours alone"]
     if session.card is not None:
         return []
-    used = in_use(session.accelerator.device.type).items()
-    return ["ops        " + ", ".join(f"{op} {what}" for op, what in used)]
+    return [f"ops        {unusual(session.accelerator.device.type)}"]
 
 
 def _network(plan: Plan) -> list[str]:

@@ -80,6 +80,12 @@ def count(value: float | None) -> str:
     return f"{value:,.0f}"
 
 
+def flop(value: float) -> str:
+    """Three significant figures and their unit: 812 FLOP, 31.6 GFLOP."""
+    text = count(value)
+    return f"{text[:-1]} {text[-1]}FLOP" if text[-1].isalpha() else f"{text} FLOP"
+
+
 def memory(value: float | None) -> str:
     """Bytes as GB or MB: 1.23 GB, 640 MB."""
     if not _known(value):
