@@ -25,6 +25,7 @@ from tests.modeling.common import (
 
 SMALL: dict[str, dict[str, Any]] = {
     "compressive_attention": {"window": 5, "slots": 4, "rate": 3},
+    "extended_gss": {"output_gate": True, "convolution": True, "input_dt": True},
     "gated_deltanet": {"heads": 3, "key_size": 6, "value_size": 10},
     "h3": {"modes": 5},
     "hyena": {"order": 3, "max_length": 20, "filter_size": 8},

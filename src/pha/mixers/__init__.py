@@ -4,6 +4,7 @@ Importing this package makes them known to `branches` in a configuration.
 """
 
 from pha.mixers.compressive import CompressiveAttention
+from pha.mixers.extended_gss import ExtendedGSS
 from pha.mixers.gated_deltanet import GatedDeltaNet
 from pha.mixers.h3 import H3
 from pha.mixers.hyena import Hyena
@@ -22,6 +23,7 @@ __all__ = [
     "RGLRU",
     "S4D",
     "CompressiveAttention",
+    "ExtendedGSS",
     "GatedDeltaNet",
     "Hyena",
     "LinearAttention",

@@ -160,7 +160,8 @@ class Branch(nn.Module):
         keeps_keys: it passes keys and values to `LayerCache.update`, exactly once a call. The cache
             has room for those of one branch in a layer.
         states: names of the states that it keeps in the cache; see `past` and `keep`.
-        float32: its parameters that stay float32 whatever the rest is in.
+        float32: its parameters that stay float32 whatever the rest is in. Here and below, what an
+            option leaves out may be named.
         no_decay: its matrices without weight decay. Vectors never have any.
         capped_rate: its parameters whose learning rate has a cap of its own.
         unit_gain: its linear layers that DeepNorm's initialisation leaves at gain 1.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import gated_scan
+from pha.ops.precision import accumulation_type
 
 GROUP = 16  # states per HiPPO group: A = -(k + 1) for k = 0..15
 
@@ -29,9 +31,9 @@ class GatedStateSpace(Branch):
     """
 
     in_pieces = True
-    states = ("h",)
+    states: ClassVar[tuple[str, ...]] = ("h",)
     float32 = capped_rate = ("log_A", "log_dt")
-    unit_gain = ("W_g",)
+    unit_gain: ClassVar[tuple[str, ...]] = ("W_g",)
 
     def __init__(self, config: ArchitectureConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -54,10 +56,11 @@ class GatedStateSpace(Branch):
             low, high = (math.log(dt) for dt in self.dt_range)
             self.log_dt.uniform_(low, high)
 
-    def decay_and_scale(self) -> tuple[Tensor, Tensor]:
-        """a = exp(dt A) and b, each (n,) float32."""
-        dt = self.log_dt.float().exp().repeat_interleave(GROUP)
-        dt_A = -dt * self.log_A.float().exp()
+    def decay_and_scale(self, dt: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """a = exp(dt A) and b, each (n,); or (..., n) for time steps (..., n / 16) of its own."""
+        if dt is None:
+            dt = self.log_dt.to(accumulation_type(self.log_dt)).exp()
+        dt_A = -dt.repeat_interleave(GROUP, -1) * self.log_A.to(dt.dtype).exp()
         a = dt_A.exp()
         # expm1 keeps the precision of 1 - a and 1 - a^2 where a is close to 1.
         if self.input_scaling == "zero-order-hold":

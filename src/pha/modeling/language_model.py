@@ -55,7 +55,9 @@ class PHAPreTrainedModel(PreTrainedModel):
         special = {name for m in self.modules() for name in getattr(type(m), "float32", ())}
         self._keep_in_fp32_modules_strict = special
         branches = [module for module in self.modules() if isinstance(module, Branch)]
-        self._unit_gain = {id(b.get_submodule(name)) for b in branches for name in b.unit_gain}
+        self._unit_gain = {
+            id(getattr(branch, name, None)) for branch in branches for name in branch.unit_gain
+        }
         super().post_init()
 
     @torch.no_grad()
