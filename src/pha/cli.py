@@ -30,8 +30,7 @@ from pha.utils.errors import (
     TrainingInterruptedError,
     is_out_of_memory,
 )
-from pha.utils.extras import remedy
-from pha.utils.modules import asked_for
+from pha.utils.modules import asked_for, remedy
 from pha.utils.processes import leave_with_parent
 from pha.utils.signals import exit_code, leave, on_stop_signals, write_nowhere
 from pha.utils.text import did_you_mean, printable, split_commas
@@ -63,7 +62,7 @@ VERBS = {
     "inspect": "inspection:inspect",
     "report": "inspection:report",
     "doctor": "inspection:doctor",
-    "check-branch": "branches:check_branch",
+    "check-branch": "inspection:check_branch",
     "bench": "benchmark:bench",
     "completion": ".completion:completion",
 }

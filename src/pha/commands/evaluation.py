@@ -101,7 +101,6 @@ def evaluate(
         nats: keep the loss of every token here (safetensors), for `pha compare`
     """
     from pha.data import TokenStore
-    from pha.data.tokenizer import tokenizer_hashes
     from pha.evals.compare import keep_nats
     from pha.evals.perplexity import evaluate as run_evaluation
     from pha.evals.protocols import own_protocol, parse_protocols
@@ -114,7 +113,7 @@ def evaluate(
     device, options = default_device(), read_attention(attention)
     loaded = load_model(model, device, attention=options)
     store = TokenStore.open(data)
-    store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
+    store.require_tokenizer(loaded.tokenizer)
     base = choose_protocol(sequence_length, stride, packed_documents, own_protocol(loaded))
     protocols = [base]
     if protocol:

@@ -1,4 +1,4 @@
-"""Verbs that look at models, runs and machines: params, mixing, inspect, report, doctor."""
+"""Verbs that look at models, runs, branches and machines, and train nothing."""
 
 from __future__ import annotations
 
@@ -185,11 +185,10 @@ def inspect(
     """
     from pha.commands.evaluation import choose_protocol
     from pha.data import TokenStore
-    from pha.data.tokenizer import tokenizer_hashes
     from pha.evals.inspection import Inspection, inspect_model, inspect_weights
     from pha.evals.protocols import own_protocol
     from pha.loading import load_model
-    from pha.report.branches import PICTURES, save_pictures
+    from pha.report.figures import PICTURES, save_pictures
     from pha.results import JSON_FORMAT
     from pha.train.models import initial_model
     from pha.utils.files import write_json
@@ -208,7 +207,7 @@ def inspect(
         found = Inspection(inspect_weights(body, start))
     else:
         store = TokenStore.open(data)
-        store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
+        store.require_tokenizer(loaded.tokenizer)
         protocol = choose_protocol(sequence_length, None, False, own_protocol(loaded))
         length = protocol.sequence_length
         with progress_bars() as progress:
@@ -364,3 +363,36 @@ def _doctor_table(findings: dict[str, Any]) -> Table:
             f"{check['backend']}{used}: {state}",
         )
     return table
+
+
+def check_branch(module: str, *, json: Json = False) -> None:
+    """What a branch of your own keeps of what every branch promises.
+
+    A line each: whether it looks ahead, splits through the cache as in one piece, keeps documents
+    apart, leaves padding out, runs in bf16, exports, and how fast it is beside gss. Nothing is
+    trained.
+
+    Args:
+        module: such as my_branch for a file my_branch.py here
+    """
+    from pha import mixers as mixers  # which makes them known
+    from pha.bench.branch import check_branch as check
+    from pha.model import BRANCHES
+    from pha.utils.modules import import_modules
+
+    import_modules([module], "check-branch")
+    names = [name for name, kind in BRANCHES.items() if kind.__module__ == module]
+    if not names:
+        raise PHAError(f"{module} registers no branch; see `register_branch` in docs/extending.md")
+    record, tables, failed = {}, [], []
+    for name in names:
+        table = Table(title=f"branch {name}", title_justify="left", show_header=False)
+        findings = list(check(name))
+        for each in findings:
+            table.add_row(each.what, "ok" if each.passed else "FAILS", each.words)
+        failed += [f"{name}: {each.what}" for each in findings if not each.passed]
+        record[name] = [asdict(each) for each in findings]
+        tables.append(table)
+    answer(json, record, *tables)
+    if failed:
+        raise PHAError(f"not kept: {', '.join(failed)}")

@@ -63,7 +63,6 @@ def probe(
         out: write probe-NAME.json, .svg and .png for each probe
     """
     from pha.data import TokenStore
-    from pha.data.tokenizer import tokenizer_hashes
     from pha.evals.probes import PROBES
     from pha.evals.probes.reading import Question
     from pha.evals.protocols import DEFAULT_LENGTH, own_protocol
@@ -87,7 +86,7 @@ def probe(
     device, store, options = default_device(), TokenStore.open(data), read_attention(attention)
     loaded = [load_model(path, device, attention=options) for path in models]
     for model in loaded:
-        store.require_tokenizer(*tokenizer_hashes(model.tokenizer))
+        store.require_tokenizer(model.tokenizer)
     lengths = {p.sequence_length for m in loaded if (p := own_protocol(m)) is not None}
     if sequence_length is None and len(lengths) > 1:
         raise PHAError(

@@ -17,8 +17,8 @@ from pha.evals.protocols import Protocol, Window
 from pha.loading import LanguageModel
 from pha.results import Evaluation
 from pha.utils.errors import PHAError
-from pha.utils.hardware import PRECISIONS, synchronise
-from pha.utils.turns import turns
+from pha.utils.hardware import autocast, synchronise
+from pha.utils.processes import turns
 
 BATCH_TOKENS = 8192
 
@@ -188,7 +188,7 @@ def score_rows(
     for begin in range(0, length, size):
         here = wanted[(wanted >= begin) & (wanted < begin + size)]
         at = torch.from_numpy(here).to(device)
-        with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+        with autocast(device.type, precision):
             x = model.states(ids[:, begin : min(begin + size, length)], starts, cache)
             nats, hits = model.token_statistics(
                 x[:, at - begin].flatten(0, 1), ids[:, at + 1].flatten()

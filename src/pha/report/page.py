@@ -16,9 +16,8 @@ from markupsafe import Markup
 
 from pha import __version__
 from pha.report import figures, plots
-from pha.report.collect import Run, collect
+from pha.report.collect import Run, collect, fact_groups
 from pha.report.compare import comparisons, limits, warnings
-from pha.report.facts import fact_groups
 from pha.report.figures import Axis, Series
 from pha.results import Sample
 from pha.utils.files import write_text

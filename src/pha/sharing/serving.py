@@ -9,8 +9,8 @@ from pathlib import Path
 from pha.loading import model_folder
 from pha.modeling import PHAForCausalLM
 from pha.utils.errors import PHAError
-from pha.utils.extras import EXTRAS
 from pha.utils.hardware import default_device
+from pha.utils.modules import EXTRAS
 
 
 def serve_model(source: Path, host: str, port: int) -> None:

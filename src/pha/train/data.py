@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict, Unpack
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from pha.data.planting import Planter
 from pha.data.sampler import WindowSampler
 from pha.data.store import TokenStore
-from pha.data.tokenizer import tokenizer_sha256
+from pha.data.tokenizer import tokenizer_hashes, tokenizer_sha256
 from pha.evals import protocols
 from pha.evals.perplexity import evaluate
 from pha.evals.tasks import evaluate_task
@@ -28,6 +28,14 @@ from pha.train.config import DataConfig, TrainConfig
 from pha.utils.errors import PHAError
 
 UNBOUNDED = 1 << 40  # sequences, where there is no end of them
+
+
+class Limits(TypedDict, total=False):
+    """How much a validation reads, and with whom; see `pha.evals.perplexity.evaluate`."""
+
+    max_tokens: int | None
+    share: tuple[int, int]
+    reduce: Callable[[Tensor], Tensor] | None
 
 
 class TrainingData(Protocol):
@@ -49,8 +57,8 @@ class TrainingData(Protocol):
         """Of the tokens; it is saved with every model."""
         ...
 
-    def require_tokenizer(self, *hashes: str) -> None:
-        """Refuse a model whose tokenizer, given by its hashes, is another one."""
+    def require_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Refuse a model whose tokenizer is another one."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -66,12 +74,7 @@ class TrainingData(Protocol):
         ...
 
     def validate(
-        self,
-        model: LanguageModel,
-        precision: str,
-        max_tokens: int | None = None,
-        share: tuple[int, int] = (0, 1),
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        self, model: LanguageModel, precision: str, **limits: Unpack[Limits]
     ) -> Evaluation:
         """What chooses the weights."""
         ...
@@ -119,17 +122,10 @@ class TextData:
         )
 
     def validate(
-        self,
-        model: LanguageModel,
-        precision: str,
-        max_tokens: int | None = None,
-        share: tuple[int, int] = (0, 1),
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        self, model: LanguageModel, precision: str, **limits: Unpack[Limits]
     ) -> Evaluation:
         """The validation split."""
-        return self._evaluate(
-            model, "validation", precision, max_tokens=max_tokens, share=share, reduce=reduce
-        )
+        return self._evaluate(model, "validation", precision, **limits)
 
     def test(self, model: LanguageModel, precision: str) -> Evaluation:
         """The test split, or the validation split where there is no other."""
@@ -141,7 +137,7 @@ class TextData:
         return []
 
     def _evaluate(
-        self, model: LanguageModel, split: str, precision: str, **limits: Any
+        self, model: LanguageModel, split: str, precision: str, **limits: Unpack[Limits]
     ) -> Evaluation:
         protocol = protocols.Protocol(self.length, self.length, self.data.packed_documents)
         return evaluate(model, self.store, split, protocol, precision=precision, **limits)
@@ -185,9 +181,9 @@ class TaskData:
         """A word is a token."""
         return words_tokenizer(self.words)
 
-    def require_tokenizer(self, *hashes: str) -> None:
+    def require_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Its words must be the same."""
-        if tokenizer_sha256(self.tokenizer()) not in hashes:
+        if tokenizer_sha256(self.tokenizer()) not in tokenizer_hashes(tokenizer):
             raise PHAError(f"the model has other tokens than {self.name}; train one from scratch")
 
     def describe(self) -> dict[str, Any]:
@@ -211,23 +207,12 @@ class TaskData:
         return TaskSampler(self.task, self.data.sequence_length, run.global_batch, run.seed)
 
     def validate(
-        self,
-        model: LanguageModel,
-        precision: str,
-        max_tokens: int | None = None,
-        share: tuple[int, int] = (0, 1),
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        self, model: LanguageModel, precision: str, **limits: Unpack[Limits]
     ) -> Evaluation:
         """The first test, on sequences of its own."""
+        test = self.tests[0]
         return evaluate_task(
-            model,
-            self.tests[0],
-            "validation",
-            for_validation=True,
-            max_tokens=max_tokens,
-            precision=precision,
-            share=share,
-            reduce=reduce,
+            model, test, "validation", for_validation=True, precision=precision, **limits
         )
 
     def test(self, model: LanguageModel, precision: str) -> Evaluation:

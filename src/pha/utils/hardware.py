@@ -26,6 +26,11 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLOW = 5e9  # FLOP/s of products, at which one of size 1,024 takes half a second
 
 
+def autocast(device_type: str, precision: str) -> torch.autocast:
+    """The context of matrix products in a precision; what is multiplied keeps its own type."""
+    return torch.autocast(device_type, PRECISIONS[precision], enabled=precision != "fp32")
+
+
 def default_device() -> torch.device:
     """The accelerator where there is one, else the CPU."""
     if torch.accelerator.is_available():
