@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -135,7 +136,7 @@ def evaluate(
                 with writing(nats):
                     kept.write(nats)
             results.append(found)
-    content = [result.to_dict() for result in results]
+    content = list(map(asdict, results))
     facts: dict[str, Any] = {"attention": options} if options else {}
     facts["provenance"] = provenance(device, chosen)
     title, windows = f"{model} on the {split} split of {data}", results[0].protocol
@@ -143,7 +144,8 @@ def evaluate(
         table = _measures_table(title, {"value": results[0]})
         record, line = content[0], f"protocol: {describe_protocol(windows)}"
     else:
-        table = _measures_table(title, {_heading(result.protocol): result for result in results})
+        columns = {"{name}\n{sequence_length}/{stride}".format(**r.protocol): r for r in results}
+        table = _measures_table(title, columns)
         record = {"evaluations": content}
         line = f"LENGTH/STRIDE in tokens; {windows['documents']}, {windows['precision']}"
     answer(json, {"model": str(model)} | record | facts, table, line)
@@ -253,10 +255,6 @@ def _common_protocol(
                 "without; choose with --packed-documents or --no-packed-documents"
             )
     return mine or other
-
-
-def _heading(protocol: dict[str, Any]) -> str:
-    return f"{protocol['name']}\n{protocol['sequence_length']}/{protocol['stride']}"
 
 
 def _measures_table(title: str, results: Mapping[str, Evaluation], against: bool = False) -> Table:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +31,7 @@ from pha.utils.text import DASH, fixed, percent
 
 if TYPE_CHECKING:
     from pha.evals.compare import Interval
-    from pha.evals.inspection import Horizon, Inspection, Memory
+    from pha.evals.inspection import Inspection, Memory
 
 
 def params(
@@ -221,7 +222,7 @@ def inspect(
             )
     facts: dict[str, Any] = {"format": JSON_FORMAT, "model": str(model)}
     facts |= {"attention": options} if options else {}
-    content = facts | found.to_dict() | {"provenance": provenance(device, chosen)}
+    content = facts | asdict(found) | {"provenance": provenance(device, chosen)}
     if out is not None:
         with writing(out):
             write_json(out / "inspection.json", content)
@@ -239,10 +240,10 @@ def _describe(found: Inspection, model: str) -> Iterator[RenderableType]:
     if found.agreement is not None:
         tau, p = found.agreement
         yield f"effective share against need by layer: Kendall's tau {tau:+.2f} (p = {p:.2g})"
-    names = list(dict.fromkeys(each.branch for each in found.horizons))
+    names, by_window = list(dict.fromkeys(x.branch for x in found.horizons)), attrgetter("window")
     title = "horizon: rise of the loss when tokens see the last w alone through a branch"
     table = figures_table(title, "w", *names)
-    for window, group in groupby(sorted(found.horizons, key=_by_window), _by_window):
+    for window, group in groupby(sorted(found.horizons, key=by_window), by_window):
         by_name = {each.branch: each.nats for each in group}
         table.add_row(f"{window:,}", *(_nats(by_name.get(name)) for name in names))
     yield table
@@ -260,10 +261,6 @@ def _describe(found: Inspection, model: str) -> Iterator[RenderableType]:
         f"protocol: windows of {at['length']} tokens, {at['tokens_scored']:,} tokens of "
         f"the {at['split']} split, prefix {at['prefix']}, intervals {at['intervals']}"
     )
-
-
-def _by_window(each: Horizon) -> int:
-    return each.window
 
 
 def _branches_table(found: Inspection, model: str) -> Table:

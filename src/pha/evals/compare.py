@@ -168,7 +168,7 @@ class PairedComparison:
             "difference": asdict(self.difference),
             "bootstrap": {"low": self.bootstrap[0], "high": self.bootstrap[1]},
             "perplexity_ratio": {"ratio": ratio, "low": low, "high": high},
-            "evaluations": [evaluation.to_dict() for evaluation in self.evaluations],
+            "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
             "blocks": {
                 "tokens": self.block_tokens,
                 "neighbour_correlation": neighbour_correlation(self.block_differences),

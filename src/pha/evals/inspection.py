@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -142,10 +142,6 @@ class Inspection:
     horizons: list[Horizon] = field(default_factory=list)
     hand_off: list[HandOff] = field(default_factory=list)
     protocol: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain mapping for JSON."""
-        return asdict(self)
 
 
 def inspect_weights(

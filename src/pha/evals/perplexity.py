@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import groupby, islice
 from typing import Any
 
@@ -75,7 +75,10 @@ def evaluate(
     model.eval()
     try:
         for batch, counts_here in turns(batches, share):
-            ids, marks = _rows(tokens, starts, batch)
+            ids = np.stack([tokens[w.start : w.end + 1].astype(np.int64) for w in batch])
+            marks = None
+            if starts is not None:
+                marks = np.stack([starts[w.start : w.end] for w in batch])
             wanted = np.arange(batch[0].first_scored, ids.shape[1] - 1)
             shape = shape or ids.shape
             # The last rows, which are fewer or shorter, are not worth compiling for.
@@ -142,14 +145,6 @@ def _batches(protocol: Protocol, tokens: int, batch_tokens: int) -> list[list[Wi
         while batch := list(islice(group, rows)):
             found.append(batch)
     return found
-
-
-def _rows(
-    tokens: np.ndarray, starts: np.ndarray | None, batch: Sequence[Window]
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Tokens (B, T + 1) of windows and, where documents are kept apart, their starts (B, T)."""
-    ids = np.stack([tokens[w.start : w.end + 1].astype(np.int64) for w in batch])
-    return ids, None if starts is None else np.stack([starts[w.start : w.end] for w in batch])
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -158,7 +159,10 @@ def against_size(
 
 
 def _draw_points(axes: Axes, points: Sequence[Point], join: bool) -> None:
-    places = sorted(((p.x, _height(p), p) for p in points), key=lambda place: place[:2])
+    heights = [fmean(p.values) if p.place is None else p.place for p in points]
+    places = sorted(
+        ((p.x, y, p) for p, y in zip(points, heights, strict=True)), key=lambda place: place[:2]
+    )
     blue = plots.series_color(0)
     if join and not any(point.grey for point in points):
         axes.plot([x for x, _, _ in places], [y for _, y, _ in places], linewidth=0.9, color=blue)
@@ -170,10 +174,6 @@ def _draw_points(axes: Axes, points: Sequence[Point], join: bool) -> None:
             axes.plot([x] * len(point.values), point.values, **_RING)
     axes.margins(x=0.2, y=0.15)
     _name_points(axes, places)
-
-
-def _height(point: Point) -> float:
-    return math.fsum(point.values) / len(point.values) if point.place is None else point.place
 
 
 def _name_points(axes: Axes, places: Sequence[tuple[float, float, Point]]) -> None:

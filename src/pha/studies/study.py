@@ -61,8 +61,15 @@ class Files:
             "sentences": list(sentences),
             "summarised": provenance(default_device(), "-"),
         }
+        said = "".join(f"- {sentence}\n" for sentence in sentences)
+        markdown = "\n".join(table.to_markdown() for table in tables)
         with writing(self.folder):
-            self._write(tables, sentences, content)
+            write_json(self.folder / "study.json", content)
+            write_text(self.folder / "table.md", markdown + (f"\n{said}" if said else ""))
+            write_text(self.folder / "table.tex", "\n".join(table.to_latex() for table in tables))
+            for number, table in enumerate(tables, start=1):
+                name = "table.csv" if number == 1 else f"table-{number}.csv"
+                write_text(self.folder / name, table.to_csv())
         return content
 
     @contextmanager
@@ -81,18 +88,6 @@ class Files:
             with hold(self.folder / ".lock", lambda: refusal) as is_held:
                 remove_leftovers(self.folder, held=is_held)
                 yield
-
-    def _write(
-        self, tables: Sequence[TextTable], sentences: Sequence[str], content: dict[str, Any]
-    ) -> None:
-        write_json(self.folder / "study.json", content)
-        said = "".join(f"- {sentence}\n" for sentence in sentences)
-        markdown = "\n".join(table.to_markdown() for table in tables)
-        write_text(self.folder / "table.md", markdown + (f"\n{said}" if said else ""))
-        write_text(self.folder / "table.tex", "\n".join(table.to_latex() for table in tables))
-        for number, table in enumerate(tables, start=1):
-            name = "table.csv" if number == 1 else f"table-{number}.csv"
-            write_text(self.folder / name, table.to_csv())
 
     def tell(
         self, tables: Sequence[TextTable], sentences: Sequence[str], pictures: Sequence[Path]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -38,62 +38,18 @@ class Limits(TypedDict, total=False):
     reduce: Callable[[Tensor], Tensor] | None
 
 
-class TrainingData(Protocol):
-    """Where batches come from, and what chooses and judges the weights.
+class TextData:
+    """A text: windows of its training split, perplexity on the others.
 
     Attributes:
         name: for messages.
         sha256: of the data themselves, which must not change under a run.
         vocab_size: every token is below it.
         length: T of a sequence in what judges the weights.
+        tokenizer: makes that of the tokens, which is saved with every model.
+        require_tokenizer: refuses a model whose tokenizer is another one.
+        describe: makes what a result has to say of the data, ready for JSON.
     """
-
-    name: str
-    sha256: str
-    vocab_size: int
-    length: int
-
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Of the tokens; it is saved with every model."""
-        ...
-
-    def require_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Refuse a model whose tokenizer is another one."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What a result has to say of the data, ready for JSON."""
-        ...
-
-    def windows(self) -> int:
-        """Sequences in a pass over the training split."""
-        ...
-
-    def sampler(self, config: TrainConfig) -> WindowSampler | TaskSampler:
-        """The batches of a run."""
-        ...
-
-    def validate(
-        self, model: LanguageModel, precision: str, **limits: Unpack[Limits]
-    ) -> Evaluation:
-        """What chooses the weights."""
-        ...
-
-    def test(self, model: LanguageModel, precision: str) -> Evaluation:
-        """What judges them, of which `validate` sees nothing."""
-        ...
-
-    def other_tests(self, model: LanguageModel, precision: str) -> list[Evaluation]:
-        """What is measured besides."""
-        ...
-
-    def prompts(self, length: int) -> list[str]:
-        """Two texts of so many tokens to continue."""
-        ...
-
-
-class TextData:
-    """A text: windows of its training split, perplexity on the others."""
 
     def __init__(self, store: TokenStore, data: DataConfig) -> None:
         self.store, self.data = store, data
@@ -103,11 +59,11 @@ class TextData:
         self.describe = store.describe
 
     def windows(self) -> int:
-        """See `TrainingData`, as of all that follow."""
+        """Sequences in a pass over the training split."""
         return max(0, (len(self.store.tokens("train")) - 1) // self.length)
 
     def sampler(self, config: TrainConfig) -> WindowSampler:
-        """Windows in an order that the seed fixes."""
+        """The batches of a run: windows in an order that the seed fixes."""
         store, data = self.store, self.data
         starts = store.document_starts("train")
         return sampler_class(data)(
@@ -124,16 +80,16 @@ class TextData:
     def validate(
         self, model: LanguageModel, precision: str, **limits: Unpack[Limits]
     ) -> Evaluation:
-        """The validation split."""
+        """What chooses the weights: the validation split."""
         return self._evaluate(model, "validation", precision, **limits)
 
     def test(self, model: LanguageModel, precision: str) -> Evaluation:
-        """The test split, or the validation split where there is no other."""
+        """What judges them: the test split, or the validation split where there is no other."""
         split = "test" if "test" in self.store.splits else "validation"
         return self._evaluate(model, split, precision)
 
     def other_tests(self, model: LanguageModel, precision: str) -> list[Evaluation]:
-        """None."""
+        """What is measured besides: nothing."""
         return []
 
     def _evaluate(
@@ -143,7 +99,7 @@ class TextData:
         return evaluate(model, self.store, split, protocol, precision=precision, **limits)
 
     def prompts(self, length: int) -> list[str]:
-        """The openings of two validation documents, or of the two halves of a running text."""
+        """Two texts to continue: the openings of two validation documents, or of two halves."""
         tokens = self.store.tokens("validation")
         starts = self.store.document_starts("validation")
         second = int(starts[len(starts) // 2]) if len(starts) > 1 else len(tokens) // 2
@@ -153,6 +109,8 @@ class TextData:
 
 class TaskData:
     """A task: fresh sequences at every step, loss and accuracy of the answers of its tests.
+
+    It has what `TextData` has.
 
     Raises:
         PHAError: no such task, or options that do not fit.
@@ -229,3 +187,7 @@ class TaskData:
         """The openings of two sequences of the first test."""
         (block, _), tokenizer = next(self.tests[0].blocks(for_validation=True)), self.tokenizer()
         return [tokenizer.decode(row[:length].tolist()) for row in block.tokens[:2]]
+
+
+TrainingData = TextData | TaskData
+"""Where batches come from, and what chooses and judges the weights."""

@@ -102,14 +102,13 @@ def judge(extension: Extension, progress: Progress | None = None) -> Verdict:
             after[old],
             after[new] <= after[old],
         ),
-        Gate(f"needle gain at {new}: its interval above 0", *_of_gain(gain), words),
+        Gate(
+            f"needle gain at {new}: its interval above 0",
+            *(None if gain is None else gain.mean, 0.0, None if gain is None else gain.low > 0),
+            words,
+        ),
     ]
     return Verdict(losses, gain, gates, readings)
-
-
-def _of_gain(gain: Interval | None) -> tuple[float | None, float, bool | None]:
-    """Value, limit and outcome of the gate of needles."""
-    return (None, 0.0, None) if gain is None else (gain.mean, 0.0, gain.low > 0)
 
 
 def _named(progress: Progress, name: str) -> Callable[[int, int], None]:
