@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from pha.bench import memory, worker
-from pha.bench.kernels import kernels
 from pha.bench.op_work import OP_MODES, PASSES, op_backends
 from pha.bench.peers import model_config
 from pha.bench.work import MODEL_MODES, Job
@@ -141,7 +140,7 @@ class Request:
 
         device_type = default_device().type
         if self.mode == KERNELS:
-            names = kernels(device_type, mode)
+            names = worker.kernels(device_type, mode)
             cases = {"all kernels": (), **{f"no {name}": (name,) for name in names}}
             if len(names) > 1:
                 cases["plain torch"] = tuple(names)

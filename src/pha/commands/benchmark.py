@@ -15,7 +15,7 @@ from rich.text import Text
 
 from pha.commands.common import DryRun, Folder, Json, answer, figures_table, progress_console
 from pha.utils.errors import PHAError
-from pha.utils.outputs import require_folder, require_own, writing
+from pha.utils.outputs import require_outputs, writing
 
 if TYPE_CHECKING:
     from pha.bench.work import Job
@@ -159,11 +159,9 @@ def bench(
         "rows": [],
         "provenance": provenance(device, ",".join(precision)),
     }
-    if out is not None:
-        require_folder(out)
-        require_own(out / f"bench-{mode}.json")
-        if request is None:
-            record["rows"] = _earlier_rows(out / "bench-all.json", record)
+    require_outputs(out, f"bench-{mode}.json")
+    if out is not None and request is None:
+        record["rows"] = _earlier_rows(out / "bench-all.json", record)
     console = progress_console()
 
     def keep(rows: list[dict[str, Any]]) -> None:
@@ -343,9 +341,7 @@ def _sweep_scan(
     configs = [model_config(name, max(lengths)) for name in models]
     if not all(isinstance(config, PHAConfig) for config in configs):
         raise PHAError("sweep takes the shapes of our presets; leave hf:PEER out")
-    if out is not None:
-        require_folder(out)
-        require_own(out / "bench-sweep.json")
+    require_outputs(out, "bench-sweep.json")
     shapes = [(batch, length, config.state_size) for config in configs for length in lengths]
     with progress_console().status("") as status:
         rows, best = sweep(shapes, PRECISIONS[precision], seconds, progress=status.update)

@@ -27,7 +27,7 @@ from pha.commands.common import (
     read_attention,
 )
 from pha.utils.errors import PHAError
-from pha.utils.outputs import require_file, require_folder, require_own, writing
+from pha.utils.outputs import require_file, require_outputs, writing
 from pha.utils.text import perplexity, printable
 
 if TYPE_CHECKING:
@@ -189,9 +189,7 @@ def compare(
     from pha.results import JSON_FORMAT
     from pha.utils.hardware import choose_precision, default_device, provenance
 
-    if out is not None:
-        require_folder(out)
-        require_own(*(out / f"comparison.{ending}" for ending in ("json", "svg", "png")))
+    require_outputs(out, *(f"comparison.{ending}" for ending in ("json", "svg", "png")))
     device, store = default_device(), TokenStore.open(data)
     chosen = choose_precision(precision, device)
     if a.is_file() or b.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -26,7 +27,7 @@ from pha.commands.common import (
     read_attention,
 )
 from pha.utils.errors import PHAError
-from pha.utils.outputs import require_folder, require_own, writing
+from pha.utils.outputs import require_outputs, writing
 from pha.utils.text import DASH, fixed, percent
 
 if TYPE_CHECKING:
@@ -195,10 +196,8 @@ def inspect(
     from pha.utils.files import write_json
     from pha.utils.hardware import choose_precision, default_device, provenance
 
-    if out is not None:
-        require_folder(out)
-        pictures = (f"inspection-{what}.{kind}" for what in PICTURES for kind in ("svg", "png"))
-        require_own(out / "inspection.json", *(out / name for name in pictures))
+    pictures = (f"inspection-{what}.{kind}" for what in PICTURES for kind in ("svg", "png"))
+    require_outputs(out, "inspection.json", *pictures)
     device, options = default_device(), read_attention(attention)
     loaded = load_model(model, device, attention=options)
     body, start = loaded.pha, initial_model(loaded.run)
@@ -218,7 +217,7 @@ def inspect(
                 tokens=tokens,
                 start=start,
                 precision=chosen,
-                progress=lambda _, done, total: progress(f"{split} split", done, total),
+                progress=partial(progress, f"{split} split"),
             )
     facts: dict[str, Any] = {"format": JSON_FORMAT, "model": str(model)}
     facts |= {"attention": options} if options else {}

@@ -28,7 +28,7 @@ from pha.commands.common import (
 from pha.data.readers import Meter, kind_of, read_json_lines, read_text
 from pha.utils.errors import PHAError
 from pha.utils.formats import decode, read_file, require_encodable, to_json
-from pha.utils.outputs import require_file, require_folder, require_own, writing
+from pha.utils.outputs import require_file, require_outputs, writing
 
 if TYPE_CHECKING:
     from pha.evals.generation import Speed
@@ -299,10 +299,8 @@ def score(
         _require_there(path)
     if out is not None and len({path.stem for path in files}) < len(files):
         raise PHAError("two files have the same name; score them into different --out folders")
-    if out is not None:
-        require_folder(out)
-        for path in files:
-            require_own(out / f"{path.stem}.json", out / f"{path.stem}.html")
+    for path in files:
+        require_outputs(out, f"{path.stem}.json", f"{path.stem}.html")
     options = read_attention(attention)
     if attention_window is not None:
         options["window"] = attention_window

@@ -19,14 +19,13 @@ from pha.studies.drawing import draw
 from pha.studies.jobs import Job, run_jobs, run_on_cluster
 from pha.studies.measures import MEASURES
 from pha.studies.outcome import Outcome, Seed, make_outcome
-from pha.studies.planning import StudyPlan
+from pha.studies.planning import StudyPlan, settle
 from pha.studies.probing import probe_runs
 from pha.studies.published import find_published
 from pha.studies.tabulate import study_table
-from pha.studies.tuning import settle
 from pha.utils.files import remove_leftovers, write_json, write_text
 from pha.utils.hardware import default_device, provenance
-from pha.utils.outputs import hold, require_folder, require_own, writing
+from pha.utils.outputs import hold, require_outputs, writing
 
 # Of a run's result, for the record of the study.
 BRIEF = (
@@ -79,9 +78,7 @@ class Files:
         Raises:
             PHAError: it cannot be written, holds files of others, or is in use.
         """
-        require_folder(self.folder)
-        names = ("study.json", "table.md", "table.tex", "table.csv")
-        require_own(*(self.folder / name for name in names))
+        require_outputs(self.folder, "study.json", "table.md", "table.tex", "table.csv")
         refusal = f"{self.folder} is in use by another process; let it finish"
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)

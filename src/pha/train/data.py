@@ -10,8 +10,7 @@ from typing import Any, TypedDict, Unpack
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pha.data.planting import Planter
-from pha.data.sampler import WindowSampler
+from pha.data.sampler import Planter, WindowSampler
 from pha.data.store import TokenStore
 from pha.data.tokenizer import tokenizer_hashes, tokenizer_sha256
 from pha.evals import protocols

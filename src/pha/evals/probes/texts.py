@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pha.data.planting import SPAN, Planter
+from pha.data.sampler import SPAN, Planter
 from pha.evals.compare import BLOCK_TOKENS, MIN_BLOCKS
 from pha.evals.perplexity import BATCH_TOKENS, evaluate, score_rows
 from pha.evals.probes.reading import Panel, Point, Progress, Question, Reading, points_of, stage
