@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from pha.evals.generation import Speed
     from pha.loading import LoadedModel
     from pha.states import State
+
+_print = partial(print, end="", flush=True)
 
 
 def generate(
@@ -237,11 +240,6 @@ def _prompt_field(where: str, record: dict[str, Any]) -> str:
         if isinstance(record.get(name), str):
             return require_encodable(record[name], f"field {name!r} in {where}")
     raise PHAError(f"{where} has no text in a field prompt or text")
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _speed_line(speed: Speed, weight_bytes: int) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,15 +182,11 @@ def _memories(model: PHAForCausalLM, ids: Tensor | None) -> dict[Place, Memory]:
     entered: dict[Branch, Tensor] = {}
     branches, device = branches_of(model.model), model.device
     if ids is not None:
-        hooks = [
-            branch.register_forward_pre_hook(lambda b, given: entered.update({b: given[0]}))
-            for branch in branches.values()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for branch in branches.values():
+                hook = branch.register_forward_pre_hook(lambda b, x: entered.update({b: x[0]}))
+                hooks.enter_context(hook)
             model.model(ids.to(device))
-        finally:
-            for hook in hooks:
-                hook.remove()
     nothing = torch.zeros(1, 1, model.config.hidden_size, device=device)
     found = {}
     for place, branch in branches.items():

@@ -19,9 +19,8 @@ from pha.evals.tasks import evaluate_task
 from pha.loading import LanguageModel
 from pha.results import Evaluation
 from pha.tasks.sampler import TaskSampler
-from pha.tasks.task import make_task
+from pha.tasks.task import make_task, words_tokenizer
 from pha.tasks.testing import make_tests
-from pha.tasks.tokenizer import words_tokenizer
 from pha.train.carry import sampler_class
 from pha.train.config import DataConfig, TrainConfig
 from pha.utils.errors import PHAError

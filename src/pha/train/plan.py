@@ -205,16 +205,12 @@ def make_plan(
     """
     run, length = config.run, config.data.sequence_length
     ranks = run.context_parallel
-    if processes % ranks:
-        raise PHAError(
-            f"run.context_parallel is {ranks}, and the number of processes ({processes}) no "
-            "multiple of it; start as many with torchrun --nproc_per_node"
-        )
-    if processes % run.shards:
-        raise PHAError(
-            f"run.shards is {run.shards}, and the number of processes ({processes}) no multiple of "
-            "it; start as many with torchrun --nproc_per_node"
-        )
+    for key, several in (("context_parallel", ranks), ("shards", run.shards)):
+        if processes % several:
+            raise PHAError(
+                f"run.{key} is {several}, and the number of processes ({processes}) no multiple of "
+                "it; start as many with torchrun --nproc_per_node"
+            )
     replicas = processes // ranks
     if run.global_batch % replicas:
         raise PHAError(
