@@ -113,8 +113,8 @@ def bench(
     given = locals()
     # Kernels from the hub would come over the network, and no row would name them.
     os.environ.setdefault("USE_HUB_KERNELS", "NO")
-    from pha.bench.runner import Request, run_benchmark
-    from pha.bench.standard import run_standard, standard_set
+    from pha.bench.runner import Request, run_groups
+    from pha.bench.standard import standard_set
     from pha.results import JSON_FORMAT
     from pha.utils.files import write_json
     from pha.utils.hardware import default_device, provenance
@@ -171,12 +171,9 @@ def bench(
                 write_json(out / f"bench-{mode}.json", record)
 
     with console.status("") as status:
-        if request is None:
-            known = record["rows"]
-            rows = run_standard(groups, known, seconds_limit, here, status.update, keep)
-            record["rows"] = rows
-        else:
-            rows = run_benchmark(request, status.update, keep)
+        turns = 1 if request is None else runs
+        rows = run_groups(groups, turns, seconds_limit, here, status.update, keep, record["rows"])
+        record["rows"] = rows
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     meaning = dict.fromkeys("  ".join(LAST_COLUMN[each]) for each in modes if each in LAST_COLUMN)
     answer(json, record, *_tables(mode, rows), *_notes(rows), LEGEND, *meaning)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pha.report import plots
+from pha.report.charts import over_lengths
 from pha.results import LayerMixing, MixingRecord, WatchRecord
 from pha.utils import text
 
@@ -247,26 +248,15 @@ def half_lives(branches: Sequence[BranchReport]) -> Figure:
     return figure
 
 
-@plots.styled()
 def horizons(found: Inspection) -> Figure:
     """The rise of the loss over the window, with 95% bars, a line for each branch."""
-    names = list(dict.fromkeys(each.branch for each in found.horizons))
-    figure, axes = plots.new_figure(2.9, legend=names)
-    handles = []
-    for index, name in enumerate(names):
-        mine = [each for each in found.horizons if each.branch == name]
-        bars = [each.nats.half_width or 0.0 for each in mine]
-        x, y = [each.window for each in mine], [each.nats.mean for each in mine]
-        handles.append(axes.errorbar(x, y, yerr=bars, **plots.look(index)))
-    windows = sorted({each.window for each in found.horizons})
-    axes.set_xscale("log", base=2)
-    axes.minorticks_off()
-    axes.set_xticks(windows, [f"{window:,}" for window in windows])
-    axes.axhline(0, color=plots.MUTED, linewidth=0.8)
+    lines: dict[str, list[tuple[int, float, float, float]]] = {}
+    for each in found.horizons:
+        mean, half = each.nats.mean, each.nats.half_width or 0.0
+        lines.setdefault(each.branch, []).append((each.window, mean, mean - half, mean + half))
     label = "rise of the loss (nats per token)"
-    plots.label_axes(axes, "tokens that each token sees through the branch", label)
-    plots.add_legend(figure, handles, names)
-    return figure
+    axis = "tokens that each token sees through the branch"
+    return over_lengths(lines, label, axis, from_zero=False)
 
 
 @plots.styled()
