@@ -20,7 +20,7 @@ import torch
 
 from pha.bench import memory
 from pha.bench.floors import measure_floors
-from pha.bench.op_work import make_op_work
+from pha.bench.op_work import OpWork
 from pha.bench.work import MODEL_MODES, Job, Work
 from pha.ops import OPS, in_use
 from pha.utils.errors import PHAError, is_out_of_memory
@@ -52,7 +52,7 @@ def measure(job: Job) -> dict[str, Any]:
     if device.type == "cpu":
         keep_freed_memory()  # as training does; for every model alike
     with _strict(compiling=job.compiled or device.type == "cuda"), without(job.without):
-        make = MODEL_MODES.get(job.mode, make_op_work)
+        make = MODEL_MODES.get(job.mode, OpWork)
         work: Work = make(job, device)
         held = memory.held(device)
         memory.reset_peak(device)
