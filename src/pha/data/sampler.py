@@ -6,7 +6,7 @@ Repeats may be planted in them: random tokens that stand twice, so that only mem
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,6 +62,8 @@ class WindowSampler:
         PHAError: fewer windows than one global batch.
     """
 
+    _marks_beginnings = False  # of rows, where no starts of documents are marked
+
     def __init__(
         self,
         tokens: np.ndarray,
@@ -107,6 +109,9 @@ class WindowSampler:
             is_first = self._starts[next_starts] == inputs
             is_first[new, 0] = True
             marks = torch.from_numpy(is_first)
+        elif self._marks_beginnings and new.any():
+            marks = torch.zeros(len(new), self.sequence_length, dtype=torch.bool)
+            marks[:, 0] = torch.from_numpy(new)
         labels = self.global_batch * self.sequence_length
         return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), marks, labels)
 
@@ -137,17 +142,7 @@ class StretchSampler(WindowSampler):
     documents are kept apart or not; where no row does, it is None.
     """
 
-    def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
-        """As of `WindowSampler`."""
-        batch = super().batch(step, start, stop)
-        new = self._windows(*divmod(step, self.steps_per_epoch))[1][start:stop]
-        if batch.document_starts is not None or not new.any():
-            return batch
-        import torch
-
-        marks = torch.zeros(batch.inputs.shape, dtype=torch.bool)
-        marks[:, 0] = torch.from_numpy(new)
-        return replace(batch, document_starts=marks)
+    _marks_beginnings = True
 
     def _windows(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Windows of a step of an epoch; and which of them go on from nothing."""
