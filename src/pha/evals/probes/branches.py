@@ -13,6 +13,7 @@ from pha.evals.compare import block_numbers
 from pha.evals.perplexity import BATCH_TOKENS, evaluate
 from pha.evals.probes.reading import Panel, Point, Progress, Question, Reading, points_of
 from pha.evals.protocols import Protocol
+from pha.evals.where import reference_split
 from pha.loading import LoadedModel
 from pha.model.silence import Place, averages, branches_of, remembers, silenced
 from pha.model.silence import horizon as shortened
@@ -43,7 +44,7 @@ class Windows:
         self.count = windows * length
         self.blocks = block_numbers(self.count, length)
         self.steps = self.done = 0
-        self.reference = "train" if "train" in question.store.splits else question.split
+        self.reference = reference_split(question.store, question.split)
         self.read = min(MEAN_TOKENS, question.store.counts(self.reference).tokens - 1)
 
     def losses(self, change: AbstractContextManager[Any]) -> np.ndarray:
