@@ -13,7 +13,6 @@ from pha.utils.errors import PHAError
 ASKED: list[str] = []
 """What this command was told to import; its configurations name it, and its children import it."""
 
-
 EXTRAS = {
     "train": ("accelerate", "filelock", "jsonargparse", "psutil", "rich", "shtab", "yaml"),
     "report": ("jinja2", "matplotlib", "scipy"),
