@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import dataclasses
-import inspect
 import io
 import json
 import os
 import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -28,7 +27,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from pha.cli import VERBS, main
-from pha.train.recipes import SECTIONS
+from pha.train.keys import SECTIONS, recipe_keys
+from pha.utils.text import read_docstring
 
 ROOT = Path(__file__).parents[1]
 DOCS, PACKAGE, NOTEBOOKS = ROOT / "docs", ROOT / "src" / "pha", ROOT / "build" / "tutorials"
@@ -68,7 +68,8 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         for target in _targets(queue.pop()) - seen:
             seen.add(target)
             if target.is_dir():
-                inside = [p for p in sorted(target.rglob("*")) if p.is_file() and _is_text(p)]
+                files_below = (p for p in sorted(target.rglob("*")) if p.is_file())
+                inside = [p for p in files_below if "__pycache__" not in p.parts]
                 links = [f"- [{p.relative_to(target)}]({p.relative_to(target)})" for p in inside]
                 text = f"# {target.relative_to(ROOT)}\n\n" + "\n".join(links) + "\n"
                 files.append(File.generated(config, _place(target), content=text))
@@ -170,16 +171,13 @@ def _keys() -> str:
     parts = [
         "# Keys\n\nSet any of them as in `pha train RECIPE --model.dropout 0.1`, or in a recipe."
     ]
-    for section, spec in SECTIONS.items():
-        kind: Any = spec.default_factory
-        about, _, listed = (inspect.getdoc(kind) or "").partition("\nAttributes:\n")
-        meanings = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", listed, re.M))
+    for section, keys in groupby(recipe_keys().values(), lambda key: key.name.partition(".")[0]):
+        about = read_docstring(SECTIONS[section], "Attributes")[0]
         rows = ["| key | default | meaning |", "|---|---|---|"]
-        for field in dataclasses.fields(kind):
-            default = json.dumps(getattr(kind(), field.name))
-            meaning = " ".join(meanings.get(field.name, "").split()).replace("|", r"\|")
-            rows.append(f"| `{section}.{field.name}` | `{default}` | {meaning} |")
-        parts.append(f"## {section}\n\n{about.strip()}\n\n" + "\n".join(rows))
+        for key in keys:
+            meaning = key.meaning.replace("|", r"\|")
+            rows.append(f"| `{key.name}` | `{json.dumps(key.default)}` | {meaning} |")
+        parts.append(f"## {section}\n\n{about}\n\n" + "\n".join(rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -230,10 +228,6 @@ def _resolve(folder: Path, link: str) -> Path:
 
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
-
-
-def _is_text(path: Path) -> bool:
-    return "__pycache__" not in path.parts
 
 
 class _Links(HTMLParser):

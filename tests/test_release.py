@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import pha
-from pha.utils.extras import EXTRAS
+from pha.utils.modules import EXTRAS
 from scripts.check_release import ROOT, release_notes
 from tests.conftest import POSIX
 

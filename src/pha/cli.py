@@ -30,11 +30,10 @@ from pha.utils.errors import (
     TrainingInterruptedError,
     is_out_of_memory,
 )
-from pha.utils.extras import remedy
-from pha.utils.modules import asked_for
+from pha.utils.modules import asked_for, remedy
 from pha.utils.processes import leave_with_parent
 from pha.utils.signals import exit_code, leave, on_stop_signals, write_nowhere
-from pha.utils.text import did_you_mean, printable, split_commas
+from pha.utils.text import did_you_mean, printable, read_docstring, split_commas
 
 Verb = Callable[..., None]
 
@@ -63,7 +62,7 @@ VERBS = {
     "inspect": "inspection:inspect",
     "report": "inspection:report",
     "doctor": "inspection:doctor",
-    "check-branch": "branches:check_branch",
+    "check-branch": "inspection:check_branch",
     "bench": "benchmark:bench",
     "completion": ".completion:completion",
 }
@@ -305,13 +304,6 @@ def add_arguments(parser: argparse.ArgumentParser, verb: Verb) -> None:
         # What is given is appended to the default, which therefore must be a list.
         default = list(default or ()) if several else default
         parser.add_argument(words, default=default, **settings)
-
-
-def read_docstring(verb: Verb) -> tuple[str, dict[str, str]]:
-    """What a docstring says of the whole, and of each argument in its section `Args:`."""
-    text, _, section = (inspect.getdoc(verb) or "").partition("\nArgs:\n")
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return text.strip(), {name: " ".join(words.split()) for name, words in entries}
 
 
 def _describe(hint: Any) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import inspect
 from pathlib import Path
 from typing import Literal
 
-from pha.cli import KEYS, VERBS, Parser, add_arguments, find_verb, read_docstring
+from pha.cli import KEYS, VERBS, Parser, add_arguments, find_verb
+from pha.utils.text import read_docstring
 
 
 def completion(shell: Literal["bash", "zsh", "fish"]) -> None:

@@ -12,6 +12,11 @@ from pha.model.parameters import count_parameters
 from pha.modeling import PHAConfig, PHAForCausalLM
 
 
+def shell(config: ArchitectureConfig) -> PHAForCausalLM:
+    """The model with next to no vocabulary, to be counted in on fake tensors."""
+    return PHAForCausalLM(PHAConfig(**(vars_of(config) | {"vocab_size": 8})))
+
+
 def training_flops(config: ArchitectureConfig, length: int) -> float:
     """FLOPs to train on one of `length` tokens, forward and backward.
 
@@ -36,7 +41,7 @@ def kept_bytes(config: ArchitectureConfig) -> tuple[int, int]:
     Counted by reading a token on fake tensors, which have shapes and types but no storage.
     """
     with FakeTensorMode(), torch.no_grad():
-        model = PHAForCausalLM(PHAConfig(**(vars_of(config) | {"vocab_size": 8}))).eval()
+        model = shell(config).eval()
         cache = model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True).past_key_values
     keys, states = 0, 0
     for layer in cache.layers:

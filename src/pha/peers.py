@@ -42,15 +42,6 @@ def _sizes(width: int, layers: int, heads: int, key_heads: int, ffn: int) -> dic
     }
 
 
-def _falcon_state(width: int, heads: int, head_dim: int, state: int) -> dict[str, Any]:
-    return {
-        "mamba_d_ssm": width,
-        "mamba_n_heads": heads,
-        "mamba_d_head": head_dim,
-        "mamba_d_state": state,
-    }
-
-
 def _mamba(width: int, layers: int, heads: int, head_dim: int, state: int) -> dict[str, Any]:
     return {
         "hidden_size": width,
@@ -84,7 +75,7 @@ PEERS: dict[str, Peer] = {
     "falcon-h1": Peer(
         "falcon_h1",
         174e6,
-        _TIED | _sizes(768, 12, 12, 4, 2560) | _falcon_state(1536, 24, 64, 128),
+        _TIED | _sizes(768, 12, 12, 4, 2560) | _hybrid(24, 64, 128) | {"mamba_d_ssm": 1536},
     ),
     "mamba2": Peer("mamba2", 129e6, _TIED | _mamba(768, 24, 24, 64, 128)),
     "recurrent-gemma": Peer("recurrent_gemma", 123e6, _sizes(768, 12, 6, 1, 4608)),
@@ -102,7 +93,9 @@ PEERS: dict[str, Peer] = {
     "gpt2-tiny": Peer("gpt2", None, _NO_DROPOUT | _GPT2_TINY),
     "llama-tiny": Peer("llama", None, _TIED | _sizes(64, 2, 4, 2, 160)),
     "falcon-h1-tiny": Peer(
-        "falcon_h1", None, _TIED | _sizes(64, 2, 4, 2, 160) | _falcon_state(128, 4, 32, 16)
+        "falcon_h1",
+        None,
+        _TIED | _sizes(64, 2, 4, 2, 160) | _hybrid(4, 32, 16) | {"mamba_d_ssm": 128},
     ),
     "mamba2-tiny": Peer("mamba2", None, _TIED | _mamba(64, 2, 4, 32, 16)),
     "recurrent-gemma-tiny": Peer("recurrent_gemma", None, _sizes(64, 3, 4, 1, 320)),

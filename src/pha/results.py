@@ -69,10 +69,6 @@ class Evaluation(Scores):
     # first of these numbers
     parts: dict[str, Part] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain mapping for JSON."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class LayerMixing:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pha.bench import standard, worker
-from pha.bench.runner import OUT_OF_TIME, make_row
-from pha.bench.standard import expected_seconds, run_standard, standard_set
+from pha.bench.runner import OUT_OF_TIME, make_row, run_groups
+from pha.bench.standard import expected_seconds, standard_set
 from pha.bench.work import Job
 from pha.cli import main
 from pha.utils.errors import PHAError
@@ -71,7 +71,7 @@ def test_a_second_call_goes_on_where_the_first_was_stopped(measured: list[Job]) 
     ]
     known = json.loads(json.dumps(known))
     kept: list[list[dict[str, Any]]] = []
-    rows = run_standard(groups, known, None, True, lambda line: None, kept.append)
+    rows = run_groups(groups, 1, None, True, lambda line: None, kept.append, known)
     assert measured == jobs[2:]
     assert [(row["mode"], row["model"], row["backend"]) for row in rows] == [
         (job.mode, job.model, job.backend) for job in jobs
@@ -79,7 +79,7 @@ def test_a_second_call_goes_on_where_the_first_was_stopped(measured: list[Job]) 
     assert [row["error"] for row in rows[:3]] == [None, "out of memory", None]
     assert rows[2]["speed_ratio"] == 0.5
     assert [len(each) for each in kept] == list(range(3, len(jobs) + 1))
-    assert run_standard(groups, rows, None, True, lambda line: None, kept.append) == rows
+    assert run_groups(groups, 1, None, True, lambda line: None, kept.append, rows) == rows
     assert len(measured) == len(jobs) - 2
 
 
@@ -135,7 +135,7 @@ def test_a_gpu_that_no_longer_answers_ends_it(
     monkeypatch.setattr(torch.cuda, "synchronize", broken)
     kept: list[list[dict[str, Any]]] = []
     with pytest.raises(PHAError, match="no longer answers"):
-        run_standard(groups, [], None, True, lambda line: None, kept.append)
+        run_groups(groups, 1, None, True, lambda line: None, kept.append)
     assert len(kept[-1]) == len(measured) == 1
 
 

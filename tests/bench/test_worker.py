@@ -15,7 +15,7 @@ from pha.bench import memory, peers
 from pha.bench import work as work_module
 from pha.bench.floors import Floors, Need
 from pha.bench.graphs import cache_tensors
-from pha.bench.op_work import OP_MODES, make_op_work, op_backends
+from pha.bench.op_work import OP_MODES, OpWork, op_backends
 from pha.bench.work import DECODE_TOKENS, TRIAL_UNITS, Decode, Job, Prefill, Train, Work
 from pha.bench.worker import _one_line, attempt, measure, time_units
 from pha.ops import OPS
@@ -238,7 +238,7 @@ def test_every_backend_of_every_op_can_be_measured(
     mode: str, backend: str, passes: str, precision: str
 ) -> None:
     job = Job(mode, "pha-tiny", precision, 2, 12, backend=f"{backend}, {passes}")
-    work = make_op_work(job, CPU)
+    work = OpWork(job, CPU)
     (seconds,) = time_units(work, CPU, 1e-9)
     assert seconds > 0
     assert work.tokens == 24
@@ -249,7 +249,7 @@ def test_ops_need_what_their_shapes_say() -> None:
     def need(mode: str, passes: str, precision: str = "fp32", length: int = 12) -> Need:
         backend = next(name for name in OPS[OP_MODES[mode]].backends if name != "naive")
         job = Job(mode, "pha-tiny", precision, 2, length, backend=f"{backend}, {passes}")
-        return make_op_work(job, CPU).need
+        return OpWork(job, CPU).need
 
     inputs = 2 * 12 * 544
     assert need("gated-scan", "forward").moved_bytes == 3 * 4 * inputs

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pha.data.planting import SPAN, Planter
-from pha.data.sampler import WindowSampler
+from pha.data.sampler import SPAN, Planter, WindowSampler
 
 COUNTS = np.array([5, 0, 60, 35])
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pha.data import SPLITS, Counts, TokenStore, prepare
-from pha.data.tokenizer import load_tokenizer
+from pha.data.tokenizer import load_tokenizer, tokenizer_sha256
 from tests.data.conftest import Refuses
 
 
@@ -45,9 +45,10 @@ def test_opening_gives_the_same_store(store: TokenStore) -> None:
 
 
 def test_model_with_another_tokenizer(store: TokenStore, refuses: Refuses) -> None:
-    store.require_tokenizer(store.tokenizer_sha256)
-    with refuses("tokenizer bytes", "abcdef", "prepare"):
-        store.require_tokenizer("abcdef" * 10)
+    store.require_tokenizer(store.tokenizer())
+    other = load_tokenizer("bpe:258", ["a a a b a a"])
+    with refuses("tokenizer bytes", tokenizer_sha256(other)[:12], "prepare"):
+        store.require_tokenizer(other)
 
 
 def test_split_that_is_absent(split_folder: Path, tmp_path: Path, refuses: Refuses) -> None:

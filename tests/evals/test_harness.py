@@ -21,10 +21,10 @@ import yaml
 
 from pha.cli import main
 from pha.data import TokenStore
-from pha.evals.harness import harness_command
 from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
 from pha.loading import LoadedModel
+from pha.sharing.serving import harness_command
 
 SHARING = Path(__file__).parents[2] / "docs" / "sharing.md"
 LINES = ["a cat sat on the mat", "one two three four", 'she said "no" to Ann', "\u00e9 is a letter"]

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from pha.report.collect import collect
-from pha.report.facts import fact_groups
+from pha.report.collect import collect, fact_groups
 from pha.report.page import write_report
 from pha.utils.errors import PHAError
 from tests.report.conftest import MakeRun, scores

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pha.data.tokenizer import load_tokenizer
 from pha.sharing import export_model
 from pha.utils.errors import PHAError
-from pha.utils.extras import EXTRAS
+from pha.utils.modules import EXTRAS
 from tests.modeling.common import scrambled, small_config
 
 MISSING = [package for package in EXTRAS["serve"] if find_spec(package) is None]

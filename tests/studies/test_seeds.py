@@ -13,7 +13,6 @@ from pha.studies.seeds import (
     Summary,
     adjust,
     paired_difference,
-    sentence,
     summarise,
 )
 
@@ -77,16 +76,16 @@ def test_only_shared_seeds_count() -> None:
 
 def test_what_the_data_say_is_said_and_no_more() -> None:
     clear = difference([16.30, 16.40, 16.50], [16.42, 16.53, 16.61])
-    said = sentence(clear, LABELS, "test perplexity per token", 2, "at equal tokens")
+    said = clear.sentence(LABELS, "test perplexity per token", 2, "at equal tokens")
     assert said == (
         "Parallel is lower than sequential by 0.12 ± 0.02 in test perplexity per token at equal "
         "tokens (95% interval, 3 paired seeds)."
     )
-    open_ = sentence(difference([16.3, 16.6, 16.5], [16.4, 16.5, 16.6]), LABELS, "loss", 2)
+    open_ = difference([16.3, 16.6, 16.5], [16.4, 16.5, 16.6]).sentence(LABELS, "loss", 2)
     assert open_.startswith("The data do not decide between parallel and sequential in loss: -0.03")
-    one = sentence(difference([1.0], [2.0]), LABELS, "loss", 1)
+    one = difference([1.0], [2.0]).sentence(LABELS, "loss", 1)
     assert one.startswith("Parallel is lower than sequential by 1.0 in loss, with one seed")
-    same = sentence(difference([1.0, 2.0], [1.0, 2.0]), LABELS, "loss", 1)
+    same = difference([1.0, 2.0], [1.0, 2.0]).sentence(LABELS, "loss", 1)
     assert same == "Parallel and sequential are equal in loss (2 paired seeds)."
     assert difference([1.0, 2.0], [2.0, 3.0]).p == 0.0  # every seed by as much
 
@@ -114,5 +113,5 @@ def test_a_difference_that_the_correction_takes_back_says_so() -> None:
     assert weak.verdict == "lower"
     assert weak.p is not None
     many = adjust([weak] * math.ceil(0.06 / weak.p))
-    assert "correction" in sentence(many[0], LABELS, "loss", 2)
-    assert "correction" not in sentence(adjust([weak])[0], LABELS, "loss", 2)
+    assert "correction" in many[0].sentence(LABELS, "loss", 2)
+    assert "correction" not in adjust([weak])[0].sentence(LABELS, "loss", 2)

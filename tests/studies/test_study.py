@@ -23,7 +23,7 @@ from pha.costs import cache_bytes, training_flops
 from pha.data import TokenStore
 from pha.evals.probes import PROBES
 from pha.runs import RunFolder
-from pha.studies import tuning
+from pha.studies import planning
 from pha.studies.definition import load_study, only, parse_study, scales, study_names
 from pha.studies.planning import plan_study
 from pha.train.recipes import load_recipe, parse_overrides
@@ -350,8 +350,8 @@ def test_the_lowest_trial_decides(
     study = parse_study("rates", yaml.safe_load(TUNED))
     plan = plan_study(study, scales()["tiny"], [0], tmp_path, {"data.store": str(store.path)})
     key = "optimizer.learning_rate"
-    monkeypatch.setattr(tuning, "_perplexity", lambda job: found[job.settings[key]])
-    settled, choices = tuning.settle(plan)
+    monkeypatch.setattr(planning, "_perplexity", lambda job: found[job.settings[key]])
+    settled, choices = planning.settle(plan)
     assert settled.trials is None
     assert [choice.value for choice in choices] == [best, best]
     assert {jobs[0].settings[key] for jobs in settled.runs.values()} == {best}

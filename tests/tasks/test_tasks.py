@@ -13,9 +13,8 @@ import torch
 
 from pha.tasks import IGNORE, TASKS, make_task
 from pha.tasks.sampler import TaskSampler
-from pha.tasks.task import generator
+from pha.tasks.task import generator, words_tokenizer
 from pha.tasks.testing import make_tests
-from pha.tasks.tokenizer import words_tokenizer
 from pha.utils.errors import PHAError
 
 Answers = dict[int, tuple[str, int]]

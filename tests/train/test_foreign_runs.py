@@ -28,7 +28,7 @@ from pha.train.optim import make_optimizer
 from pha.train.recipes import load_recipe
 from pha.train.run import run_training
 from pha.train.saving import Snapshot
-from pha.train.session import plan_training
+from pha.train.session import open_session
 from pha.utils.errors import PHAError, TrainingInterruptedError
 
 SHORT = {
@@ -112,9 +112,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
 def test_flops_leave_out_what_is_only_looked_up(store: TokenStore, tmp_path: Path) -> None:
     config = load_recipe("hf:gpt2-tiny.text", settings(store, data__sequence_length=64))
-    plan = plan_training(config, tmp_path / "x", Console(file=io.StringIO()))["plan"]
+    plan = open_session(config, tmp_path / "x", Console(file=io.StringIO())).plan
     positions = 64 * 64  # that are learned, and only looked up
-    assert plan["flops"] == 6 * (plan["parameters"] - positions) * plan["tokens"]
+    assert plan.flops == 6 * (plan.parameters - positions) * plan.tokens
 
 
 @pytest.mark.parametrize("name", [name for name in PEERS if name.endswith("-tiny")])

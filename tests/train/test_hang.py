@@ -9,11 +9,6 @@ def sign(beat: int, collectives: int, step: int = 7) -> Sign:
     return Sign(beat, step, collectives, "host-1")
 
 
-def test_a_sign_survives_the_store() -> None:
-    made = Sign(3, 57, 981, "a host with blanks")
-    assert Sign.from_text(made.to_text()) == made
-
-
 def test_who_says_nothing_is_to_blame_whatever_else_there_is() -> None:
     before = {0: sign(4, 90), 1: sign(5, 89), 2: sign(9, 90)}
     guilty, what = blame(before, {0: sign(6, 90), 1: sign(7, 89), 2: sign(9, 90)}, 120.4)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from pha.data import TokenStore
 from pha.runs import RunFolder
 from pha.utils.errors import PHAError
-from pha.utils.turns import turns
+from pha.utils.processes import turns
 from tests.train.conftest import Train
 from tests.train.test_processes import finish, start
 

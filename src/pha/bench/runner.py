@@ -10,11 +10,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pha.bench import memory, worker
-from pha.bench.kernels import kernels
 from pha.bench.op_work import OP_MODES, PASSES, op_backends
 from pha.bench.peers import model_config
 from pha.bench.work import MODEL_MODES, Job
@@ -141,7 +141,7 @@ class Request:
 
         device_type = default_device().type
         if self.mode == KERNELS:
-            names = kernels(device_type, mode)
+            names = worker.kernels(device_type, mode)
             cases = {"all kernels": (), **{f"no {name}": (name,) for name in names}}
             if len(names) > 1:
                 cases["plain torch"] = tuple(names)
@@ -179,6 +179,7 @@ def run_groups(
     in_process: bool,
     progress: Callable[[str], object],
     keep: Callable[[list[dict[str, Any]]], object],
+    known: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Measure jobs, a group for each setting.
 
@@ -191,17 +192,27 @@ def run_groups(
         seconds_limit: for all of them.
         in_process: see `Request`.
         progress: called with a line before each run.
-        keep: called with the rows so far after each run.
+        keep: called with all rows so far, in order, after each run.
+        known: rows of an earlier call, failed ones too, which would fail again.
 
     Returns:
         A row for each case, in order; see `make_row`.
     """
     end = None if seconds_limit is None else time.monotonic() + seconds_limit
-    rows: list[dict[str, Any]] = []
+    found = {_case(row): row for row in known if row["error"] != OUT_OF_TIME["error"]}
+
+    def rows() -> list[dict[str, Any]]:
+        cases = [[_case(vars(job)) for job in group] for group in groups]
+        done = [[found[case] for case in group if case in found] for group in cases]
+        for each in done:
+            add_ratios(each)
+        return list(chain.from_iterable(done))
+
     for group in groups:
-        results: list[list[dict[str, Any]]] = [[] for _ in group]
+        missing = [job for job in group if _case(vars(job)) not in found]
+        results: list[list[dict[str, Any]]] = [[] for _ in missing]
         for turn in range(runs):
-            for job, so_far in zip(group, results, strict=True):
+            for job, so_far in zip(missing, results, strict=True):
                 if so_far and "error" in so_far[-1]:
                     continue
                 progress(f"{describe(job)}, run {turn + 1} of {runs}")
@@ -214,14 +225,15 @@ def run_groups(
                     result = run_worker(job, left)
                 if not (so_far and result.get("out_of_time")):  # the runs so far count
                     so_far.append(result)
-                pairs = zip(group, results, strict=True)
-                done = [make_row(case, found) for case, found in pairs if found]
-                add_ratios(done)
-                keep(rows + done)
+                found[_case(vars(job))] = make_row(job, so_far)
+                keep(rows())
                 if in_process:
                     memory.release(default_device())
-        rows += done
-    return rows
+    return rows()
+
+
+def _case(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in CASE)
 
 
 def describe(job: Job) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 from pha.bench.op_work import OP_MODES, PASSES, op_backends
 from pha.bench.peers import CHUNKED, fla_peers, is_ours
-from pha.bench.runner import CASE, OUT_OF_TIME, add_ratios, run_groups
 from pha.bench.work import Job
 from pha.utils.hardware import default_device
 
@@ -93,44 +91,3 @@ def expected_seconds(job: Job) -> float:
         plain_scan = job.model.startswith(("hf:falcon", "hf:mamba"))
         return 27.0 if plain_scan else 17.0
     return 9.0 if is_ours(job.model) else 28.0
-
-
-def run_standard(
-    groups: Sequence[Sequence[Job]],
-    known: Sequence[dict[str, Any]],
-    seconds_limit: float | None,
-    in_process: bool,
-    progress: Callable[[str], object],
-    keep: Callable[[list[dict[str, Any]]], object],
-) -> list[dict[str, Any]]:
-    """Measure what is missing; `run_groups` says the rest.
-
-    Args:
-        groups: of `standard_set`.
-        known: rows of an earlier call, failed ones too, which would fail again.
-        seconds_limit: for this call.
-        in_process: measure here, not in processes of their own.
-        progress: called with a line before each job.
-        keep: called with all rows so far, in order, after each job.
-    """
-    before = {_case(row): row for row in known if row["error"] != OUT_OF_TIME["error"]}
-
-    def merge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        found = before | {_case(row): row for row in rows}
-        merged = [
-            [found[case] for job in group if (case := _case(vars(job))) in found]
-            for group in groups
-        ]
-        for each in merged:
-            add_ratios(each)
-        return list(chain.from_iterable(merged))
-
-    missing = [[job for job in group if _case(vars(job)) not in before] for group in groups]
-    jobs = [group for group in missing if group]
-    return merge(
-        run_groups(jobs, 1, seconds_limit, in_process, progress, lambda rows: keep(merge(rows)))
-    )
-
-
-def _case(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in CASE)

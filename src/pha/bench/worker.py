@@ -10,8 +10,9 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ import torch
 
 from pha.bench import memory
 from pha.bench.floors import measure_floors
-from pha.bench.kernels import without
-from pha.bench.op_work import make_op_work
+from pha.bench.op_work import OpWork
 from pha.bench.work import MODEL_MODES, Job, Work
-from pha.ops import in_use
+from pha.ops import OPS, in_use
 from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.files import write_json
 from pha.utils.hardware import default_device, device_name, keep_freed_memory, seconds_of
 from pha.utils.modules import import_modules
 from pha.utils.processes import leave_with_parent
+
+DECODER = "decoder"
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def measure(job: Job) -> dict[str, Any]:
     if device.type == "cpu":
         keep_freed_memory()  # as training does; for every model alike
     with _strict(compiling=job.compiled or device.type == "cuda"), without(job.without):
-        make = MODEL_MODES.get(job.mode, make_op_work)
+        make = MODEL_MODES.get(job.mode, OpWork)
         work: Work = make(job, device)
         held = memory.held(device)
         memory.reset_peak(device)
@@ -78,6 +80,36 @@ def measure(job: Job) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "seconds_in_all": time.perf_counter() - begin,
     }
+
+
+def kernels(device_type: str, mode: str) -> list[str]:
+    """The kernels that take part in a mode of `MODEL_MODES` on a device.
+
+    They are the ops whose chosen backend is not the one in plain torch, and the compiled decoder.
+    """
+    if mode == "decode":
+        return [DECODER] if device_type == "cpu" and find_spec("numba") else []
+    return [
+        op.name
+        for op in OPS.values()
+        if op.choice(device_type) != op.plain
+        and (op.name != "linear_cross_entropy" or mode == "train")
+    ]
+
+
+@contextmanager
+def without(names: Sequence[str]) -> Iterator[None]:
+    """Compute in plain torch inside the block what these kernels would."""
+    with ExitStack() as stack:
+        for name in names:
+            if name == DECODER:
+                from pha import decoder
+
+                decoder.enabled = False
+                stack.callback(setattr, decoder, "enabled", True)
+            else:
+                stack.enter_context(OPS[name].force(OPS[name].plain))
+        yield
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from rich.table import Table
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from pha.commands.common import DryRun, Folder, Json, answer, figures_table, progress_console
 from pha.utils.errors import PHAError
-from pha.utils.outputs import require_folder, require_own, writing
+from pha.utils.outputs import require_outputs, writing
 
 if TYPE_CHECKING:
     from pha.bench.work import Job
@@ -112,16 +113,14 @@ def bench(
     given = locals()
     # Kernels from the hub would come over the network, and no row would name them.
     os.environ.setdefault("USE_HUB_KERNELS", "NO")
-    from pha.bench.runner import Request, run_benchmark
-    from pha.bench.standard import run_standard, standard_set
+    from pha.bench.runner import Request, run_groups
+    from pha.bench.standard import standard_set
     from pha.results import JSON_FORMAT
     from pha.utils.files import write_json
     from pha.utils.hardware import default_device, provenance
 
     if mode == "sweep":
-        from pha.commands.tuning import sweep_scan
-
-        sweep_scan(models, lengths, batch, precision[0], seconds, json, out)
+        _sweep_scan(models, lengths, batch, precision[0], seconds, json, out)
         return
     device = default_device()
     here = device.type == "cuda" if in_process is None else in_process
@@ -160,11 +159,9 @@ def bench(
         "rows": [],
         "provenance": provenance(device, ",".join(precision)),
     }
-    if out is not None:
-        require_folder(out)
-        require_own(out / f"bench-{mode}.json")
-        if request is None:
-            record["rows"] = _earlier_rows(out / "bench-all.json", record)
+    require_outputs(out, f"bench-{mode}.json")
+    if out is not None and request is None:
+        record["rows"] = _earlier_rows(out / "bench-all.json", record)
     console = progress_console()
 
     def keep(rows: list[dict[str, Any]]) -> None:
@@ -174,12 +171,9 @@ def bench(
                 write_json(out / f"bench-{mode}.json", record)
 
     with console.status("") as status:
-        if request is None:
-            known = record["rows"]
-            rows = run_standard(groups, known, seconds_limit, here, status.update, keep)
-            record["rows"] = rows
-        else:
-            rows = run_benchmark(request, status.update, keep)
+        turns = 1 if request is None else runs
+        rows = run_groups(groups, turns, seconds_limit, here, status.update, keep, record["rows"])
+        record["rows"] = rows
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     meaning = dict.fromkeys("  ".join(LAST_COLUMN[each]) for each in modes if each in LAST_COLUMN)
     answer(json, record, *_tables(mode, rows), *_notes(rows), LEGEND, *meaning)
@@ -312,3 +306,67 @@ def _notes(rows: Sequence[dict[str, Any]]) -> list[str]:
         shown = "matmul {:,.0f} GFLOP/s, SDPA {:,.0f} GFLOP/s, read {:,.1f} GB/s, copy {:,.1f} GB/s"
         notes.append(f"floors, {setting}: {shown.format(*rates)}")
     return list(dict.fromkeys(notes))
+
+
+def _sweep_scan(
+    models: Sequence[str],
+    lengths: Sequence[int],
+    batch: int,
+    precision: str,
+    seconds: float,
+    as_json: bool,
+    out: Path | None,
+) -> None:
+    """Measure all block sizes of the scan on one GPU and keep the best, where the scan finds them.
+
+    Raises:
+        PHAError: no GPU, a model that is no preset, or no size that works.
+    """
+    import torch
+
+    from pha.bench.peers import model_config
+    from pha.modeling import PHAConfig
+    from pha.ops.gated_scan.sizes import write_tuned
+    from pha.ops.gated_scan.tuning import sweep
+    from pha.results import JSON_FORMAT
+    from pha.utils.files import write_json
+    from pha.utils.hardware import PRECISIONS, default_device, provenance
+
+    device = default_device()
+    if device.type != "cuda":
+        raise PHAError("sweep tries sizes of a kernel that needs a CUDA device; there is none here")
+    configs = [model_config(name, max(lengths)) for name in models]
+    if not all(isinstance(config, PHAConfig) for config in configs):
+        raise PHAError("sweep takes the shapes of our presets; leave hf:PEER out")
+    require_outputs(out, "bench-sweep.json")
+    shapes = [(batch, length, config.state_size) for config in configs for length in lengths]
+    with progress_console().status("") as status:
+        rows, best = sweep(shapes, PRECISIONS[precision], seconds, progress=status.update)
+    path = write_tuned(device, best)
+    record: dict[str, Any] = {
+        "kind": "sweep",
+        "format": JSON_FORMAT,
+        "best": asdict(best),
+        "rows": rows,
+        "provenance": provenance(device, precision),
+    }
+    if out is not None:
+        with writing(out):
+            write_json(out / "bench-sweep.json", record)
+    table = figures_table(
+        f"gated scan, forward and backward, {torch.cuda.get_device_name(device)}",
+        "block, unroll, stages, wanted, enough",
+        "ms",
+        "over the best",
+    )
+    times: dict[str, list[float | None]] = {}
+    for row in rows:
+        sizes = ", ".join(str(value) for value in list(row["sizes"].values())[:5])
+        times.setdefault(sizes, []).append(row["seconds"])
+    whole = {sizes: fmean(t for t in each if t) for sizes, each in times.items() if all(each)}
+    for sizes in times:
+        shown = "failed", "-"
+        if sizes in whole:
+            shown = f"{whole[sizes] * 1e3:.3f}", f"{whole[sizes] / min(whole.values()):.2f}"
+        table.add_row(sizes, *shown)
+    answer(as_json, record, table, f"the best is kept in {path}")

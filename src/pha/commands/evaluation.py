@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +27,7 @@ from pha.commands.common import (
     read_attention,
 )
 from pha.utils.errors import PHAError
-from pha.utils.outputs import require_file, require_folder, require_own, writing
+from pha.utils.outputs import require_file, require_outputs, writing
 from pha.utils.text import perplexity, printable
 
 if TYPE_CHECKING:
@@ -101,7 +102,6 @@ def evaluate(
         nats: keep the loss of every token here (safetensors), for `pha compare`
     """
     from pha.data import TokenStore
-    from pha.data.tokenizer import tokenizer_hashes
     from pha.evals.compare import keep_nats
     from pha.evals.perplexity import evaluate as run_evaluation
     from pha.evals.protocols import own_protocol, parse_protocols
@@ -114,7 +114,7 @@ def evaluate(
     device, options = default_device(), read_attention(attention)
     loaded = load_model(model, device, attention=options)
     store = TokenStore.open(data)
-    store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
+    store.require_tokenizer(loaded.tokenizer)
     base = choose_protocol(sequence_length, stride, packed_documents, own_protocol(loaded))
     protocols = [base]
     if protocol:
@@ -136,7 +136,7 @@ def evaluate(
                 with writing(nats):
                     kept.write(nats)
             results.append(found)
-    content = [result.to_dict() for result in results]
+    content = list(map(asdict, results))
     facts: dict[str, Any] = {"attention": options} if options else {}
     facts["provenance"] = provenance(device, chosen)
     title, windows = f"{model} on the {split} split of {data}", results[0].protocol
@@ -144,7 +144,8 @@ def evaluate(
         table = _measures_table(title, {"value": results[0]})
         record, line = content[0], f"protocol: {describe_protocol(windows)}"
     else:
-        table = _measures_table(title, {_heading(result.protocol): result for result in results})
+        columns = {"{name}\n{sequence_length}/{stride}".format(**r.protocol): r for r in results}
+        table = _measures_table(title, columns)
         record = {"evaluations": content}
         line = f"LENGTH/STRIDE in tokens; {windows['documents']}, {windows['precision']}"
     answer(json, {"model": str(model)} | record | facts, table, line)
@@ -188,9 +189,7 @@ def compare(
     from pha.results import JSON_FORMAT
     from pha.utils.hardware import choose_precision, default_device, provenance
 
-    if out is not None:
-        require_folder(out)
-        require_own(*(out / f"comparison.{ending}" for ending in ("json", "svg", "png")))
+    require_outputs(out, *(f"comparison.{ending}" for ending in ("json", "svg", "png")))
     device, store = default_device(), TokenStore.open(data)
     chosen = choose_precision(precision, device)
     if a.is_file() or b.is_file():
@@ -254,10 +253,6 @@ def _common_protocol(
                 "without; choose with --packed-documents or --no-packed-documents"
             )
     return mine or other
-
-
-def _heading(protocol: dict[str, Any]) -> str:
-    return f"{protocol['name']}\n{protocol['sequence_length']}/{protocol['stride']}"
 
 
 def _measures_table(title: str, results: Mapping[str, Evaluation], against: bool = False) -> Table:

@@ -17,7 +17,7 @@ from pha.commands.common import (
     progress_console,
 )
 from pha.utils.errors import PHAError
-from pha.utils.outputs import require_folder, require_own, writing
+from pha.utils.outputs import require_outputs, writing
 from pha.utils.text import DASH, file_name, fixed
 
 
@@ -65,8 +65,7 @@ def extend(
     except ValueError:
         raise PHAError(f"--base {base}: write a number, or auto") from None
     out = out or Path("runs") / file_name(f"{run.resolve().name}-{to}")
-    require_folder(out)
-    require_own(*(out / f"extend.{ending}" for ending in ("json", "svg", "png")))
+    require_outputs(out, *(f"extend.{ending}" for ending in ("json", "svg", "png")))
     console = progress_console()
     plan = plan_extension(
         *(run, to, out, console),

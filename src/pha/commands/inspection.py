@@ -1,11 +1,13 @@
-"""Verbs that look at models, runs and machines: params, mixing, inspect, report, doctor."""
+"""Verbs that look at models, runs, branches and machines, and train nothing."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,12 +27,12 @@ from pha.commands.common import (
     read_attention,
 )
 from pha.utils.errors import PHAError
-from pha.utils.outputs import require_folder, require_own, writing
+from pha.utils.outputs import require_outputs, writing
 from pha.utils.text import DASH, fixed, percent
 
 if TYPE_CHECKING:
     from pha.evals.compare import Interval
-    from pha.evals.inspection import Horizon, Inspection, Memory
+    from pha.evals.inspection import Inspection, Memory
 
 
 def params(
@@ -185,20 +187,17 @@ def inspect(
     """
     from pha.commands.evaluation import choose_protocol
     from pha.data import TokenStore
-    from pha.data.tokenizer import tokenizer_hashes
     from pha.evals.inspection import Inspection, inspect_model, inspect_weights
     from pha.evals.protocols import own_protocol
     from pha.loading import load_model
-    from pha.report.branches import PICTURES, save_pictures
+    from pha.report.figures import PICTURES, save_pictures
     from pha.results import JSON_FORMAT
     from pha.train.models import initial_model
     from pha.utils.files import write_json
     from pha.utils.hardware import choose_precision, default_device, provenance
 
-    if out is not None:
-        require_folder(out)
-        pictures = (f"inspection-{what}.{kind}" for what in PICTURES for kind in ("svg", "png"))
-        require_own(out / "inspection.json", *(out / name for name in pictures))
+    pictures = (f"inspection-{what}.{kind}" for what in PICTURES for kind in ("svg", "png"))
+    require_outputs(out, "inspection.json", *pictures)
     device, options = default_device(), read_attention(attention)
     loaded = load_model(model, device, attention=options)
     body, start = loaded.pha, initial_model(loaded.run)
@@ -208,7 +207,7 @@ def inspect(
         found = Inspection(inspect_weights(body, start))
     else:
         store = TokenStore.open(data)
-        store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
+        store.require_tokenizer(loaded.tokenizer)
         protocol = choose_protocol(sequence_length, None, False, own_protocol(loaded))
         length = protocol.sequence_length
         with progress_bars() as progress:
@@ -218,11 +217,11 @@ def inspect(
                 tokens=tokens,
                 start=start,
                 precision=chosen,
-                progress=lambda _, done, total: progress(f"{split} split", done, total),
+                progress=partial(progress, f"{split} split"),
             )
     facts: dict[str, Any] = {"format": JSON_FORMAT, "model": str(model)}
     facts |= {"attention": options} if options else {}
-    content = facts | found.to_dict() | {"provenance": provenance(device, chosen)}
+    content = facts | asdict(found) | {"provenance": provenance(device, chosen)}
     if out is not None:
         with writing(out):
             write_json(out / "inspection.json", content)
@@ -240,10 +239,10 @@ def _describe(found: Inspection, model: str) -> Iterator[RenderableType]:
     if found.agreement is not None:
         tau, p = found.agreement
         yield f"effective share against need by layer: Kendall's tau {tau:+.2f} (p = {p:.2g})"
-    names = list(dict.fromkeys(each.branch for each in found.horizons))
+    names, by_window = list(dict.fromkeys(x.branch for x in found.horizons)), attrgetter("window")
     title = "horizon: rise of the loss when tokens see the last w alone through a branch"
     table = figures_table(title, "w", *names)
-    for window, group in groupby(sorted(found.horizons, key=_by_window), _by_window):
+    for window, group in groupby(sorted(found.horizons, key=by_window), by_window):
         by_name = {each.branch: each.nats for each in group}
         table.add_row(f"{window:,}", *(_nats(by_name.get(name)) for name in names))
     yield table
@@ -261,10 +260,6 @@ def _describe(found: Inspection, model: str) -> Iterator[RenderableType]:
         f"protocol: windows of {at['length']} tokens, {at['tokens_scored']:,} tokens of "
         f"the {at['split']} split, prefix {at['prefix']}, intervals {at['intervals']}"
     )
-
-
-def _by_window(each: Horizon) -> int:
-    return each.window
 
 
 def _branches_table(found: Inspection, model: str) -> Table:
@@ -364,3 +359,36 @@ def _doctor_table(findings: dict[str, Any]) -> Table:
             f"{check['backend']}{used}: {state}",
         )
     return table
+
+
+def check_branch(module: str, *, json: Json = False) -> None:
+    """What a branch of your own keeps of what every branch promises.
+
+    A line each: whether it looks ahead, splits through the cache as in one piece, keeps documents
+    apart, leaves padding out, runs in bf16, exports, and how fast it is beside gss. Nothing is
+    trained.
+
+    Args:
+        module: such as my_branch for a file my_branch.py here
+    """
+    from pha import mixers as mixers  # which makes them known
+    from pha.bench.branch import check_branch as check
+    from pha.model import BRANCHES
+    from pha.utils.modules import import_modules
+
+    import_modules([module], "check-branch")
+    names = [name for name, kind in BRANCHES.items() if kind.__module__ == module]
+    if not names:
+        raise PHAError(f"{module} registers no branch; see `register_branch` in docs/extending.md")
+    record, tables, failed = {}, [], []
+    for name in names:
+        table = Table(title=f"branch {name}", title_justify="left", show_header=False)
+        findings = list(check(name))
+        for each in findings:
+            table.add_row(each.what, "ok" if each.passed else "FAILS", each.words)
+        failed += [f"{name}: {each.what}" for each in findings if not each.passed]
+        record[name] = [asdict(each) for each in findings]
+        tables.append(table)
+    answer(json, record, *tables)
+    if failed:
+        raise PHAError(f"not kept: {', '.join(failed)}")

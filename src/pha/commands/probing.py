@@ -19,7 +19,7 @@ from pha.commands.common import (
     read_attention,
 )
 from pha.utils.errors import PHAError
-from pha.utils.outputs import require_folder, require_own, writing
+from pha.utils.outputs import require_outputs, writing
 from pha.utils.text import shorten
 
 
@@ -63,7 +63,6 @@ def probe(
         out: write probe-NAME.json, .svg and .png for each probe
     """
     from pha.data import TokenStore
-    from pha.data.tokenizer import tokenizer_hashes
     from pha.evals.probes import PROBES
     from pha.evals.probes.reading import Question
     from pha.evals.protocols import DEFAULT_LENGTH, own_protocol
@@ -79,15 +78,12 @@ def probe(
     for option, value in (("--piece", piece), ("--sequence-length", sequence_length)):
         if value is not None and value < 1:
             raise PHAError(f"{option} {value}: at least 1 token")
-    stems = {} if out is None else {name: out / f"probe-{name}" for name in probes}
-    if out is not None:
-        require_folder(out)
-        for stem in stems.values():
-            require_own(*(stem.with_name(f"{stem.name}.{end}") for end in ("json", "svg", "png")))
+    for name in probes:
+        require_outputs(out, *(f"probe-{name}.{ending}" for ending in ("json", "svg", "png")))
     device, store, options = default_device(), TokenStore.open(data), read_attention(attention)
     loaded = [load_model(path, device, attention=options) for path in models]
     for model in loaded:
-        store.require_tokenizer(*tokenizer_hashes(model.tokenizer))
+        store.require_tokenizer(model.tokenizer)
     lengths = {p.sequence_length for m in loaded if (p := own_protocol(m)) is not None}
     if sequence_length is None and len(lengths) > 1:
         raise PHAError(
@@ -118,10 +114,11 @@ def probe(
         }
         for name, readings in found.items()
     }
-    for name, stem in stems.items():
-        with writing(stem.parent):
-            write_json(stem.with_name(f"{stem.name}.json"), records[name] | facts)
-            save_probe(found[name], stem, f"{name}: {', '.join(names)}")
+    if out is not None:
+        with writing(out):
+            for name, record in records.items():
+                write_json(out / f"probe-{name}.json", record | facts)
+                save_probe(found[name], out / f"probe-{name}", f"{name}: {', '.join(names)}")
     shown: list[Any] = [f"{name}: {path}" for name, path in zip(names, models, strict=True)]
     shown += [table for readings in found.values() for table in probe_tables(readings)]
     where = [] if out is None else [f"JSON and pictures: {out}/probe-*"]

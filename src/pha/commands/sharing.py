@@ -100,7 +100,7 @@ def harness(model: Model, *arguments: str) -> None:
     length, which for PHA may be any. Tasks with local data run without a network; the harness's own
     fetch theirs from the Hugging Face Hub. No code is fetched.
     """
-    from pha.evals.harness import run_harness
+    from pha.sharing.serving import run_harness
 
     run_harness(model, arguments)
 

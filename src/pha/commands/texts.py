@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,12 +29,14 @@ from pha.commands.common import (
 from pha.data.readers import Meter, kind_of, read_json_lines, read_text
 from pha.utils.errors import PHAError
 from pha.utils.formats import decode, read_file, require_encodable, to_json
-from pha.utils.outputs import require_file, require_folder, require_own, writing
+from pha.utils.outputs import require_file, require_outputs, writing
 
 if TYPE_CHECKING:
     from pha.evals.generation import Speed
     from pha.loading import LoadedModel
     from pha.states import State
+
+_print = partial(print, end="", flush=True)
 
 
 def generate(
@@ -239,11 +242,6 @@ def _prompt_field(where: str, record: dict[str, Any]) -> str:
     raise PHAError(f"{where} has no text in a field prompt or text")
 
 
-def _print(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
 def _speed_line(speed: Speed, weight_bytes: int) -> str:
     def rate(amount: float, seconds: float) -> float:
         return amount / seconds if seconds else 0.0
@@ -299,10 +297,8 @@ def score(
         _require_there(path)
     if out is not None and len({path.stem for path in files}) < len(files):
         raise PHAError("two files have the same name; score them into different --out folders")
-    if out is not None:
-        require_folder(out)
-        for path in files:
-            require_own(out / f"{path.stem}.json", out / f"{path.stem}.html")
+    for path in files:
+        require_outputs(out, f"{path.stem}.json", f"{path.stem}.html")
     options = read_attention(attention)
     if attention_window is not None:
         options["window"] = attention_window

@@ -200,7 +200,7 @@ def train(
     from pha.train.plan import Card
     from pha.train.recipes import as_words, load_recipe
     from pha.train.run import run_training
-    from pha.train.session import plan_training
+    from pha.train.session import open_session, print_plan
 
     words = list(overrides)
     if data is not None:
@@ -238,7 +238,8 @@ def train(
             raise PHAError("--device-tflops and --device-gb are for --dry-run, both, and above 0")
         card = Card(device_tflops * 1e12, round(device_gb * 1e9))
     if dry_run:
-        answer(json, plan_training(config, out, console, resume, devices, card))
+        session = open_session(config, out, console, resume, devices, card)
+        answer(json, print_plan(session))
         return
     result = run_training(config, out, console, resume)
     if result is None:

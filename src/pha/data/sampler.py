@@ -1,17 +1,25 @@
-"""Which tokens are trained on: a pure function of seed, step and length."""
+"""Which tokens are trained on: a pure function of seed, step and length.
+
+Repeats may be planted in them: random tokens that stand twice, so that only memory predicts them.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pha.data.planting import Planter
 from pha.utils.errors import PHAError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+SPAN = 32
+"""Tokens of a planted repeat."""
+
+_PLANTS = 1  # at the end of a key: apart from the order of the windows, which has keys of its own
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class WindowSampler:
     Raises:
         PHAError: fewer windows than one global batch.
     """
+
+    _marks_beginnings = False  # of rows, where no starts of documents are marked
 
     def __init__(
         self,
@@ -99,6 +109,9 @@ class WindowSampler:
             is_first = self._starts[next_starts] == inputs
             is_first[new, 0] = True
             marks = torch.from_numpy(is_first)
+        elif self._marks_beginnings and new.any():
+            marks = torch.zeros(len(new), self.sequence_length, dtype=torch.bool)
+            marks[:, 0] = torch.from_numpy(new)
         labels = self.global_batch * self.sequence_length
         return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), marks, labels)
 
@@ -129,17 +142,7 @@ class StretchSampler(WindowSampler):
     documents are kept apart or not; where no row does, it is None.
     """
 
-    def batch(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
-        """As of `WindowSampler`."""
-        batch = super().batch(step, start, stop)
-        new = self._windows(*divmod(step, self.steps_per_epoch))[1][start:stop]
-        if batch.document_starts is not None or not new.any():
-            return batch
-        import torch
-
-        marks = torch.zeros(batch.inputs.shape, dtype=torch.bool)
-        marks[:, 0] = torch.from_numpy(new)
-        return replace(batch, document_starts=marks)
+    _marks_beginnings = True
 
     def _windows(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Windows of a step of an epoch; and which of them go on from nothing."""
@@ -203,3 +206,40 @@ def windows_in_documents(documents: np.ndarray, tokens: int, length: int) -> np.
     counts = np.maximum(0, sizes - 1) // length
     number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     return np.repeat(documents, counts) + number * length
+
+
+class Planter:
+    """Draws tokens by how frequent they are: a pure function of a key, the same for all time.
+
+    Args:
+        frequencies: (V,) how often each id occurs.
+    """
+
+    def __init__(self, frequencies: np.ndarray) -> None:
+        self._upto = np.cumsum(frequencies)
+
+    def draw(self, key: Sequence[int], count: int = SPAN) -> np.ndarray:
+        """(count,) int64 ids, each drawn by its frequency, with replacement."""
+        return self._tokens(_uniform(key, count))
+
+    def plant(self, ids: np.ndarray, rate: float, key: Sequence[int]) -> None:
+        """With odds `rate`, write a random span into two places of a row `ids`.
+
+        They may be anywhere, but do not overlap. The row has at least 2 `SPAN` tokens.
+        """
+        decision, *places = _uniform([*key, _PLANTS], 3 + SPAN).tolist()
+        if decision >= rate:
+            return
+        room = len(ids) - 2 * SPAN + 1
+        first, second = sorted(int(place * room) for place in places[:2])
+        span = self._tokens(np.array(places[2:]))
+        ids[first : first + SPAN] = ids[second + SPAN : second + 2 * SPAN] = span
+
+    def _tokens(self, uniform: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._upto, uniform * self._upto[-1], side="right")
+
+
+def _uniform(key: Sequence[int], count: int) -> np.ndarray:
+    """(count,) float64 in [0, 1), from raw PCG64 output, which numpy promises to keep."""
+    bits = np.random.PCG64(np.random.SeedSequence(list(key))).random_raw(count)
+    return (bits >> np.uint64(11)) * 2.0**-53

@@ -108,7 +108,10 @@ def _standard_library(options: SourceOptions) -> Source:
     version = f"{platform.python_implementation()} {platform.python_version()}"
     files = []
     if root.is_dir():
-        found = text_files(root, _is_source, _is_library_part)
+        # Links lead to what a system adds.
+        found = text_files(
+            root, lambda path: path.suffix == ".py" and not path.is_symlink(), _is_library_part
+        )
         files = [path for path in found if _is_utf8(path)]
     if not files:
         raise PHAError(
@@ -117,10 +120,6 @@ def _standard_library(options: SourceOptions) -> Source:
         )
     description = f"standard library of {version}, {len(files)} files"
     return split_by_path(root, files, description, options)
-
-
-def _is_source(path: Path) -> bool:
-    return path.suffix == ".py" and not path.is_symlink()  # links lead to what a system adds
 
 
 def _is_library_part(name: str) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 
 from pha.data.parts import SPLIT_LINES, Part, Shards
 from pha.data.splits import SPLITS
-from pha.data.tokenizer import load_tokenizer, saved_tokenizer_sha256
+from pha.data.tokenizer import load_tokenizer, saved_tokenizer_sha256, tokenizer_hashes
 from pha.utils.errors import PHAError
 from pha.utils.files import sha256_file
 from pha.utils.formats import read_json
@@ -164,12 +164,13 @@ class TokenStore:
         """Load the tokenizer that made the ids."""
         return load_tokenizer(str(self.path / TOKENIZER))
 
-    def require_tokenizer(self, *hashes: str) -> None:
-        """Check that a model's tokenizer, given by its hashes, is the one that made the ids.
+    def require_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Check that a model's tokenizer is the one that made the ids.
 
         Raises:
             PHAError: it is another one.
         """
+        hashes = tokenizer_hashes(tokenizer)
         if self.tokenizer_sha256 not in hashes:
             raise PHAError(
                 f"{self.path} was made with the tokenizer {self._record['tokenizer']} "

@@ -168,7 +168,7 @@ class PairedComparison:
             "difference": asdict(self.difference),
             "bootstrap": {"low": self.bootstrap[0], "high": self.bootstrap[1]},
             "perplexity_ratio": {"ratio": ratio, "low": low, "high": high},
-            "evaluations": [evaluation.to_dict() for evaluation in self.evaluations],
+            "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
             "blocks": {
                 "tokens": self.block_tokens,
                 "neighbour_correlation": neighbour_correlation(self.block_differences),
@@ -212,13 +212,13 @@ def compare_models(
     Raises:
         PHAError: different tokenizers, too little text, or losses that are not finite.
     """
-    mine, other = (tokenizer_hashes(model.tokenizer) for model in (a, b))
-    if not set(mine) & set(other):
+    mine, other = (set(tokenizer_hashes(model.tokenizer)) for model in (a, b))
+    if not mine & other:
         raise PHAError(
             f"{a.path} and {b.path} have different tokenizers, so their tokens differ: compare "
             "perplexities per word or byte (`pha eval`)"
         )
-    store.require_tokenizer(*mine)
+    store.require_tokenizer(a.tokenizer)
     first_block(store.counts(split).tokens - 1, protocol.stride, block)
     kept = []
     for name, loaded in (("A", a), ("B", b)):

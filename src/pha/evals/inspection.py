@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from torch import Tensor
 from pha.data.store import TokenStore
 from pha.evals.compare import Interval, block_sums, mean_interval
 from pha.evals.probes.branches import Windows, horizons_below
-from pha.evals.probes.reading import Question
+from pha.evals.probes.reading import Progress, Question
 from pha.loading import LoadedModel
 from pha.model import Backbone, Branch, GatedStateSpace, GroupedQueryAttention, ParallelBlock
 from pha.model.silence import Place, branches_of, cut, horizon, remembers, silenced
@@ -143,10 +143,6 @@ class Inspection:
     hand_off: list[HandOff] = field(default_factory=list)
     protocol: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain mapping for JSON."""
-        return asdict(self)
-
 
 def inspect_weights(
     model: PHAForCausalLM, start: PHAForCausalLM | None = None, ids: Tensor | None = None
@@ -186,15 +182,11 @@ def _memories(model: PHAForCausalLM, ids: Tensor | None) -> dict[Place, Memory]:
     entered: dict[Branch, Tensor] = {}
     branches, device = branches_of(model.model), model.device
     if ids is not None:
-        hooks = [
-            branch.register_forward_pre_hook(lambda b, given: entered.update({b: given[0]}))
-            for branch in branches.values()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for branch in branches.values():
+                hook = branch.register_forward_pre_hook(lambda b, x: entered.update({b: x[0]}))
+                hooks.enter_context(hook)
             model.model(ids.to(device))
-        finally:
-            for hook in hooks:
-                hook.remove()
     nothing = torch.zeros(1, 1, model.config.hidden_size, device=device)
     found = {}
     for place, branch in branches.items():
@@ -245,7 +237,7 @@ def inspect_model(
     tokens: int,
     start: PHAForCausalLM | None = None,
     precision: str = "fp32",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
     """Inspect a model with a text.
 
@@ -257,7 +249,7 @@ def inspect_model(
         tokens: about how many are scored, in whole windows.
         start: the model as its training began.
         precision: fp32, or bf16 for autocast.
-        progress: called with (what, passes done, passes in all).
+        progress: called with (passes done, passes in all).
 
     Raises:
         PHAError: another model, or fewer than two windows.
@@ -273,7 +265,7 @@ def inspect_model(
     far = horizons_below(length)
     sets = _silenced_sets(body, list(branches), names)
     asked.steps = 1 + len(sets) + len(with_past) * (len(far) + 1) + 1
-    whole, means = score(nullcontext(), "the model"), asked.means()
+    whole, means = score(nullcontext()), asked.means()
 
     def rise(losses: np.ndarray) -> Interval:
         return mean_interval(*block_sums(losses - whole, blocks))
@@ -281,19 +273,17 @@ def inspect_model(
     found: dict[tuple[int | None, str], dict[str, Interval]] = {}
     control = []
     for key, mode, places in sets:
-        nats = rise(score(silenced(body, places, mode, means), f"without {key[1]}"))
+        nats = rise(score(silenced(body, places, mode, means)))
         if key[1]:
             found.setdefault(key, {})[mode] = nats
         else:
             control.append(nats)
     horizons = [
-        Horizon(name, w, rise(score(horizon(body, name, w), f"horizon of {name}")))
-        for name in with_past
-        for w in far
+        Horizon(name, w, rise(score(horizon(body, name, w)))) for name in with_past for w in far
     ]
     half = length // 2
-    deleted = score(cut(body, with_past, half), "hand-off")
-    dropped = {name: score(cut(body, [name], half), "hand-off") for name in with_past}
+    deleted = score(cut(body, with_past, half))
+    dropped = {name: score(cut(body, [name], half)) for name in with_past}
     ids = np.asarray(store.tokens(split)[: count + 1]).astype(np.int64)
     shown = torch.from_numpy(ids[: max(1, min(count, LOOKED_AT) // length) * length])
     reports = inspect_weights(model, start, shown.view(-1, length))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import groupby, islice
 from typing import Any
 
@@ -17,8 +17,8 @@ from pha.evals.protocols import Protocol, Window
 from pha.loading import LanguageModel
 from pha.results import Evaluation
 from pha.utils.errors import PHAError
-from pha.utils.hardware import PRECISIONS, synchronise
-from pha.utils.turns import turns
+from pha.utils.hardware import autocast, synchronise
+from pha.utils.processes import turns
 
 BATCH_TOKENS = 8192
 
@@ -75,7 +75,10 @@ def evaluate(
     model.eval()
     try:
         for batch, counts_here in turns(batches, share):
-            ids, marks = _rows(tokens, starts, batch)
+            ids = np.stack([tokens[w.start : w.end + 1].astype(np.int64) for w in batch])
+            marks = None
+            if starts is not None:
+                marks = np.stack([starts[w.start : w.end] for w in batch])
             wanted = np.arange(batch[0].first_scored, ids.shape[1] - 1)
             shape = shape or ids.shape
             # The last rows, which are fewer or shorter, are not worth compiling for.
@@ -144,14 +147,6 @@ def _batches(protocol: Protocol, tokens: int, batch_tokens: int) -> list[list[Wi
     return found
 
 
-def _rows(
-    tokens: np.ndarray, starts: np.ndarray | None, batch: Sequence[Window]
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Tokens (B, T + 1) of windows and, where documents are kept apart, their starts (B, T)."""
-    ids = np.stack([tokens[w.start : w.end + 1].astype(np.int64) for w in batch])
-    return ids, None if starts is None else np.stack([starts[w.start : w.end] for w in batch])
-
-
 @torch.inference_mode()
 def score_rows(
     model: LanguageModel,
@@ -188,7 +183,7 @@ def score_rows(
     for begin in range(0, length, size):
         here = wanted[(wanted >= begin) & (wanted < begin + size)]
         at = torch.from_numpy(here).to(device)
-        with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+        with autocast(device.type, precision):
             x = model.states(ids[:, begin : min(begin + size, length)], starts, cache)
             nats, hits = model.token_statistics(
                 x[:, at - begin].flatten(0, 1), ids[:, at + 1].flatten()

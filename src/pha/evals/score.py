@@ -15,7 +15,7 @@ from pha.data.encoding import TextEncoder, cut
 from pha.evals.perplexity import figures
 from pha.loading import LoadedModel
 from pha.utils.errors import PHAError
-from pha.utils.hardware import PRECISIONS, peak_memory
+from pha.utils.hardware import autocast, peak_memory
 
 _EARLY_TOKENS = 8192  # where memory is first looked at, to be compared with the end
 
@@ -86,10 +86,9 @@ def stream(
     model, device = loaded.model, loaded.model.device
     cache = model.new_cache()
     previous: torch.Tensor | None = None  # hidden state at the last token of the piece before
-    autocast = torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
     for array in TextEncoder(loaded.tokenizer).in_pieces(parts, piece):
         ids = torch.from_numpy(array).to(device)
-        with autocast:
+        with autocast(device.type, precision):
             hidden = model.states(ids[None], cache=cache)[0]
             before = hidden[:-1] if previous is None else torch.cat([previous, hidden[:-1]])
             targets = ids[1:] if previous is None else ids

@@ -15,7 +15,7 @@ from pha.loading import LanguageModel
 from pha.results import Evaluation, Part
 from pha.tasks.task import IGNORE, Drawn
 from pha.tasks.testing import BLOCK, TaskTest
-from pha.utils.hardware import PRECISIONS, synchronise
+from pha.utils.hardware import autocast, synchronise
 
 OCTAVES = 32  # of distances, which end far below 2^32
 
@@ -112,7 +112,7 @@ def _add(
     asked = labels != IGNORE
     targets = torch.from_numpy(labels[asked]).to(device)
     places = torch.from_numpy(asked.ravel().nonzero()[0]).to(device)
-    with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+    with autocast(device.type, precision):
         x = model.states(torch.from_numpy(np.ascontiguousarray(drawn.tokens[rows])).to(device))
         nats, hits = model.token_statistics(x.flatten(0, 1)[places], targets)
     distances = np.broadcast_to(1 + np.arange(labels.shape[1]), labels.shape)

@@ -1,4 +1,4 @@
-"""The figures of comparisons: seeds and studies, benchmarks, paired models, scored documents."""
+"""The figures of comparisons: seeds and studies, benchmarks, paired models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -158,7 +159,10 @@ def against_size(
 
 
 def _draw_points(axes: Axes, points: Sequence[Point], join: bool) -> None:
-    places = sorted(((p.x, _height(p), p) for p in points), key=lambda place: place[:2])
+    heights = [fmean(p.values) if p.place is None else p.place for p in points]
+    places = sorted(
+        ((p.x, y, p) for p, y in zip(points, heights, strict=True)), key=lambda place: place[:2]
+    )
     blue = plots.series_color(0)
     if join and not any(point.grey for point in points):
         axes.plot([x for x, _, _ in places], [y for _, y, _ in places], linewidth=0.9, color=blue)
@@ -170,10 +174,6 @@ def _draw_points(axes: Axes, points: Sequence[Point], join: bool) -> None:
             axes.plot([x] * len(point.values), point.values, **_RING)
     axes.margins(x=0.2, y=0.15)
     _name_points(axes, places)
-
-
-def _height(point: Point) -> float:
-    return math.fsum(point.values) / len(point.values) if point.place is None else point.place
 
 
 def _name_points(axes: Axes, places: Sequence[tuple[float, float, Point]]) -> None:
@@ -244,8 +244,13 @@ _SPEED_MEASURES = {
 
 
 @plots.styled()
-def over_lengths(lines: Lines, y_label: str, x_label: str = "tokens") -> Figure:
-    """Lines over length, or batch, in powers of two, from zero up, with a bar from low to high."""
+def over_lengths(
+    lines: Lines, y_label: str, x_label: str = "tokens", from_zero: bool = True
+) -> Figure:
+    """Lines over length, or batch, in powers of two, with a bar from low to high.
+
+    The axis begins at zero, or there is a line at it.
+    """
     lengths = sorted({point[0] for points in lines.values() for point in points})
     figure, axes = plots.new_figure(2.9, legend=list(lines))
     handles = []
@@ -255,8 +260,11 @@ def over_lengths(lines: Lines, y_label: str, x_label: str = "tokens") -> Figure:
     axes.set_xscale("log", base=2)
     axes.minorticks_off()
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    top = max(point[3] for points in lines.values() for point in points)
-    axes.set_ylim(0, 1.06 * top)  # the highest mark in full
+    if from_zero:
+        top = max(point[3] for points in lines.values() for point in points)
+        axes.set_ylim(0, 1.06 * top)  # the highest mark in full
+    else:
+        axes.axhline(0, color=plots.MUTED, linewidth=0.8)
     plots.label_axes(axes, x_label, y_label)
     plots.add_legend(figure, handles, list(lines))
     return figure
@@ -388,19 +396,3 @@ def _draw_interval(axes: Axes, difference: Interval, y: float) -> None:
     color, marker, fill = _LOOKS[difference.sign]
     style: dict[str, Any] = {"fmt": marker, "color": color, "markerfacecolor": fill, "zorder": 3}
     axes.errorbar(difference.mean, y, xerr=difference.half_width, **style)
-
-
-@plots.styled()
-def surprise_curve(nats: np.ndarray, bins: int = 200) -> Figure:
-    """Mean bits per token along a document, in up to so many stretches of equal length."""
-    known = nats[np.isfinite(nats)]
-    parts = np.array_split(known, min(bins, len(known)))
-    ends = np.cumsum([len(part) for part in parts])
-    figure, axes = plots.new_figure(2.1)
-    means = [float(part.mean()) / math.log(2) for part in parts]
-    axes.plot(ends, means, color=plots.series_color(0), linewidth=1.2)
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(0, int(ends[-1]))
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-    plots.label_axes(axes, "tokens into the document", "bits per token")
-    return figure

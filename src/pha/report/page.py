@@ -16,9 +16,8 @@ from markupsafe import Markup
 
 from pha import __version__
 from pha.report import figures, plots
-from pha.report.collect import Run, collect
+from pha.report.collect import Run, collect, fact_groups
 from pha.report.compare import comparisons, limits, warnings
-from pha.report.facts import fact_groups
 from pha.report.figures import Axis, Series
 from pha.results import Sample
 from pha.utils.files import write_text
@@ -36,6 +35,10 @@ class Plot:
 
 def environment() -> jinja2.Environment:
     """Templates of pages: everything is escaped, with control characters made visible."""
+
+    def visible(value: Any) -> Any:
+        return printable(value) if isinstance(value, str) and type(value) is not Markup else value
+
     found = jinja2.Environment(
         loader=jinja2.PackageLoader("pha.report"),
         autoescape=True,
@@ -43,16 +46,12 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_visible,
+        finalize=visible,
     )
     found.filters["plain"] = plain
     found.filters["yaml"] = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
     found.globals.update(light=plots.LIGHT, dark=plots.DARK, version=__version__)
     return found
-
-
-def _visible(value: Any) -> Any:
-    return printable(value) if isinstance(value, str) and type(value) is not Markup else value
 
 
 def write_report(runs: Sequence[Path], out: Path, title: str | None = None) -> Path:
@@ -108,16 +107,17 @@ def _learning_curves(runs: Sequence[Run]) -> list[Plot]:
     for axis, words in axes:
         series = []
         for index, run in enumerate(runs):
-            times = {record.step: record.seconds for record in run.metrics.train}
+            times = {0: 0.0} | {record.step: record.seconds for record in run.metrics.train}
+            known, seconds = list(times), list(times.values())
             validation = [record for record in run.metrics.eval if record.split == "validation"]
             # Without validation the training loss is all there is to look at, and not faint.
             for records, faint in ((run.metrics.train, bool(validation)), (validation, False)):
-                points = [
-                    (r.tokens if axis == "tokens" else _seconds_at(times, r.step), r.loss)
-                    for r in records
-                    if math.isfinite(r.loss)
-                ]
-                if axis == "tokens" or times:
+                finite = [r for r in records if math.isfinite(r.loss)]
+                x: list[float] = [r.tokens for r in finite]
+                if axis == "seconds":
+                    x = np.interp([r.step for r in finite], known, seconds).tolist()
+                points = [(at, r.loss) for at, r in zip(x, finite, strict=True)]
+                if axis == "tokens" or run.metrics.train:
                     series.append(Series(run.label, points, index, faint))
         if any(line.points for line in series):
             figure = figures.learning_curves(series, axis, "loss (nats per token)")
@@ -129,11 +129,6 @@ def _learning_curves(runs: Sequence[Run]) -> list[Plot]:
             caption = f"Loss against {words}."
             found.append(Plot(Markup(plots.to_svg(figure, f"{caption} {ends}.")), caption))
     return found
-
-
-def _seconds_at(times: dict[int, float], step: int) -> float:
-    """Training seconds after `step` steps, from the training records around it."""
-    return float(np.interp(step, [0, *times], [0.0, *times.values()]))
 
 
 def _numerics(run: Run, color: int) -> Plot | None:

@@ -159,13 +159,12 @@ def _curves(readings: Readings) -> Figure:
     colors = {name: index for index, name in enumerate(readings)}
     handles: dict[str, Any] = {}
     for axes, (panel, measure, found) in zip(figure.axes, jobs, strict=False):
-        draw_panel = _draw_line if panel.axis else _draw_rows
         axes.set_title(panel.title, fontsize=9)
         zero = 0.0 if "less" in measure else panel.chance
         if zero is not None:
             line = axes.axhline if panel.axis else axes.axvline
             line(zero, color=plots.MUTED, linewidth=0.8)
-        handles |= draw_panel(axes, panel, measure, found, colors)
+        handles |= _draw(axes, panel, measure, found, colors)
         axes.tick_params(labelsize=8)
     for axes in figure.axes[len(jobs) :]:
         axes.remove()
@@ -174,29 +173,40 @@ def _curves(readings: Readings) -> Figure:
     return figure
 
 
-def _draw_line(
+def _draw(
     axes: Axes,
     panel: Panel,
     measure: str,
     found: Mapping[str, Estimates],
     colors: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Lines over an axis in powers of two, with bars."""
-    places = {point.label: float(point.x or 0.0) for point in panel.points}
-    handles = {}
-    for name, every in found.items():
+    """Lines over an axis in powers of two; or a row for each point, the models below each other."""
+    lines, handles = bool(panel.axis), {}
+    places = {p.label: float(p.x or 0.0) if lines else row for row, p in enumerate(panel.points)}
+    for number, (name, every) in enumerate(found.items()):
         values = _with_interval(every)
-        x = [places[label] for label in values]
-        y = [value.mean for value in values.values()]
-        bars = [value.half_width or 0.0 for value in values.values()]
-        style = plots.look(colors[name]) | {"markersize": 3.5, "elinewidth": 0.8, "capsize": 1.5}
-        handles[name] = axes.errorbar(x, y, yerr=bars, **style)
-    axes.set_xscale("log", base=2)
-    axes.minorticks_off()
-    shown = list(places)[:: math.ceil(len(places) / 8)]
-    names = [label.split("\u2013")[-1].replace(",", "") for label in shown]
-    axes.set_xticks([places[label] for label in shown], list(map(_short, names)))
-    plots.label_axes(axes, panel.axis, measure)
+        at, means = [places[label] for label in values], [v.mean for v in values.values()]
+        bars = [v.half_width or 0.0 for v in values.values()]
+        style = plots.look(colors[name]) | {"markersize": 3.5}
+        if lines:
+            style |= {"elinewidth": 0.8, "capsize": 1.5}
+            handles[name] = axes.errorbar(at, means, yerr=bars, **style)
+        else:
+            shift = 0.6 * ((number + 0.5) / len(found) - 0.5)
+            rows = [row + shift for row in at]
+            style |= {"linestyle": "none"}
+            handles[name] = axes.errorbar(means, rows, xerr=bars, **style)
+    if lines:
+        axes.set_xscale("log", base=2)
+        axes.minorticks_off()
+        shown = list(places)[:: math.ceil(len(places) / 8)]
+        names = [label.split("\u2013")[-1].replace(",", "") for label in shown]
+        axes.set_xticks([places[label] for label in shown], list(map(_short, names)))
+        plots.label_axes(axes, panel.axis, measure)
+    else:
+        axes.set_yticks(range(len(places)), list(places))
+        axes.set_ylim(len(places) - 0.4, -0.6)
+        plots.label_axes(axes, measure, "", grid="x")
     return handles
 
 
@@ -209,32 +219,6 @@ def _short(number: str) -> str:
     """`16384` as `16k`: powers of two in their own thousands."""
     value = int(number)
     return f"{value >> 10}k" if value >= 1024 and value % 1024 == 0 else number
-
-
-def _draw_rows(
-    axes: Axes,
-    panel: Panel,
-    measure: str,
-    found: Mapping[str, Estimates],
-    colors: Mapping[str, int],
-) -> dict[str, Any]:
-    """A row for each point, the models below each other in it."""
-    rows = {point.label: row for row, point in enumerate(panel.points)}
-    handles = {}
-    for place, (name, values) in enumerate(found.items()):
-        shift = 0.6 * ((place + 0.5) / len(found) - 0.5)
-        known = _with_interval(values)
-        style = plots.look(colors[name]) | {"linestyle": "none", "markersize": 3.5}
-        handles[name] = axes.errorbar(
-            [value.mean for value in known.values()],
-            [rows[label] + shift for label in known],
-            xerr=[value.half_width or 0.0 for value in known.values()],
-            **style,
-        )
-    axes.set_yticks(range(len(rows)), list(rows))
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    plots.label_axes(axes, measure, "", grid="x")
-    return handles
 
 
 @plots.styled()

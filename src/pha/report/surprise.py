@@ -13,12 +13,12 @@ from markupsafe import Markup
 
 from pha.evals.score import Score, Surprisal
 from pha.report import plots
-from pha.report.charts import surprise_curve
 from pha.report.page import environment
 from pha.utils.files import write_text
 from pha.utils.text import memory
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from transformers import PreTrainedTokenizerFast
 
 SHADES = 6
@@ -76,6 +76,22 @@ def words(
             start = end
 
 
+@plots.styled()
+def _curve(nats: np.ndarray) -> Figure:
+    """Mean bits per token along a document, in up to 200 stretches of equal length."""
+    known = nats[np.isfinite(nats)]
+    parts = np.array_split(known, min(200, len(known)))
+    ends = np.cumsum([len(part) for part in parts])
+    figure, axes = plots.new_figure(2.1)
+    means = [float(part.mean()) / math.log(2) for part in parts]
+    axes.plot(ends, means, color=plots.series_color(0), linewidth=1.2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(0, int(ends[-1]))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    plots.label_axes(axes, "tokens into the document", "bits per token")
+    return figure
+
+
 def write_page(
     path: Path, model: str, score: Score, collected: Collector, tokenizer: PreTrainedTokenizerFast
 ) -> Path:
@@ -96,7 +112,7 @@ def write_page(
         ("attention window", str(score.protocol["attention_window"] or "all tokens")),
         ("precision", str(score.protocol["precision"])),
     ]
-    curve = plots.to_svg(surprise_curve(nats), f"bits per token along {score.name}")
+    curve = plots.to_svg(_curve(nats), f"bits per token along {score.name}")
     html = (
         environment()
         .get_template("surprise.html.j2")

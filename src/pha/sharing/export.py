@@ -73,25 +73,19 @@ def export_model(
     """
     _require_replaceable(out, force)
     with claimed(out):
-        return _export(source, out, dtype, license_id, datasets)
-
-
-def _export(
-    source: Path, out: Path, dtype: torch.dtype, license_id: str | None, datasets: Sequence[str]
-) -> Exported:
-    result, note = _results_of(source)
-    loaded = load_model(source, dtype=dtype)
-    card = model_card(
-        out.resolve().name,
-        loaded.pha.config,
-        result,
-        {} if loaded.run is None else loaded.run.read_config(),
-        no_results=note,
-        weights="bf16" if dtype == torch.bfloat16 else "fp32",
-        license_id=license_id,
-        datasets=datasets,
-    )
-    _write(loaded, card, model_code(loaded.pha.config), out)
+        result, note = _results_of(source)
+        loaded = load_model(source, dtype=dtype)
+        card = model_card(
+            out.resolve().name,
+            loaded.pha.config,
+            result,
+            {} if loaded.run is None else loaded.run.read_config(),
+            no_results=note,
+            weights="bf16" if dtype == torch.bfloat16 else "fp32",
+            license_id=license_id,
+            datasets=datasets,
+        )
+        _write(loaded, card, model_code(loaded.pha.config), out)
     return Exported(out, 0 if result is None or note else len(result.evaluations), note)
 
 

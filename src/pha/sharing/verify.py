@@ -12,7 +12,6 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard
 
 from pha.data.store import TokenStore
-from pha.data.tokenizer import tokenizer_hashes
 from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
 from pha.loading import load_model
@@ -67,7 +66,7 @@ def verify_export(
         raise PHAError(f"{data} is not the data of {card}, which names the hash of its own")
     device = default_device()
     loaded = load_model(folder, device)
-    store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
+    store.require_tokenizer(loaded.tokenizer)
     checks = []
     for (split, words), scores in groupby(claims, _of):
         protocol, tokens, precision = _read_protocol(words)

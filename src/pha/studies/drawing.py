@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pha.report import figures
 from pha.report.charts import (
     Estimate,
+    Fan,
     Point,
     Rate,
     against_size,
@@ -144,17 +145,10 @@ def _shares(outcome: Outcome) -> Figure | None:
     return figures.mixing_heat_map(mean_layers(runs), 0) if runs else None
 
 
-def _tests(outcome: Outcome) -> Figure | None:
-    if not outcome.results:
-        return None
-    return fans(tasks.by_test(outcome), "test", tasks.score_label(outcome))
-
-
-def _distances(outcome: Outcome) -> Figure | None:
-    if not outcome.results:
-        return None
-    label = "tokens back, or read"
-    return fans(tasks.by_distance(outcome), label, tasks.score_label(outcome))
+def _scores(
+    outcome: Outcome, panels: Callable[[Outcome], list[tuple[str, list[Fan]]]], label: str
+) -> Figure | None:
+    return fans(panels(outcome), label, tasks.score_label(outcome)) if outcome.results else None
 
 
 def _state(outcome: Outcome) -> Figure | None:
@@ -185,8 +179,14 @@ _PLOTS: dict[str, tuple[Callable[[Outcome], Figure | None], str]] = {
         partial(_cost, against="seconds", label="seconds of training"),
         "bits per byte against training time",
     ),
-    "tests": (_tests, "every test, thin lines for seeds and thick ones for their medians"),
-    "distances": (_distances, "over distance, thin lines for seeds and thick ones for medians"),
+    "tests": (
+        partial(_scores, panels=tasks.by_test, label="test"),
+        "every test, thin lines for seeds and thick ones for their medians",
+    ),
+    "distances": (
+        partial(_scores, panels=tasks.by_distance, label="tokens back, or read"),
+        "over distance, thin lines for seeds and thick ones for medians",
+    ),
     "state": (_state, "the first test against the size of the state"),
     "curves": (_curves, "validation loss against tokens, means over seeds"),
     "settings": (_settings, "validation perplexity over a setting"),

@@ -177,7 +177,8 @@ def _table(
                 continue
             gain = None if model == base else _gain(group[base], row)
             line.append(f"{row['tokens_per_second']['median']:,.0f}")
-            line.append(DASH if gain is None else _percent(gain))
+            half = "" if gain is None or gain.interval is None else f" ± {gain.interval:.1f}"
+            line.append(DASH if gain is None else f"{gain.mean:+.1f}{half}%")
             lines.append([*line, *(f"{row[f'{k}_memory'] / 1e9:.2f}" for k in ("peak", "work"))])
     rows = [row for group in groups.values() for row in group.values()]
     first = next((row for row in rows if row["error"] is None), None)
@@ -196,11 +197,6 @@ def _table(
     headings = ["length", "model", "tokens/s", "against the first", "memory, GB", "of it work"]
     note = "Percent with the 95% interval over the turns that the processes of the models took."
     return TextTable(f"{study.title}: {MEANING.get(mode, mode)}", headings, sections, [note])
-
-
-def _percent(gain: Summary) -> str:
-    half = "" if gain.interval is None else f" ± {gain.interval:.1f}"
-    return f"{gain.mean:+.1f}{half}%"
 
 
 def _gain(base: Row, row: Row) -> Summary | None:

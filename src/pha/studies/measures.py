@@ -33,11 +33,7 @@ def _test(value: Callable[[Evaluation], float]) -> Callable[[RunResult], float |
 
 
 def _candidate(name: str) -> Callable[[RunResult], float | None]:
-    def value(result: RunResult) -> float | None:
-        candidate = result.candidate(name)
-        return None if candidate is None else candidate.evaluation.perplexity
-
-    return value
+    return lambda r: None if (found := r.candidate(name)) is None else found.evaluation.perplexity
 
 
 def _validation(result: RunResult) -> float | None:

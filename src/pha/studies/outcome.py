@@ -17,7 +17,6 @@ from pha.studies.seeds import (
     Summary,
     adjust,
     paired_difference,
-    sentence,
     summarise,
 )
 from pha.utils.text import count
@@ -122,7 +121,7 @@ class Outcome:
         data = {result.data["sha256"] for result in self.results}
         equal = f"at equal tokens ({count(min(tokens))})" if len(tokens) == len(data) == 1 else ""
         words, digits = MEASURES[MAIN].words, MEASURES[MAIN].digits
-        return said + [sentence(each, labels, words, digits, equal) for each in self.differences]
+        return said + [each.sentence(labels, words, digits, equal) for each in self.differences]
 
 
 def make_outcome(plan: StudyPlan) -> Outcome:

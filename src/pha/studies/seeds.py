@@ -66,6 +66,43 @@ class Difference(Summary):
     p_adjusted: float | None  # by Holm, over the comparisons of the study
     verdict: Verdict  # what the interval says of A
 
+    def sentence(
+        self, labels: Mapping[str, str], words: str, digits: int, circumstance: str = ""
+    ) -> str:
+        """What the data support of A minus B, in plain words.
+
+        Args:
+            labels: name -> what it is called.
+            words: the measure, such as `test perplexity per token`.
+            digits: after the point.
+            circumstance: such as `at equal tokens`.
+        """
+        a, b = labels[self.a], labels[self.b]
+        what = f"{words} {circumstance}".rstrip()
+        size = f"{abs(self.mean):.{digits}f}"
+        seeds = f"{len(self.seeds)} paired seeds"
+        direction = "lower" if self.mean < 0 else "higher"
+        if self.verdict == "equal":
+            text = f"{a} and {b} are equal in {what} ({seeds})"
+        elif self.interval is None:
+            text = (
+                f"{a} is {direction} than {b} by {size} in {what}, with one seed, "
+                "which does not say whether another seed would agree"
+            )
+        elif self.verdict == "undecided":
+            text = (
+                f"The data do not decide between {a} and {b} in {what}: {self.mean:+.{digits}f} "
+                f"± {self.interval:.{digits}f} (95% interval, {seeds})"
+            )
+        else:
+            text = (
+                f"{a} is {direction} than {b} by {size} ± {self.interval:.{digits}f} in {what} "
+                f"(95% interval, {seeds})"
+            )
+            if self.p_adjusted is not None and self.p_adjusted > LEVEL:
+                text += "; with a correction for the number of comparisons this is not decided"
+        return f"{text[0].upper()}{text[1:]}."
+
 
 def paired_difference(
     a: str, b: str, measure: str, of_a: Mapping[int, float], of_b: Mapping[int, float]
@@ -101,46 +138,3 @@ def adjust(differences: Sequence[Difference]) -> list[Difference]:
     return [
         each if each.p is None else replace(each, p_adjusted=next(left)) for each in differences
     ]
-
-
-def sentence(
-    difference: Difference,
-    labels: Mapping[str, str],
-    words: str,
-    digits: int,
-    circumstance: str = "",
-) -> str:
-    """What the data support of A minus B, in plain words.
-
-    Args:
-        difference: of A and B.
-        labels: name -> what they are called.
-        words: the measure, such as `test perplexity per token`.
-        digits: after the point.
-        circumstance: such as `at equal tokens`.
-    """
-    a, b = labels[difference.a], labels[difference.b]
-    what = f"{words} {circumstance}".rstrip()
-    size = f"{abs(difference.mean):.{digits}f}"
-    seeds = f"{len(difference.seeds)} paired seeds"
-    direction = "lower" if difference.mean < 0 else "higher"
-    if difference.verdict == "equal":
-        text = f"{a} and {b} are equal in {what} ({seeds})"
-    elif difference.interval is None:
-        text = (
-            f"{a} is {direction} than {b} by {size} in {what}, with one seed, "
-            "which does not say whether another seed would agree"
-        )
-    elif difference.verdict == "undecided":
-        text = (
-            f"The data do not decide between {a} and {b} in {what}: {difference.mean:+.{digits}f} "
-            f"± {difference.interval:.{digits}f} (95% interval, {seeds})"
-        )
-    else:
-        text = (
-            f"{a} is {direction} than {b} by {size} ± {difference.interval:.{digits}f} in {what} "
-            f"(95% interval, {seeds})"
-        )
-        if difference.p_adjusted is not None and difference.p_adjusted > LEVEL:
-            text += "; with a correction for the number of comparisons this is not decided"
-    return f"{text[0].upper()}{text[1:]}."

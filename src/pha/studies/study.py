@@ -19,14 +19,13 @@ from pha.studies.drawing import draw
 from pha.studies.jobs import Job, run_jobs, run_on_cluster
 from pha.studies.measures import MEASURES
 from pha.studies.outcome import Outcome, Seed, make_outcome
-from pha.studies.planning import StudyPlan
+from pha.studies.planning import StudyPlan, settle
 from pha.studies.probing import probe_runs
 from pha.studies.published import find_published
 from pha.studies.tabulate import study_table
-from pha.studies.tuning import settle
 from pha.utils.files import remove_leftovers, write_json, write_text
 from pha.utils.hardware import default_device, provenance
-from pha.utils.outputs import hold, require_folder, require_own, writing
+from pha.utils.outputs import hold, require_outputs, writing
 
 # Of a run's result, for the record of the study.
 BRIEF = (
@@ -61,8 +60,15 @@ class Files:
             "sentences": list(sentences),
             "summarised": provenance(default_device(), "-"),
         }
+        said = "".join(f"- {sentence}\n" for sentence in sentences)
+        markdown = "\n".join(table.to_markdown() for table in tables)
         with writing(self.folder):
-            self._write(tables, sentences, content)
+            write_json(self.folder / "study.json", content)
+            write_text(self.folder / "table.md", markdown + (f"\n{said}" if said else ""))
+            write_text(self.folder / "table.tex", "\n".join(table.to_latex() for table in tables))
+            for number, table in enumerate(tables, start=1):
+                name = "table.csv" if number == 1 else f"table-{number}.csv"
+                write_text(self.folder / name, table.to_csv())
         return content
 
     @contextmanager
@@ -72,27 +78,13 @@ class Files:
         Raises:
             PHAError: it cannot be written, holds files of others, or is in use.
         """
-        require_folder(self.folder)
-        names = ("study.json", "table.md", "table.tex", "table.csv")
-        require_own(*(self.folder / name for name in names))
+        require_outputs(self.folder, "study.json", "table.md", "table.tex", "table.csv")
         refusal = f"{self.folder} is in use by another process; let it finish"
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             with hold(self.folder / ".lock", lambda: refusal) as is_held:
                 remove_leftovers(self.folder, held=is_held)
                 yield
-
-    def _write(
-        self, tables: Sequence[TextTable], sentences: Sequence[str], content: dict[str, Any]
-    ) -> None:
-        write_json(self.folder / "study.json", content)
-        said = "".join(f"- {sentence}\n" for sentence in sentences)
-        markdown = "\n".join(table.to_markdown() for table in tables)
-        write_text(self.folder / "table.md", markdown + (f"\n{said}" if said else ""))
-        write_text(self.folder / "table.tex", "\n".join(table.to_latex() for table in tables))
-        for number, table in enumerate(tables, start=1):
-            name = "table.csv" if number == 1 else f"table-{number}.csv"
-            write_text(self.folder / name, table.to_csv())
 
     def tell(
         self, tables: Sequence[TextTable], sentences: Sequence[str], pictures: Sequence[Path]

@@ -7,7 +7,8 @@ and ordered, not averaged: the share that solve it with its binomial interval, m
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from pha.report.charts import Fan
@@ -104,41 +105,35 @@ def _range(steps: Sequence[float]) -> str:
 
 def by_test(outcome: Outcome) -> list[tuple[str, list[Fan]]]:
     """Every variant's score over the tests, a panel for each place of the grid."""
-    return [
-        (
-            place,
-            [
-                Fan(
-                    label,
-                    [{e.split: score_of(e) for e in r.evaluations} for r in results_of(row)],
-                )
-                for label, row in rows
-            ],
-        )
-        for place, rows in _panels(outcome).items()
-    ]
+
+    def scores(result: RunResult) -> dict[str, float]:
+        return {each.split: score_of(each) for each in result.evaluations}
+
+    return [(place, _fans(rows, scores)) for place, rows in _panels(outcome).items()]
 
 
 def by_distance(outcome: Outcome) -> list[tuple[str, list[Fan]]]:
     """Every variant's score over the distance that an answer reaches back, a panel a test."""
+
+    def scores(test: str, result: RunResult) -> dict[str, float]:
+        found = result.evaluation(test)
+        return {} if found is None else {n: score_of(part) for n, part in found.parts.items()}
+
     tests = dict.fromkeys(each.split for r in outcome.results for each in r.evaluations)
     return [
-        (
-            f"{place}, test {test}".removeprefix(", "),
-            [
-                Fan(
-                    label,
-                    [
-                        {start: score_of(part) for start, part in each.parts.items()}
-                        for r in results_of(row)
-                        if (each := r.evaluation(test)) is not None
-                    ],
-                )
-                for label, row in rows
-            ],
-        )
+        (f"{place}, test {test}".removeprefix(", "), _fans(rows, partial(scores, test)))
         for place, rows in _panels(outcome).items()
         for test in tests
+    ]
+
+
+def _fans(
+    rows: Sequence[tuple[str, Row]], scores: Callable[[RunResult], dict[str, float]]
+) -> list[Fan]:
+    """Of each variant, the scores of the seeds that have any."""
+    return [
+        Fan(label, [found for result in results_of(row) if (found := scores(result))])
+        for label, row in rows
     ]
 
 

@@ -12,14 +12,17 @@ after which `pha train PRESET.copy` works.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
 from pha.utils.errors import PHAError
 from pha.utils.records import record_from
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 IGNORE = -100
 """The label of a place where nothing is asked."""
@@ -156,3 +159,14 @@ def require_odds(name: str, choices: list[Any], odds: list[float] | None) -> Non
     fits = odds is None or len(choices) in (1, len(odds))
     require(fits, f"odds has {len(odds or ())} numbers for {len(choices)} of {name}; one for each")
     require(min(odds or [1.0]) > 0, f"odds is {odds}; each must be above 0")
+
+
+def words_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A word is a token, by its place in `words`; there is no special token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {word: i for i, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocab=ids, unk_token=None))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pha.tasks.sampler import TEST, VALIDATION
 from pha.tasks.task import TASKS, Drawn, Task, generator, make_task, require
-from pha.utils.turns import turns
+from pha.utils.processes import turns
 
 ROWS = 1000
 BLOCK = 16  # rows that are drawn at a time

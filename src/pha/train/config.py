@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from pha.data.planting import SPAN
+from pha.data.sampler import SPAN
 from pha.model import ArchitectureConfig
 from pha.peers import PREFIX
 from pha.results import CONFIG_FORMAT

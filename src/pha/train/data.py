@@ -5,24 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, TypedDict, Unpack
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pha.data.planting import Planter
-from pha.data.sampler import WindowSampler
+from pha.data.sampler import Planter, WindowSampler
 from pha.data.store import TokenStore
-from pha.data.tokenizer import tokenizer_sha256
+from pha.data.tokenizer import tokenizer_hashes, tokenizer_sha256
 from pha.evals import protocols
 from pha.evals.perplexity import evaluate
 from pha.evals.tasks import evaluate_task
 from pha.loading import LanguageModel
 from pha.results import Evaluation
 from pha.tasks.sampler import TaskSampler
-from pha.tasks.task import make_task
+from pha.tasks.task import make_task, words_tokenizer
 from pha.tasks.testing import make_tests
-from pha.tasks.tokenizer import words_tokenizer
 from pha.train.carry import sampler_class
 from pha.train.config import DataConfig, TrainConfig
 from pha.utils.errors import PHAError
@@ -30,67 +28,26 @@ from pha.utils.errors import PHAError
 UNBOUNDED = 1 << 40  # sequences, where there is no end of them
 
 
-class TrainingData(Protocol):
-    """Where batches come from, and what chooses and judges the weights.
+class Limits(TypedDict, total=False):
+    """How much a validation reads, and with whom; see `pha.evals.perplexity.evaluate`."""
+
+    max_tokens: int | None
+    share: tuple[int, int]
+    reduce: Callable[[Tensor], Tensor] | None
+
+
+class TextData:
+    """A text: windows of its training split, perplexity on the others.
 
     Attributes:
         name: for messages.
         sha256: of the data themselves, which must not change under a run.
         vocab_size: every token is below it.
         length: T of a sequence in what judges the weights.
+        tokenizer: makes that of the tokens, which is saved with every model.
+        require_tokenizer: refuses a model whose tokenizer is another one.
+        describe: makes what a result has to say of the data, ready for JSON.
     """
-
-    name: str
-    sha256: str
-    vocab_size: int
-    length: int
-
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """Of the tokens; it is saved with every model."""
-        ...
-
-    def require_tokenizer(self, *hashes: str) -> None:
-        """Refuse a model whose tokenizer, given by its hashes, is another one."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """What a result has to say of the data, ready for JSON."""
-        ...
-
-    def windows(self) -> int:
-        """Sequences in a pass over the training split."""
-        ...
-
-    def sampler(self, config: TrainConfig) -> WindowSampler | TaskSampler:
-        """The batches of a run."""
-        ...
-
-    def validate(
-        self,
-        model: LanguageModel,
-        precision: str,
-        max_tokens: int | None = None,
-        share: tuple[int, int] = (0, 1),
-        reduce: Callable[[Tensor], Tensor] | None = None,
-    ) -> Evaluation:
-        """What chooses the weights."""
-        ...
-
-    def test(self, model: LanguageModel, precision: str) -> Evaluation:
-        """What judges them, of which `validate` sees nothing."""
-        ...
-
-    def other_tests(self, model: LanguageModel, precision: str) -> list[Evaluation]:
-        """What is measured besides."""
-        ...
-
-    def prompts(self, length: int) -> list[str]:
-        """Two texts of so many tokens to continue."""
-        ...
-
-
-class TextData:
-    """A text: windows of its training split, perplexity on the others."""
 
     def __init__(self, store: TokenStore, data: DataConfig) -> None:
         self.store, self.data = store, data
@@ -100,11 +57,11 @@ class TextData:
         self.describe = store.describe
 
     def windows(self) -> int:
-        """See `TrainingData`, as of all that follow."""
+        """Sequences in a pass over the training split."""
         return max(0, (len(self.store.tokens("train")) - 1) // self.length)
 
     def sampler(self, config: TrainConfig) -> WindowSampler:
-        """Windows in an order that the seed fixes."""
+        """The batches of a run: windows in an order that the seed fixes."""
         store, data = self.store, self.data
         starts = store.document_starts("train")
         return sampler_class(data)(
@@ -119,35 +76,28 @@ class TextData:
         )
 
     def validate(
-        self,
-        model: LanguageModel,
-        precision: str,
-        max_tokens: int | None = None,
-        share: tuple[int, int] = (0, 1),
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        self, model: LanguageModel, precision: str, **limits: Unpack[Limits]
     ) -> Evaluation:
-        """The validation split."""
-        return self._evaluate(
-            model, "validation", precision, max_tokens=max_tokens, share=share, reduce=reduce
-        )
+        """What chooses the weights: the validation split."""
+        return self._evaluate(model, "validation", precision, **limits)
 
     def test(self, model: LanguageModel, precision: str) -> Evaluation:
-        """The test split, or the validation split where there is no other."""
+        """What judges them: the test split, or the validation split where there is no other."""
         split = "test" if "test" in self.store.splits else "validation"
         return self._evaluate(model, split, precision)
 
     def other_tests(self, model: LanguageModel, precision: str) -> list[Evaluation]:
-        """None."""
+        """What is measured besides: nothing."""
         return []
 
     def _evaluate(
-        self, model: LanguageModel, split: str, precision: str, **limits: Any
+        self, model: LanguageModel, split: str, precision: str, **limits: Unpack[Limits]
     ) -> Evaluation:
         protocol = protocols.Protocol(self.length, self.length, self.data.packed_documents)
         return evaluate(model, self.store, split, protocol, precision=precision, **limits)
 
     def prompts(self, length: int) -> list[str]:
-        """The openings of two validation documents, or of the two halves of a running text."""
+        """Two texts to continue: the openings of two validation documents, or of two halves."""
         tokens = self.store.tokens("validation")
         starts = self.store.document_starts("validation")
         second = int(starts[len(starts) // 2]) if len(starts) > 1 else len(tokens) // 2
@@ -157,6 +107,8 @@ class TextData:
 
 class TaskData:
     """A task: fresh sequences at every step, loss and accuracy of the answers of its tests.
+
+    It has what `TextData` has.
 
     Raises:
         PHAError: no such task, or options that do not fit.
@@ -185,9 +137,9 @@ class TaskData:
         """A word is a token."""
         return words_tokenizer(self.words)
 
-    def require_tokenizer(self, *hashes: str) -> None:
+    def require_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Its words must be the same."""
-        if tokenizer_sha256(self.tokenizer()) not in hashes:
+        if tokenizer_sha256(self.tokenizer()) not in tokenizer_hashes(tokenizer):
             raise PHAError(f"the model has other tokens than {self.name}; train one from scratch")
 
     def describe(self) -> dict[str, Any]:
@@ -211,23 +163,12 @@ class TaskData:
         return TaskSampler(self.task, self.data.sequence_length, run.global_batch, run.seed)
 
     def validate(
-        self,
-        model: LanguageModel,
-        precision: str,
-        max_tokens: int | None = None,
-        share: tuple[int, int] = (0, 1),
-        reduce: Callable[[Tensor], Tensor] | None = None,
+        self, model: LanguageModel, precision: str, **limits: Unpack[Limits]
     ) -> Evaluation:
         """The first test, on sequences of its own."""
+        test = self.tests[0]
         return evaluate_task(
-            model,
-            self.tests[0],
-            "validation",
-            for_validation=True,
-            max_tokens=max_tokens,
-            precision=precision,
-            share=share,
-            reduce=reduce,
+            model, test, "validation", for_validation=True, precision=precision, **limits
         )
 
     def test(self, model: LanguageModel, precision: str) -> Evaluation:
@@ -244,3 +185,7 @@ class TaskData:
         """The openings of two sequences of the first test."""
         (block, _), tokenizer = next(self.tests[0].blocks(for_validation=True)), self.tokenizer()
         return [tokenizer.decode(row[:length].tolist()) for row in block.tokens[:2]]
+
+
+TrainingData = TextData | TaskData
+"""Where batches come from, and what chooses and judges the weights."""

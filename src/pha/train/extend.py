@@ -15,7 +15,6 @@ from rich.console import Console
 
 from pha.data.sampler import windows_in_documents
 from pha.data.store import TokenStore, is_store
-from pha.data.tokenizer import tokenizer_hashes
 from pha.loading import load_model, model_folder
 from pha.model import BRANCHES
 from pha.modeling import PHAConfig
@@ -139,7 +138,7 @@ def plan_extension(
     if to <= trained:
         raise PHAError(f"--to {to}: {model} was trained on {trained} tokens; give more")
     store = _open_store(config, data, run, console)
-    store.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
+    store.require_tokenizer(loaded.tokenizer)
     split = "test" if "test" in store.splits else "validation"
     if (most := store.counts(split).tokens - 1) < to:
         raise PHAError(

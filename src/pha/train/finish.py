@@ -9,7 +9,7 @@ from typing import Any
 from pha.costs import cache_bytes
 from pha.evals.generation import Sampling, generate
 from pha.foreign import ForeignModel
-from pha.loading import LanguageModel, LoadedModel, load_model
+from pha.loading import LanguageModel, load_model
 from pha.model.parameters import count_parameters
 from pha.results import (
     SOLVED,
@@ -38,16 +38,16 @@ def finish(session: Session, progress: Progress) -> RunResult:
     if folder != run.model:
         copy_folder(folder, run.model)
     loaded = load_model(run.path, device)
-    samples = []
+    samples: list[Sample] = []
     most, length = 24, config.run.sample_tokens
     if isinstance(loaded.model, ForeignModel) and loaded.model.longest is not None:
         most, length = (min(n, max(1, loaded.model.longest // 3)) for n in (most, length))
     if config.run.sample_tokens:
         with console.status(f"{run.name}: sampling"):
-            samples = [
-                _sample(loaded, prompt, Sampling(length, seed=i))
-                for i, prompt in enumerate(data.prompts(most))
-            ]
+            for seed, prompt in enumerate(data.prompts(most)):
+                how = Sampling(length, seed=seed)
+                [made] = generate(loaded, [prompt], how)
+                samples.append(Sample(prompt, made.text, how.temperature, how.top_p, seed))
     components = _components(config, loaded.model)
     kept = cache_bytes(config.model, data.length) if config.transformers.name is None else None
     with console.status(f"{run.name}: evaluating the other tests"):
@@ -125,8 +125,3 @@ def _candidates(session: Session, progress: Progress) -> list[tuple[Candidate, P
             validation = data.validate(model, precision).perplexity
             found.append((Candidate(name, steps, validation, data.test(model, precision)), folder))
     return found
-
-
-def _sample(loaded: LoadedModel, prompt: str, sampling: Sampling) -> Sample:
-    [made] = generate(loaded, [prompt], sampling)
-    return Sample(prompt, made.text, sampling.temperature, sampling.top_p, sampling.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -78,7 +79,7 @@ def judge(extension: Extension, progress: Progress | None = None) -> Verdict:
                 max_tokens=total,
                 losses=nats,
                 piece=2048,
-                progress=progress and _named(progress, f"{name}, {length} tokens"),
+                progress=progress and partial(progress, f"{name}, {length} tokens"),
             )
             losses[name][length] = found.loss
         points = points_of(
@@ -89,7 +90,7 @@ def judge(extension: Extension, progress: Progress | None = None) -> Verdict:
     gain, words = None, ""
     try:
         question = Question(store, split, new, new, precision=precision)
-        asked = needles(loaded, question, progress and _named(progress, "needles"))
+        asked = needles(loaded, question, progress and partial(progress, "needles"))
         gain = contrast(asked.panels[0].points[0])
     except PHAError as error:
         words = str(error)
@@ -102,15 +103,10 @@ def judge(extension: Extension, progress: Progress | None = None) -> Verdict:
             after[old],
             after[new] <= after[old],
         ),
-        Gate(f"needle gain at {new}: its interval above 0", *_of_gain(gain), words),
+        Gate(
+            f"needle gain at {new}: its interval above 0",
+            *(None if gain is None else gain.mean, 0.0, None if gain is None else gain.low > 0),
+            words,
+        ),
     ]
     return Verdict(losses, gain, gates, readings)
-
-
-def _of_gain(gain: Interval | None) -> tuple[float | None, float, bool | None]:
-    """Value, limit and outcome of the gate of needles."""
-    return (None, 0.0, None) if gain is None else (gain.mean, 0.0, gain.low > 0)
-
-
-def _named(progress: Progress, name: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(name, done, total)

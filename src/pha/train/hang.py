@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import os
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -28,24 +28,13 @@ REMEDY = "the same command goes on from the last checkpoint"
 NO_STORE = "no step is finished, and rank 0 does not answer, whose machine holds the store of all"
 
 
-@dataclass(frozen=True)
-class Sign:
-    """What a rank said of itself."""
+class Sign(NamedTuple):
+    """What a rank said of itself, which the store keeps as JSON."""
 
     beat: int  # how often it has said something
     step: int  # steps finished
     collectives: int  # that it has begun, in all process groups
     host: str
-
-    def to_text(self) -> str:
-        """As the store keeps it."""
-        return f"{self.beat} {self.step} {self.collectives} {self.host}"
-
-    @classmethod
-    def from_text(cls, text: str) -> Sign:
-        """Back from `to_text`."""
-        beat, step, collectives, host = text.split(" ", 3)
-        return cls(int(beat), int(step), int(collectives), host)
 
 
 def blame(
@@ -106,7 +95,7 @@ class _Watch:
         begun = sum(group._get_sequence_number_for_group() for group in groups)
         self.beat += 1
         sign = Sign(self.beat, self.step(), begun, socket.gethostname())
-        self.store.set(str(self.rank), sign.to_text())
+        self.store.set(str(self.rank), json.dumps(sign))
         return sign.step, sign.collectives
 
     def heard(self) -> dict[int, Sign | None]:
@@ -115,7 +104,7 @@ class _Watch:
         for rank in range(self.size):
             key = str(rank)
             known = self.store.check([key])
-            signs[rank] = Sign.from_text(self.store.get(key).decode()) if known else None
+            signs[rank] = Sign(*json.loads(self.store.get(key))) if known else None
         return signs
 
     def wait(self, intervals: int) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -14,11 +12,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pha.train.config import TrainConfig
 from pha.utils.errors import PHAError
+from pha.utils.text import read_docstring
 
-SECTIONS = {
-    f.name: f
-    for f in dataclasses.fields(TrainConfig)
-    if dataclasses.is_dataclass(f.default_factory)
+SECTIONS: dict[str, type] = {
+    name: kind
+    for name, kind in get_type_hints(TrainConfig).items()
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type)
 }
 
 _WORDS: dict[Any, str] = {
@@ -52,22 +51,14 @@ class Key:
 def recipe_keys() -> dict[str, Key]:
     """Name -> key, section by section, read from the dataclasses and their docstrings."""
     found: dict[str, Key] = {}
-    for section, spec in SECTIONS.items():
-        kind = spec.default_factory
-        assert isinstance(kind, type)
-        default, hints, meanings = kind(), get_type_hints(kind), _meanings(kind)
+    for section, kind in SECTIONS.items():
+        default, hints = kind(), get_type_hints(kind)
+        meanings = read_docstring(kind, "Attributes")[1]
         for item in dataclasses.fields(kind):
             name = f"{section}.{item.name}"
             value = getattr(default, item.name)
             found[name] = Key(name, hints[item.name], value, meanings.get(item.name, ""))
     return found
-
-
-def _meanings(kind: type) -> dict[str, str]:
-    """What a class's docstring says of its attributes."""
-    section = (inspect.getdoc(kind) or "").partition("\nAttributes:\n")[2]
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def require_keys(names: Iterable[str]) -> None:
@@ -107,11 +98,8 @@ def in_words(hint: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(in_words(each) for each in inner)
     if origin is list:
-        return f"a list such as [{_example(inner[0])}]"
+        example = {int: "0, 2", float: "0.1, 0.2"}.get(inner[0], "a, b")
+        return f"a list such as [{example}]"
     if origin is dict:
         return "a mapping such as {name: value}"
     return _WORDS.get(hint, "another value")
-
-
-def _example(hint: Any) -> str:
-    return {int: "0, 2", float: "0.1, 0.2"}.get(hint, "a, b")

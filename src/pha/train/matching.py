@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from pha.model import ArchitectureConfig
@@ -70,8 +70,10 @@ def find_match(config: ArchitectureConfig, key: str, wanted: int) -> Match:
         except PHAError:
             return None
 
-    # Of whole numbers, some have to be multiples, as a state of whole groups.
-    step = _step(parameters) if is_whole else FINEST
+    step: float = FINEST
+    if is_whole:  # of which some have to be multiples, as a state of whole groups
+        possible = (n for n in (1, 2, 4, 8, 16, 32) if parameters(2 * n) and parameters(3 * n))
+        step = next(possible, 0)
     first = next((n for n in range(1, 1000) if parameters(n * step) is not None), None)
     if step == 0 or first is None:
         raise PHAError(f"{key} has no value that this model can have; choose another --by")
@@ -91,15 +93,6 @@ def find_match(config: ArchitectureConfig, key: str, wanted: int) -> Match:
     best = min(known, key=lambda n: abs(known[n] - wanted))
     value = best * step
     return Match(value if is_whole else round(value, 6), known[best], wanted)
-
-
-def _step(parameters: Callable[[float], int | None]) -> int:
-    """The smallest step between whole numbers that are all possible; 0 where there is none."""
-    return next((s for s in (1, 2, 4, 8, 16, 32) if _possible(parameters, (s * 2, s * 3))), 0)
-
-
-def _possible(parameters: Callable[[float], int | None], values: Iterable[int]) -> bool:
-    return all(parameters(value) is not None for value in values)
 
 
 def _changer(

@@ -120,17 +120,13 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
             hidden.append(parameter)
         else:
             matrices.append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay, "rate_cap": math.inf},
-        {"params": vectors, "weight_decay": 0.0, "rate_cap": math.inf},
-        {
-            "params": capped,
-            "weight_decay": 0.0,
-            "rate_cap": config.state_space_learning_rate,
-        },
-    ]
+    groups = (
+        (matrices, config.weight_decay, math.inf),
+        (vectors, 0.0, math.inf),
+        (capped, 0.0, config.state_space_learning_rate),
+    )
     adamw = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [{"params": p, "weight_decay": decay, "rate_cap": cap} for p, decay, cap in groups if p],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,

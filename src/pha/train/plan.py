@@ -10,12 +10,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pha.caching import CarriedCache, SequencePieces
-from pha.costs import training_flops
+from pha.costs import shell, training_flops
 from pha.foreign import ForeignModel, make_foreign
 from pha.model import ArchitectureConfig
-from pha.model.config import vars_of
 from pha.model.parameters import count_parameters
-from pha.modeling import PHAConfig, PHAForCausalLM
+from pha.modeling import PHAForCausalLM
 from pha.ops.linear_cross_entropy import chunk_logits
 from pha.ops.pieces import Pieces
 from pha.peers import count_multiplied
@@ -25,7 +24,7 @@ from pha.train.models import foreign_shape
 from pha.train.split import PROBES, CountedPieces, gathered_bytes
 from pha.utils.compiling import compile_blocks
 from pha.utils.errors import PHAError
-from pha.utils.hardware import PRECISIONS, free_memory, matmul_rate
+from pha.utils.hardware import autocast, free_memory, matmul_rate
 
 # A training step of a small model spends about this fraction of its time in matrix products at
 # their measured rate; used for the estimate of a plan alone, every run reports its own.
@@ -78,7 +77,7 @@ def activation_bytes_per_token(
     `ranks` share a sequence, for a token of the last piece, with the keys gathered for it.
     """
     with FakeTensorMode():
-        model = PHAForCausalLM(PHAConfig(**(vars_of(config) | {"vocab_size": 8})))
+        model = shell(config)
         if ranks > 1:
             last = CountedPieces(ranks, ranks - 1)
             kept = [
@@ -101,8 +100,8 @@ def carried_bytes_per_row(config: TrainConfig, precision: str) -> int:
         return 0
     cache = CarriedCache({}, memory=1)
     with FakeTensorMode(), torch.no_grad():
-        model = PHAForCausalLM(PHAConfig(**(vars_of(config.model) | {"vocab_size": 8})))
-        with torch.autocast("cpu", PRECISIONS[precision], enabled=precision != "fp32"):
+        model = shell(config.model)
+        with autocast("cpu", precision):
             model.model(torch.zeros(1, PROBE_TOKENS, dtype=torch.long), past_key_values=cache)
     states = sum(x.nbytes for name, x in cache.left.items() if name.startswith("state"))
     if config.data.carry == "states" and not states:
@@ -136,7 +135,7 @@ def _kept(
         compile_blocks(model, backend="aot_eager_decomp_partition")
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", PRECISIONS[precision], enabled=precision != "fp32"),
+        autocast("cpu", precision),
     ):
         past: Any = None if pieces is None else SequencePieces(pieces, tokens)
         model.train().states(torch.zeros(1, tokens, dtype=torch.long), cache=past)
@@ -206,16 +205,12 @@ def make_plan(
     """
     run, length = config.run, config.data.sequence_length
     ranks = run.context_parallel
-    if processes % ranks:
-        raise PHAError(
-            f"run.context_parallel is {ranks}, and the number of processes ({processes}) no "
-            "multiple of it; start as many with torchrun --nproc_per_node"
-        )
-    if processes % run.shards:
-        raise PHAError(
-            f"run.shards is {run.shards}, and the number of processes ({processes}) no multiple of "
-            "it; start as many with torchrun --nproc_per_node"
-        )
+    for key, several in (("context_parallel", ranks), ("shards", run.shards)):
+        if processes % several:
+            raise PHAError(
+                f"run.{key} is {several}, and the number of processes ({processes}) no multiple of "
+                "it; start as many with torchrun --nproc_per_node"
+            )
     replicas = processes // ranks
     if run.global_batch % replicas:
         raise PHAError(

@@ -123,10 +123,8 @@ def make_parser() -> jsonargparse.ArgumentParser:
         allow_abbrev=False,
         default_env=False,
     )
-    for name, section in SECTIONS.items():
-        factory = section.default_factory
-        assert isinstance(factory, type)
-        parser.add_class_arguments(factory, name)
+    for name, kind in SECTIONS.items():
+        parser.add_class_arguments(kind, name)
     return parser
 
 
@@ -212,11 +210,7 @@ def _checked(settings: Settings, name: str) -> TrainConfig:
         parsed = make_parser().parse_object(nested, defaults=False).as_dict()
     except argparse.ArgumentError as error:
         raise PHAError(f"{name}: {_in_words(error, settings)}") from error
-    sections: dict[str, Any] = {}
-    for section, spec in SECTIONS.items():
-        factory = spec.default_factory
-        assert isinstance(factory, type)
-        sections[section] = factory(**parsed.get(section, {}))
+    sections = {name: kind(**parsed.get(name, {})) for name, kind in SECTIONS.items()}
     config = TrainConfig(recipe=name, **sections)
     config.check()
     return config

@@ -22,7 +22,6 @@ from rich.console import Console
 from pha.data.display import PreparationDisplay
 from pha.data.preparation import cached_store
 from pha.data.store import TokenStore
-from pha.data.tokenizer import tokenizer_hashes
 from pha.foreign import ForeignModel
 from pha.loading import load_model
 from pha.model import ArchitectureConfig
@@ -95,7 +94,7 @@ def resolve(
     if config.run.init_from is not None:
         begin, other = config.run.init_from, config.transformers
         loaded = load_model(Path(begin), changes=other.set, attention=config.run.init_attention)
-        data.require_tokenizer(*tokenizer_hashes(loaded.tokenizer))
+        data.require_tokenizer(loaded.tokenizer)
         if isinstance(loaded.model, ForeignModel):
             other = replace(other, name=begin.removeprefix(PREFIX))
             config = replace(config, model=ArchitectureConfig(), transformers=other)
@@ -164,8 +163,8 @@ def finished_result(run: RunFolder, config: TrainConfig) -> RunResult | None:
     return run.read_result()
 
 
-def print_plan(session: Session) -> None:
-    """Say what the run will take."""
+def print_plan(session: Session) -> dict[str, Any]:
+    """Say what the run will take; the plan and the configuration as a mapping."""
     config, plan, run = session.config, session.plan, session.config.run
     device = session.accelerator.device
     cut = f"{plan.micro_batch} at a time" if plan.accumulation > 1 else "at once"
@@ -190,6 +189,7 @@ def print_plan(session: Session) -> None:
     ]
     for line in lines:
         session.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return {"plan": asdict(plan), "config": config.to_dict()}
 
 
 def _warm_up(config: TrainConfig, plan: Plan) -> list[str]:
@@ -252,7 +252,15 @@ def open_session(
     devices: int | None = None,
     card: Card | None = None,
 ) -> Session:
-    """Open devices and data, settle what was left open, plan; for the last two: `plan_training`.
+    """Open devices and data, settle what was left open, plan.
+
+    Args:
+        config: the run.
+        out: its folder.
+        console: for the preparation of data, and for the plan.
+        resume: `never` refuses a folder that is in use.
+        devices: that the plan is for, a process each; None for the processes that there are.
+        card: what these are; None for such as this one.
 
     Raises:
         PHAError: bad data, a run folder in the way, an impossible plan, processes that cannot meet.
@@ -311,29 +319,3 @@ def open_session(
 
 def _used(folder: Path) -> bool:
     return folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir())
-
-
-def plan_training(
-    config: TrainConfig,
-    out: Path,
-    console: Console,
-    resume: Literal["auto", "never"] = "auto",
-    devices: int | None = None,
-    card: Card | None = None,
-) -> dict[str, Any]:
-    """Only say what a run would take: the plan and the configuration as a mapping.
-
-    Args:
-        config: the run.
-        out: its folder.
-        console: for the plan.
-        resume: as of `open_session`.
-        devices: with a process each; None for the processes that there are.
-        card: what the devices are; None for such as this one.
-
-    Raises:
-        PHAError: bad data, or a run folder in the way.
-    """
-    session = open_session(config, out, console, resume, devices, card)
-    print_plan(session)
-    return {"plan": asdict(session.plan), "config": session.config.to_dict()}

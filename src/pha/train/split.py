@@ -11,12 +11,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pha.caching import SequencePieces
+from pha.costs import shell
 from pha.model import ArchitectureConfig
-from pha.model.config import vars_of
 from pha.model.silence import branches_of
-from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops.pieces import Pieces
-from pha.utils.hardware import PRECISIONS
+from pha.utils.hardware import autocast
 
 PROBES = 64, 128  # tokens, more than any short convolution looks back
 
@@ -77,13 +76,13 @@ def gathered_bytes(
     """
     counted, counts = CountedPieces(ranks), []
     with FakeTensorMode(), torch.no_grad():
-        model = PHAForCausalLM(PHAConfig(**(vars_of(config) | {"vocab_size": 8})))
+        model = shell(config)
         model.model.require_pieces()
         for (_, name), branch in branches_of(model.model).items():
             branch.register_forward_pre_hook(lambda *_, name=name: setattr(counted, "reader", name))
         for tokens in PROBES:
             counted.received = Counter()
-            with torch.autocast("cpu", PRECISIONS[precision], enabled=precision != "fp32"):
+            with autocast("cpu", precision):
                 past = SequencePieces(counted, tokens)
                 model.model(torch.zeros(1, tokens, dtype=torch.long), past_key_values=past)
             counts.append(counted.received)

@@ -34,18 +34,18 @@ from pha.train.config import TrainConfig
 from pha.train.data import TrainingData
 from pha.train.diagnose import first_bad_gradient, first_bad_value
 from pha.train.hang import no_hang
-from pha.train.metrics import MetricsWriter
 from pha.train.optim import Schedule, make_optimizer, set_rate
 from pha.train.plan import Plan
 from pha.train.saving import Saver
 from pha.train.sharding import mixing_of, shard, whole
 from pha.train.split import SequenceSplit
+from pha.train.trackers import MetricsWriter
 from pha.train.watch import Watch
 from pha.train.windows import windowed
 from pha.utils.compiling import compile_blocks, compile_errors
 from pha.utils.errors import PHAError, TrainingInterruptedError
 from pha.utils.files import write_json
-from pha.utils.hardware import PRECISIONS, peak_memory, synchronise
+from pha.utils.hardware import autocast, peak_memory, synchronise
 from pha.utils.progress import ProgressLine
 from pha.utils.signals import exit_code, on_stop_signals
 from pha.utils.text import count, duration
@@ -334,10 +334,7 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         """The precision of the run's matrix products; the weights stay float32."""
-        precision = self.config.run.precision
-        return torch.autocast(
-            self.accelerator.device.type, PRECISIONS[precision], enabled=precision != "fp32"
-        )
+        return autocast(self.accelerator.device.type, self.config.run.precision)
 
     def _diverged(self, step: int, loss: float, inputs: dict[str, Any]) -> None:
         model = self.plain_model

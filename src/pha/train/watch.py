@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -246,20 +247,15 @@ def measure(model: PHAForCausalLM, **inputs: Any) -> Values:
     def leaving(_: nn.Module, __: Any, x: Tensor) -> None:
         found[Place("leaving")] = _size(x)
 
-    layers, handles = model.model.layers, []
-    try:
-        for index, layer in enumerate(layers):
-            handles.append(layer.register_forward_pre_hook(entering(index)))
+    # Not compiled, in which form no module shows its output.
+    with ExitStack() as hooks, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for index, layer in enumerate(model.model.layers):
+            hooks.enter_context(layer.register_forward_pre_hook(entering(index)))
             branches: nn.ModuleDict = layer.branches  # type: ignore[assignment]
             for name, branch in branches.items():
-                handles.append(branch.register_forward_hook(output(index, name)))
-        handles.append(layers[-1].register_forward_hook(leaving))
-        # Not compiled, in which form no module shows its output.
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            model.states(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+                hooks.enter_context(branch.register_forward_hook(output(index, name)))
+        hooks.enter_context(layer.register_forward_hook(leaving))
+        model.states(**inputs)
     numbers = torch.stack([x.float() for each in found.values() for x in each.values()])
     flat = (float(f"{number:.5g}") for number in numbers.tolist())  # one wait for all of them
     return {place: {name: next(flat) for name in each} for place, each in found.items()}

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -24,6 +25,11 @@ from pha.utils.versions import __version__, version_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLOW = 5e9  # FLOP/s of products, at which one of size 1,024 takes half a second
+
+
+def autocast(device_type: str, precision: str) -> torch.autocast:
+    """The context of matrix products in a precision; what is multiplied keeps its own type."""
+    return torch.autocast(device_type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
 def default_device() -> torch.device:
@@ -144,15 +150,10 @@ def device_name(device: torch.device) -> str:
 @functools.cache
 def cpu_name() -> str:
     """Model of the processor with its number of usable cores."""
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    return f"{name}, {os.cpu_count()} cores"
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^model name.*?: *(.*)$", Path("/proc/cpuinfo").read_text(), re.M):
+            return f"{found[1].strip()}, {os.cpu_count()} cores"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
 def instruction_set() -> str:

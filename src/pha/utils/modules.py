@@ -1,4 +1,4 @@
-"""Modules of a user's own, imported first because they register branches, tasks or ops."""
+"""Modules of a user's own, imported first as they register things; and those not installed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ from pha.utils.errors import PHAError
 
 ASKED: list[str] = []
 """What this command was told to import; its configurations name it, and its children import it."""
+
+EXTRAS = {
+    "train": ("accelerate", "filelock", "jsonargparse", "psutil", "rich", "shtab", "yaml"),
+    "report": ("jinja2", "matplotlib", "scipy"),
+    "data": ("datasets", "pyarrow", "zstandard"),
+    "cpu": ("numba",),
+    "harness": ("lm_eval",),
+    "serve": ("fastapi", "openai", "uvicorn"),
+    "cluster": ("submitit",),
+}
+"""Extra of this package -> what it brings."""
 
 
 def import_modules(names: Iterable[str], key: str = "--import") -> None:
@@ -47,3 +58,13 @@ def asked_for(names: Iterable[str]) -> Iterator[None]:
         yield
     finally:
         ASKED.clear()
+
+
+def remedy(error: ModuleNotFoundError) -> str | None:
+    """What to install where a package of an extra is missing; None for any other module."""
+    package = (error.name or "").partition(".")[0]
+    for extra, packages in EXTRAS.items():
+        if package in packages:
+            todo = f"run `pip install 'pha-lm[{extra}]'`"
+            return f"this needs {package}, which is not installed; {todo}"
+    return None

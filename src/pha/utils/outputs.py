@@ -113,6 +113,17 @@ def require_own(record: Path, *beside: Path) -> None:
         )
 
 
+def require_outputs(folder: Path | None, record: str, *beside: str) -> None:
+    """Refuse a folder for these files, as `require_folder` and `require_own` do; None is no output.
+
+    Raises:
+        PHAError: it cannot be written, or they are of somebody else.
+    """
+    if folder is not None:
+        require_folder(folder)
+        require_own(folder / record, *(folder / name for name in beside))
+
+
 @contextmanager
 def hold(lock: Path, refusal: Callable[[], str], wait: bool = False) -> Iterator[bool]:
     """Hold a lock file meanwhile; yields whether it is held.

@@ -1,4 +1,4 @@
-"""Child processes: in order or side by side, none of which outlives the call that started them."""
+"""Child processes, none of which outlives the call that started it; and work that several share."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 POLL_SECONDS = 0.05
 _LEAVE = "PHA_LEAVE_WITH_PARENT"  # tells a child that its standard input is a pipe to watch
@@ -115,3 +116,22 @@ def _cuda_devices() -> list[str]:
     if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return named.split(",")
     return [str(index) for index in range(torch.cuda.device_count())]
+
+
+Item = TypeVar("Item")
+
+
+def turns(items: Sequence[Item], share: tuple[int, int]) -> Iterator[tuple[Item, bool]]:
+    """The items of one process out of several, and whether each counts.
+
+    All processes get equally many, as sharded weights are whole only where every process asks for
+    them: in the last round those for whom there is none do the first item again, and it counts not.
+
+    Args:
+        items: all of them, in the same order in every process.
+        share: (rank, ranks).
+    """
+    rank, ranks = share
+    for first in range(0, len(items), ranks):
+        counts = first + rank < len(items)
+        yield items[first + rank if counts else 0], counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,13 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """`; did you mean ...?` with the nearest of the known names; empty where none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def read_docstring(of: Any, section: str = "Args") -> tuple[str, dict[str, str]]:
+    """What a docstring says of the whole, and of each name in a section of it."""
+    text, _, listed = (inspect.getdoc(of) or "").partition(f"\n{section}:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", listed, re.MULTILINE)
+    return text.strip(), {name: " ".join(words.split()) for name, words in entries}
 
 
 def split_commas(text: str) -> list[str]:

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pha.evals.probes.branches import horizon, need
-from pha.evals.probes.classes import classes
-from pha.evals.probes.context import context
 from pha.evals.probes.needles import needles
-from pha.evals.probes.planted import planted
-from pha.evals.probes.position import position
 from pha.evals.probes.reading import Progress, Question, Reading
+from pha.evals.probes.texts import classes, context, planted, position
 from pha.loading import LoadedModel
 
 Probe = Callable[[LoadedModel, Question, Progress | None], Reading]

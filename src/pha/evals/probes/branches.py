@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,6 +13,7 @@ from pha.evals.compare import block_numbers
 from pha.evals.perplexity import BATCH_TOKENS, evaluate
 from pha.evals.probes.reading import Panel, Point, Progress, Question, Reading, points_of
 from pha.evals.protocols import Protocol
+from pha.evals.where import reference_split
 from pha.loading import LoadedModel
 from pha.model.silence import Place, averages, branches_of, remembers, silenced
 from pha.model.silence import horizon as shortened
@@ -29,12 +29,7 @@ MEAN_TOKENS = 65_536
 class Windows:
     """The loss of each token of whole windows of T, under one change of the model or another."""
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        question: Question,
-        progress: Callable[[str, int, int], None] | None,
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, question: Question, progress: Progress | None) -> None:
         self.model, self.question, self.progress = loaded.pha, question, progress
         self.branches = branches_of(self.model.model)
         length, known = question.trained, question.store.counts(question.split).tokens - 1
@@ -49,10 +44,10 @@ class Windows:
         self.count = windows * length
         self.blocks = block_numbers(self.count, length)
         self.steps = self.done = 0
-        self.reference = "train" if "train" in question.store.splits else question.split
+        self.reference = reference_split(question.store, question.split)
         self.read = min(MEAN_TOKENS, question.store.counts(self.reference).tokens - 1)
 
-    def losses(self, change: AbstractContextManager[Any], what: str = "") -> np.ndarray:
+    def losses(self, change: AbstractContextManager[Any]) -> np.ndarray:
         """(N,) nats, float64."""
         length, found = self.question.trained, np.empty(self.count, dtype=np.float32)
         with change:
@@ -65,7 +60,7 @@ class Windows:
             )
         self.done += 1
         if self.progress is not None:
-            self.progress(what, self.done, self.steps)
+            self.progress(self.done, self.steps)
         return found.astype(np.float64)
 
     def means(self) -> dict[Place, Tensor]:
@@ -104,10 +99,6 @@ def horizons_below(length: int) -> list[int]:
     return list(itertools.takewhile(lambda w: w < length, (4**i for i in itertools.count())))
 
 
-def _unnamed(progress: Progress | None) -> Callable[[str, int, int], None] | None:
-    return None if progress is None else lambda _, done, total: progress(done, total)
-
-
 def horizon(loaded: LoadedModel, question: Question, progress: Progress | None = None) -> Reading:
     """What it costs to let attention, or the state, see only the last w tokens; all else stays.
 
@@ -116,7 +107,7 @@ def horizon(loaded: LoadedModel, question: Question, progress: Progress | None =
     Raises:
         PHAError: a model that is not ours, or less text than two windows.
     """
-    asked = Windows(loaded, question, _unnamed(progress))
+    asked = Windows(loaded, question, progress)
     far = horizons_below(question.trained)
     kinds: dict[bool, set[str]] = {True: set(), False: set()}
     for (_, name), branch in asked.branches.items():
@@ -148,7 +139,7 @@ def need(loaded: LoadedModel, question: Question, progress: Progress | None = No
     Raises:
         PHAError: a model that is not ours, or less text than two windows.
     """
-    asked = Windows(loaded, question, _unnamed(progress))
+    asked = Windows(loaded, question, progress)
     places = list(asked.branches)
     names = list(dict.fromkeys(name for _, name in places))
     sets = [(f"{name}, all layers", [p for p in places if p[1] == name]) for name in names]

@@ -17,7 +17,7 @@ from pha.evals.where import reference_split
 from pha.foreign.model import ForeignCache
 from pha.loading import LoadedModel
 from pha.utils.errors import PHAError
-from pha.utils.hardware import PRECISIONS
+from pha.utils.hardware import autocast
 
 CONTEXTS = 20
 DEPTHS = 11  # from 0 to 1 in tenths
@@ -87,15 +87,10 @@ def needles(loaded: LoadedModel, question: Question, progress: Progress | None =
         ("binding: the right one of the needles", "accuracy", binding, 1 / DEPTHS),
         (f"presence: before {ABSENT} absent values", "accuracy", presence, 1 / (1 + ABSENT)),
     ]
-    axis = "length (tokens)"
-    panels = [
-        Panel(title, unit, [_mean(f"{n:,}", v, n) for n, v in zip(lengths, values, strict=True)])
-        for title, unit, values, _ in measures
-    ]
-    panels = [
-        Panel(p.title, p.measure, p.points, axis, chance=chance)
-        for p, (*_, chance) in zip(panels, measures, strict=True)
-    ]
+    axis, panels = "length (tokens)", []
+    for title, unit, values, chance in measures:
+        points = [_mean(f"{n:,}", v, n) for n, v in zip(lengths, values, strict=True)]
+        panels.append(Panel(title, unit, points, axis, chance=chance))
     cells = [
         _mean(f"{length:,} at {depth / (DEPTHS - 1):.1f}", gain[i, depth], length, depth / 10)
         for i, length in enumerate(lengths)
@@ -191,9 +186,7 @@ def _ask(
     values = np.stack([each.needles[:, 1] for each in contexts])
     absent = np.stack([each.absent for each in contexts])
     found = []
-    with torch.autocast(
-        device.type, PRECISIONS[question.precision], enabled=question.precision != "fp32"
-    ):
+    with autocast(device.type, question.precision):
         cache = model.new_cache()
         for piece in rows.split(question.piece, dim=1):
             model.states(piece, cache=cache)
