@@ -56,7 +56,7 @@ class PHAPreTrainedModel(PreTrainedModel):
         self._keep_in_fp32_modules_strict = special
         branches = [module for module in self.modules() if isinstance(module, Branch)]
         self._unit_gain = {
-            id(getattr(branch, name, None)) for branch in branches for name in branch.unit_gain
+            id(x) for b in branches for name, x in b.named_modules() if name in b.unit_gain
         }
         super().post_init()
 

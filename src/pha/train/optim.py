@@ -145,8 +145,12 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
 def _named(model: nn.Module, kind: str) -> set[int]:
     """The parameters that branches, or a model that is not ours, name in their attribute `kind`."""
     branches = (module for module in model.modules() if isinstance(module, Branch | ForeignModel))
-    named = ((branch, name) for branch in branches for name in getattr(branch, kind))
-    return {id(branch.get_parameter(name)) for branch, name in named if hasattr(branch, name)}
+    return {
+        id(parameter)
+        for branch in branches
+        for name, parameter in branch.named_parameters()
+        if name in getattr(branch, kind)
+    }
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
