@@ -6,7 +6,8 @@ r"""What `pha train --dry-run --devices N` says beside what N processes on this 
       --run.context_parallel={processes}
 
 Each run takes a few steps on the CPU under torchrun, one thread a process. Memory is the highest
-resident size of a process less what it was before there was a model. Traffic is what went over the
+resident size of a process until its last step, less what it was before there was a model: the
+evaluation that follows reads whole sequences in every process. Traffic is what went over the
 loopback interface in a step, of which each process sent its part. The planned time is that of as
 many devices; processes with less than a core each cannot keep to it. Nothing else may run on the
 machine.
@@ -45,7 +46,8 @@ def train_here(words: list[str], into: Path) -> None:
     from pha.train import run, trainer
     from pha.utils.hardware import peak_memory
 
-    steps: list[tuple[float, int]] = []  # the end of each: when, and bytes over the loopback
+    # The end of each: when, bytes over the loopback, and the most memory until then.
+    steps: list[tuple[float, int, int]] = []
     base = 0
     make_model, step, finish = run.make_model, trainer.Trainer._step, trainer.Trainer.train
 
@@ -54,16 +56,15 @@ def train_here(words: list[str], into: Path) -> None:
         base = psutil.Process().memory_info().rss
         return make_model(*arguments)
 
-    def counted(*arguments: Any) -> Any:
-        taken = step(*arguments)
+    def counted(self: trainer.Trainer, *arguments: Any) -> Any:
+        taken = step(self, *arguments)
         sent = psutil.net_io_counters(pernic=True)["lo"].bytes_sent
-        steps.append((time.perf_counter(), sent))
+        steps.append((time.perf_counter(), sent, peak_memory(self.accelerator.device)))
         return taken
 
     def trained(self: trainer.Trainer) -> Any:
         progress = finish(self)
-        peak = peak_memory(self.accelerator.device)
-        found = {"base": base, "peak": peak, "steps": steps}
+        found = {"base": base, "peak": steps[-1][2], "steps": steps}
         (into / f"{self.accelerator.process_index}.json").write_text(json.dumps(found))
         return progress
 
