@@ -58,18 +58,14 @@ class ExtendedGSS(GatedStateSpace):
         if convolution:
             self.taps = nn.Parameter(torch.empty(n, TAPS))
             self.c = nn.Parameter(torch.empty(n))
-            self._start_convolution()
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """As in Eq. 2; taps of variance 1 / taps and no bias."""
         super().reset_parameters()
-        if hasattr(self, "taps"):
-            self._start_convolution()
-
-    def _start_convolution(self) -> None:
-        with torch.no_grad():
-            self.taps.normal_(std=TAPS**-0.5)
-            self.c.zero_()
+        if hasattr(self, "taps"):  # not yet where that of Eq. 2 is constructed
+            nn.init.normal_(self.taps, std=TAPS**-0.5)
+            nn.init.zeros_(self.c)
 
     def decays_of(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """a_t and b_t, each (B, T, n), in at least float32."""
