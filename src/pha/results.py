@@ -158,6 +158,13 @@ class RunResult:
         """The candidate of that name."""
         return next((each for each in self.candidates if each.name == name), None)
 
+    @property
+    def hardware(self) -> str:
+        """What its times are of; those of other hardware do not compare."""
+        keys = ("device", "cpu", "threads", "precision")
+        found = [str(self.provenance[key]) for key in keys if self.provenance.get(key) is not None]
+        return ", ".join(dict.fromkeys(found))
+
     def to_dict(self) -> dict[str, Any]:
         """The content of the file."""
         return {"version": VERSION, **asdict(self)}

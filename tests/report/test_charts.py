@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -95,10 +96,14 @@ def test_names_cover_no_other() -> None:
         for index, name in enumerate(names)
     ]
     (axes,) = charts.against_size([("ours", points)], "perplexity").axes
-    heights = sorted(text.get_position()[1] for text in axes.texts)
     assert [text.get_text() for text in axes.texts] == names
-    assert min(np.diff(heights)) >= 0.032 - 1e-9
-    rings = [line for line in axes.lines if np.size(line.get_xdata()) == 2]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    marks = axes.transData.transform([(1e6, 5.0 + index / 100 + 0.05) for index in range(9)])
+    assert not any(box.contains(*mark) for box in boxes for mark in marks)
+    rings = [
+        line for line in axes.lines if line.get_marker() == "o" and np.size(line.get_xdata()) == 2
+    ]
     assert len(rings) == len(points)
 
 

@@ -332,7 +332,7 @@ title: Rates
 question: Which?
 variants: {a: {model: gss-only}, b: {model: pha}}
 tune: {key: optimizer.learning_rate, values: [0.01, 1000.0], set: {run.steps: 2}}
-columns: [test, bits, cache, flops]
+columns: [test, bits, cache, flops, speed]
 plots: [cache, time]
 """
 
@@ -384,6 +384,20 @@ def test_variants_choose_their_own_setting_in_short_runs(
     # A rate that is asked for needs no trials.
     main([*words, "--dry-run", "--json", "--optimizer.learning_rate", "0.01"])
     assert len(json.loads(capsys.readouterr().out)["runs"]) == 1
+    # Times of other hardware do not compare.
+    both = study(str(path), tmp_path, store, "--seeds", "1", "--optimizer.learning_rate", "0.01")
+    main(both)
+    kept = [row["measures"] for row in read(tmp_path / "rates-tiny" / "study.json")["variants"]]
+    assert all("speed" in each for each in kept)
+    result = Path(row["seeds"][0]["run"]) / "result.json"
+    content = read(result)
+    content["provenance"]["cpu"] = "a faster one"
+    result.write_text(json.dumps(content))
+    main(both)
+    content = read(tmp_path / "rates-tiny" / "study.json")
+    assert not any("speed" in each["measures"] for each in content["variants"])
+    assert "a faster one" in content["sentences"][-1]
+    assert not (tmp_path / "rates-tiny" / "time.png").exists()
     words = study(str(path), tmp_path, store, "--only", "c")
     assert "variant 'c'" in fails(words, capsys)
 

@@ -177,29 +177,45 @@ def _draw_points(axes: Axes, points: Sequence[Point], join: bool) -> None:
 
 
 def _name_points(axes: Axes, places: Sequence[tuple[float, float, Point]]) -> None:
-    """Names above points and to their right, or left at the edge, each moved up from the lowest
-    until it covers no other."""
-    # All in parts of the panel, as are the size of a line of text and of a letter.
-    height, letter = (0.056 if len(places) < 8 else 0.032), 0.0165
+    """Names right or left of points, as near as covers no point, bar or other name.
+
+    A name that had to move has a line to its point.
+    """
     axes.autoscale_view()
     to_panel = axes.transData - axes.transAxes
-    spots = [(*to_panel.transform((x, mean)), point) for x, mean, point in places]
-    taken: list[tuple[float, float, float]] = []
+    spots = []
+    taken = []  # left, right, bottom and top in parts of the panel
+    for x, mean, point in places:
+        error = point.error or 0.0
+        (across, bottom), (_, top) = to_panel.transform([(x, mean - error), (x, mean + error)])
+        up = to_panel.transform((x, mean))[1]
+        taken.append((across - 0.01, across + 0.01, min(bottom, up - 0.01), max(top, up + 0.01)))
+        spots.append((across, up, point))
     for x, y, point in sorted(spots, key=lambda spot: spot[1]):
-        width = letter * len(point.label)
-        left = x + 0.015 if x + width < 1.05 else x - 0.015 - width
-        place = y + 0.4 * height
-        while any(
-            left < right and begin < left + width and abs(place - other) < height
-            for begin, right, other in taken
-        ):
-            place += height / 4
-        taken.append((left, left + width, place))
-        style: dict[str, Any] = {"fontsize": 7.5, "va": "center", "transform": axes.transAxes}
-        # On the paper's own colour, so that a line behind does not cross it.
-        style["bbox"] = {"facecolor": plots.LIGHT["paper"], "edgecolor": "none", "pad": 0.5}
         color = plots.MUTED if point.grey else plots.series_color(0)
-        axes.text(left, place, point.label, color=color, **style)
+        style: dict[str, Any] = {"fontsize": 7.5, "va": "center", "color": color, "zorder": 4}
+        name = axes.text(x, y, point.label, transform=axes.transAxes, **style)
+        size = name.get_window_extent().transformed(axes.transAxes.inverted())
+        half, step = size.height / 2, size.height / 4
+        sides = [s for s in (x + 0.015, x - 0.015 - size.width) if -0.1 < s < 1.1 - size.width]
+        left, middle = next(
+            (side, y + move * step)
+            for move in sorted(range(-400, 401), key=abs)
+            for side in sides or [x + 0.015]
+            if all(
+                right <= side
+                or side + size.width <= begin
+                or top <= y + move * step - half
+                or y + move * step + half <= bottom
+                for begin, right, bottom, top in taken
+            )
+        )
+        name.set_position((left, middle))
+        taken.append((left - 0.02, left + size.width + 0.02, middle - half, middle + half))
+        if abs(middle - y) > 2 * half:
+            end = left if left > x else left + size.width
+            line = {"color": color, "linewidth": 0.5, "transform": axes.transAxes}
+            axes.plot([x, end], [y, middle], scalex=False, scaley=False, **line)
 
 
 @plots.styled()

@@ -204,10 +204,7 @@ def differ(runs: Sequence[Run], what: Basis) -> bool:
         return _distinct(result.data.get("sha256") for result in results) > 1
     if what == "protocol":
         return bool(_protocol_differences(runs))
-    hardware = any(
-        _distinct(result.provenance.get(key) for result in results) > 1
-        for key in ("device", "cpu", "threads", "precision")
-    )
+    hardware = _distinct(result.hardware for result in results) > 1
     return hardware or (what == "work" and _distinct(r.tokens_seen for r in results) > 1)
 
 

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 
 def draw(outcome: Outcome, folder: Path) -> list[Path]:
-    """Write every plot that the study asks for and the runs allow, as SVG and PNG."""
+    """Write every plot that the study asks for and the runs allow, as SVG and PNG.
+
+    A plot of earlier runs that these do not allow is deleted.
+    """
     written: list[Path] = []
     study, scale = outcome.plan.study, outcome.plan.scale
     for name in study.plots:
@@ -41,6 +44,9 @@ def draw(outcome: Outcome, folder: Path) -> list[Path]:
         if figure is not None:
             title = f"{study.title}: {words}, {scale.words}"
             written += save_picture(figure, folder / name, title)
+        else:
+            for suffix in ("svg", "png"):
+                (folder / f"{name}.{suffix}").unlink(missing_ok=True)
     return written
 
 

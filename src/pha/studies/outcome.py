@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pha.results import Metrics, RunResult
@@ -22,6 +22,7 @@ from pha.studies.seeds import (
 from pha.utils.text import count
 
 MAIN = "test"
+_TIMES = {"speed", "seconds"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,14 @@ class Row:
         """Seed -> value, of the runs that have it."""
         return {s.seed: s.measures[measure] for s in self.seeds if measure in s.measures}
 
+    def without(self, measures: Collection[str]) -> Row:
+        """The same without these."""
+        kept = [
+            replace(s, measures={k: v for k, v in s.measures.items() if k not in measures})
+            for s in self.seeds
+        ]
+        return replace(self, seeds=kept)
+
     def summary(self, measure: str) -> Summary | None:
         """Over all runs that did not diverge; None unless each has it."""
         values = list(self.values(measure).values())
@@ -83,6 +92,11 @@ class Outcome:
     def results(self) -> list[RunResult]:
         """Of all finished runs."""
         return [s.result for row in self.rows for s in row.seeds if s.result is not None]
+
+    @property
+    def hardware(self) -> list[str]:
+        """Of its runs, each once."""
+        return list(dict.fromkeys(result.hardware for result in self.results))
 
     @property
     def tokens(self) -> str:
@@ -121,7 +135,10 @@ class Outcome:
         data = {result.data["sha256"] for result in self.results}
         equal = f"at equal tokens ({count(min(tokens))})" if len(tokens) == len(data) == 1 else ""
         words, digits = MEASURES[MAIN].words, MEASURES[MAIN].digits
-        return said + [each.sentence(labels, words, digits, equal) for each in self.differences]
+        said += [each.sentence(labels, words, digits, equal) for each in self.differences]
+        if len(self.hardware) > 1 and _TIMES & {*study.columns}:
+            said.append(f"Times do not compare, as runs are of {' and of '.join(self.hardware)}.")
+        return said
 
 
 def make_outcome(plan: StudyPlan) -> Outcome:
@@ -137,7 +154,10 @@ def make_outcome(plan: StudyPlan) -> Outcome:
     for a, b in plan.study.contrasts:
         inside += [_difference(row, a, row, b) for row in rows]
     found = [adjust([each for each in group if each is not None]) for group in (between, inside)]
-    return Outcome(plan, rows, [each for group in found for each in group])
+    outcome = Outcome(plan, rows, [each for group in found for each in group])
+    if len(outcome.hardware) > 1:
+        outcome = replace(outcome, rows=[row.without(_TIMES) for row in rows])
+    return outcome
 
 
 def _difference(a: Row, measure_a: str, b: Row, measure_b: str) -> Difference | None:
