@@ -161,9 +161,10 @@ class RunResult:
     @property
     def hardware(self) -> str:
         """What its times are of; those of other hardware do not compare."""
-        keys = ("device", "cpu", "threads", "precision")
-        found = [str(self.provenance[key]) for key in keys if self.provenance.get(key) is not None]
-        return ", ".join(dict.fromkeys(found))
+        known = {key: value for key, value in self.provenance.items() if value is not None}
+        machine = [str(known[key]) for key in ("device", "cpu", "precision") if key in known]
+        threads = [f"threads: {known['threads']}"] if "threads" in known else []
+        return ", ".join(dict.fromkeys(machine + threads))
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file."""

@@ -28,7 +28,7 @@ ALL_GOLDEN = GOLDEN.with_name("losses-20.json")
 
 STEPS, BATCH, LENGTH = 50, 4, 32
 ALL_STEPS = 20
-# Hyena's filters are sines of large angles: what a processor rounds otherwise in their initial values
+# Hyena has sines of large angles: what a processor rounds otherwise in their initial values
 # grows to percents in twenty steps.
 HYENA_STEPS = 3
 SHAPE: dict[str, Any] = {
