@@ -23,6 +23,9 @@ CONFIG_FORMAT = 1
 METRICS_FORMAT = 1
 """Of `metrics.jsonl`, in its first line. A kind of record or a field that is added leaves it."""
 
+HARDWARE = ("device", "cpu", "threads", "precision")
+"""Keys of `provenance` that say what times are of."""
+
 SOLVED = 0.9
 """Accuracy from which on a task is solved."""
 
@@ -161,10 +164,10 @@ class RunResult:
     @property
     def hardware(self) -> str:
         """What its times are of; those of other hardware do not compare."""
-        known = {key: value for key, value in self.provenance.items() if value is not None}
-        machine = [str(known[key]) for key in ("device", "cpu", "precision") if key in known]
-        threads = [f"threads: {known['threads']}"] if "threads" in known else []
-        return ", ".join(dict.fromkeys(machine + threads))
+        known = {key: self.provenance[key] for key in HARDWARE if self.provenance.get(key)}
+        if "threads" in known:
+            known["threads"] = f"threads: {known['threads']}"
+        return ", ".join(dict.fromkeys(known.values()))
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from xml.etree import ElementTree
 
@@ -92,14 +93,15 @@ def test_any_differences_can_be_drawn(differences: np.ndarray) -> None:
 def test_names_cover_no_other() -> None:
     names = [f"model {index}" for index in range(9)]
     points = [
-        charts.Point(name, 1e6, [5.0 + index / 100, 5.1 + index / 100], grey=index == 3)
+        charts.Point(name, 1e6 + 1e5 * (index % 3), [5.0 + index / 50, 5.2 + index / 50])
         for index, name in enumerate(names)
     ]
+    points.append(charts.Point("one far off", 3e6, [9.0, 9.1], grey=True))
     (axes,) = charts.against_size([("ours", points)], "perplexity").axes
-    assert [text.get_text() for text in axes.texts] == names
+    assert sorted(text.get_text() for text in axes.texts) == sorted([*names, "one far off"])
     boxes = [text.get_window_extent() for text in axes.texts]
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
-    marks = axes.transData.transform([(1e6, 5.0 + index / 100 + 0.05) for index in range(9)])
+    marks = axes.transData.transform([(point.x, fmean(point.values)) for point in points])
     assert not any(box.contains(*mark) for box in boxes for mark in marks)
     rings = [
         line for line in axes.lines if line.get_marker() == "o" and np.size(line.get_xdata()) == 2

@@ -398,6 +398,7 @@ def test_variants_choose_their_own_setting_in_short_runs(
     assert not any("speed" in each["measures"] for each in content["variants"])
     assert "a faster one" in content["sentences"][-1]
     assert not (tmp_path / "rates-tiny" / "time.png").exists()
+    capsys.readouterr()
     words = study(str(path), tmp_path, store, "--only", "c")
     assert "variant 'c'" in fails(words, capsys)
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal
 
 from pha.report.collect import Run
-from pha.results import Evaluation, RunResult, Scores
+from pha.results import HARDWARE, Evaluation, RunResult, Scores
 from pha.utils.text import count, duration, fixed, memory, percent, perplexity
 
 Basis = Literal["tokenizer", "data", "protocol", "hardware", "work"]
@@ -204,7 +204,9 @@ def differ(runs: Sequence[Run], what: Basis) -> bool:
         return _distinct(result.data.get("sha256") for result in results) > 1
     if what == "protocol":
         return bool(_protocol_differences(runs))
-    hardware = _distinct(result.hardware for result in results) > 1
+    hardware = any(
+        _distinct(result.provenance.get(key) for result in results) > 1 for key in HARDWARE
+    )
     return hardware or (what == "work" and _distinct(r.tokens_seen for r in results) > 1)
 
 
