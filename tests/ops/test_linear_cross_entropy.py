@@ -318,8 +318,10 @@ def test_chunks_take_a_small_share_of_the_memory(monkeypatch: pytest.MonkeyPatch
     for memory, expected in ((80e9, 400e6), (8e9, 40e6), (140e9, 8192 * 50304)):
         found = SimpleNamespace(total_memory=memory)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=found: found)
-        assert MODULE.chunk_logits(cuda) == expected
-    assert MODULE.chunk_logits(torch.device("cpu")) < MODULE.chunk_logits(torch.device("mps"))
+        assert MODULE.chunk_logits(cuda, V) == expected
+    cpu, mps = torch.device("cpu"), torch.device("mps")
+    assert MODULE.chunk_logits(cpu, 100_000) == 1 << 25 < MODULE.chunk_logits(mps, 100_000)
+    assert MODULE.chunk_logits(cpu, 8192) == MODULE.CPU_ROWS * 8192 < 1 << 25
 
 
 def test_torch_sums_products_in_another_type_where_we_ask_it_to() -> None:

@@ -236,8 +236,9 @@ def make_plan(
         per_token = 4 * size.layers * width + per_token / size.layers
     # The loss holds a chunk of logits and what is computed from it, and the head's gradient.
     memory = None if card is None else card.memory
-    chunk = min(chunk_logits(device, memory), share * piece * config.model.vocab_size)
-    loss_bytes = 3 * 4 * chunk + 4 * config.model.vocab_size * width
+    vocabulary = config.model.vocab_size
+    chunk = min(chunk_logits(device, vocabulary, memory), share * piece * vocabulary)
+    loss_bytes = 3 * 4 * chunk + 4 * vocabulary * width
     budget = 0.8 * free - weights - loss_bytes - carried * share
     fits = int(budget / (per_token * piece + carried))
     if device.type == "cpu":
