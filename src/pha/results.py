@@ -123,6 +123,14 @@ class ModelSize:
     flops_per_token: float | None = None  # `pha.costs.training_flops`, at that length
 
 
+def hardware(provenance: dict[str, Any]) -> str:
+    """What times with this provenance are of, in words."""
+    known = {key: provenance[key] for key in HARDWARE if provenance.get(key)}
+    if "threads" in known:
+        known["threads"] = f"threads: {known['threads']}"
+    return ", ".join(dict.fromkeys(known.values()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
     """`result.json`: what a finished run came to."""
@@ -164,10 +172,7 @@ class RunResult:
     @property
     def hardware(self) -> str:
         """What its times are of; those of other hardware do not compare."""
-        known = {key: self.provenance[key] for key in HARDWARE if self.provenance.get(key)}
-        if "threads" in known:
-            known["threads"] = f"threads: {known['threads']}"
-        return ", ".join(dict.fromkeys(known.values()))
+        return hardware(self.provenance)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of the file."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -389,6 +390,8 @@ def test_variants_choose_their_own_setting_in_short_runs(
     main(both)
     kept = [row["measures"] for row in read(tmp_path / "rates-tiny" / "study.json")["variants"]]
     assert all("speed" in each for each in kept)
+    other = tmp_path / "speed.json"
+    shutil.copy(tmp_path / "rates-tiny" / "study.json", other)
     result = Path(row["seeds"][0]["run"]) / "result.json"
     content = read(result)
     content["provenance"]["cpu"] = "a faster one"
@@ -398,6 +401,23 @@ def test_variants_choose_their_own_setting_in_short_runs(
     assert not any("speed" in each["measures"] for each in content["variants"])
     assert "a faster one" in content["sentences"][-1]
     assert not (tmp_path / "rates-tiny" / "time.png").exists()
+    capsys.readouterr()
+    assert "has no times" in fails([*both, "--times", str(tmp_path / "rates-tiny")], capsys)
+    # Those of another study do.
+    main([*both, "--times", str(other)])
+    content = read(tmp_path / "rates-tiny" / "study.json")
+    for row, before in zip(content["variants"], kept, strict=True):
+        assert row["measures"]["speed"]["mean"] == before["speed"]["mean"]
+        seconds = row["seeds"][0]["tokens_seen"] / before["speed"]["mean"]
+        assert row["measures"]["seconds"]["mean"] == pytest.approx(seconds)
+    assert content["times"]["study"] == str(other)
+    assert (tmp_path / "rates-tiny" / "time.png").exists()
+    assert f"by the speeds in {other}" in content["sentences"][-1]
+    lacking = read(other)
+    lacking["variants"][0]["name"] = "another"
+    other.write_text(json.dumps(lacking))
+    capsys.readouterr()
+    assert "no time of a" in fails([*both, "--times", str(other)], capsys)
     capsys.readouterr()
     words = study(str(path), tmp_path, store, "--only", "c")
     assert "variant 'c'" in fails(words, capsys)

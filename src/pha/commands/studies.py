@@ -73,6 +73,7 @@ def study(
     only: Annotated[str | None, "A,B,..."] = None,
     jobs: Jobs = 1,
     cluster: Partition = None,
+    times: Annotated[Path | None, "STUDY.JSON"] = None,
     out: Folder = Path("studies"),
     dry_run: DryRun = False,
     json: Json = False,
@@ -93,6 +94,7 @@ def study(
         scale: tiny, small or paper
         only: these variants, in a table of their own
         seeds: how many (3: seeds 0, 1, 2), or which (0,7,9); the scale's where left out
+        times: training speeds from this study, a short one of the same variants on one machine
         out: folder of all
     """
     from pha.studies.definition import load_scale, load_study
@@ -113,12 +115,12 @@ def study(
             chosen = only_variants(chosen, [name.strip() for name in only.split(",")])
         asked = _asked(overrides, data)
         plan = plan_study(chosen, size, _seeds(seeds, size), out / "runs", asked)
-        _run(plan, folder, jobs, cluster, dry_run, json)
+        _run(plan, folder, jobs, cluster, dry_run, json, times)
         return
-    if overrides or data or seeds or only or cluster or jobs != 1:
+    if overrides or data or seeds or only or cluster or times or jobs != 1:
         raise PHAError(
             f"study {chosen.name} trains nothing; leave out --data, --seeds, --only, --jobs, "
-            "--cluster and settings of runs"
+            "--cluster, --times and settings of runs"
         )
     if dry_run:
         from pha.studies.efficiency import describe
@@ -139,17 +141,27 @@ def _asked(overrides: Sequence[str], data: Path | None) -> dict[str, Any]:
 
 
 def _run(
-    plan: StudyPlan, folder: Path, jobs: int, cluster: str | None, dry_run: bool, json: bool
+    plan: StudyPlan,
+    folder: Path,
+    jobs: int,
+    cluster: str | None,
+    dry_run: bool,
+    json: bool,
+    times: Path | None = None,
 ) -> None:
     from pha.studies.cost import study_cost
     from pha.studies.study import run_study
+    from pha.studies.times import Times
 
     shown = outcome_console(json)
     if dry_run:
         answer(json, study_cost(plan, shown))
     else:
         progress = progress_console()
-        answer(json, run_study(plan, folder, progress, jobs, cluster, shown=shown))
+        names = [variant.name for variant in plan.study.variants]
+        measured = None if times is None else Times.read(times, names)
+        record = run_study(plan, folder, progress, jobs, cluster, times=measured, shown=shown)
+        answer(json, record)
 
 
 def _list_studies(json: bool) -> None:

@@ -19,6 +19,7 @@ from pha.studies.seeds import (
     paired_difference,
     summarise,
 )
+from pha.studies.times import Times
 from pha.utils.text import count
 
 MAIN = "test"
@@ -67,6 +68,19 @@ class Row:
         ]
         return replace(self, seeds=kept)
 
+    def timed(self, times: Times) -> Row:
+        """The same with the times of another study."""
+        kept = [
+            seed
+            if seed.result is None
+            else replace(
+                seed,
+                measures=seed.measures | times.of(self.variant.name, seed.result.tokens_seen),
+            )
+            for seed in self.seeds
+        ]
+        return replace(self, seeds=kept)
+
     def summary(self, measure: str) -> Summary | None:
         """Over all runs that did not diverge; None unless each has it."""
         values = list(self.values(measure).values())
@@ -87,6 +101,7 @@ class Outcome:
     plan: StudyPlan  # what was asked
     rows: Sequence[Row]  # one for each variant
     differences: Sequence[Difference]  # of variants from the baseline, and of measures inside runs
+    times: Times | None = None  # where they are another study's
 
     @property
     def results(self) -> list[RunResult]:
@@ -136,12 +151,14 @@ class Outcome:
         equal = f"at equal tokens ({count(min(tokens))})" if len(tokens) == len(data) == 1 else ""
         words, digits = MEASURES[MAIN].words, MEASURES[MAIN].digits
         said += [each.sentence(labels, words, digits, equal) for each in self.differences]
-        if len(self.hardware) > 1 and _TIMES & {*study.columns}:
+        if self.times is not None:
+            said.append(f"Times are by the speeds in {self.times.path}, of {self.times.hardware}.")
+        elif len(self.hardware) > 1 and _TIMES & {*study.columns}:
             said.append(f"Times do not compare, as runs are of {' and of '.join(self.hardware)}.")
         return said
 
 
-def make_outcome(plan: StudyPlan) -> Outcome:
+def make_outcome(plan: StudyPlan, times: Times | None = None) -> Outcome:
     """Read the runs of a plan, all of which have ended."""
     rows = [
         Row(variant, list(map(Seed.of, plan.seeds, plan.runs[variant.name])))
@@ -154,8 +171,10 @@ def make_outcome(plan: StudyPlan) -> Outcome:
     for a, b in plan.study.contrasts:
         inside += [_difference(row, a, row, b) for row in rows]
     found = [adjust([each for each in group if each is not None]) for group in (between, inside)]
-    outcome = Outcome(plan, rows, [each for group in found for each in group])
-    if len(outcome.hardware) > 1:
+    outcome = Outcome(plan, rows, [each for group in found for each in group], times)
+    if times is not None:
+        outcome = replace(outcome, rows=[row.timed(times) for row in rows])
+    elif len(outcome.hardware) > 1:
         outcome = replace(outcome, rows=[row.without(_TIMES) for row in rows])
     return outcome
 

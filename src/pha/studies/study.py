@@ -23,6 +23,7 @@ from pha.studies.planning import StudyPlan, settle
 from pha.studies.probing import probe_runs
 from pha.studies.published import find_published
 from pha.studies.tabulate import study_table
+from pha.studies.times import Times
 from pha.utils.files import remove_leftovers, write_json, write_text
 from pha.utils.hardware import default_device, provenance
 from pha.utils.outputs import hold, require_outputs, writing
@@ -106,13 +107,14 @@ def run_study(
     parallel: int = 1,
     partition: str | None = None,
     *,
+    times: Times | None = None,
     shown: Console | None = None,
 ) -> dict[str, Any]:
     """Run a study that trains; write `study.json` (returned), `table.*` and the plots to `folder`.
 
     The runs lie where the plan says, `parallel` of them side by side, or on the nodes of a Slurm
-    partition, which needs submitit. Progress goes to `console`, and the outcome to `shown` where
-    that is another.
+    partition, which needs submitit. `times` stand in the place of what the runs took. Progress
+    goes to `console`, and the outcome to `shown` where that is another.
 
     Raises:
         PHAError: a bad configuration, or a training that failed.
@@ -131,7 +133,7 @@ def run_study(
             train(plan.trials.jobs())
         plan, choices = settle(plan)
         train(plan.jobs())
-        outcome = make_outcome(plan)
+        outcome = make_outcome(plan, times)
         tables, sentences, content = [study_table(outcome)], outcome.sentences(), record(outcome)
         if choices:
             content["tuning"] = list(map(asdict, choices))
@@ -197,6 +199,9 @@ def record(outcome: Outcome) -> dict[str, Any]:
         )
     return {
         "seeds": list(plan.seeds),
+        "times": None
+        if outcome.times is None
+        else {"study": str(outcome.times.path), "hardware": outcome.times.hardware},
         "best": None if outcome.best is None else outcome.best.variant.name,
         "variants": rows,
         "differences": [asdict(each) for each in outcome.differences],
