@@ -24,10 +24,11 @@ from pha.utils.errors import PHAError
 IGNORE_INDEX = -100
 # Rows times vocabulary per chunk: 128 MiB of float32 logits on a CPU, 8,192 rows of GPT-2's
 # vocabulary on a CUDA device with the memory for it, 512 MiB elsewhere. Smaller chunks spend their
-# time adding into dW (V x d); on a CPU larger ones fall out of the caches, and more rows gain no
-# speed in the products: of 64 to 4,096 rows about 512 is the best or within noise of it.
+# time adding into dW (V x d); on a CPU larger ones fall out of the caches.
 CHUNK_LOGITS = {"cpu": 1 << 25, "cuda": 8192 * 50304, "default": 1 << 27}
-CPU_ROWS = 512
+# Rows at most on a CPU, those of GPT-2's vocabulary that fit: more take more memory and no less
+# time (docs/log.md).
+CPU_ROWS = CHUNK_LOGITS["cpu"] // 50257
 SHARE = 0.02  # of a CUDA device's memory that a chunk may take at most, at 4 bytes a logit
 ALIGNMENT = 64  # elements: aligned rows of logits have a multiple, and so has the vocabulary
 
