@@ -17,8 +17,13 @@ from tests.model.common import plain_context
 from tests.modeling.common import scrambled, small_config, tokens
 
 BRANCHES = ["gss", "attention", "aux_ffn"]
-MIXERS = {"mamba2": {"state_size": 8, "head_size": 8}, "gated_deltanet": {}}
-MIXERS["gated_deltanet"] = {"heads": 2, "key_size": 8, "value_size": 12}
+MIXERS: dict[str, dict[str, Any]] = {
+    "mamba2": {"state_size": 8, "head_size": 8},
+    "gated_deltanet": {"heads": 2, "key_size": 8, "value_size": 12},
+    "extended_gss": {"output_gate": True, "convolution": True, "input_dt": True},
+    "compressive_attention": {"window": 3, "slots": 2, "rate": 2},
+}
+HORIZONS = ["gss", "attention", *MIXERS]
 
 
 def model_of(branches: list[str] = BRANCHES, **fields: Any) -> PHAForCausalLM:
@@ -103,7 +108,7 @@ def test_means_are_of_what_a_branch_adds() -> None:
     close(means[1, "attention"], added[0].mean((0, 1)))
 
 
-@pytest.mark.parametrize("branch", ["gss", "attention", "mamba2", "gated_deltanet"])
+@pytest.mark.parametrize("branch", HORIZONS)
 @pytest.mark.parametrize("documents", [False, True])
 def test_a_horizon_truncates_what_each_token_reads(branch: str, documents: bool) -> None:
     model = model_of([branch, "aux_ffn"], num_hidden_layers=1)

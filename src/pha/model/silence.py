@@ -23,6 +23,7 @@ from pha.model.branches import Branch, Context
 from pha.model.gss import GatedStateSpace
 from pha.ops import gated_scan
 from pha.ops.attention import attention_mask
+from pha.ops.precision import accumulation_type
 from pha.utils.errors import PHAError
 
 Place = tuple[int, str]
@@ -131,12 +132,14 @@ def horizon(backbone: Backbone, name: str, window: int) -> Iterator[None]:
             raise PHAError("a horizon is for whole sequences, without a cache or padding")
         if window >= z.shape[1]:
             return y
-        shorten = _subtract if isinstance(branch, GatedStateSpace) else _read_windows
-        return shorten(branch, z, context, window)  # type: ignore[arg-type]
+        # Of their kinds exactly: what inherits from them computes something else.
+        if type(branch) is GatedStateSpace:
+            return _subtract(branch, z, context, window)
+        return _read_windows(branch, z, context, window)
 
     with ExitStack() as hooks:
         for branch in chosen:
-            if isinstance(branch, GroupedQueryAttention):
+            if type(branch) is GroupedQueryAttention:
                 hooks.callback(setattr, branch, "window", branch.window)
                 branch.window = min(window, branch.window or window)
             else:
@@ -205,12 +208,12 @@ def _replacement(mode: str, mean: Tensor | None) -> Callable[[nn.Module, Any, Te
 def _subtract(branch: GatedStateSpace, z: Tensor, context: Context, window: int) -> Tensor:
     """Eq. 2 over the last w tokens: what it sums up is linear, and its decay constant."""
     a, b = branch.decay_and_scale()
-    h, _ = gated_scan(
-        *(branch.W_g(z), branch.W_B(z), a, b, None, context.document_starts), last_state=False
-    )
-    older = F.pad(h, (0, 0, window, 0))[:, : z.shape[1]] * a.to(h.dtype) ** window
+    dtype = accumulation_type(z)  # what is taken away may be nearly all
+    gate, value = branch.W_g(z).to(dtype), branch.W_B(z).to(dtype)
+    h, _ = gated_scan(gate, value, a, b, None, context.document_starts, last_state=False)
+    older = F.pad(h, (0, 0, window, 0))[:, : z.shape[1]] * a.to(dtype) ** window
     inside = (context.positions >= window).unsqueeze(-1)  # of the same document
-    return branch.W_C(torch.where(inside, h - older, h))
+    return branch.W_C(torch.where(inside, h - older, h).to(z.dtype))
 
 
 def _read_windows(branch: Branch, z: Tensor, context: Context, window: int) -> Tensor:
