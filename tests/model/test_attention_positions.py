@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pha.model import Backbone, GroupedQueryAttention
 from pha.modeling import PHAConfig, PHAForCausalLM
-from pha.ops.attention.distances import alibi_slopes
+from pha.ops.attention.distances import alibi_slopes, key_with_positions, query_with_slopes
 from pha.utils.errors import PHAError
 from tests.model.common import plain_context, scramble, small
 from tests.modeling.common import (
@@ -192,6 +192,15 @@ def test_only_distances_matter_however_far(which: str, first: int) -> None:
     model, ids = model_of({"positions": which}), tokens(2, 40)
     far = model(ids, position_ids=torch.arange(first, first + 40)[None]).logits
     torch.testing.assert_close(far, model(ids).logits, rtol=0, atol=2e-5)
+
+
+def test_distances_are_exact_in_float16() -> None:
+    slopes = alibi_slopes(16)
+    at = torch.tensor([[0, 255, 256, 65_535, 65_536, 10**6, 2**31]])
+    q = query_with_slopes(torch.zeros(1, 16, 1, 2, dtype=torch.float16), slopes)
+    k = key_with_positions(torch.zeros(1, 1, 7, 2, dtype=torch.float16), at)
+    rounded = torch.tensor(slopes).half().double()[:, None, None]
+    torch.testing.assert_close(q[0].double() @ k[0].double().mT, rounded * at, rtol=0, atol=0)
 
 
 @each_option

@@ -14,7 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pha.ops.precision import accumulation_type
+
 DIGITS, BASE = 4, 256  # of a position below 2^32, each exact in half precision
+# What a digit is worth, in q and in k, for the product of both is beyond float16. So is 2^16, but
+# not its product with a slope, which is below 1.
+IN_QUERY, IN_KEY = (1, BASE, BASE, BASE**2), (1, 1, BASE, BASE)
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -28,13 +33,13 @@ def alibi_slopes(heads: int) -> list[float]:
 def query_with_slopes(q: Tensor, slopes: list[float]) -> Tensor:
     """q (B, H, T, K) with the entries that `key_with_positions` asks for, (B, H, T, K + 4)."""
     slope = q.new_tensor(slopes)[:, None, None]  # rounded once, the digits' values not at all
-    digits = slope * BASE ** torch.arange(DIGITS, device=q.device, dtype=q.dtype)
-    return torch.cat([q, digits.expand(*q.shape[:3], -1)], -1)
+    digits = slope.to(accumulation_type(q)) * torch.tensor(IN_QUERY, device=q.device)
+    return torch.cat([q, digits.to(q.dtype).expand(*q.shape[:3], -1)], -1)
 
 
 def key_with_positions(k: Tensor, positions: Tensor) -> Tensor:
     """k (B, G, T, K) with the digits of its positions (B or 1, T), (B, G, T, K + 4)."""
-    digits = torch.stack([positions // BASE**i % BASE for i in range(DIGITS)], -1)
+    digits = torch.stack([positions // BASE**i % BASE * w for i, w in enumerate(IN_KEY)], -1)
     return torch.cat([k, digits.to(k.dtype).unsqueeze(1).expand(*k.shape[:3], -1)], -1)
 
 
