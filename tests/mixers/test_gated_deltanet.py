@@ -60,7 +60,7 @@ def test_defaults_are_six_square_matrices_at_width_768() -> None:
     assert sum(p.numel() for p in layer.parameters()) == pytest.approx(6.032 * 768**2, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["heads", "key_size", "value_size", "taps"])
+@pytest.mark.parametrize("name", ["heads", "key_size", "value_size"])
 @pytest.mark.parametrize("value", [0, 2.5, True])
 def test_bad_options_are_refused_by_name(name: str, value: Any) -> None:
     options = {"gated_deltanet": {name: value}}

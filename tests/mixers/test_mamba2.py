@@ -45,7 +45,7 @@ def test_defaults_are_those_of_the_source() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("state_size", 0), ("head_size", 2.5), ("head_size", 7), ("expansion", True), ("taps", -1)],
+    [("state_size", 0), ("head_size", 2.5), ("head_size", 7), ("expansion", True)],
 )
 def test_bad_options_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(PHAError, match=f"model: {name} of branch mamba2"):

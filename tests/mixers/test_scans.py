@@ -111,3 +111,11 @@ def test_bad_options_are_refused_by_name(name: str, option: str, value: Any) -> 
     config = small(branches=[name], branch_options={name: {option: value}})
     with pytest.raises(PHAError, match=f"model: .*branch {name}"):
         Backbone(config)
+
+
+@pytest.mark.parametrize("name", ["mamba", "rg_lru", "mehta_gss"])
+@pytest.mark.parametrize("value", ["2", None, float("inf"), float("nan")])
+def test_an_expansion_is_a_number(name: str, value: Any) -> None:
+    config = small(branches=[name], branch_options={name: {"expansion": value}})
+    with pytest.raises(PHAError, match=r"model: (an expansion|expansion of branch \w+) is"):
+        Backbone(config)

@@ -14,6 +14,8 @@ from pha.ops import linear_attention, short_convolution, swiglu
 from pha.ops.linear_attention.chunked import chunked_flops
 from pha.ops.precision import accumulation_type
 
+TAPS = 4
+
 
 @register_branch("gated_deltanet")
 class GatedDeltaNet(Branch):
@@ -32,7 +34,6 @@ class GatedDeltaNet(Branch):
         heads: H.
         key_size: K, entries of q and k in a head.
         value_size: P, entries of v in a head.
-        taps: of the convolution.
 
     Raises:
         PHAError: an option that is no whole number of at least 1.
@@ -49,12 +50,9 @@ class GatedDeltaNet(Branch):
         heads: int = 6,
         key_size: int = 96,
         value_size: int = 192,
-        taps: int = 4,
     ) -> None:
         super().__init__(config, layer_idx)
-        check_sizes(
-            "gated_deltanet", heads=heads, key_size=key_size, value_size=value_size, taps=taps
-        )
+        check_sizes("gated_deltanet", heads=heads, key_size=key_size, value_size=value_size)
         d, keys, values = config.hidden_size, heads * key_size, heads * value_size
         self.heads, self.sizes = heads, [keys, keys, values]
         self.W_q = nn.Linear(d, keys, bias=False)
@@ -63,7 +61,7 @@ class GatedDeltaNet(Branch):
         self.W_a = nn.Linear(d, heads, bias=False)
         self.W_b = nn.Linear(d, heads, bias=False)
         self.W_g = nn.Linear(d, values, bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(sum(self.sizes), 1, taps))
+        self.conv_weight = nn.Parameter(torch.empty(sum(self.sizes), 1, TAPS))
         # Not in the default type, which loaders set to that of the other weights.
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
@@ -77,7 +75,7 @@ class GatedDeltaNet(Branch):
         nn.init.uniform_(self.A_log, 0, 16).clamp_(min=1e-3).log_()  # the logarithm of 0 is no rate
         start_time_steps(self.dt_bias)
         self.norm.reset_parameters()
-        start_as_torch_does(self.conv_weight, self.conv_weight.shape[-1])
+        start_as_torch_does(self.conv_weight, TAPS)
 
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """Map (B, T, d) to (B, T, d), starting from and updating the cached states."""

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pha.mixers.common import start_as_torch_does, start_time_steps
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import selective_scan, short_convolution
@@ -15,7 +16,6 @@ from pha.ops.precision import accumulation_type
 from pha.utils.errors import PHAError
 
 TAPS = 4
-SHORTEST, LONGEST, LEAST = 1e-3, 1e-1, 1e-4  # time steps at the start
 
 
 @register_branch("mamba")
@@ -40,7 +40,6 @@ class Mamba(Branch):
     states = ("h", "conv")
     float32 = ("log_A", "skip", "b_dt")
     no_decay = ("log_A", "taps")
-    unit_gain = ("W_dt",)
 
     def __init__(
         self, config: ArchitectureConfig, layer_idx: int, expansion: float = 2.0, modes: int = 16
@@ -60,20 +59,21 @@ class Mamba(Branch):
         self.log_A = nn.Parameter(torch.empty(n, modes, dtype=torch.float32))
         self.skip = nn.Parameter(torch.empty(n, dtype=torch.float32))
         self.b_dt = nn.Parameter(torch.empty(n, dtype=torch.float32))
+        # Residual layers of the model, among which the authors share out the output's scale.
+        self.depth = config.num_hidden_layers * (2 if config.primary_ffn_expansion else 1)
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A = -1 .. -N, D = 1, time steps log-uniform in [0.001, 0.1], uniform W_dt and taps."""
-        with torch.no_grad():
-            self.log_A.copy_(torch.arange(1.0, self.modes + 1).log())
-            self.skip.fill_(1.0)
-            dt = torch.empty_like(self.b_dt).uniform_(math.log(SHORTEST), math.log(LONGEST)).exp()
-            self.b_dt.copy_(dt.clamp(min=LEAST).expm1().log())  # softplus undone
-            for weight, bound in (
-                (self.W_dt.weight, self.rank**-0.5),
-                *((x, TAPS**-0.5) for x in (self.taps, self.b)),
-            ):
-                weight.uniform_(-bound, bound)
+        """As the authors do: A = -1 .. -N, D one, dt log-uniform, torch's linear layers."""
+        self.log_A.copy_(torch.arange(1.0, self.modes + 1).log())
+        nn.init.ones_(self.skip)
+        start_time_steps(self.b_dt)
+        for x in (self.taps, self.b):
+            start_as_torch_does(x, TAPS)
+        for layer in (self.W_in, self.W_x, self.W_dt):
+            start_as_torch_does(layer.weight, layer.in_features)
+        start_as_torch_does(self.W_o.weight, self.W_o.in_features * self.depth)
 
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """Map (B, T, d) to (B, T, d), starting from and updating the cached states."""

@@ -15,6 +15,8 @@ from pha.ops.linear_attention.chunked import chunked_flops
 from pha.ops.precision import accumulation_type
 from pha.utils.errors import PHAError
 
+TAPS = 4
+
 
 @register_branch("mamba2")
 class Mamba2(Branch):
@@ -32,7 +34,6 @@ class Mamba2(Branch):
         state_size: N, entries of B and C.
         head_size: P, channels of x in a head.
         expansion: channels of x over d.
-        taps: of the convolution.
 
     Raises:
         PHAError: an option that is no whole number of at least 1, or heads that do not divide x.
@@ -49,12 +50,9 @@ class Mamba2(Branch):
         state_size: int = 128,
         head_size: int = 64,
         expansion: int = 2,
-        taps: int = 4,
     ) -> None:
         super().__init__(config, layer_idx)
-        check_sizes(
-            *("mamba2",), state_size=state_size, head_size=head_size, expansion=expansion, taps=taps
-        )
+        check_sizes("mamba2", state_size=state_size, head_size=head_size, expansion=expansion)
         d, inner = config.hidden_size, expansion * config.hidden_size
         if inner % head_size:
             raise PHAError(
@@ -64,7 +62,7 @@ class Mamba2(Branch):
         self.head_size, heads, mixed = head_size, inner // head_size, inner + 2 * state_size
         self.sizes = [inner, mixed, heads]
         self.W_in = nn.Linear(d, sum(self.sizes), bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(mixed, 1, taps))
+        self.conv_weight = nn.Parameter(torch.empty(mixed, 1, TAPS))
         self.conv_bias = nn.Parameter(torch.empty(mixed))
         # Not in the default type, which loaders set to that of the other weights.
         self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
@@ -84,7 +82,7 @@ class Mamba2(Branch):
         nn.init.ones_(self.D)
         self.norm.reset_parameters()
         for x in (self.conv_weight, self.conv_bias):
-            start_as_torch_does(x, self.conv_weight.shape[-1])
+            start_as_torch_does(x, TAPS)
         start_as_torch_does(self.W_in.weight, self.W_in.in_features)
         start_as_torch_does(self.W_o.weight, self.W_o.in_features * self.depth)
 
@@ -103,7 +101,7 @@ class Mamba2(Branch):
         x, dt = x.unflatten(-1, (heads, self.head_size)), self._time_steps(dt)
         g = -self.A_log.exp() * dt
         y, S = linear_attention(
-            *(C.unsqueeze(2), B.unsqueeze(2), x * dt.unsqueeze(-1), g, None),
+            *(C.unsqueeze(2), B.unsqueeze(2), (x * dt.unsqueeze(-1)).to(x.dtype), g, None),
             *(self.past(context, "S"), *flags, keep, context.pieces),
         )
         self.keep(context, conv=conv, S=S)

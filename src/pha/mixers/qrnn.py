@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
@@ -49,7 +50,7 @@ class QRNN(Branch):
         flags, wanted = (context.document_starts, context.token_mask), context.cache is not None
         gates = self.W(z)
         if self.V is not None:
-            taps = z.new_tensor([1.0, 0.0]).expand(z.shape[-1], 2)
+            taps = torch.eye(2, dtype=z.dtype, device=z.device)[0].expand(z.shape[-1], 2)
             before, last = short_convolution(
                 *(z, taps, None, self.past(context, "before"), *flags),
                 last_state=wanted,

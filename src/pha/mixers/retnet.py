@@ -12,7 +12,7 @@ from pha.model.config import ArchitectureConfig
 from pha.model.norm import RMSNorm
 from pha.ops import linear_attention, rotate, swiglu
 from pha.ops.linear_attention.chunked import chunked_flops
-from pha.ops.precision import exponent_type
+from pha.ops.precision import accumulation_type, exponent_type
 from pha.utils.errors import PHAError
 
 
@@ -62,7 +62,8 @@ class Retention(Branch):
         """Map (B, T, d) to (B, T, d), starting from and updating the cached state."""
         q, k, v = (W(z).unflatten(-1, (self.heads, -1)) for W in (self.W_q, self.W_k, self.W_v))
         angles = rotary_angles(context.positions, q.shape[-1], self.rope_theta)
-        q, k = (rotate(x.transpose(1, 2), *angles).transpose(1, 2) for x in (q, k))
+        wide = accumulation_type(q)  # rounded, angles would be too
+        q, k = (rotate(x.to(wide).transpose(1, 2), *angles).transpose(1, 2) for x in (q, k))
         g = self._log_decays(z.device).expand(*z.shape[:2], -1)
         y, S = linear_attention(
             *(q, k * k.shape[-1] ** -0.5, v, g, None, self.past(context, "S")),

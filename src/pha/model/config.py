@@ -129,7 +129,13 @@ class ArchitectureConfig:
         return [*self.layer_pattern] or [self.branches]
 
     def ffn_size(self, expansion: float) -> int:
-        """Hidden size of an FFN: `expansion` times d, to the nearest multiple of 8 [ours]."""
+        """Hidden size of an FFN: `expansion` times d, to the nearest multiple of 8 [ours].
+
+        Raises:
+            PHAError: an expansion that is no number, or too large.
+        """
+        is_number = isinstance(expansion, int | float) and abs(expansion) <= MOST  # not a NaN
+        _require(is_number, f"an expansion is {expansion!r}; give a number, at most {MOST:,}")
         return 8 * round(expansion * self.hidden_size / 8)
 
     def check(self) -> None:
@@ -210,7 +216,6 @@ class ArchitectureConfig:
             ("auxiliary_ffn_expansion", False),
         ):
             expansion = getattr(self, name)
-            _require(abs(expansion) <= MOST, f"{name} is {expansion}; at most {MOST:,}")
             size = self.ffn_size(expansion)
             _require(
                 size >= 8 or (may_be_zero and expansion == 0),
