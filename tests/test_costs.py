@@ -13,7 +13,7 @@ from pha.model.parameters import count_parameters
 from pha.model.presets import preset_config
 from pha.ops.attention import causal_pairs
 from pha.ops.attention.naive import attention_naive
-from pha.ops.linear_attention.chunked import CHUNK, chunked_flops, linear_attention_chunked
+from pha.ops.linear_attention.chunked import chunk_length, chunked_flops, linear_attention_chunked
 
 
 def test_pairs_of_a_window() -> None:
@@ -25,16 +25,18 @@ def test_pairs_of_a_window() -> None:
 
 
 @pytest.mark.parametrize("delta", [False, True])
-def test_linear_attention_counts_its_products(delta: bool) -> None:
-    T, H, K, P = 4 * CHUNK, 3, 16, 24
+@pytest.mark.parametrize("K", [16, 64])
+def test_linear_attention_counts_its_products(K: int, delta: bool) -> None:
+    C, H, P = chunk_length(K), 3, 24
+    T = 4 * C
     q, k, v = torch.randn(1, T, H, K), torch.randn(1, T, H, K), torch.randn(1, T, H, P)
     beta = torch.rand(1, T, H) if delta else None
     with FlopCounterMode(display=False) as counter:
         linear_attention_chunked(q, k / 10, v, None, beta)
     # Whole squares are multiplied, of which half are pairs; the solver's products go uncounted.
-    squares = H * (2 * CHUNK * (K + P + delta * K) + K * P * (4 + 2 * delta))
+    squares = H * (2 * C * (K + P + delta * K) + K * P * (4 + 2 * delta))
     assert counter.get_total_flops() == T * squares
-    pairs = CHUNK + 1
+    pairs = C + 1
     solved = delta * pairs * (K + P)
     expected = H * (pairs * (K + P + delta * K) + solved + K * P * (4 + 2 * delta))
     assert chunked_flops(H, H, K, P, T, delta) == expected

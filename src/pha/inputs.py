@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,7 +32,9 @@ def check_rows(name: str, rows: Tensor | None, batch: int, tokens: int | None) -
         )
 
 
-def token_mask(attention_mask: Tensor | None, with_cache: bool, with_window: bool) -> Tensor | None:
+def token_mask(
+    attention_mask: Tensor | None, with_cache: bool, with_window: Callable[[], bool]
+) -> Tensor | None:
     """(B, S) bool with false where there is no token, or None where that makes no difference.
 
     Padding on the right comes after all that sees it; only a cache would go on from there.
@@ -55,7 +57,7 @@ def token_mask(attention_mask: Tensor | None, with_cache: bool, with_window: boo
         )
     if not with_cache and bool((mask[:, 1:] <= mask[:, :-1]).all()):
         return None
-    if with_window and bool((mask[:, 1:] < mask[:, :-1]).any()):
+    if with_window() and bool((mask[:, 1:] < mask[:, :-1]).any()):
         raise PHAError("a model with a window of attention takes padding on the left only")
     return mask
 

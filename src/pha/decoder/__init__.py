@@ -49,7 +49,7 @@ def decode(
         backbone: in evaluation mode.
         head: the output head.
         ids: (B, 1) tokens.
-        adapter: of the past; updated.
+        adapter: of the past, not entered; updated.
         attention_mask: (B, S + 1), 0 at padding.
         positions: (B, 1); counts on from the cache when absent.
 
@@ -77,6 +77,7 @@ def decode(
         positions = length - starts[:, None]
     if states is None or positions.shape not in ((1, 1), (batch, 1)):
         return None
+    adapter.enter(batch, attention_mask)
     x = backbone.embed_tokens(ids)[:, 0].float() * math.sqrt(config.hidden_size)
     rotary = rotary_angles(positions, config.head_dim, config.rope_theta)
     logits = writer.decoder.step(x, rotary, writer.room, states, length, starts)

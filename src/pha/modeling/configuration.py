@@ -99,8 +99,14 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
 
         Where no layer keeps keys, the first still has room for them, which then counts the past.
         """
+        kept = [
+            (self._keeps(layer, "keeps_keys"), self._keeps(layer, "states"))
+            for layer in range(self.num_hidden_layers)
+        ]
         keys_kind, both = "full_attention", "hybrid"
-        if self.sliding_window is not None and self.keeps_keys:
+        if not any(keeps_keys for keeps_keys, _ in kept):
+            kept[0] = (True, kept[0][1])
+        elif self.sliding_window is not None:
             keys_kind, both = "sliding_attention", "hybrid_sliding"
         # A layer that keeps nothing counts as linear: one with keys would be asked for its length.
         kinds = {
@@ -109,12 +115,6 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
             (False, True): "linear_attention",
             (False, False): "linear_attention",
         }
-        kept = [
-            (self._keeps(layer, "keeps_keys"), self._keeps(layer, "states"))
-            for layer in range(self.num_hidden_layers)
-        ]
-        if not self.keeps_keys:
-            kept[0] = (True, kept[0][1])
         return [kinds[layer] for layer in kept]
 
     @property

@@ -112,6 +112,7 @@ class PHAModel(Backbone, PHAPreTrainedModel):
     def __init__(self, config: PHAConfig) -> None:
         PHAPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]
         self.make_layers(config)
+        self._keeps_keys = config.keeps_keys  # which takes a while to find out
         self.post_init()
 
     @can_return_tuple
@@ -172,7 +173,7 @@ class PHAModel(Backbone, PHAPreTrainedModel):
             past = cache.length()
         total = past + new if isinstance(past, int) else None
         check_rows("attention_mask", attention_mask, batch, total)
-        mask = token_mask(attention_mask, cache is not None, self.config.has_windows)
+        mask = token_mask(attention_mask, cache is not None, lambda: self.config.has_windows)
         if isinstance(cache, SequencePieces):
             self.require_pieces()
             if document_starts is not None:
@@ -205,7 +206,7 @@ class PHAModel(Backbone, PHAPreTrainedModel):
                 "model.model.mixing_weights() for what each branch gives"
             )
         if cache is not None:
-            if not self.config.keeps_keys:
+            if not self._keeps_keys:
                 cache.count(x)
             cache.leave(padded=mask is not None)
         return BaseModelOutputWithPast(
@@ -409,7 +410,6 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         if self.config._attn_implementation in _BACKENDS:  # a backend that was asked for
             return None
         adapter = CacheAdapter(cache, self.config)
-        adapter.enter(input_ids.shape[0], attention_mask)
         return decode(self.model, self.lm_head, input_ids, adapter, attention_mask, position_ids)
 
     def _prepare_generation_config(

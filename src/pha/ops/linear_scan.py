@@ -118,7 +118,7 @@ def _gradients(
     before = torch.zeros_like(g[:, :1]) if h0 is None else h0.to(dtype).unsqueeze(1)
     da = into * torch.cat([before, h[:, :-1].to(dtype)], 1)
     dh0 = (into[:, 0] * decay[:, 0]).to(dtype if h0 is None else h0.dtype)
-    return g.to(h.dtype, copy=True), da.to(a.dtype), dh0
+    return g.to(h.dtype), da.to(a.dtype), dh0
 
 
 @_scan.register_fake

@@ -37,10 +37,10 @@ def with_past(
         are not of the present document, or None.
     """
     B, T, _ = x.shape
-    count, empty, visible = torch.full((B,), T, device=x.device), None, None
+    empty, visible = None, None
     if mask is not None:
         visible = VisibleFirst(mask)
-        count, x = visible.count, visible.front(x)
+        x = visible.front(x)
         if starts is not None:
             empty, starts = visible.ends_empty(starts)[:, None], visible.front_starts(starts)
     x = x if past is None else torch.cat([past.to(x.dtype), x], 1)
@@ -51,6 +51,9 @@ def with_past(
     if not last_state:
         return y, None
     x = F.pad(x, (0, 0, w - 1, 0)) if past is None else x
+    if visible is None and starts is None:
+        return y, x[:, T:].clone()  # not a view, which would keep all of x
+    count = torch.full((B,), T, device=x.device) if visible is None else visible.count
     places = count[:, None] + torch.arange(w - 1, device=x.device)
     last = x.take_along_dim(places.unsqueeze(-1), 1)
     if starts is not None:
