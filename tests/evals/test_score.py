@@ -115,7 +115,7 @@ def test_the_command_writes_table_page_and_json(
     document = tmp_path / "story.txt"
     document.write_text(TEXT + "<script>alert(1)</script>\n")
     out = tmp_path / "out"
-    main(["score", str(model), str(document), "--out", str(out), "--attention-window", "9"])
+    main(["score", str(model), str(document), "--out", str(out), "--attention", "window=9"])
     assert "story.txt" in capsys.readouterr().out
     content = json.loads((out / "story.json").read_text())
     assert content["protocol"]["attention_window"] == 9
@@ -126,7 +126,7 @@ def test_the_command_writes_table_page_and_json(
     page = (out / "story.html").read_text()
     assert "<script" not in page
     assert "café" in page
-    main(["score", str(model), str(document), "--attention-window", "9", "--json"])
+    main(["score", str(model), str(document), "--attention", "window=9", "--json"])
     printed = json.loads(capsys.readouterr().out)
     assert printed["documents"][0]["loss"] == pytest.approx(content["loss"])
 
@@ -136,7 +136,7 @@ def test_the_command_writes_table_page_and_json(
     [
         (["absent.txt"], "there is no file"),
         (["a.txt", "b/a.txt", "--out", "o"], "same name"),
-        (["a.txt", "--attention-window", "1"], "attention_window"),
+        (["a.txt", "--attention", "window=1"], "attention_window"),
         (["a.txt", "--piece", "0"], "at least 1"),
     ],
 )

@@ -336,7 +336,7 @@ def test_commands(
     for words in (
         ["mixing", gpt2],
         ["export", gpt2, str(tmp_path / "out")],
-        ["score", gpt2, str(text), "--attention-window", "4"],
+        ["score", gpt2, str(text), "--attention", "window=4"],
     ):
         with pytest.raises(SystemExit):
             main(words)

@@ -140,6 +140,7 @@ def test_lines_are_where_the_numbers_are() -> None:
 
 def speed(model: str, length: int, speed: float, **changes: Any) -> dict[str, Any]:
     return {
+        "mode": "train",
         "model": model,
         "backend": "",
         "error": None,
@@ -160,7 +161,8 @@ def test_there_is_a_picture_for_each_setting_with_several_lengths(tmp_path: Path
         speed("a", 512, 50.0, precision="bf16"),  # the other length failed
         speed("a", 1024, 50.0, precision="bf16", error="out of memory"),
     ]
-    written = charts.save_speed_plots("train", rows, tmp_path / "deep")
+    rows.append(speed("a", 2048, 70.0, mode="prefill"))  # of another mode, with one length
+    written = charts.save_speed_plots(rows, tmp_path / "deep")
     stems = [
         f"train-{measure}-fp32-b2{suffix}"
         for suffix in ("", "-compiled")
@@ -176,7 +178,7 @@ def test_there_is_a_picture_for_each_setting_with_several_lengths(tmp_path: Path
 
 def test_several_batches_of_a_length_make_a_picture_over_the_batch(tmp_path: Path) -> None:
     rows = [speed("a", 512, 100.0, batch=batch) for batch in (4, 2, 8)]
-    written = charts.save_speed_plots("train", rows, tmp_path)
+    written = charts.save_speed_plots(rows, tmp_path)
     assert {path.stem for path in written} == {
         f"train-{measure}-fp32-t512" for measure in ("throughput", "memory")
     }

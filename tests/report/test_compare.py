@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,9 +51,13 @@ def test_seeds_are_counted_by_recipe(make_run: MakeRun) -> None:
         result.update(recipe="same", seed=ord(result["name"]))
         result["model"]["preset"] = "same"
 
-    runs = collect([make_run(name, change=change) for name in "ab"])
+    a, b = collect([make_run(name, change=change) for name in "ab"])
+    runs = [a, replace(b, config=a.config)]
     assert "All are one recipe" in limits(runs)
     assert limits(runs[:1]) == "One seed does not decide which model is better."
+    # Of another rate they would be two recipes.
+    rates = [a, replace(b, config={**a.config, "optimizer": {"learning_rate": 0.5}})]
+    assert limits(rates) == "One seed does not decide which model is better."
     other = collect([make_run("c")])
     assert "One seed" in limits([*runs, *other])
     begun = collect([make_run("d", finished=False, steps=10)])

@@ -302,6 +302,11 @@ def test_the_list_names_every_study(capsys: pytest.CaptureFixture[str]) -> None:
         ({"variants": {"full": {"model": "phaa"}}, "baseline": "full"}, "no model at scale tiny"),
         ({"kind": "other"}, "kind is 'other'"),
         ({"scales": {"huge": {}}}, "no scale 'huge'"),
+        ({"columns": ["tset"]}, "did you mean test"),
+        ({"contrasts": [["best", "tset"]]}, "did you mean test"),
+        ({"contrasts": [["best"]]}, "contrasts are pairs"),
+        ({"plots": ["settings"]}, "settings needs an axis"),
+        ({"tune": {"key": "optimizer.learning_rate", "values": []}}, "tune has no values"),
     ],
 )
 def test_a_study_file_is_checked(change: dict[str, Any], message: str) -> None:

@@ -108,8 +108,10 @@ def test_seeds_are_counted_with_a_binomial_interval(tmp_path: Path) -> None:
 
 def test_where_the_best_is_known_scores_are_above_it(tmp_path: Path) -> None:
     given = outcome(tmp_path, best=1.25)
-    table, _, found = tasks.analyse(given)
+    table, sentences, found = tasks.analyse(given)
     assert found["a"]["tests"]["32"] == pytest.approx(0.25)
+    assert sentences[0].startswith("A is 0.250 nats above the best predictor on test 32")
+    assert " of 4 (" not in table.to_markdown()  # nothing that is solved or not
     assert "0.250" in table.to_markdown()
     assert tasks.score_label(given) == "nats above the best predictor"
 

@@ -13,7 +13,10 @@ from pha.utils.errors import PHAError
 VARIANT = {
     "name": "pha",
     "measures": {"speed": {"mean": 50.0}, "test": {"mean": 70.0}},
-    "seeds": [{"provenance": {"device": "cpu", "cpu": "a processor", "threads": 1}}],
+    "seeds": [
+        {"status": "diverged"},
+        {"provenance": {"device": "cpu", "cpu": "a processor", "threads": 1}},
+    ],
 }
 
 

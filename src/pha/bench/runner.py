@@ -104,7 +104,10 @@ class Request:
             not self.chunk or self.mode in ("prefill", "decode"),
             f"{self.mode} reads no prompt; leave chunk out",
         )
-        _require(not (is_op and self.compiled), f"{self.mode} has no compiled form; leave it out")
+        _require(
+            not self.compiled or not (is_op or self.mode == KERNELS),
+            f"{self.mode} has no compiled form; leave it out",
+        )
         _require(is_op or self.backends is None, f"{self.mode} has no backends; leave them out")
         for backend in self.backends or ():
             known = OPS[OP_MODES[self.mode]].backends
@@ -165,11 +168,10 @@ def _require(condition: bool, message: str) -> None:
 def run_benchmark(
     request: Request,
     progress: Callable[[str], object] = lambda line: None,
-    keep: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
 ) -> list[dict[str, Any]]:
     """Measure all that is asked for, as `run_groups` does."""
     limit = request.seconds_limit
-    return run_groups(request.groups(), request.runs, limit, request.in_process, progress, keep)
+    return run_groups(request.groups(), request.runs, limit, request.in_process, progress)
 
 
 def run_groups(
@@ -178,7 +180,7 @@ def run_groups(
     seconds_limit: float | None,
     in_process: bool,
     progress: Callable[[str], object],
-    keep: Callable[[list[dict[str, Any]]], object],
+    keep: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
     known: Sequence[dict[str, Any]] = (),
 ) -> list[dict[str, Any]]:
     """Measure jobs, a group for each setting.
@@ -199,7 +201,7 @@ def run_groups(
         A row for each case, in order; see `make_row`.
     """
     end = None if seconds_limit is None else time.monotonic() + seconds_limit
-    found = {_case(row): row for row in known if row["error"] != OUT_OF_TIME["error"]}
+    found = {_case(row): row for row in known if "time limit" not in (row["error"] or "")}
 
     def rows() -> list[dict[str, Any]]:
         cases = [[_case(vars(job)) for job in group] for group in groups]

@@ -120,6 +120,8 @@ def bench(
     from pha.utils.hardware import default_device, provenance
 
     if mode == "sweep":
+        if dry_run:
+            raise PHAError("sweep has no dry run: what it tries depends on the GPU")
         _sweep_scan(models, lengths, batch, precision[0], seconds, json, out)
         return
     device = default_device()
@@ -182,10 +184,7 @@ def bench(
         try:
             from pha.report.charts import save_speed_plots
 
-            plots = []
-            for each in modes if mode == "all" else [mode]:
-                drawn = [row for row in rows if each in (mode, row["mode"])]
-                plots += save_speed_plots(each, drawn, out)
+            plots = save_speed_plots(rows, out)
         except ImportError as error:
             console.print(f"no pictures: {error.name} is not installed", highlight=False)
             return

@@ -197,6 +197,7 @@ def compare(
             raise PHAError("kept losses have windows of their own; leave out options of windows")
         kept = KeptNats.read(a, store, split), KeptNats.read(b, store, split)
         result = compare_nats(*kept, store, block=block)
+        chosen = result.evaluations[0].protocol["precision"]
     else:
         models = load_model(a, device), load_model(b, device)
         trained = _common_protocol(*models, sequence_length, packed_documents)

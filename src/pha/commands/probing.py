@@ -75,7 +75,10 @@ def probe(
     for name in probes:
         if name not in PROBES:
             raise PHAError(f"there is no probe {name!r}; choose {', '.join(PROBES)}")
-    for option, value in (("--piece", piece), ("--sequence-length", sequence_length)):
+    for option, value in (
+        *(("--piece", piece), ("--sequence-length", sequence_length)),
+        *(("--length", length), ("--max-tokens", max_tokens)),
+    ):
         if value is not None and value < 1:
             raise PHAError(f"{option} {value}: at least 1 token")
     for name in probes:

@@ -267,7 +267,6 @@ def score(
     *,
     out: Folder | None = None,
     piece: int = 2048,
-    attention_window: int | None = None,
     attention: Sequence[Attention] = (),
     shown: int = 20_000,
     precision: Precision = "fp32",
@@ -276,14 +275,13 @@ def score(
     """How well a model predicts documents of any length, word by word.
 
     Reads each FILE in pieces with the model's state carried along: the numbers are those of
-    one pass over the whole document. With --attention-window memory does not grow with its
+    one pass over the whole document. With --attention window=N memory does not grow with its
     length. --out writes, for each file, a page that shows which words surprised the model.
 
     Args:
         files: UTF-8 texts
         out: write NAME.html and NAME.json here
         piece: tokens per forward pass
-        attention_window: keys that a query sees (as the model was trained); --attention window=N
         shown: tokens shown as text in the page
     """
     from pha.evals.score import score as score_text
@@ -300,8 +298,6 @@ def score(
     for path in files:
         require_outputs(out, f"{path.stem}.json", f"{path.stem}.html")
     options = read_attention(attention)
-    if attention_window is not None:
-        options["window"] = attention_window
     return_freed_memory()
     device = default_device()
     loaded = load_model(model, device, attention=options)

@@ -286,21 +286,21 @@ def over_lengths(
     return figure
 
 
-def save_speed_plots(mode: str, rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """Write a picture for each measure, precision, batch size and compiled or not.
+def save_speed_plots(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """Write a picture for each mode, measure, precision, batch size and compiled or not.
 
     It is `MODE-MEASURE-PRECISION-bB[-compiled]`, in SVG and PNG, of the rows of `run_benchmark`
     that did not fail, where at least two lengths were measured; and `-tT` in place of `-bB`, over
     the batch, where at least two batches were.
     """
-    groups: dict[tuple[str, str, str, int, bool], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, str, str, str, int, bool], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["error"] is None:
             for axis, fixed in (("length", "batch"), ("batch", "length")):
-                key = (axis, fixed, row["precision"], row[fixed], row["compiled"])
+                key = (row["mode"], axis, fixed, row["precision"], row[fixed], row["compiled"])
                 groups.setdefault(key, []).append(row)
     written = []
-    for (axis, fixed, precision, size, compiled), group in groups.items():
+    for (mode, axis, fixed, precision, size, compiled), group in groups.items():
         if len({row[axis] for row in group}) < 2:
             continue
         letter, x_label = {"length": ("B", "tokens"), "batch": ("T", "sequences")}[axis]

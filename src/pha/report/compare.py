@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pha.report.collect import Run
 from pha.results import HARDWARE, Evaluation, RunResult, Scores
-from pha.utils.text import count, duration, fixed, memory, percent, perplexity
+from pha.train.session import FREE_KEYS
+from pha.utils.text import count, duration, fixed, flatten, memory, percent, perplexity
 
 Basis = Literal["tokenizer", "data", "protocol", "hardware", "work"]
 """What runs may have in common; `work` is hardware and tokens seen."""
@@ -164,9 +165,13 @@ def limits(runs: Sequence[Run]) -> str:
             "comparison at equal data."
         )
     seeds: dict[str, set[int]] = {}
-    for result in results:
-        # A recipe run with other settings is another model: size and preset tell them apart.
-        seeds.setdefault(f"{result.recipe or result.name} {result.model}", set()).add(result.seed)
+    for run in runs:
+        if (result := run.result) is None:
+            continue
+        # A recipe run with other settings is another model.
+        given = [(k, v) for k, v in flatten(run.config) if k not in {"run.seed", *FREE_KEYS}]
+        key = f"{result.recipe or result.name} {result.model} {given}"
+        seeds.setdefault(key, set()).add(result.seed)
     fewest = min(map(len, seeds.values()), default=0)
     if fewest == 1:
         found.append("One seed does not decide which model is better.")

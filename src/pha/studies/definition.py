@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pha.evals.probes import PROBES
 from pha.peers import PREFIX
+from pha.studies.measures import MEASURES
 from pha.train.recipes import Settings
 from pha.utils.errors import PHAError
 from pha.utils.formats import read_yaml
@@ -72,8 +73,9 @@ class Variant:
     label: str  # in tables and plots
     model: str  # name in `Scale.models`, or hf: and a model of transformers
     set: Settings = field(default_factory=dict)  # recipe key -> value
-    # axis -> value, where the study goes over a grid
+    # axis -> value, where the study goes over a grid, and the label without them
     places: dict[str, str] = field(default_factory=dict)
+    base: str = ""
     # ids of published rows that report the same thing
     published: list[str] = field(default_factory=list)
 
@@ -210,6 +212,14 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
         closest(study.baseline, {each.name: each for each in study.variants}, "variant")
     for plot in study.plots:
         _require(plot in PLOTS, f"{where} has no plot {plot!r}; choose {', '.join(PLOTS)}")
+    _require(
+        "settings" not in study.plots or all(study.axis in v.places for v in study.variants),
+        f"{where}: the plot settings needs an axis, one of {', '.join(axes) or 'a grid (over)'}",
+    )
+    for name in (*study.columns, *itertools.chain(*study.contrasts)):
+        closest(name, MEASURES, f"measure in {where}")
+    _require(all(len(pair) == 2 for pair in study.contrasts), f"{where}: contrasts are pairs")
+    _require(study.tune is None or bool(study.tune.values), f"{where}: tune has no values")
     for probe in study.probes:
         _require(probe in PROBES, f"{where}: no probe {probe!r}; choose {', '.join(PROBES)}")
     for scale in (*study.scales, *study.benchmark):
@@ -244,6 +254,7 @@ def grid(variant: Variant, axes: Mapping[str, Mapping[str, Settings]]) -> Iterat
             variant,
             name="/".join([variant.name, *values]),
             label=", ".join(word for word in words if word),
+            base=variant.label,
             set=settings,
             places=places,
         )

@@ -137,8 +137,8 @@ def _settings(outcome: Outcome) -> Figure | None:
     diverged: dict[str, dict[str, int]] = {}
     for row in outcome.rows:
         place = row.variant.places[axis]
-        words = [word for word in row.variant.label.split(", ") if word != f"{axis} {place}"]
-        own = ", ".join(words)
+        others = (f"{name} {at}" for name, at in row.variant.places.items() if name != axis)
+        own = ", ".join(filter(None, [row.variant.base, *others]))
         values.setdefault(own, {})[place] = list(row.values("validation").values())
         diverged.setdefault(own, {})[place] = row.diverged
     series = [Rate(name, by_place, diverged[name]) for name, by_place in values.items()]

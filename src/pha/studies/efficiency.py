@@ -148,11 +148,7 @@ def draw(study: Study, scale: Scale, measured: Measured, folder: Path) -> list[P
 
     labels = _labels(study, scale)
     rows = [{**row, "model": labels[row["model"]]} for row in measured.record["rows"]]
-    return [
-        path
-        for mode in dict.fromkeys(row["mode"] for row in rows)
-        for path in save_speed_plots(mode, [row for row in rows if row["mode"] == mode], folder)
-    ]
+    return save_speed_plots(rows, folder)
 
 
 def _labels(study: Study, scale: Scale) -> dict[str, str]:

@@ -19,6 +19,7 @@ from pha.peers import PREFIX
 from pha.studies.definition import Scale, Study, grid
 from pha.studies.jobs import Job
 from pha.studies.measures import MEASURES
+from pha.studies.published import find_published
 from pha.train.config import TrainConfig
 from pha.train.recipes import Settings, load_recipe, merge
 from pha.train.session import FREE_KEYS
@@ -55,8 +56,9 @@ def plan_study(
     content of its settings.
 
     Raises:
-        PHAError: no data named, a bad store, an impossible setting.
+        PHAError: no data named, a bad store, an impossible setting, no such published row.
     """
+    find_published(study.published)
     protocol = study.protocol or scale.protocol
     if study.tune is not None and study.tune.key not in asked:
         tune = study.tune

@@ -43,17 +43,26 @@ def analyse(outcome: Outcome) -> tuple[TextTable, list[str], dict[str, Any]]:
         each = record[row.variant.name]
         low, high = each["interval"]
         sizes = results_of(row)[:1]
+        solved = (
+            f"{each['solved']} of {each['of']} ({low:.0%} to {high:.0%})",
+            _range(each["steps"]),
+        )
         rows.append(
             [
                 row.variant.label,
                 count(sizes[0].model.parameters.total) if sizes else DASH,
                 count(sizes[0].model.cache_bytes) if sizes else DASH,
-                f"{each['solved']} of {each['of']} ({low:.0%} to {high:.0%})",
-                _range(each["steps"]),
+                *((DASH, DASH) if each["excess"] else solved),
                 *(fixed(each["tests"].get(label), 1 + 2 * each["excess"]) for label in labels),
             ]
         )
-        if each["steps"]:
+        if each["excess"]:
+            test, above = next(iter(each["tests"].items()))
+            sentences.append(
+                f"{row.variant.label} is {above:.3f} nats above the best predictor on test {test}, "
+                f"the median of {each['of']} seeds."
+            )
+        elif each["steps"]:
             sentences.append(
                 f"{row.variant.label} solves it with {each['solved']} of {each['of']} seeds, after "
                 f"{_range(each['steps'])} steps."
@@ -141,8 +150,7 @@ def _panels(outcome: Outcome) -> dict[str, list[tuple[str, Row]]]:
     """Place of the grid -> its variants, with the labels that they have apart from the place."""
     found: dict[str, list[tuple[str, Row]]] = {}
     for row in outcome.rows:
-        label, places = row.variant.label, row.variant.places
-        for axis, value in places.items():
-            label = label.removesuffix(f", {axis} {value}")
-        found.setdefault(", ".join(places.values()), []).append((label, row))
+        variant = row.variant
+        label = variant.base if variant.places else variant.label
+        found.setdefault(", ".join(variant.places.values()), []).append((label, row))
     return found

@@ -20,7 +20,7 @@ class _Mean:
 
 @dataclass(frozen=True)
 class _Seed:
-    provenance: dict[str, Any]
+    provenance: dict[str, Any] | None = None  # of a run that has ended well
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Times:
         for name in needed:
             if name not in speeds:
                 raise PHAError(f"{path} has no time of {name}, only of {', '.join(speeds)}")
-        return cls(path, speeds, hardware(variants[0].seeds[0].provenance))
+        origins = [s.provenance for v in variants for s in v.seeds if s.provenance]
+        return cls(path, speeds, hardware(origins[0]))
 
     def of(self, variant: str, tokens: int) -> dict[str, float]:
         """The measures `speed`, and `seconds` of training on so many tokens."""
