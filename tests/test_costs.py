@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pha import PHAConfig, PHAForCausalLM
-from pha.costs import cache_bytes, training_flops
+from pha.costs import cache_bytes, kept_bytes, training_flops
 from pha.mixers.mamba2 import Mamba2
 from pha.model import Branch, GroupedQueryAttention
 from pha.model.backbone import Backbone
@@ -67,6 +67,13 @@ def test_training_flops_are_of_parameters_and_mixers() -> None:
     own = config.num_hidden_layers * (attention + 5 * config.state_size)
     expected = 6 * sum(count_parameters(config).values()) + 3 * own
     assert training_flops(config, T) == pytest.approx(expected)
+
+
+def test_windows_of_layers_bound_the_cache() -> None:
+    config, window = preset_config("griffin-125m"), 1024
+    assert config.attention_window is None
+    states, keys = kept_bytes(config)
+    assert cache_bytes(config, 16_384) == states + keys * window
 
 
 @pytest.mark.parametrize("name", ["pha-tiny", "pha-125m-gated-deltanet-tiny", "mamba-tiny"])

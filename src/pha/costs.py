@@ -32,7 +32,7 @@ def training_flops(config: ArchitectureConfig, length: int) -> float:
 def cache_bytes(config: ArchitectureConfig, length: int) -> int:
     """Bytes that a model keeps of one sequence of `length` tokens to continue it, in float32."""
     states, keys = kept_bytes(config)
-    return states + keys * min(length, config.attention_window or length)
+    return states + keys * min(length, PHAConfig(**vars_of(config)).sliding_window or length)
 
 
 def kept_bytes(config: ArchitectureConfig) -> tuple[int, int]:

@@ -211,6 +211,8 @@ def load_model(
         raise PHAError(
             f"{path} holds a {kind!r} model; with options of attention this reads PHA models"
         )
+    if kind == "pha" and changes:
+        raise PHAError(f"{path} holds a model of PHA, which transformers.set does not change")
     if kind == "pha":
         changes = attention_changes(_check_ours(folder, config), attention)
         tokenizer = read_saved_tokenizer(folder)

@@ -119,6 +119,9 @@ class RunFolder:
         """
         content = read_yaml(self.config) if self.config.is_file() else {}
         check_format(self.config, content.get("format", 0), CONFIG_FORMAT)
+        for section in ("model", "data", "run"):
+            if not isinstance(content.get(section, {}), dict):
+                raise PHAError(f"{self.config} is not of a run of ours: {section} is no mapping")
         return content
 
     def read_result(self) -> RunResult:

@@ -202,6 +202,7 @@ def test_params_json_agrees_with_the_paper(pha: Pha) -> None:
         assert abs(rows[name]["difference"]) < 0.003
         assert rows[name]["total"] == sum(rows[name]["components"].values())
     assert "pha-125m" in pha("params")
+    assert "pha-tiny" in pha("params", "pha-tiny.mqar")  # of a task, which takes no store
     assert "pha-90m" not in pha("params", "pha-125m")
 
 

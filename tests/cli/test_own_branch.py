@@ -69,6 +69,7 @@ def test_its_module_goes_with_the_run(
     pha("--import", "own_module", "export", "run", "shared")
     assert "| modules beside pha | own\\_module |" in (own / "shared/README.md").read_text()
     assert "broken.py" in refused("--import", "broken", "train", "pha-tiny.text")
+    assert "--import .own_module" in refused("--import", ".own_module", "params")
     assert "No module named 'nowhere'" in refused(
         "train", "pha-tiny.text", "--run.imports=[nowhere]"
     )

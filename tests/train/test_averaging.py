@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from pha.train.averaging import average_models, average_weights
 from pha.train.checkpoint import Progress
 from pha.train.trainer import Trainer
 from pha.utils.errors import PHAError, TrainingInterruptedError
+from pha.utils.files import write_json
+from pha.utils.formats import read_json
 from tests.train.conftest import Train
 
 AVERAGING = {
@@ -153,6 +156,12 @@ def test_averaging_refuses_what_does_not_fit(train_small: Train, tmp_path: Path)
         average_models([a, b], tmp_path / "mean")
     with pytest.raises(PHAError, match="differ in the shape of"):
         average_weights([a, b])
+    # Saved by two versions of transformers, a run that was interrupted for that.
+    shutil.copytree(a, tmp_path / "later")
+    config = read_json(a / "config.json") | {"transformers_version": "99.0", "dtype": "bfloat16"}
+    write_json(tmp_path / "later" / "config.json", config)
+    average_models([a, tmp_path / "later"], tmp_path / "two")
+    assert read_json(tmp_path / "two" / "config.json")["hidden_size"] == config["hidden_size"]
     with pytest.raises(PHAError, match=r"config\.json does not exist"):
         average_models([tmp_path / "absent"], tmp_path / "mean")
     data = (b / "model.safetensors").read_bytes()

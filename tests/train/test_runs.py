@@ -88,11 +88,11 @@ def test_a_run_learns_and_writes_what_it_promises(train_small: Train, tmp_path: 
     assert train_small(run__steps=60, run__evaluate_every=20) == result
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize(("kind", "log_every"), [("adamw", 1), ("muon", 4)])
 def test_interrupted_and_resumed_equals_uninterrupted(
-    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, log_every: int
 ) -> None:
-    train_small = partial(train_small, optimizer__kind=kind)
+    train_small = partial(train_small, optimizer__kind=kind, run__log_every=log_every)
     train_small("whole")
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -443,11 +443,27 @@ def test_a_key_that_a_run_does_not_have_yet_had_its_default(
         train_small(optimizer__kind="muon")
 
 
-def test_too_little_data_and_indivisible_batches_are_refused(train_small: Train) -> None:
+def test_too_little_data_is_refused(train_small: Train) -> None:
     with pytest.raises(PHAError, match=r"lower run\.global_batch"):
         train_small(run__global_batch=100000)
-    with pytest.raises(PHAError, match="micro_batch is 9"):
-        train_small(run__micro_batch=9)
+
+
+def test_a_micro_batch_is_at_most_a_share(train_small: Train, tmp_path: Path) -> None:
+    """So a run may go on where there are more devices, each with fewer sequences."""
+    expected = train_small("whole")
+    found = train_small("more", run__micro_batch=9)
+    assert found.evaluations[0].loss == expected.evaluations[0].loss
+    kept = RunFolder(tmp_path / "more").read_config()["run"]["micro_batch"]
+    assert kept == 9
+
+
+def test_a_folder_with_the_configuration_of_something_else(
+    train_small: Train, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("run: fast\n")
+    with pytest.raises(PHAError, match="not of a run of ours: run is no mapping"):
+        train_small()
 
 
 def test_post_norm_and_sequential_and_plateau_train_too(train_small: Train) -> None:

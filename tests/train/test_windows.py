@@ -80,6 +80,7 @@ def test_settings_are_the_same_however_they_come() -> None:
     ("windows", "words"),
     [
         ("{16: 0.5}", "odds of windows that sum to 1"),
+        ("{16: .nan, full: 0.5}", "odds of windows that sum to 1"),
         ("{half: 1.0}", "a window is at least 2, or full"),
         ("[[0, 1]]", "a window is at least 2, or full"),
         ("[[5, 16]]", "steps are whole numbers that grow from 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Sequence
 from fractions import Fraction
@@ -234,7 +235,12 @@ def train(
         config = fit_budget(config, out, read_seconds(budget), console)
     card = None
     if device_tflops is not None or device_gb is not None:
-        if not dry_run or not device_tflops or not device_gb or min(device_tflops, device_gb) < 0:
+        if (
+            not dry_run
+            or not device_tflops
+            or not device_gb
+            or not (0 < device_tflops < math.inf and 0 < device_gb < math.inf)
+        ):
             raise PHAError("--device-tflops and --device-gb are for --dry-run, both, and above 0")
         card = Card(device_tflops * 1e12, round(device_gb * 1e9))
     if dry_run:

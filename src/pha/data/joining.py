@@ -124,7 +124,7 @@ def _join_splits(
             shards.append(entry)
             documents, size = documents + here.documents, size + here.bytes
             tokens += here.tokens
-            report(PreparationState("joining", tokens / total, documents, size, tokens))
+            report(PreparationState("joining", tokens / max(1, total), documents, size, tokens))
         entries[split] = {
             **asdict(Counts(*counts.tolist())),
             "sha256": ids.hexdigest(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,7 +36,9 @@ class Gist(Task):
     def check(self, length: int) -> None:
         """See `Task.check`."""
         require(self.size > 1, f"size is {self.size}; at least 2")
-        require(self.concentration > 0, f"concentration is {self.concentration}; above 0")
+        require(
+            0 < self.concentration < math.inf, f"concentration is {self.concentration}; above 0"
+        )
         require(0 <= self.redraw < 1, f"redraw is {self.redraw}; from 0 to below 1")
 
     def draw(self, random: np.random.Generator, rows: int, length: int) -> Drawn:

@@ -12,6 +12,7 @@ after which `pha train PRESET.copy` works.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
@@ -158,7 +159,8 @@ def require_odds(name: str, choices: list[Any], odds: list[float] | None) -> Non
     require(bool(choices), f"{name} is empty; name at least one")
     fits = odds is None or len(choices) in (1, len(odds))
     require(fits, f"odds has {len(odds or ())} numbers for {len(choices)} of {name}; one for each")
-    require(min(odds or [1.0]) > 0, f"odds is {odds}; each must be above 0")
+    good = all(0 < each < math.inf for each in odds or [1.0])
+    require(good, f"odds is {odds}; each must be above 0")
 
 
 def words_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:

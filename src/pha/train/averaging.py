@@ -74,7 +74,6 @@ def average_models(folders: Sequence[Path], out: Path) -> None:
 
 
 def _shape(folder: Path) -> dict[str, object]:
-    """The configuration of a saved model, but for the type of its weights."""
+    """The configuration of a saved model, but for how and by which version it was saved."""
     config: dict[str, object] = read_json(folder / "config.json")
-    config.pop("dtype", None)
-    return config
+    return {k: v for k, v in config.items() if k not in ("dtype", "transformers_version")}

@@ -16,16 +16,8 @@ import torch
 from torch import Tensor
 
 from pha.caching import CarriedCache
-from pha.data.sampler import DocumentSampler, StretchSampler, WindowSampler
 from pha.model import ArchitectureConfig
 from pha.train.config import DataConfig, TrainConfig
-
-
-def sampler_class(data: DataConfig) -> type[WindowSampler]:
-    """The order in which windows are read."""
-    if data.carry == "chunks":
-        return StretchSampler
-    return DocumentSampler if data.long_documents else WindowSampler
 
 
 def memory_of(data: DataConfig, model: ArchitectureConfig) -> int:
@@ -89,10 +81,13 @@ class Carried:
         self.pasts[piece] = inputs["past_key_values"].left
 
     def _goes_on(self, step: int) -> bool:
-        """Whether the rows of a step have a past: a pure function of seed and step."""
+        """Whether the rows of a step have a past: a pure function of seed and step.
+
+        No draw of another kind is from the same stream: the 1 is that of windows of attention.
+        """
         if self.data.carry == "chunks":
             return True
-        drawn = np.random.PCG64(np.random.SeedSequence([self.seed, step, 1])).random_raw()
+        drawn = np.random.PCG64(np.random.SeedSequence([self.seed, step, 2])).random_raw()
         return int(drawn) < self.data.carry_share * 2**64
 
     def state(self) -> dict[str, Tensor]:

@@ -48,6 +48,7 @@ class Progress:
     # (validation perplexity, step) of the best evaluations, best first; `model/` holds the weights
     # of the first, `best/` those of all where several are kept
     best: list[tuple[float, int]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)  # of the steps since the last record
     watch: dict[str, Any] = field(default_factory=dict)  # state of the numerics watch
     metrics_bytes: int = 0  # length of metrics.jsonl, to which it is cut on resuming
     data_sha256: str = ""  # of the token store, which must not change under a run

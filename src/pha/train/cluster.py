@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import subprocess
 import sys
@@ -77,7 +78,8 @@ class ClusterJob:
         Raises:
             PHAError: no nodes, no GPUs or no time.
         """
-        if min(self.nodes, self.gpus) < 1 or self.hours * 3600 < 2 * NOTICE:
+        enough = 2 * NOTICE <= self.hours * 3600 < math.inf
+        if min(self.nodes, self.gpus) < 1 or not enough:
             raise PHAError("--nodes and --gpus must be at least 1, and --hours at least 0.1")
         return SCRIPT.format(
             name=shlex.quote(self.out.name),

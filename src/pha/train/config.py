@@ -135,7 +135,8 @@ class RunConfig:
         epochs: passes over the training split; or
         flops: FLOPs of training, those of the mixers counted, as close as whole steps come.
         global_batch: sequences per optimiser step, however they are cut.
-        micro_batch: sequences per forward pass and device; chosen from memory when null.
+        micro_batch: sequences per forward pass and device, at most its share; chosen from memory
+            when null.
         context_parallel: processes that share a sequence, a piece each, for sequences longer than
             one device has memory for.
         shards: processes that hold a part of every weight, gradient and moment each, for models
@@ -215,6 +216,7 @@ _ALLOWED: dict[str, Callable[[float], bool]] = {
     "at least 0": lambda value: value >= 0,
     "above 0": lambda value: value > 0,
     "in [0, 1]": lambda value: 0 <= value <= 1,
+    "in [0, 1)": lambda value: 0 <= value < 1,
 }
 # Section and rule -> keys; a key that may be null may always be so.
 _RULES = {
@@ -231,7 +233,7 @@ _RULES = {
     ("schedule", "in [0, 1]"): "floor warmup_fraction decay_fraction plateau_factor",
     ("optimizer", "at least 0"): "weight_decay gradient_clip",
     ("optimizer", "above 0"): "learning_rate muon_learning_rate state_space_learning_rate epsilon",
-    ("optimizer", "in [0, 1]"): "beta1 beta2 muon_momentum",
+    ("optimizer", "in [0, 1)"): "beta1 beta2 muon_momentum",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypedDict, Unpack
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pha.data.sampler import Planter, WindowSampler
+from pha.data.sampler import DocumentSampler, Planter, StretchSampler, WindowSampler
 from pha.data.store import TokenStore
 from pha.data.tokenizer import tokenizer_hashes, tokenizer_sha256
 from pha.evals import protocols
@@ -21,7 +21,6 @@ from pha.results import Evaluation
 from pha.tasks.sampler import TaskSampler
 from pha.tasks.task import make_task, words_tokenizer
 from pha.tasks.testing import make_tests
-from pha.train.carry import sampler_class
 from pha.train.config import DataConfig, TrainConfig
 from pha.utils.errors import PHAError
 
@@ -64,7 +63,7 @@ class TextData:
         """The batches of a run: windows in an order that the seed fixes."""
         store, data = self.store, self.data
         starts = store.document_starts("train")
-        return sampler_class(data)(
+        common = (
             store.tokens("train"),
             self.length,
             config.run.global_batch,
@@ -72,8 +71,12 @@ class TextData:
             starts if data.packed_documents else None,
             Planter(store.frequencies("train")) if data.planted_repeats else None,
             data.planted_repeats,
-            **({"documents": starts, "share": data.long_documents} if data.long_documents else {}),
         )
+        if data.carry == "chunks":
+            return StretchSampler(*common)
+        if data.long_documents:
+            return DocumentSampler(*common, documents=starts, share=data.long_documents)
+        return WindowSampler(*common)
 
     def validate(
         self, model: LanguageModel, precision: str, **limits: Unpack[Limits]

@@ -157,7 +157,10 @@ def plan_extension(
     starts, count = store.document_starts("train"), store.counts("train").tokens
     chunks = config.data.carry == "chunks"
     if not chunks and any(BRANCHES[name].states for name in shape.branch_names):
-        config = replace(config, data=replace(config.data, carry="states", carry_share=0.5))
+        if config.run.context_parallel > 1:
+            notes.append("no states are passed on: pieces of rows (run.context_parallel) take none")
+        else:
+            config = replace(config, data=replace(config.data, carry="states", carry_share=0.5))
     per_step = config.run.global_batch * config.data.sequence_length
     stages: list[Stage] = []
     begin, length = model, trained
@@ -180,6 +183,7 @@ def plan_extension(
         stage.data.store, stage.data.source = str(store.path), None
         stage.data.long_documents = 0.5 if long else 0.0
         stage.run.init_from, stage.run.init_attention = str(begin), options
+        stage.check()
         stages.append(Stage(out / f"stage-{number}", longer, before, stage))
         begin, length = stages[-1].out, longer
     for each in stages:

@@ -64,7 +64,7 @@ def finish(session: Session, progress: Progress) -> RunResult:
         seconds=progress.seconds,
         tokens_per_second=speed,
         data_wait=progress.data_seconds / progress.seconds,
-        utilisation=plan.flops_per_token * speed / plan.matmul_flops,
+        utilisation=plan.flops_per_token * speed / (plan.matmul_flops * plan.devices),
         matmul_flops=plan.matmul_flops,
         peak_memory_bytes=progress.peak_memory,
         chosen=chosen.name,

@@ -41,7 +41,8 @@ def read_architecture(name: str, settings: Settings, vocab_size: int) -> Archite
         PHAError: no such recipe, or an impossible setting.
     """
     recipe = f"{name}.text" if name in PRESETS else name
-    config = load_recipe(recipe, {"data.store": "none"} | settings)
+    no_data = {"data.store": "none", "data.task_options": {}, "data.tests": {}}
+    config = load_recipe(recipe, no_data | settings)
     if config.transformers.name is not None:
         raise PHAError(f"{name} is a model of transformers; this counts those of ours")
     return replace(config.model, vocab_size=vocab_size)

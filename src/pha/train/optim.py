@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,9 +49,8 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every matrix that has a gradient."""
-        loss = closure() if closure is not None else None
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every matrix that has a gradient; nothing evaluates the model again here."""
         for group in self.param_groups:
             rate, momentum = group["lr"], group["momentum"]
             for p in group["params"]:
@@ -64,7 +62,6 @@ class Muon(torch.optim.Optimizer):
                 update = part(orthogonal(whole(p.grad.lerp(mean, momentum))), p)
                 p.mul_(1 - rate * group["weight_decay"])
                 p.add_(update, alpha=-rate * 0.2 * math.sqrt(max(p.shape)))
-        return loss
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -89,11 +86,10 @@ class MuonAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         self._share()
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of both."""
-        loss = self.muon.step(closure)
+        self.muon.step()
         self.adamw.step()
-        return loss
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW | MuonAdamW:

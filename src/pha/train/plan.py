@@ -244,9 +244,7 @@ def make_plan(
     if device.type == "cpu":
         fits = min(fits, max(1, CPU_TOKENS // piece))
     if run.micro_batch is not None:
-        micro = run.micro_batch
-        if micro > share:
-            raise PHAError(f"run.micro_batch is {micro}, more than a device's share of {share}")
+        micro = min(run.micro_batch, share)
     else:
         micro = _divide(share, max(1, min(share, fits)))
     steps_per_epoch = train_windows // run.global_batch

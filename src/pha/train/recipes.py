@@ -178,6 +178,8 @@ def load_recipe(
         overrides = parse_overrides(overrides or [])
     settings = merge(_flat(content, recipe), overrides)
     modules = settings.get("run.imports") or []
+    if not isinstance(modules, list) or not all(isinstance(each, str) for each in modules):
+        raise PHAError(f"run.imports is {modules!r}; give a list of names of modules")
     import_modules(modules, "run.imports")
     settings["run.imports"] = list(dict.fromkeys([*ASKED, *modules]))
     chosen = settings.get("model.preset")

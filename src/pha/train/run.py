@@ -102,7 +102,9 @@ def _alone(session: Session) -> Iterator[None]:
 
 def _train(session: Session) -> Progress:
     plan, run, data, accelerator = session.plan, session.run, session.data, session.accelerator
-    config = replace(session.config, run=replace(session.config.run, micro_batch=plan.micro_batch))
+    # As it was asked for, or was first chosen: on more devices a share may be less.
+    micro = session.config.run.micro_batch or plan.micro_batch
+    config = replace(session.config, run=replace(session.config.run, micro_batch=micro))
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     accelerator.wait_for_everyone()  # all have looked at the folder before anything appears in it

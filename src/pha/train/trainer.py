@@ -172,8 +172,10 @@ class Trainer:
         metrics = MetricsWriter(self.run.metrics, progress.metrics_bytes, self.accelerator)
         matmul = plan.matmul_flops * self.accelerator.num_processes
         tokens_per_step = run.global_batch * self.config.data.sequence_length
-        losses: list[Tensor] = []
-        logged_at, data_logged_at = progress.seconds, progress.data_seconds
+        # Of the steps since the last record, and what took how long since then or the resumption.
+        losses = [torch.tensor(x, device=self.accelerator.device) for x in progress.losses]
+        logged_step, logged_at = progress.step, progress.seconds
+        data_logged_at = progress.data_seconds
         self.feed.waited = progress.data_seconds
         self.model.train()
         with (
@@ -209,7 +211,7 @@ class Trainer:
                 if log:
                     mean = float(torch.stack(losses).mean())
                     seconds = progress.seconds - logged_at
-                    speed = len(losses) * tokens_per_step / seconds
+                    speed = (progress.step - logged_step) * tokens_per_step / seconds
                     use = speed * plan.flops_per_token / matmul
                     record = TrainRecord(
                         step=progress.step,
@@ -231,12 +233,13 @@ class Trainer:
                         f"{self.watch.status if self.watch is not None else ''}"
                     )
                     self._show(display, status)
-                    losses, logged_at = [], progress.seconds
+                    losses, logged_step, logged_at = [], progress.step, progress.seconds
                     data_logged_at = progress.data_seconds
                 if evaluation:
                     self._evaluate(metrics, display)
                     stop = stop or self._agree_to_stop(log)
                 if checkpoint or stop:
+                    progress.losses = [float(x) for x in losses]
                     self._checkpoint(metrics)
                 if stop:
                     self._finish_saving()

@@ -27,7 +27,7 @@ def check_windows(windows: Windows | None) -> None:
     what = f"run.windows is {windows}"
     if isinstance(windows, dict):
         odds = list(windows.values())
-        if not odds or min(odds) < 0 or abs(sum(odds) - 1) > 1e-6:
+        if not odds or min(odds) < 0 or not abs(sum(odds) - 1) <= 1e-6:
             raise PHAError(
                 f"{what}; give odds of windows that sum to 1, such as {{16: 0.5, full: 0.5}}"
             )

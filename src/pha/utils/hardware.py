@@ -34,11 +34,7 @@ def autocast(device_type: str, precision: str) -> torch.autocast:
 
 def default_device() -> torch.device:
     """The accelerator where there is one, else the CPU."""
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        assert accelerator is not None
-        return accelerator
-    return torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def synchronise(device: torch.device) -> None:

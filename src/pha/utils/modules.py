@@ -40,7 +40,7 @@ def import_modules(names: Iterable[str], key: str = "--import") -> None:
             sys.path.insert(0, str(Path.cwd()))
         try:
             importlib.import_module(name)
-        except (ModuleNotFoundError, SyntaxError, ValueError) as error:
+        except (ModuleNotFoundError, SyntaxError, TypeError, ValueError) as error:
             hint = "" if isinstance(error, SyntaxError) else "; start in the folder that holds it"
             raise PHAError(f"{key} {name}: {error}{hint}") from error
 
