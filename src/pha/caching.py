@@ -173,7 +173,28 @@ class KeptLayer:
         self._layer.has_previous_state[place] = True
 
 
-class CarriedCache(CacheAdapter):
+class _Elsewhere(CacheAdapter):
+    """A past that no cache of transformers holds."""
+
+    is_static = False
+
+    def key_range(self, queries: int) -> tuple[int, int]:
+        """As of `CacheAdapter`."""
+        length = self.length()
+        assert isinstance(length, int)
+        return length + queries, 0
+
+    def count(self, x_BTd: Tensor) -> None:
+        """Nothing: whoever gives the past says how long it is."""
+
+    def enter(self, batch: int, attention_mask: Tensor | None) -> None:
+        """Nothing: the past is of these rows."""
+
+    def leave(self, padded: bool) -> None:
+        """Nothing: whoever gives the past takes what is left."""
+
+
+class CarriedCache(_Elsewhere):
     """The past of rows as a forward pass of training reads it, without gradient.
 
     What is read stays as it is, and what the rows leave is put beside it. So a layer that is
@@ -188,8 +209,6 @@ class CarriedCache(CacheAdapter):
         left: what this pass leaves, detached.
     """
 
-    is_static = False
-
     def __init__(self, past: Mapping[str, Tensor], memory: int) -> None:
         self.past, self.memory = past, memory
         self.left: dict[str, Tensor] = {}
@@ -198,25 +217,12 @@ class CarriedCache(CacheAdapter):
         """Keys of each row, which are as many in every layer that has any."""
         return next((x.shape[2] for name, x in self.past.items() if name.startswith("key")), 0)
 
-    def key_range(self, queries: int) -> tuple[int, int]:
-        """As of `CacheAdapter`."""
-        return self.length() + queries, 0
-
     def layer(self, layer_idx: int) -> LayerCache:
         """What the layer of that index needs."""
         return _CarriedLayer(self, layer_idx)
 
-    def count(self, x_BTd: Tensor) -> None:
-        """Nothing: whoever carries the rows says where they are."""
 
-    def enter(self, batch: int, attention_mask: Tensor | None) -> None:
-        """Nothing: the past is of these rows."""
-
-    def leave(self, padded: bool) -> None:
-        """Nothing: see `left`."""
-
-
-class SequencePieces(CacheAdapter):
+class SequencePieces(_Elsewhere):
     """The past of a piece of a sequence: the pieces on the ranks before, of as many tokens each.
 
     It is given as `past_key_values`, anew for each forward pass; every rank of the group has to run
@@ -227,8 +233,6 @@ class SequencePieces(CacheAdapter):
         tokens: of each piece.
     """
 
-    is_static = False
-
     def __init__(self, pieces: Pieces, tokens: int) -> None:
         self.pieces, self.tokens = pieces, tokens
 
@@ -236,16 +240,9 @@ class SequencePieces(CacheAdapter):
         """Tokens of the pieces before."""
         return self.pieces.rank * self.tokens
 
-    def key_range(self, queries: int) -> tuple[int, int]:
-        """As of `CacheAdapter`."""
-        return self.length() + queries, 0
-
     def layer(self, layer_idx: int) -> LayerCache:
         """What the layer of that index needs, which is what all do."""
         return _LayerOfPieces(self.pieces)
-
-    def count(self, x_BTd: Tensor) -> None:
-        """Nothing: all pieces are equally long."""
 
     def enter(self, batch: int, attention_mask: Tensor | None) -> None:
         """Refuse padding.
@@ -255,9 +252,6 @@ class SequencePieces(CacheAdapter):
         """
         if attention_mask is not None:
             raise PHAError("a sequence in pieces takes no attention_mask; leave padding out")
-
-    def leave(self, padded: bool) -> None:
-        """Nothing: no state goes on from here."""
 
 
 class _LayerOfPieces:

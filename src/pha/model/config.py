@@ -134,9 +134,13 @@ class ArchitectureConfig:
         Raises:
             PHAError: an expansion that is no number, or too large.
         """
-        is_number = isinstance(expansion, int | float) and abs(expansion) <= MOST  # not a NaN
-        _require(is_number, f"an expansion is {expansion!r}; give a number, at most {MOST:,}")
+        self._require_expansion("an expansion", expansion)
         return 8 * round(expansion * self.hidden_size / 8)
+
+    @staticmethod
+    def _require_expansion(name: str, value: Any) -> None:
+        is_number = isinstance(value, int | float) and abs(value) <= MOST  # which a NaN is not
+        _require(is_number, f"{name} is {value!r}; give a number, at most {MOST:,}")
 
     def check(self) -> None:
         """Refuse impossible shapes.
@@ -216,6 +220,7 @@ class ArchitectureConfig:
             ("auxiliary_ffn_expansion", False),
         ):
             expansion = getattr(self, name)
+            self._require_expansion(name, expansion)
             size = self.ffn_size(expansion)
             _require(
                 size >= 8 or (may_be_zero and expansion == 0),
