@@ -51,6 +51,7 @@ def test_probe_prints_and_writes(
         (["--length", "9999999"], "the length is 9,999,999; for this probe"),
         (["--piece", "0"], "--piece 0: at least 1 token"),
         (["--sequence-length", "0"], "--sequence-length 0: at least 1 token"),
+        (["--max-tokens", "-5"], "--max-tokens -5: at least 1 token"),
         (["--split", "dev"], "no dev split"),
         (["--probes", "needles"], "needles need 64 frequent words of one token"),
     ],

@@ -77,6 +77,17 @@ def outcome_console(as_json: bool) -> Console:
     return make_console(stderr=as_json, width=None if stream.isatty() else 200)
 
 
+def require_tokens(**options: int | None) -> None:
+    """Refuse options that count tokens and are below 1; None is one that is not given.
+
+    Raises:
+        PHAError: naming the option.
+    """
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise PHAError(f"--{name.replace('_', '-')} {value}: at least 1 token")
+
+
 def answer(as_json: bool, record: Any, *shown: RenderableType) -> None:
     """Write what a verb found to standard output: `record` as JSON, or what is shown of it."""
     if as_json:

@@ -25,6 +25,7 @@ from pha.commands.common import (
     figures_table,
     progress_bars,
     read_attention,
+    require_tokens,
 )
 from pha.utils.errors import PHAError
 from pha.utils.outputs import require_outputs, writing
@@ -73,9 +74,8 @@ def params(
         _match(presets[0], settings, match, by, vocab_size, json)
         return
     columns = ["total", "paper", "diff", "embed", "mixer", "attn", "aux_ffn", "ffn"]
+    require_tokens(length=length)
     if length is not None:
-        if length < 1:
-            raise PHAError(f"--length {length}: at least 1 token")
         columns += ["MFLOP", "kB"]
     table = figures_table(f"millions of parameters, V = {vocab_size}", "preset", *columns, gap=0)
     rows: list[dict[str, Any]] = []
@@ -196,6 +196,7 @@ def inspect(
     from pha.utils.files import write_json
     from pha.utils.hardware import choose_precision, default_device, provenance
 
+    require_tokens(tokens=tokens)
     pictures = (f"inspection-{what}.{kind}" for what in PICTURES for kind in ("svg", "png"))
     require_outputs(out, "inspection.json", *pictures)
     device, options = default_device(), read_attention(attention)

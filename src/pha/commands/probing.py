@@ -17,6 +17,7 @@ from pha.commands.common import (
     answer,
     progress_bars,
     read_attention,
+    require_tokens,
 )
 from pha.utils.errors import PHAError
 from pha.utils.outputs import require_outputs, writing
@@ -75,12 +76,9 @@ def probe(
     for name in probes:
         if name not in PROBES:
             raise PHAError(f"there is no probe {name!r}; choose {', '.join(PROBES)}")
-    for option, value in (
-        *(("--piece", piece), ("--sequence-length", sequence_length)),
-        *(("--length", length), ("--max-tokens", max_tokens)),
-    ):
-        if value is not None and value < 1:
-            raise PHAError(f"{option} {value}: at least 1 token")
+    require_tokens(
+        piece=piece, sequence_length=sequence_length, length=length, max_tokens=max_tokens
+    )
     for name in probes:
         require_outputs(out, *(f"probe-{name}.{ending}" for ending in ("json", "svg", "png")))
     device, store, options = default_device(), TokenStore.open(data), read_attention(attention)
