@@ -141,7 +141,7 @@ def against_size(
     Points stand at their parameters, joined by a line; or at another `cost`, which has no order
     and is drawn in powers of ten.
     """
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     heights = [2.9 if len(points) < 8 else 4.8 for _, points in panels]
     figure = plots.new_panels(len(panels), 1, heights)
@@ -151,7 +151,11 @@ def against_size(
         axes.set_title(title)
         if cost:
             axes.set_xscale("log")
+            sizes = [point.x for _, points in panels for point in points]
+            few = max(sizes) < 10 * min(sizes)  # numbers of one decade need marks between
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5) if few else (1,)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: text.count(x)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1e6:g}M"))
         _draw_points(axes, points, join=not cost)
