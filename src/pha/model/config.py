@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -114,16 +114,27 @@ class ArchitectureConfig:
 
     def layer_branches(self, layer_idx: int) -> dict[str, dict[str, Any]]:
         """Names of the branches of one layer, each with its options."""
-        patterns = self._patterns()
-        chosen = patterns[layer_idx % len(patterns)]
-        if layer_idx in self.attention_layers:
-            chosen = ["attention"]
-        return {name: self.branch_options.get(name, {}) | own for name, own in _named(chosen)}
+        return self.branches_of_layers([layer_idx])[0]
+
+    def branches_of_layers(self, layers: Iterable[int] | None = None) -> list[dict[str, Any]]:
+        """`layer_branches` of these layers, or of all.
+
+        Each attribute is read once: a configuration of transformers takes a microsecond for it.
+        """
+        patterns, options, alone = self._patterns(), self.branch_options, self.attention_layers
+        return [
+            {
+                name: options.get(name, {}) | own
+                for name, own in _named(
+                    ["attention"] if layer in alone else patterns[layer % len(patterns)]
+                )
+            }
+            for layer in (range(self.num_hidden_layers) if layers is None else layers)
+        ]
 
     def attention_options(self) -> list[dict[str, Any]]:
         """Options of the branch `attention` in each layer that has it."""
-        layers = map(self.layer_branches, range(self.num_hidden_layers))
-        return [branches["attention"] for branches in layers if "attention" in branches]
+        return [x["attention"] for x in self.branches_of_layers() if "attention" in x]
 
     def _patterns(self) -> list[_Layer]:
         return [*self.layer_pattern] or [self.branches]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -72,19 +73,20 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
     @property
     def windows(self) -> list[int | None]:
         """How many keys a query sees in each layer that keeps keys, its own included; None: all."""
-        found = []
-        for layer in range(self.num_hidden_layers):
-            own = self.layer_branches(layer).get("attention", {}).get("window")
-            bounds = [w for w in (self.attention_window, own) if w is not None]
-            if self._keeps(layer, "keeps_keys"):
+        found, of_all = [], self.attention_window
+        for branches in self.branches_of_layers():
+            own = branches.get("attention", {}).get("window")
+            bounds = [w for w in (of_all, own) if w is not None]
+            if _keep(branches, "keeps_keys"):
                 found.append(min(bounds) if bounds else None)
         return found
 
     @property
     def sliding_window(self) -> int | None:
         """transformers' word for the most keys that a query sees; None: all, in some layer."""
-        bounds = [window for window in self.windows if window is not None]
-        if len(bounds) < len(self.windows):
+        windows = self.windows
+        bounds = [window for window in windows if window is not None]
+        if len(bounds) < len(windows):
             return None
         return max(bounds) if bounds else self.attention_window
 
@@ -100,8 +102,8 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
         Where no layer keeps keys, the first still has room for them, which then counts the past.
         """
         kept = [
-            (self._keeps(layer, "keeps_keys"), self._keeps(layer, "states"))
-            for layer in range(self.num_hidden_layers)
+            (_keep(branches, "keeps_keys"), _keep(branches, "states"))
+            for branches in self.branches_of_layers()
         ]
         keys_kind, both = "full_attention", "hybrid"
         if not any(keeps_keys for keeps_keys, _ in kept):
@@ -121,17 +123,17 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
     def number_of_conv_states(self) -> int:
         """transformers' word for how many states a layer of the cache has room for."""
         classes = [
-            [BRANCHES.get(name, Branch) for name in self.layer_branches(layer)]
-            for layer in range(self.num_hidden_layers)
+            [BRANCHES.get(name, Branch) for name in branches]
+            for branches in self.branches_of_layers()
         ]
         return max(1, *(sum(len(cls.states) for cls in layer) for layer in classes))
 
     @property
     def keeps_keys(self) -> bool:
         """Whether some layer keeps keys and values."""
-        return any(self._keeps(layer, "keeps_keys") for layer in range(self.num_hidden_layers))
+        return any(_keep(branches, "keeps_keys") for branches in self.branches_of_layers())
 
-    def _keeps(self, layer_idx: int, what: str) -> bool:
-        # A name that is not known here is refused where the model is made.
-        names = self.layer_branches(layer_idx)
-        return any(bool(getattr(BRANCHES.get(name, Branch), what)) for name in names)
+
+def _keep(branches: Iterable[str], what: str) -> bool:
+    # A name that is not known here is refused where the model is made.
+    return any(bool(getattr(BRANCHES.get(name, Branch), what)) for name in branches)

@@ -96,7 +96,7 @@ def _architecture(config: PHAConfig) -> str:
         "aux_ffn": "a feed-forward network",
     }
     if config.layer_pattern:
-        each = map(config.layer_branches, range(config.num_hidden_layers))
+        each = config.branches_of_layers()
         return f"{layers}: " + ", ".join(" and ".join(branches) for branches in each)
     branches = [names.get(branch, branch) for branch in config.branches]
     together = " and ".join(filter(None, [", ".join(branches[:-1]), branches[-1]]))

@@ -2,7 +2,8 @@
 
 On a GPU its kernels are named, so that the one that writes all logits out is never taken: flash
 attention and cuDNN's for half precision without a mask, which share key heads, and otherwise the
-memory-efficient one, which shares none. They want head sizes in multiples of 8.
+memory-efficient one, which shares none. They want head sizes in multiples of 8. For a few queries
+each would first copy all cached keys, with zeros behind or once for each head: products do without.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pha.ops.attention.naive import Mask, within, written_out
 
 WINDOW_BLOCK = 256  # queries at a time under a window: each block reads this many keys too many
 FEW = 128  # queries below which each key head takes those of all its heads as queries of its own
+SINGLE = 8  # queries up to which keys are read once, as they lie, by plain products
 MULTIPLE, LARGEST = 8, 256  # head sizes of the fused kernels
 # cuDNN's is the faster one on Hopper, but its backward pass is younger.
 TRAINING = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION]
@@ -74,6 +76,9 @@ def _by_named_kernels(
     kernels: Sequence[SDPBackend] | None = None,
 ) -> Tensor:
     (_, H, T, K), G, wide = q.shape, k.shape[1], v.shape[3]
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if T <= SINGLE and not differentiated:  # no derivative of the product of mixed types
+        return few_queries(q, k, v, within(T, T, T, q.device) if causal else mask)
     if mask is None and q.dtype != torch.float32 and K <= LARGEST and _has_flash(q.device):
         kernels = list(kernels or (TRAINING if q.requires_grad else INFERENCE))
         return _padded(q, k, v, None, causal, kernels)[..., :wide]
@@ -87,6 +92,26 @@ def _by_named_kernels(
         mask = mask.view(-1, 1, 1, *mask.shape[-2:]).expand(-1, -1, H // G, -1, -1).flatten(2, 3)
     y = _padded(q.unflatten(1, (G, -1)).flatten(2, 3), k, v, mask, False, efficient)
     return y[..., :wide].unflatten(2, (-1, T)).flatten(1, 2)
+
+
+def few_queries(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T) v with the logits written out: each key and value is read once, where it lies.
+
+    The queries of all heads that share a key head are the rows of one product. Logits and their
+    softmax are in float32, or float64 where that is given; only a GPU has the mixed product.
+    """
+    (B, H, T, _), (G, S) = q.shape, k.shape[1:3]
+    rows = q.unflatten(1, (G, -1)).flatten(2, 3).flatten(0, 1)  # (B G, H / G T, K)
+    keys, values = k.flatten(0, 1), v.flatten(0, 1)
+    if q.dtype in (torch.float32, torch.float64):
+        logits = torch.bmm(rows, keys.mT)
+    else:
+        logits = torch.bmm(rows, keys.mT, out_dtype=torch.float32)
+    if mask is not None:
+        seen = mask.view(-1, 1, 1, T, S)
+        logits = logits.view(B, G, -1, T, S).masked_fill(~seen, -torch.inf).view_as(logits)
+    y = torch.bmm(logits.softmax(-1).to(v.dtype), values)
+    return y.view(B, G, H // G, T, -1).flatten(1, 2)
 
 
 def _padded(

@@ -118,7 +118,9 @@ class _Problem:
                 return row | {"reason": f"it is off by {error:.1g}"}
             return row | {"seconds": self._time(sizes, seconds)}
         except Exception as failure:  # Whatever the compiler says, the other sizes remain.
-            return row | {"reason": " ".join(f"{type(failure).__name__}: {failure}".split())[:200]}
+            # Triton writes the source first and what is wrong with it last.
+            said = " ".join(str(failure).split())[-200:]
+            return row | {"reason": f"{type(failure).__name__}: {said}"}
 
     def _time(self, sizes: Sizes, seconds: float) -> float:
         device = self.dh.device
