@@ -89,6 +89,8 @@ def _check(op: Op, name: str, where: str) -> dict[str, Any]:
     }
     if not op.runs_on(name, where):
         return record | {"reason": f"not usable here: runs on {op.only_on[name]}"}
+    if not op.is_at_hand(name, where):
+        return record | {"reason": f"not asked for: PHA_BACKENDS={op.name}={name}"}
     if (reason := op.fault(name, where)) is not None:
         return record | {"ok": False, "reason": f"cannot run: {reason}"}
     error = op.self_check(name, where)

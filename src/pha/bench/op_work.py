@@ -43,7 +43,13 @@ def op_backends(mode: str, device_type: str) -> list[str]:
     op = OPS[OP_MODES[mode]]
     # Within documents these are FlexAttention, as flex is.
     left_out = {"naive"} | ({"flash", "cudnn"} if mode == "documents" else set())
-    return [name for name in op.backends if name not in left_out and op.runs_on(name, device_type)]
+    return [
+        name
+        for name in op.backends
+        if name not in left_out
+        and op.runs_on(name, device_type)
+        and op.is_at_hand(name, device_type)
+    ]
 
 
 class OpWork(Work):

@@ -46,6 +46,7 @@ class Op:
             relative error of values and gradients.
         only_on: backend name -> the one device type it is made for; others run on all.
         trials: backend name -> how it is tried, for those that may fail on some machine.
+        asked: backends that run, and are tried, only where the user names them.
         forced: the backend of `force`; it wins over the user's choice, and that over `preferred`.
         faults: what the trials have found: see `fault`.
         kernels: what the op's own operators call of an added backend, by name.
@@ -57,6 +58,7 @@ class Op:
     check: Callable[[Callable[..., Any], Callable[..., Any], str], float]
     only_on: dict[str, str] = field(default_factory=dict)
     trials: dict[str, Trial] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
     plain: str = "torch"
     limits: dict[str, str] = field(default_factory=dict)
     forced: str | None = None
@@ -73,6 +75,8 @@ class Op:
         device_type: str,
         trial: Trial,
         limits: str,
+        *,
+        if_asked: bool = False,
         **kernels: Callable[..., Any],
     ) -> None:
         """Have one more backend, made for one type of device and preferred there.
@@ -85,9 +89,14 @@ class Op:
             device_type: such as `"cuda"`.
             trial: see `trials`.
             limits: see `limits`.
+            if_asked: whether it is not preferred, but one of `asked`.
             kernels: see `kernels`.
         """
-        self.backends[name], self.preferred[device_type] = function, name
+        self.backends[name] = function
+        if if_asked:
+            self.asked.add(name)
+        else:
+            self.preferred[device_type] = name
         self.only_on[name], self.trials[name], self.limits[name] = device_type, trial, limits
         self.kernels |= kernels
 
@@ -130,6 +139,10 @@ class Op:
                 f"{self.name}: its kernel {backend} fails on {x.device} ({reason}); set "
                 f"{CHOSEN}={self.name}={self.plain} to compute it in plain torch"
             )
+
+    def is_at_hand(self, backend: str, device_type: str) -> bool:
+        """Whether `backend` may be tried on `device_type`: unless it has to be asked for."""
+        return backend not in self.asked or self.choice(device_type) == backend
 
     def runs_on(self, backend: str, device_type: str) -> bool:
         """Whether `backend` is made for tensors of `device_type`."""

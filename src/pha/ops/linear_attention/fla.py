@@ -1,7 +1,8 @@
 """Linear attention by the Triton kernels of flash-linear-attention, where that is installed.
 
 They multiply in bf16 or fp16 and accumulate in float32. Float32 inputs stay with the chunked form:
-the kernels would round them to TF32 (sums), or refuse them (the delta rule).
+the kernels would round them to TF32 (sums), or refuse them (the delta rule). They run where
+`PHA_BACKENDS=linear_attention=fla` asks for them.
 """
 
 from __future__ import annotations
@@ -123,4 +124,5 @@ def _largest_error(device: torch.device) -> float:
 TRIAL = Trial(_largest_error, 3e-2)  # of the largest magnitude, in bf16 against float64
 if is_installed():
     _LIMITS = "chunked for float32, and for the delta rule with a decay per channel"
-    OPS["linear_attention"].add("fla", linear_attention_fla, "cuda", TRIAL, _LIMITS)
+    # Not by itself: on an H200 with Triton 3.6 a first use has hung, and ended in an illegal access.
+    OPS["linear_attention"].add("fla", linear_attention_fla, "cuda", TRIAL, _LIMITS, if_asked=True)
