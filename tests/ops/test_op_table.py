@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pha.bench.doctor import _check
 from pha.ops import (
     OPS,
     Op,
@@ -268,6 +269,39 @@ def test_a_kernel_that_fails_is_an_error_with_its_remedy(error: Any, reason: str
         said = f"sine: its kernel triton fails on cpu ({reason}); {remedy}"
         assert str(raised.value) == said
     assert op.describe("cpu") == f"triton cannot run: {reason}"
+
+
+def test_a_device_that_a_trial_has_broken_is_not_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every later call would fail, with a message about something else."""
+
+    def breaks(device: torch.device) -> float:
+        def gone(*_: Any, **__: Any) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        monkeypatch.setattr(torch, "zeros", gone)
+        raise RuntimeError("CUDA error")
+
+    with pytest.raises(
+        PHAError, match=r"left cpu unusable .*CUDA error.*PHA_BACKENDS"
+    ):
+        failing(breaks).require("triton", u)
+
+
+def test_what_has_to_be_asked_for_is_neither_used_nor_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    op = failing(lambda _: 0.0)
+    trial = Trial(lambda _: pytest.fail("is tried"), 1.0)
+    op.add("theirs", torch.cos, "cpu", trial, "slowly", if_asked=True)
+    assert op.choice("cpu") == "triton"
+    assert not op.is_at_hand("theirs", "cpu")
+    monkeypatch.setitem(OPS, "sine", op)
+    assert _check(op, "theirs", "cpu")["reason"] == "not asked for: PHA_BACKENDS=sine=theirs"
+    monkeypatch.setenv(CHOSEN, "sine=theirs")
+    assert op.choice("cpu") == "theirs"
+    assert op.is_at_hand("theirs", "cpu")
 
 
 def test_no_trial_within_a_graph_of_the_compiler_or_on_tensors_without_values() -> None:

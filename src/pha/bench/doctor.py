@@ -7,6 +7,7 @@ import platform
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.ops import OPS, Op
@@ -21,6 +22,7 @@ from pha.utils.hardware import (
     instruction_set,
     matmul_rate,
 )
+from pha.utils.progress import ProgressLine
 from pha.utils.versions import __version__, version_of
 
 # Relative to the oracle in float64, a float32 backend is right to a few units in the last place
@@ -28,8 +30,10 @@ from pha.utils.versions import __version__, version_of
 TOLERANCE = 1e-5
 
 
-def examine(device_type: str | None = None) -> dict[str, Any]:
+def examine(device_type: str | None = None, console: Console | None = None) -> dict[str, Any]:
     """Look at everything, or only at the backends of one type of device.
+
+    On a GPU kernels are compiled, for a minute or two: what is being checked goes to `console`.
 
     Returns:
         `environment`: facts by name; `backends`: one record per op, backend and device with its
@@ -62,13 +66,19 @@ def examine(device_type: str | None = None) -> dict[str, Any]:
         rate = matmul_rate(device, precision)
         environment[f"matmul {precision}"] = f"{rate / 1e9:,.0f} GFLOP/s measured"
     environment["precision auto"] = choose_precision("auto", device)
-    backends = [
-        _check(op, name, where)
+    checks = [
+        (op, name, where)
         for op in OPS.values()
         for where in devices
         for name in op.backends
         if op.runs_on(name, where) or op.only_on[name] not in devices
     ]
+    backends = []
+    with ProgressLine(console or Console(quiet=True)) as line:
+        for number, (op, name, where) in enumerate(checks):
+            what = f"{op.name}, {name} on {where}"
+            line.show("checking", what, number / len(checks), is_last=where != "cpu")
+            backends.append(_check(op, name, where))
     if "cpu" in devices:  # the one device that it is for
         backends.append(_decoder())
     healthy = all(check["ok"] is not False for check in backends)

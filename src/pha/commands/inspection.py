@@ -24,6 +24,7 @@ from pha.commands.common import (
     answer,
     figures_table,
     progress_bars,
+    progress_console,
     read_attention,
     require_tokens,
 )
@@ -335,7 +336,7 @@ def doctor(*, device: str | None = None, json: Json = False) -> None:
     """
     from pha.bench.doctor import examine
 
-    findings = examine(device)
+    findings = examine(device, progress_console())
     answer(json, findings, _doctor_table(findings))
     if not findings["healthy"]:
         raise PHAError("a backend fails or disagrees with its oracle; see the table")

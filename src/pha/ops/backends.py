@@ -226,5 +226,22 @@ def _try(trial: Trial, device: torch.device) -> str | None:
         with torch.autocast(device.type, enabled=False):
             error = trial.largest_error(device)
     except Exception as failure:  # Whatever it is, the kernel cannot be used.
-        return " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+        reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+        _require_alive(device, reason)
+        return reason
     return None if error <= trial.limit else f"it is off by {error:.1g}"
+
+
+def _require_alive(device: torch.device, reason: str) -> None:
+    """Refuse to go on with a device on which nothing runs any more in this process.
+
+    Raises:
+        PHAError: a kernel has read or written where it may not; `reason` is what its trial said.
+    """
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError as error:
+        raise PHAError(
+            f"the trial of a kernel has left {device} unusable for this process ({reason}); start "
+            f"again with {CHOSEN}=OP=BACKEND, which names another one"
+        ) from error
