@@ -283,9 +283,7 @@ def test_a_device_that_a_trial_has_broken_is_not_gone_on_with(
         monkeypatch.setattr(torch, "zeros", gone)
         raise RuntimeError("CUDA error")
 
-    with pytest.raises(
-        PHAError, match=r"left cpu unusable .*CUDA error.*PHA_BACKENDS"
-    ):
+    with pytest.raises(PHAError, match=r"left cpu unusable .*CUDA error.*PHA_BACKENDS"):
         failing(breaks).require("triton", u)
 
 
