@@ -81,6 +81,25 @@ def test_every_option_of_the_layers(block: str, options: dict[str, Any], steps: 
     assert steps
 
 
+@pytest.mark.parametrize("scaling", ["unit-variance", "zero-order-hold"])
+@pytest.mark.parametrize("dt", [False, True])
+@pytest.mark.parametrize("gate", [False, True])
+def test_every_option_of_the_extended_state_space(
+    gate: bool, dt: bool, scaling: str, steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With attention in one layer alone, and states that threads do not share out by groups."""
+    branch = {"extended_gss": {"output_gate": gate, "input_dt": dt}}
+    pattern = [[branch, "aux_ffn"], [branch, "attention", "aux_ffn"]]
+    model = scrambled(small_config(layer_pattern=pattern, input_scaling=scaling, state_size=48))
+    monkeypatch.setattr(program, "BYTES_PER_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    ids = tokens(2, TOTAL)
+    truth = copy.deepcopy(model).double()(ids).logits[:, PREFIX - 1 :]
+    rounding = (model(ids).logits[:, PREFIX - 1 :] - truth).abs().max()
+    assert (written(model, ids) - truth).abs().max() <= 2 * rounding
+    assert len(steps) == TOTAL - PREFIX
+
+
 @pytest.mark.parametrize("threads", [2, 3, 7])
 def test_threads_do_not_change_a_bit(
     threads: int, steps: list[int], monkeypatch: pytest.MonkeyPatch

@@ -46,6 +46,14 @@ def test_exponential() -> None:
     assert np.isnan(vectorised(np.array([np.nan], np.float32))).all()
 
 
+def test_exponential_less_one() -> None:
+    vectorised = numba.vectorize(["f4(f4)"])(lambda x: elements.expm1_32(x))
+    x = np.concatenate([-np.logspace(-9, 1.9, 1_000_003), [0.0]]).astype(np.float32)
+    exact = np.expm1(x.astype(np.float64))
+    units = np.abs(vectorised(x) - exact) / np.spacing(np.abs(exact).astype(np.float32))
+    assert units.max() <= 3
+
+
 def test_bfloat16_is_read_and_rounded_as_torch_does() -> None:
     @numba.njit
     def add(a: np.ndarray, b: np.ndarray) -> None:

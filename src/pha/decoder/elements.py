@@ -101,6 +101,19 @@ def exp32(x: Any) -> Any:
 
 
 @jit
+def expm1_32(x: Any) -> Any:
+    """exp(x) - 1 in float32, as exact near 0 as elsewhere; for x as in `exp32`."""
+    x = LOWEST if x < LOWEST else x
+    x = HIGHEST if x > HIGHEST else x
+    shifted = x * LOG2_E + SHIFT
+    k = shifted - SHIFT
+    r = (x - k * LN2_HIGH) - k * LN2_LOW
+    p = C2 + r * (C3 + r * (C4 + r * (C5 + r * C6)))
+    power = _times_power_of_two(_ONE, shifted)
+    return (power - _ONE) + power * (r + r * r * p)
+
+
+@jit
 def sigmoid(x: Any) -> Any:
     """1 / (1 + exp(-x)) in float32."""
     return _ONE / (_ONE + exp32(-x))

@@ -19,11 +19,12 @@ from numba import carray, types
 from numba.extending import intrinsic
 
 from pha.decoder import instructions as op
-from pha.decoder.elements import exp32, jit_sum, narrow, sigmoid, widen
+from pha.decoder.elements import exp32, expm1_32, jit_sum, narrow, sigmoid, widen
+from pha.model.gss import GROUP
 
 SPINS = 4000  # looks at the others before giving the processor away
 _yield_processor = types.ExternalFunction("sched_yield", types.int32())
-_TINY, _ONE, _ZERO = np.float32(1e-12), np.float32(1.0), np.float32(0.0)
+_TINY, _ZERO, _ONE, _TWO = (np.float32(x) for x in (1e-12, 0, 1, 2))
 _LEAST = np.float32(-np.inf)
 
 
@@ -172,6 +173,38 @@ def _gate(
 
 
 @jit_sum
+def _forget(
+    step: Any, work: Any, width: int, batch: int, part: int, parts: int, constants: Any
+) -> None:
+    """`_gate` with a time step for each group of states: the softplus of AUX2 plus SECOND.
+
+    FIRST is -A in `constants`; b is 1 - a with FLAG, else sqrt(1 - a^2).
+    """
+    size = step[op.SIZE]
+    low, high = size * part // parts, size * (part + 1) // parts
+    states = carray(_pointer(step[op.ADDRESS], work), (batch * size,))
+    for b in range(batch):
+        row = b * width
+        for group in range(low // GROUP, -(-high // GROUP)):
+            begin, end = max(low, group * GROUP), min(high, (group + 1) * GROUP)
+            x = work[row + step[op.AUX2] + group] + constants[step[op.SECOND] + group]
+            # log(1 + exp(x)), which is x where that overflows
+            dt = max(x, _ZERO) + np.log1p(exp32(-abs(x)))
+            count = end - begin
+            rate = _slice(constants, step[op.FIRST] + begin, count)
+            gate = _slice(work, row + step[op.SOURCE] + begin, count)
+            value = _slice(work, row + step[op.AUX] + begin, count)
+            h = _slice(states, b * size + begin, count)
+            to = _slice(work, row + step[op.TARGET] + begin, count)
+            for i in range(count):
+                lost = expm1_32(dt * rate[i])  # a - 1
+                scale = -lost if step[op.FLAG] else np.sqrt(-lost * (_TWO + lost))
+                h[i] = (_ONE + lost) * h[i] + scale * sigmoid(gate[i]) * value[i]
+            for i in range(count):
+                to[i] = h[i]
+
+
+@jit_sum
 def _swiglu(step: Any, work: Any, width: int, batch: int, part: int, parts: int) -> None:
     """to = silu(gate) * up, for the same entries as `_linear` made."""
     size = step[op.SIZE]
@@ -293,6 +326,8 @@ def run(
             _linear(step, work, width, batch, part, parts, like)
         elif kind == op.GATE:
             _gate(step, work, width, batch, part, parts, constants)
+        elif kind == op.FORGET:
+            _forget(step, work, width, batch, part, parts, constants)
         elif kind == op.SWIGLU:
             _swiglu(step, work, width, batch, part, parts)
         elif kind == op.NORM:

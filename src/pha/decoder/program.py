@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from pha.decoder import instructions as op
 from pha.decoder import runtime
+from pha.mixers.extended_gss import ExtendedGSS
 from pha.model.attention import MAX_LOG_SCALE, GroupedQueryAttention
 from pha.model.backbone import Backbone
 from pha.model.block import ParallelBlock, Residual, SequentialBlock
 from pha.model.ffn import AuxiliaryFFN, SwiGLU
-from pha.model.gss import GatedStateSpace
+from pha.model.gss import GROUP, GatedStateSpace
 from pha.model.mixing import LearnableMixing
 from pha.model.norm import RMSNorm
 from pha.utils.plain import Plain
@@ -34,7 +35,7 @@ FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     kind: kind.forward
     for kind in (
         *(Backbone, ParallelBlock, SequentialBlock, Residual, LearnableMixing, RMSNorm),
-        *(GatedStateSpace, GroupedQueryAttention, AuxiliaryFFN, SwiGLU),
+        *(GatedStateSpace, ExtendedGSS, GroupedQueryAttention, AuxiliaryFFN, SwiGLU),
         *(nn.Embedding, nn.Linear, nn.Dropout, nn.Identity, nn.ModuleList, nn.ModuleDict),
     )
 }
@@ -42,6 +43,7 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     RMSNorm: ("eps",),
     Residual: ("alpha", "post"),
     GatedStateSpace: ("input_scaling",),
+    ExtendedGSS: ("input_scaling", "output_gate", "convolution", "input_dt"),
     GroupedQueryAttention: ("cosine", "positions", "window", "theta", "length_scaling"),
     nn.Dropout: ("p", "training"),
 }
@@ -296,8 +298,8 @@ class Decoder:
     def _branches(self, branches: dict[str, nn.Module], index: int, z: int) -> dict[str, int]:
         makers: dict[str, Iterator[int]] = {}
         for name, branch in branches.items():
-            if type(branch) is GatedStateSpace:
-                makers[name] = self._gss(branch, index, z)
+            if type(branch) in (GatedStateSpace, ExtendedGSS):
+                makers[name] = self._gss(branch, index, z)  # type: ignore[arg-type]
             elif type(branch) is GroupedQueryAttention:
                 makers[name] = self._attention(branch, index, z)
             elif type(branch) is AuxiliaryFFN:
@@ -324,21 +326,34 @@ class Decoder:
 
     def _gss(self, branch: GatedStateSpace, index: int, z: int) -> Iterator[int]:
         n = branch.log_A.numel()
-        a, b = branch.decay_and_scale()
         gate, value, h, y = (self._slot(size) for size in (n, n, n, self.d))
         self._linear(branch.W_g, z, gate)
         self._linear(branch.W_B, z, value)
-        self._emit(
-            op.GATE,
-            target=h,
-            source=gate,
-            aux=value,
-            size=n,
-            first=self._constant(a),
-            second=self._constant(b),
-        )
+        into = {"target": h, "source": gate, "aux": value, "size": n}
+        extended = branch if isinstance(branch, ExtendedGSS) else None
+        if extended is not None and extended.convolution:
+            raise _Inexpressible
+        if extended is not None and extended.output_gate:
+            self._linear(extended.W_o, z, reading := self._slot(n))
+        if extended is not None and extended.input_dt:
+            self._linear(extended.W_dt, z, steps := self._slot(n // GROUP))
+            yield y  # one of its numbers is for states of several threads
+            self._emit(
+                op.FORGET,
+                **into,
+                aux2=steps,
+                first=self._constant(-branch.log_A.exp()),
+                second=self._constant(extended.dt_offset()),
+                flag=int(branch.input_scaling == "zero-order-hold"),
+            )
+        else:
+            a, b = branch.decay_and_scale()
+            self._emit(op.GATE, **into, first=self._constant(a), second=self._constant(b))
         self._point("state", index)
         self.state_layers[index] = n
+        if extended is not None and extended.output_gate:
+            self._emit(op.SWIGLU, target=(read := self._slot(n)), source=reading, aux=h, size=n)
+            h = read
         yield y
         self._linear(branch.W_C, h, y)
         yield y

@@ -69,9 +69,14 @@ class ExtendedGSS(GatedStateSpace):
 
     def decays_of(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """a_t and b_t, each (B, T, n), in at least float32."""
-        dtype = accumulation_type(z)
-        start = self.log_dt.to(dtype).exp().expm1().log()  # softplus undone
-        return self.decay_and_scale(F.softplus(self.W_dt(z).to(dtype) + start))
+        return self.decay_and_scale(
+            F.softplus(self.W_dt(z).to(accumulation_type(z)) + self.dt_offset())
+        )
+
+    def dt_offset(self) -> Tensor:
+        """(n / 16,) what a time step is before softplus where the input says nothing."""
+        dt = self.log_dt.to(accumulation_type(self.log_dt)).exp()
+        return dt + torch.log(-torch.expm1(-dt))  # log(exp(dt) - 1)
 
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """Map (B, T, d) to (B, T, d), starting from and updating the cached states."""

@@ -154,6 +154,17 @@ _JAMBA: dict[str, Any] = {
 }
 _THREE_TO_ONE: dict[str, Any] = {"layer_pattern": [*[["gated_deltanet"]] * 3, ["attention"]]}
 
+# PHA+: an output gate and a time step from the input for Eq. 2, attention in every third layer. The
+# state takes up what is left; docs/decisions.md says what each change is worth [ours].
+_PLUS: dict[str, Any] = {
+    "layer_pattern": [
+        ["extended_gss", "aux_ffn"],
+        ["extended_gss", "aux_ffn"],
+        ["extended_gss", "attention", "aux_ffn"],
+    ],
+    "branch_options": {"extended_gss": {"output_gate": True, "input_dt": True}},
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "pha-90m": _90M,
     "pha-125m": _125M,
@@ -167,6 +178,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "attention-gss-180m": _180M | _ATTENTION_GSS | {"num_hidden_layers": 12, "state_size": 2528},
     "gss-ffn-180m": _180M | _GSS_FFN | {"num_hidden_layers": 11, "state_size": 2720},
     "gss-only-180m": _180M | _GSS | {"num_hidden_layers": 14, "state_size": 2480},
+    "pha-plus-90m": _90M | _PLUS | {"state_size": 1376},
+    "pha-plus-125m": _125M | _PLUS | {"state_size": 1856},
+    "pha-plus-180m": _180M | _PLUS | {"state_size": 2272},
     "pha-125m-openwebtext": _OPENWEBTEXT,
     "pha-125m-mehta": _125M | _MEHTA,
     "pha-180m-mehta": _180M | _MEHTA,
@@ -176,6 +190,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # it as 125M and 180M do from 90M, and the ablations are its twins within 1% of parameters.
     "pha-tiny": _TINY,
     "pha-90m-tiny": _TINY,
+    "pha-plus-tiny": _TINY | _PLUS | {"state_size": 480},
     "pha-125m-tiny": _TINY | {"hidden_size": 192, "head_dim": 48, "state_size": 640},
     "pha-180m-tiny": _180M
     | {
