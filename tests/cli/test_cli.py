@@ -174,7 +174,7 @@ def test_an_interruption_and_a_closed_pipe_have_their_codes(
 def test_a_signal_that_a_library_makes_another_error_of_still_stops_in_good_order(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def swallow(device: str | None) -> None:
+    def swallow(*_: Any) -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         except StoppedError:
@@ -311,7 +311,7 @@ def test_doctor_says_what_it_finds(
         "backends": [check | {"ok": True, "error": 1e-9, "reason": None}],
         "healthy": True,
     }
-    monkeypatch.setattr("pha.bench.doctor.examine", lambda device: found)
+    monkeypatch.setattr("pha.bench.doctor.examine", lambda *_: found)
     assert "torch (used): ok, largest relative error 1.0e-09" in pha("doctor")
     assert json.loads(pha("doctor", "--json")) == found
     found["backends"].append(check | {"ok": False, "error": 0.5, "reason": None})

@@ -57,6 +57,8 @@ MINIATURES |= {
 }
 CONTROLS = {"attention-125m": "attention-only-tiny-shallow", "gss-125m": "gss-only-tiny"}
 LAYOUTS = ["griffin", "jamba", "gated-deltanet-hybrid", "transformer-xl", "compressive"]
+PLUS = {f"pha-plus-{size}": f"pha-{size}" for size in ("90m", "125m", "180m", "tiny")}
+MINIATURES |= {name: "pha-plus-tiny" for name in PLUS if "tiny" not in name}
 MINIATURES |= CONTROLS | {f"{layout}-125m": f"{layout}-tiny" for layout in LAYOUTS}
 MEHTA = [name for name in MINIATURES if "mehta" in name]
 TINY = [name for name in PRESETS if "tiny" in name]
@@ -203,6 +205,12 @@ def test_attention_is_the_second_layer_and_one_half_a_depth_later() -> None:
         assert config.attention_layers == [1, 1 + config.num_hidden_layers // 2]
 
 
+@pytest.mark.parametrize(("name", "pha"), PLUS.items())
+def test_pha_plus_is_of_the_size_of_pha(name: str, pha: str) -> None:
+    total, expected = (sum(count_parameters(preset_config(x)).values()) for x in (name, pha))
+    assert total == pytest.approx(expected, rel=0.004)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_presets_are_tiny(name: str) -> None:
     counts = count_parameters(preset_config(name, vocab_size=2048))
@@ -232,7 +240,9 @@ def test_no_preset_is_left_out() -> None:
     layouts = {f"{x}-125m" for x in LAYOUTS}
     systems = {f"{x}-125m" for x in SYSTEMS} | {f"pha-125m-{x}" for x in SYSTEMS}
     names = {*CONTROLS, *layouts, "h3-hybrid-125m", *systems}
-    assert set(MINIATURES) == {*PAPER_PARAMETERS, *ABLATIONS, *MEHTA, *names}
+    assert set(MINIATURES) == {*PAPER_PARAMETERS, *ABLATIONS, *MEHTA, *names, *PLUS} - {
+        "pha-plus-tiny"
+    }
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
