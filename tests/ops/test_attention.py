@@ -470,6 +470,23 @@ def test_few_queries_are_the_same_attention(
     torch.testing.assert_close(actual, backend_function("naive")(**inputs))
 
 
+@pytest.mark.parametrize(("T", "masked"), [(1, False), (8, True), (8, False)])
+def test_few_queries_ask_for_no_kernel_unless_one_is_named_or_differentiated(
+    T: int, masked: bool, asked: list[list[SDPBackend]]
+) -> None:
+    inputs = problem(2, 6, 2, T, 8, 20, torch.float32, masked)
+    q, k, v, mask = (inputs[name] for name in ("q", "k", "v", "mask"))
+    causal = mask is None and T > 1
+    with torch.no_grad():
+        y = attention_sdpa._by_named_kernels(q, k, v, mask, causal)
+        assert not asked
+        attention_sdpa._by_named_kernels(q, k, v, mask, causal, [SDPBackend.FLASH_ATTENTION])
+    assert len(asked) == 1
+    attention_sdpa._by_named_kernels(q.requires_grad_(), k, v, mask, causal)
+    assert len(asked) == 2
+    torch.testing.assert_close(y, backend_function("naive")(q.detach(), k, v, mask))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("T", "masked"), [(1, False), (1, True), (5, True)])

@@ -85,32 +85,33 @@ _ONE = np.float32(1.0)
 
 
 @jit
-def exp32(x: Any) -> Any:
-    """exp(x) in float32 without a call, so that loops over it are vectorised.
-
-    x = k ln 2 + r gives exp(x) = 2^k exp(r). Right to 2 units in the last place in [-87.3, 88.3],
-    and what it is at the nearer end outside.
-    """
+def _reduced(x: Any) -> Any:
+    """exp(r) - 1 and k + SHIFT, where x = k ln 2 + r, so that exp(x) = 2^k exp(r)."""
     x = LOWEST if x < LOWEST else x
     x = HIGHEST if x > HIGHEST else x
     shifted = x * LOG2_E + SHIFT
     k = shifted - SHIFT
     r = (x - k * LN2_HIGH) - k * LN2_LOW
     p = C2 + r * (C3 + r * (C4 + r * (C5 + r * C6)))
-    return _times_power_of_two(_ONE + (r + r * r * p), shifted)
+    return r + r * r * p, shifted
+
+
+@jit
+def exp32(x: Any) -> Any:
+    """exp(x) in float32 without a call, so that loops over it are vectorised.
+
+    Right to 2 units in the last place in [-87.3, 88.3], and what it is at the nearer end outside.
+    """
+    less_one, shifted = _reduced(x)
+    return _times_power_of_two(_ONE + less_one, shifted)
 
 
 @jit
 def expm1_32(x: Any) -> Any:
     """exp(x) - 1 in float32, as exact near 0 as elsewhere; for x as in `exp32`."""
-    x = LOWEST if x < LOWEST else x
-    x = HIGHEST if x > HIGHEST else x
-    shifted = x * LOG2_E + SHIFT
-    k = shifted - SHIFT
-    r = (x - k * LN2_HIGH) - k * LN2_LOW
-    p = C2 + r * (C3 + r * (C4 + r * (C5 + r * C6)))
+    less_one, shifted = _reduced(x)
     power = _times_power_of_two(_ONE, shifted)
-    return (power - _ONE) + power * (r + r * r * p)
+    return (power - _ONE) + power * less_one
 
 
 @jit

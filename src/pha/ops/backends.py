@@ -118,8 +118,28 @@ class Op:
             return None
         device = torch.empty(0, device=device).device  # with its index
         if (backend, device) not in self.faults:
-            self.faults[backend, device] = _try(self.trials[backend], device)
+            self.faults[backend, device] = self._try(backend, device)
         return self.faults[backend, device]
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def _try(self, backend: str, device: torch.device) -> str | None:
+        trial = self.trials[backend]
+        try:
+            with torch.autocast(device.type, enabled=False):
+                error = trial.largest_error(device)
+        except Exception as failure:  # Whatever it is, the kernel cannot be used.
+            reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
+            try:  # An illegal access ends all work on the device, whatever is called next.
+                torch.zeros(1, device=device).item()
+            except RuntimeError:
+                raise PHAError(
+                    f"{self.name}: the trial of its kernel {backend} has left {device} unusable "
+                    f"for this process ({reason}); start again with "
+                    f"{CHOSEN}={self.name}={self.plain}"
+                ) from failure
+            return reason
+        return None if error <= trial.limit else f"it is off by {error:.1g}"
 
     def require(self, backend: str, x: Tensor) -> None:
         """Try a kernel before its first use on the device of `x`.
@@ -217,31 +237,3 @@ def _parse(text: str) -> dict[str, str]:
     if len(chosen) != text.count(",") + 1:
         raise PHAError(f"{CHOSEN} is {text!r}; write OP=BACKEND, with commas between several")
     return chosen
-
-
-@torch.inference_mode(False)
-@torch.enable_grad()
-def _try(trial: Trial, device: torch.device) -> str | None:
-    try:
-        with torch.autocast(device.type, enabled=False):
-            error = trial.largest_error(device)
-    except Exception as failure:  # Whatever it is, the kernel cannot be used.
-        reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:200]
-        _require_alive(device, reason)
-        return reason
-    return None if error <= trial.limit else f"it is off by {error:.1g}"
-
-
-def _require_alive(device: torch.device, reason: str) -> None:
-    """Refuse to go on with a device on which nothing runs any more in this process.
-
-    Raises:
-        PHAError: a kernel has read or written where it may not; `reason` is what its trial said.
-    """
-    try:
-        torch.zeros(1, device=device).item()
-    except RuntimeError as error:
-        raise PHAError(
-            f"the trial of a kernel has left {device} unusable for this process ({reason}); start "
-            f"again with {CHOSEN}=OP=BACKEND, which names another one"
-        ) from error

@@ -77,7 +77,8 @@ def _by_named_kernels(
 ) -> Tensor:
     (_, H, T, K), G, wide = q.shape, k.shape[1], v.shape[3]
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if T <= SINGLE and not differentiated:  # no derivative of the product of mixed types
+    # The product of mixed types has no derivative; and who names a kernel gets it.
+    if T <= SINGLE and not differentiated and kernels is None:
         return few_queries(q, k, v, within(T, T, T, q.device) if causal else mask)
     if mask is None and q.dtype != torch.float32 and K <= LARGEST and _has_flash(q.device):
         kernels = list(kernels or (TRAINING if q.requires_grad else INFERENCE))

@@ -19,8 +19,8 @@ from pha.utils.records import record_from
 class Sizes:
     """Sizes of the kernels' work.
 
-    The defaults are worked out. About 29 kB in flight on each SM of an H200 (4.8 TB/s
-    for some 800 ns) keep its memory busy. A program in bf16 has 4 kB, so 8 programs are wanted.
+    The defaults are worked out. About 29 kB in flight on each SM of an H200 (4.8 TB/s for some
+    800 ns) keep its memory busy. A program in bf16 has 4 kB, so 8 programs are wanted.
     With fewer the time of the sequential form grows in proportion; the chunked one moves 5/3 of the
     bytes.
 

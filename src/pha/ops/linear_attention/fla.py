@@ -124,5 +124,6 @@ def _largest_error(device: torch.device) -> float:
 TRIAL = Trial(_largest_error, 3e-2)  # of the largest magnitude, in bf16 against float64
 if is_installed():
     _LIMITS = "chunked for float32, and for the delta rule with a decay per channel"
-    # Not by itself: on an H200, with Triton 3.6, a first use has hung and then read out of bounds.
+    # Not by itself: on an H200 processes that were to try it took minutes, and three ended in an
+    # illegal access. See docs/gpu.md, also for what is not known.
     OPS["linear_attention"].add("fla", linear_attention_fla, "cuda", TRIAL, _LIMITS, if_asked=True)
