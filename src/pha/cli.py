@@ -73,7 +73,7 @@ The Parallel Hybrid Architecture: train, evaluate and study language models whos
 gated state space, attention and a feed-forward network side by side.
 
 first steps
-  pha demo                                    train PHA and its attention-only twin, see a report
+  pha demo                                    train PHA, PHA+ and attention alone, see a report
   pha prepare my-texts/ --tokenizer bpe:8192 --out stores/mine
   pha train pha-tiny.text --data stores/mine --out runs/mine
   pha generate runs/mine --prompt "Once"
@@ -82,7 +82,7 @@ first steps
 
 START = """\
 Three commands to begin with (`pha --help` lists all, `pha VERB --help` explains one):
-  pha demo                                    train PHA and its attention-only twin, see a report
+  pha demo                                    train PHA, PHA+ and attention alone, see a report
   pha prepare my-texts/ --tokenizer bpe:8192 --out stores/mine
   pha train pha-tiny.text --data stores/mine --out runs/mine
 """

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def test_overrides_win_and_keep_their_types() -> None:
     assert (config.run.steps, config.model.dropout) == (7, 0.25)
     assert config.model.branches == ["gss", "aux_ffn"]
     assert config.optimizer.learning_rate == load_recipe("pha-tiny.stdlib").optimizer.learning_rate
+
+
+@pytest.mark.parametrize("protocol", ["text", "finetune", "mqar"])
+def test_pha_plus_takes_muon_at_twice_the_rate_of_pha(protocol: str) -> None:
+    task = [] if protocol == "mqar" else ["--data.store", "x"]
+    plain = load_recipe(f"pha-tiny.{protocol}", task).optimizer
+    plus = load_recipe(f"pha-plus-tiny.{protocol}", task).optimizer
+    assert plus == replace(plain, kind="muon", learning_rate=2 * plain.learning_rate)
+    chosen = load_recipe(f"pha-plus-tiny.{protocol}", [*task, "--optimizer.kind", "adamw"])
+    assert chosen.optimizer == replace(plus, kind="adamw")
 
 
 def test_preset_can_be_overridden() -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def demo(*, out: Folder = Path("runs/demo"), steps: int | None = None, json: Json = False) -> None:
-    """Train pha-tiny and attention-only-tiny, compare them, write a report.
+    """Train pha-tiny, pha-plus-tiny and attention-only-tiny, compare them, write a report.
 
     Reads the source text of this Python's standard library. What is finished is reused;
     after Ctrl-C the same command continues.

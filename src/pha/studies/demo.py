@@ -1,4 +1,4 @@
-"""`pha demo`: PHA and its attention-only twin at equal parameters and equal tokens."""
+"""`pha demo`: PHA, PHA+ and their attention-only twin at equal parameters and equal tokens."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pha.results import RunResult
 from pha.studies.jobs import Job, run_jobs
 from pha.utils.outputs import require_file
 
-TWINS = ("pha-tiny", "attention-only-tiny")
+MODELS = ("pha-tiny", "pha-plus-tiny", "attention-only-tiny")
 PROTOCOL = "stdlib"
 
 
 def run_demo(
     out: Path, progress: Console, console: Console, steps: int | None = None
 ) -> list[RunResult]:
-    """Train both twins, each in a process of its own, and show what came of it.
+    """Train all three, each in a process of its own, and show what came of it.
 
     A process each makes peak memory a figure of one model. Whatever is finished is reused. Without
     `steps` the recipe's are taken.
@@ -32,7 +32,7 @@ def run_demo(
     """
     length = {} if steps is None else {"run.steps": steps}
     require_file(out / "report.html")
-    jobs = [Job(f"{preset}.{PROTOCOL}", out / preset, length) for preset in TWINS]
+    jobs = [Job(f"{preset}.{PROTOCOL}", out / preset, length) for preset in MODELS]
     run_jobs(jobs, progress)
     results = [job.run.read_result() for job in jobs]
     console.rule(Text("results", style="bold"))
@@ -45,7 +45,7 @@ def run_demo(
         sample = result.samples[0]
         text = Text.assemble((sample.prompt, "dim"), sample.text)
         console.print(Panel(text, title=Text(f"{result.name} continues"), title_align="left"))
-    title = "PHA and its attention-only twin"
-    report = write_report([out / preset for preset in TWINS], out / "report.html", title=title)
+    folders, title = [job.out for job in jobs], "PHA, PHA+ and attention alone"
+    report = write_report(folders, out / "report.html", title=title)
     console.print(f"report: {report}", highlight=False)
     return results
