@@ -20,10 +20,10 @@ from pha.utils.errors import PHAError
 from pha.utils.formats import read_yaml
 from pha.utils.records import record_from
 
-KINDS = ("training", "mixing", "tasks", "efficiency")
+KINDS = ("training", "mixing", "tasks", "laws", "efficiency")
 PLOTS = (
     *("dots", "differences", "parameters", "accuracy", "cache", "time", "curves", "settings"),
-    *("shares", "tests", "state", "distances"),
+    *("shares", "tests", "state", "distances", "laws"),
 )
 
 
@@ -73,7 +73,7 @@ class Variant:
     label: str  # in tables and plots
     model: str  # name in `Scale.models`, or hf: and a model of transformers
     set: Settings = field(default_factory=dict)  # recipe key -> value
-    # axis -> value, where the study goes over a grid, and the label without them
+    # axis -> value, where the study goes over a grid or the variant says so, and the label without
     places: dict[str, str] = field(default_factory=dict)
     base: str = ""
     # ids of published rows that report the same thing
@@ -99,7 +99,8 @@ class Study:
     paper: str = ""  # the tables and figures it answers to, in words; empty for a question of ours
     variants: list[Variant] = field(default_factory=list)  # what is compared
     # `training`, `mixing` (reads the shares of the runs too), `tasks` (counts the seeds that solve
-    # one, with a table of its own) or `efficiency` (no training)
+    # one, with a table of its own), `laws` (fits a power law to each model over the sizes of it) or
+    # `efficiency` (no training)
     kind: str = "training"
     protocol: str = ""  # in place of the scale's; empty for that
     tune: Tuning | None = None  # what every variant chooses before it is trained
@@ -113,7 +114,7 @@ class Study:
     # ids of published rows or tables shown below
     published: list[str] = field(default_factory=list)
     plots: list[str] = field(default_factory=lambda: ["dots"])  # names in `PLOTS`
-    axis: str = ""  # of the grid, along the plot `settings`
+    axis: str = ""  # of the grid, along the plot `settings` or the sizes of `laws`
     probes: list[str] = field(default_factory=list)  # of `pha probe`, asked of every finished run
     # scale -> recipe key -> value, on top of the scale's own
     scales: dict[str, Settings] = field(default_factory=dict)
@@ -212,9 +213,11 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
         closest(study.baseline, {each.name: each for each in study.variants}, "variant")
     for plot in study.plots:
         _require(plot in PLOTS, f"{where} has no plot {plot!r}; choose {', '.join(PLOTS)}")
+    over_axis = "settings" in study.plots or study.kind == "laws"
     _require(
-        "settings" not in study.plots or all(study.axis in v.places for v in study.variants),
-        f"{where}: the plot settings needs an axis, one of {', '.join(axes) or 'a grid (over)'}",
+        not over_axis or all(study.axis in v.places for v in study.variants),
+        f"{where}: kind laws or the plot settings needs an axis, one of "
+        f"{', '.join(axes) or 'a grid (over)'}",
     )
     for name in (*study.columns, *itertools.chain(*study.contrasts)):
         closest(name, MEASURES, f"measure in {where}")
@@ -254,9 +257,9 @@ def grid(variant: Variant, axes: Mapping[str, Mapping[str, Settings]]) -> Iterat
             variant,
             name="/".join([variant.name, *values]),
             label=", ".join(word for word in words if word),
-            base=variant.label,
+            base=variant.base or variant.label,
             set=settings,
-            places=places,
+            places=variant.places | places,
         )
 
 

@@ -20,8 +20,9 @@ from pha.report.charts import (
     fans,
     over_settings,
 )
+from pha.report.laws import PowerLaw, power_laws
 from pha.report.plots import save_picture
-from pha.studies import tasks
+from pha.studies import laws, tasks
 from pha.studies.measures import MEASURES
 from pha.studies.outcome import MAIN, Outcome
 from pha.studies.published import find_published
@@ -157,6 +158,17 @@ def _scores(
     return fans(panels(outcome), label, tasks.score_label(outcome)) if outcome.results else None
 
 
+def _laws(outcome: Outcome) -> Figure | None:
+    series = [
+        PowerLaw(law.label, law.flops, law.bits, [law.line.power(x) for x in law.flops])
+        if law.line is not None
+        else PowerLaw(law.label, law.flops, law.bits, [])
+        for law in laws.laws_of(outcome)
+    ]
+    label = f"FLOP of training, {outcome.plan.scale.words}"
+    return power_laws(series, label, MEASURES["bits"].heading) if series else None
+
+
 def _state(outcome: Outcome) -> Figure | None:
     points = []
     for row in outcome.rows:
@@ -193,6 +205,7 @@ _PLOTS: dict[str, tuple[Callable[[Outcome], Figure | None], str]] = {
         partial(_scores, panels=tasks.by_distance, label="tokens back, or read"),
         "over distance, thin lines for seeds and thick ones for medians",
     ),
+    "laws": (_laws, "bits per byte against training FLOPs, with power laws"),
     "state": (_state, "the first test against the size of the state"),
     "curves": (_curves, "validation loss against tokens, means over seeds"),
     "settings": (_settings, "validation perplexity over a setting"),

@@ -13,7 +13,7 @@ from rich.console import Console
 from pha.report.probes import probe_record, probe_tables, save_probe
 from pha.report.tables import TextTable
 from pha.results import JSON_FORMAT
-from pha.studies import efficiency, shares, tasks
+from pha.studies import efficiency, laws, shares, tasks
 from pha.studies.definition import Scale, Study
 from pha.studies.drawing import draw
 from pha.studies.jobs import Job, run_jobs, run_on_cluster
@@ -145,6 +145,10 @@ def run_study(
         if plan.study.kind == "tasks":
             table, more, content["tasks"] = tasks.analyse(outcome)
             tables = [table]
+            sentences += more
+        if plan.study.kind == "laws":
+            table, more, content["laws"] = laws.analyse(outcome)
+            tables.append(table)
             sentences += more
         content = files.write(tables, sentences, content)
         pictures = draw(outcome, folder)

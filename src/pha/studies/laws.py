@@ -1,0 +1,139 @@
+"""How bits per byte fall with training FLOPs: a power law for each model over sizes of it.
+
+Each model is trained at several sizes, with the same FLOPs at a size. bits = a FLOPs^b is fitted to
+the logarithms by least squares, a point for the mean over the seeds of a size, so the intervals
+(Student's t) are of sizes, not of seeds. The law has no floor: over few sizes none can be told from
+a lower exponent. So an exponent is that of its range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+from pha.report.tables import Section, TextTable
+from pha.studies.outcome import Outcome, Row
+from pha.studies.seeds import LEVEL
+from pha.utils.text import DASH, count, fixed
+
+LEAST = 3  # sizes that a line with an interval takes
+
+
+@dataclass(frozen=True)
+class Line:
+    """y = slope (x - middle) + height, with the half widths of the 95% intervals."""
+
+    middle: float
+    height: float
+    slope: float
+    height_interval: float
+    slope_interval: float
+
+    def power(self, x: float) -> float:
+        """What a line over logarithms comes to at x, which is none."""
+        return math.exp(self.height + self.slope * (math.log(x) - self.middle))
+
+
+@dataclass(frozen=True)
+class Law:
+    """A model over its sizes."""
+
+    label: str
+    flops: list[float]  # of training, by size, smallest first
+    bits: list[float]  # per byte of the test split, as long
+    line: Line | None  # ln bits over ln FLOPs; None for fewer than `LEAST` sizes
+    # ln of the bits over those of the baseline at the same size, over ln FLOPs; None for that
+    # model itself, and for too few sizes of both
+    gap: Line | None
+
+
+def fit(x: Sequence[float], y: Sequence[float]) -> Line | None:
+    """The line of least squares; None for fewer than `LEAST` points."""
+    if len(x) < LEAST:
+        return None
+    from scipy import stats
+
+    middle, height = fmean(x), fmean(y)
+    slope = stats.linregress(x, y).slope
+    spread = math.fsum((each - middle) ** 2 for each in x)
+    residual = [b - height - slope * (a - middle) for a, b in zip(x, y, strict=True)]
+    deviation = math.sqrt(math.fsum(r * r for r in residual) / (len(x) - 2))
+    reach = float(stats.t.ppf(1 - LEVEL / 2, len(x) - 2)) * deviation
+    return Line(middle, height, float(slope), reach / math.sqrt(len(x)), reach / math.sqrt(spread))
+
+
+def laws_of(outcome: Outcome) -> list[Law]:
+    """A law for each model of the grid, as they come; the first is the baseline."""
+    axis = outcome.plan.study.axis
+    models: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in outcome.rows:
+        if (point := _point(row)) is not None:
+            models.setdefault(row.variant.base, {})[row.variant.places[axis]] = point
+    base = next(iter(models), "")
+    return [
+        _law(label, points, {} if label == base else models.get(base, {}))
+        for label, points in models.items()
+    ]
+
+
+def _point(row: Row) -> tuple[float, float] | None:
+    """FLOPs and bits per byte, means over the seeds; None where a run diverged."""
+    bits = row.summary("bits")
+    results = [seed.result for seed in row.seeds if seed.result is not None]
+    if bits is None or row.diverged:
+        return None
+    return fmean((r.model.flops_per_token or math.nan) * r.tokens_seen for r in results), bits.mean
+
+
+def _law(
+    label: str,
+    points: Mapping[str, tuple[float, float]],
+    base: Mapping[str, tuple[float, float]],
+) -> Law:
+    flops, bits = map(list, zip(*sorted(points.values()), strict=True))
+    both = [(math.log(f), math.log(b / base[at][1])) for at, (f, b) in points.items() if at in base]
+    return Law(
+        *(label, flops, bits),
+        fit(list(map(math.log, flops)), list(map(math.log, bits))),
+        fit([x for x, _ in both], [y for _, y in both]),
+    )
+
+
+def analyse(outcome: Outcome) -> tuple[TextTable, list[str], dict[str, Any]]:
+    """The table of exponents, what the data support, and the record for JSON."""
+    laws = laws_of(outcome)
+    base = laws[0].label if laws else ""
+    rows, sentences = [], []
+    for law in laws:
+        gain, change = (DASH, DASH) if law.gap is None else _in_percent(law.gap)
+        exponent = DASH
+        if law.line is not None:
+            exponent = f"{law.line.slope:.4f} ± {law.line.slope_interval:.4f}"
+        ends = f"{fixed(law.bits[0], 3)} to {fixed(law.bits[-1], 3)}"
+        over = f"{count(law.flops[0])} to {count(law.flops[-1])}"
+        rows.append([law.label, str(len(law.bits)), over, ends, exponent, gain, change])
+        if law.gap is not None:
+            sentences.append(
+                f"The bits per byte of {law.label} are those of {base} {gain} in the middle of the "
+                f"range, and ten times the FLOPs add {change}."
+            )
+    headings = ["model", "sizes", "FLOP", "bits/byte", "exponent", f"over {base}", "for 10x"]
+    notes = [
+        "Exponent: of FLOPs in bits per byte, with the 95% interval of the fit over sizes. Over "
+        f"{base}: bits per byte at the same size and FLOPs in the middle of the range, on the "
+        "logarithmic scale; for 10x: what ten times the FLOPs add to that."
+    ]
+    section = Section("ours", f"{outcome.plan.scale.words}, {outcome.tokens} tokens seen", rows)
+    table = TextTable(f"{outcome.plan.study.title}: power laws", headings, [section], notes)
+    return table, sentences, {law.label: asdict(law) for law in laws}
+
+
+def _in_percent(gap: Line) -> tuple[str, str]:
+    decade = 100 * math.log(10)
+    return (
+        f"{100 * gap.height:+.2f}% ± {100 * gap.height_interval:.2f}%",
+        f"{decade * gap.slope:+.2f}% ± {decade * gap.slope_interval:.2f}%",
+    )
