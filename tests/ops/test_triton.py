@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import subprocess
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="asks for a process that int
 @pytest.mark.slow
 @pytest.mark.skipif(not has_triton(3, 7), reason="needs the interpreter of Triton 3.7")
 def test_in_the_interpreter() -> None:
-    names = ("gated_scan", "linear_cross_entropy", "tuning")
+    names = ("gated_scan", "linear_scan_triton", "linear_cross_entropy", "tuning")
     files = [Path(__file__).with_name(f"test_{name}.py") for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", *files],
@@ -88,27 +89,31 @@ linux = pytest.mark.skipif(
 )
 FLAGS = {"HAS_STARTS": True}
 PLAIN = dict.fromkeys(FLAGS, False)
-# The kernels of the scan: their constants, and how many streams of loads they keep under way.
+# The kernels of the scans: their constants, and how many streams of loads they keep under way.
 SCANS: list[tuple[str, dict[str, Any], int]] = [
-    ("forward", {**FLAGS, "HAS_INITIAL": True, "SUMMARY": False}, 2),
-    ("forward", {**FLAGS, "HAS_INITIAL": False, "SUMMARY": True}, 2),
-    ("forward", {**PLAIN, "HAS_INITIAL": False, "SUMMARY": False}, 2),
-    ("backward", {**FLAGS, "HAS_H0": True}, 4),
-    ("backward_summary", {"HAS_STARTS": True}, 1),
-    ("combine", {"HAS_INITIAL": True, "REVERSE": True}, 0),
+    ("gated_scan.forward", {**FLAGS, "HAS_INITIAL": True, "SUMMARY": False}, 2),
+    ("gated_scan.forward", {**FLAGS, "HAS_INITIAL": False, "SUMMARY": True}, 2),
+    ("gated_scan.forward", {**PLAIN, "HAS_INITIAL": False, "SUMMARY": False}, 2),
+    ("gated_scan.backward", {**FLAGS, "HAS_H0": True}, 4),
+    ("gated_scan.backward_summary", {"HAS_STARTS": True}, 1),
+    ("gated_scan.combine", {"HAS_INITIAL": True, "REVERSE": True}, 0),
+    ("linear_scan.forward", {**FLAGS, "HAS_INITIAL": True, "SUMMARY": False}, 2),
+    ("linear_scan.forward", {**FLAGS, "HAS_INITIAL": False, "SUMMARY": True}, 2),
+    ("linear_scan.backward", {**FLAGS, "HAS_H0": True, "SUMMARY": False}, 3),
+    ("linear_scan.backward", {**FLAGS, "HAS_H0": False, "SUMMARY": True}, 2),
 ]
 
 
 def compile_scan(
     name: str, constants: dict[str, Any], element: str, paired: bool, architecture: int
 ) -> Any:
-    """A kernel of the scan. With `paired` rows, no number or pointer of theirs is aligned."""
-    from pha.ops.gated_scan import triton_kernels
-
-    kernel, sizes = getattr(triton_kernels, name), Sizes()
+    """A kernel of a scan. With `paired` rows, no number or pointer of theirs is aligned."""
+    op, _, name = name.partition(".")
+    module = importlib.import_module(f"pha.ops.{op}.triton_kernels")
+    kernel, sizes = getattr(module, name), Sizes()
     walk = {"BLOCK": sizes.block, "UNROLL": sizes.unroll, "STAGES": sizes.stages, "PAIRED": paired}
     constants = constants | {x: value for x, value in walk.items() if x in kernel.arg_names}
-    rows = ("gate", "value", "h", "dh", "dgate", "dvalue")
+    rows = ("gate", "value", "u", "h", "dh", "dgate", "dvalue", "du")
     kinds = dict.fromkeys(rows, f"*{element}") | {"starts": "*u8"}
     kinds |= dict.fromkeys(("T", "n", "chunks", "length"), "i32")
     signature = {
@@ -142,7 +147,11 @@ def test_the_scan_compiles_without_spills(
     compiled = compile_scan(name, constants, element, paired, architecture)
     code = compiled.asm["ptx"]
     assert code.count("cp.async.c") >= streams * Sizes().unroll * Sizes().stages
-    if element == "bf16" and name in ("forward", "backward") and not constants.get("SUMMARY"):
+    if (
+        element == "bf16"
+        and name.endswith(("forward", "backward"))
+        and not constants.get("SUMMARY")
+    ):
         assert "cvt.rn.bf16" in code
     assert_no_spills(compiled, fresh_cache)
 

@@ -51,7 +51,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """`x` (B, T, n) itself where its states are adjacent and can be loaded in pairs, else a copy.
 
     A pair of two bytes each begins at a multiple of four bytes. Nothing smaller is loaded ahead of
@@ -64,18 +64,19 @@ def _rows(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _paired(*rows: Tensor) -> bool:
+def is_paired(*rows: Tensor) -> bool:
     """Whether the compiler must be told of pairs: there are, and it sees no multiples of 16."""
     n = rows[0].shape[2]
     numbers = (y for x in rows for y in (n, *x.stride()[:2], x.data_ptr()))
     return n % 2 == 0 and any(y % 16 for y in numbers)
 
 
-def _flags(x: Tensor | None, absent: Tensor) -> Tensor:
+def flags_of(x: Tensor | None, absent: Tensor) -> Tensor:
+    """Starts as bytes; any tensor stands for none."""
     return absent if x is None else x.contiguous().view(torch.uint8)
 
 
-class _Launch:
+class Launch:
     """The grid of one problem, and what all its launches have in common."""
 
     def __init__(self, x: Tensor, form: str, sizes: Sizes | None) -> None:
@@ -93,6 +94,7 @@ class _Launch:
         return x.new_empty(self.B, self.chunks, self.n, dtype=accumulation_type(x))
 
     def run(self, kernel: Any, *arguments: Any, **flags: Any) -> None:
+        """Launch a kernel that walks: a program for each chunk and block of states."""
         kernel[(self.blocks * self.chunks,)](*arguments, *self.extents, **self.walk, **flags)
 
     def combine(
@@ -129,14 +131,14 @@ def scan_forward(
     """h and the last state, as `gated_scan` says; `sizes` are those of the device when absent."""
     from pha.ops.gated_scan import triton_kernels
 
-    launch, dtype = _Launch(value, form, sizes), accumulation_type(value)
+    launch, dtype = Launch(value, form, sizes), accumulation_type(value)
     h = value.new_empty(value.shape)
     h_last = value.new_empty(launch.B, launch.n, dtype=dtype)
-    gate, value = _rows(gate), _rows(value)
+    gate, value = rows_of(gate), rows_of(value)
     a, b = (x.to(dtype).contiguous() for x in (a, b))
     initial = None if h0 is None else h0.to(dtype).contiguous()
     inputs = gate, *gate.stride()[:2], value, *value.stride()[:2], a, b
-    flags, paired = _flags(starts, h), _paired(gate, value)
+    flags, paired = flags_of(starts, h), is_paired(gate, value)
 
     def walk(initial: Tensor | None, last: Tensor, product: Tensor, summary: bool) -> None:
         launch.run(
@@ -182,15 +184,15 @@ def scan_backward(
     from pha.ops.gated_scan import triton_kernels
 
     dgate, dvalue = gate.new_empty(gate.shape), value.new_empty(value.shape)
-    launch, dtype = _Launch(h, form, sizes), dh_last.dtype
-    dh, gate, value = _rows(dh), _rows(gate), _rows(value)
+    launch, dtype = Launch(h, form, sizes), dh_last.dtype
+    dh, gate, value = rows_of(dh), rows_of(gate), rows_of(value)
     decay, scale = (x.to(dtype).contiguous() for x in (a, b))
     incoming = dh_last.contiguous()
     initial = incoming if h0 is None else h0.to(dtype).contiguous()
     parts_a = launch.partial(h)
     parts_b = torch.empty_like(parts_a)
     leaving = torch.empty_like(incoming)
-    flags, paired = _flags(starts, h), _paired(dh, gate, value)
+    flags, paired = flags_of(starts, h), is_paired(dh, gate, value)
     with on_device_of(h):
         if launch.chunks > 1:
             last, product = torch.empty_like(parts_a), torch.empty_like(parts_a)

@@ -36,7 +36,7 @@ def _place(n, chunks, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
 @triton.jit
 def _at(x, t, stride, states, PAIRED: tl.constexpr):
     row = x + tl.cast(t, tl.int64) * stride
-    if PAIRED:  # which is not less than the compiler knows itself: see `_paired`
+    if PAIRED:  # which is not less than the compiler knows itself: see `is_paired`
         row = tl.multiple_of(row, 4)
     return row + states
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pha.ops.backends import Op
+from pha.ops.backends import OPS, Op
 from pha.ops.pieces import Pieces
 from pha.ops.precision import accumulation_type
 from pha.ops.recurrence import recur_
@@ -88,11 +88,10 @@ def linear_scan_naive(
     return torch.stack(states, dim=1).to(u.dtype), h.clone()
 
 
-# An operator, since a graph of torch.compile would hold every block of time.
-@torch.library.custom_op("pha::linear_scan", mutates_args=())
-def _scan(
-    u: Tensor, a: Tensor, h0: Tensor | None = None, starts: Tensor | None = None
+def torch_forward(
+    u: Tensor, a: Tensor, h0: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    """The same in torch's own operations."""
     dtype = accumulation_type(u)
     h, decay = u.to(dtype, copy=True, memory_format=torch.contiguous_format), a.to(dtype)
     kept = None if starts is None else (~starts).to(dtype)
@@ -104,8 +103,7 @@ def _scan(
     return h.to(u.dtype), last
 
 
-@torch.library.custom_op("pha::linear_scan_backward", mutates_args=())
-def _gradients(
+def torch_backward(
     dh: Tensor, dh_last: Tensor, h: Tensor, a: Tensor, h0: Tensor | None, starts: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """du, da and dh0 (that of zeros without h0)."""
@@ -121,13 +119,50 @@ def _gradients(
     return g.to(h.dtype), da.to(a.dtype), dh0
 
 
-@_scan.register_fake
+# An operator, since a graph of torch.compile would hold every block of time.
+@torch.library.custom_op("pha::linear_scan", mutates_args=())
+def _forward(
+    u: Tensor,
+    a: Tensor,
+    h0: Tensor | None = None,
+    starts: Tensor | None = None,
+    form: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    if _by_triton(form, u):
+        return OPS["linear_scan"].kernels["forward"](u, a, h0, starts, form)
+    return torch_forward(u, a, h0, starts)
+
+
+@torch.library.custom_op("pha::linear_scan_backward", mutates_args=())
+def _backward(
+    dh: Tensor,
+    dh_last: Tensor,
+    h: Tensor,
+    a: Tensor,
+    h0: Tensor | None,
+    starts: Tensor | None,
+    form: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _by_triton(form, h):
+        return OPS["linear_scan"].kernels["backward"](dh, dh_last, h, a, h0, starts, form)
+    return torch_backward(dh, dh_last, h, a, h0, starts)
+
+
+def _by_triton(form: str, x: Tensor) -> bool:
+    """Whether Triton computes, which it must be able to."""
+    if form == "torch" or not x.numel():
+        return False
+    OPS["linear_scan"].require("triton", x)
+    return True
+
+
+@_forward.register_fake
 def _outputs(u: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     last = u.new_empty(u.shape[0], u.shape[2], dtype=accumulation_type(u))
     return u.new_empty(u.shape), last
 
 
-@_gradients.register_fake
+@_backward.register_fake
 def _inputs(
     dh: Tensor, dh_last: Tensor, h: Tensor, a: Tensor, h0: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,16 +171,28 @@ def _inputs(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[0], *inputs[1:])
+    _, *tensors, ctx.form = inputs
+    ctx.save_for_backward(output[0], *tensors)
 
 
 def _differentiate(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor | None, ...]:
     h, a, h0, starts = ctx.saved_tensors
-    du, da, dh0 = _gradients(dh, dh_last, h, a, h0, starts)
-    return du, da, None if h0 is None else dh0, None
+    du, da, dh0 = _backward(dh, dh_last, h, a, h0, starts, ctx.form)
+    return du, da, None if h0 is None else dh0, None, None
 
 
-_scan.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def linear_scan_operator(
+    u: Tensor,
+    a: Tensor,
+    h0: Tensor | None = None,
+    starts: Tensor | None = None,
+    form: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    """See `linear_scan`. `form` is "torch" or, for Triton, one that `chunk_length` knows."""
+    return _forward(u, a, h0, starts, form)
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
@@ -161,7 +208,7 @@ def _check(backend: Any, oracle: Any, device_type: str) -> float:
 
 _OP = Op(
     "linear_scan",
-    {"naive": linear_scan_naive, "torch": _scan},
+    {"naive": linear_scan_naive, "torch": linear_scan_operator},
     {"default": "torch"},
     _check,
     limits={"torch": "naive for one step"},
