@@ -438,17 +438,17 @@ def test_which_rows_are_copied_and_which_are_read_in_pairs() -> None:
     packed = torch.zeros(2, 3, 65, dtype=torch.bfloat16)
     aligned, even, odd = packed[..., :32].contiguous(), packed[..., :22].contiguous(), packed
     for x in (aligned, even, odd[..., :21], aligned[..., 2:24], aligned[..., :16].expand(2, 3, 16)):
-        assert triton_scan.rows_of(x) is x
+        assert triton_scan._rows(x) is x
     shifted = torch.zeros(133, dtype=torch.bfloat16)[1:].view(2, 3, 22)
     for x in (odd[..., :22], aligned[..., 1:23], even.transpose(1, 2), shifted):
-        copied = triton_scan.rows_of(x)
+        copied = triton_scan._rows(x)
         assert copied.is_contiguous()
         assert copied.data_ptr() % 16 == 0
         assert torch.equal(copied, x)
-    assert not triton_scan.is_paired(aligned, aligned[..., 16:])
-    assert not triton_scan.is_paired(odd[..., :21])
-    assert triton_scan.is_paired(even, even)
-    assert triton_scan.is_paired(aligned[..., :16], aligned[..., 4:20])
+    assert not triton_scan._paired(aligned, aligned[..., 16:])
+    assert not triton_scan._paired(odd[..., :21])
+    assert triton_scan._paired(even, even)
+    assert triton_scan._paired(aligned[..., :16], aligned[..., 4:20])
 
 
 each_form_on_a_gpu = pytest.mark.parametrize(

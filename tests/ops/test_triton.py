@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
 import subprocess
@@ -89,31 +88,35 @@ linux = pytest.mark.skipif(
 )
 FLAGS = {"HAS_STARTS": True}
 PLAIN = dict.fromkeys(FLAGS, False)
+GATED, LINEAR = {"GATED": True}, {"GATED": False}
 # The kernels of the scans: their constants, and how many streams of loads they keep under way.
 SCANS: list[tuple[str, dict[str, Any], int]] = [
-    ("gated_scan.forward", {**FLAGS, "HAS_INITIAL": True, "SUMMARY": False}, 2),
-    ("gated_scan.forward", {**FLAGS, "HAS_INITIAL": False, "SUMMARY": True}, 2),
-    ("gated_scan.forward", {**PLAIN, "HAS_INITIAL": False, "SUMMARY": False}, 2),
-    ("gated_scan.backward", {**FLAGS, "HAS_H0": True}, 4),
-    ("gated_scan.backward_summary", {"HAS_STARTS": True}, 1),
-    ("gated_scan.combine", {"HAS_INITIAL": True, "REVERSE": True}, 0),
-    ("linear_scan.forward", {**FLAGS, "HAS_INITIAL": True, "SUMMARY": False}, 2),
-    ("linear_scan.forward", {**FLAGS, "HAS_INITIAL": False, "SUMMARY": True}, 2),
-    ("linear_scan.backward", {**FLAGS, "HAS_H0": True, "SUMMARY": False}, 3),
-    ("linear_scan.backward", {**FLAGS, "HAS_H0": False, "SUMMARY": True}, 2),
+    ("forward", {**FLAGS, **GATED, "HAS_INITIAL": True, "SUMMARY": False}, 2),
+    ("forward", {**FLAGS, **GATED, "HAS_INITIAL": False, "SUMMARY": True}, 2),
+    ("forward", {**PLAIN, **GATED, "HAS_INITIAL": False, "SUMMARY": False}, 2),
+    ("forward", {**FLAGS, **LINEAR, "HAS_INITIAL": True, "SUMMARY": False}, 2),
+    ("forward", {**FLAGS, **LINEAR, "HAS_INITIAL": False, "SUMMARY": True}, 2),
+    ("backward", {**FLAGS, **GATED, "HAS_H0": True}, 4),
+    ("backward", {**FLAGS, **LINEAR, "HAS_H0": True}, 3),
+    ("backward_summary", {**FLAGS, **GATED}, 1),
+    ("backward_summary", {**FLAGS, **LINEAR}, 2),
+    ("combine", {"HAS_INITIAL": True, "REVERSE": True}, 0),
 ]
 
 
 def compile_scan(
     name: str, constants: dict[str, Any], element: str, paired: bool, architecture: int
 ) -> Any:
-    """A kernel of a scan. With `paired` rows, no number or pointer of theirs is aligned."""
-    op, _, name = name.partition(".")
-    module = importlib.import_module(f"pha.ops.{op}.triton_kernels")
-    kernel, sizes = getattr(module, name), Sizes()
+    """A kernel of a scan. With `paired` rows, no number or pointer of theirs is aligned.
+
+    Decays, which the linear one has a row of for each step, are float32.
+    """
+    from pha.ops.gated_scan import triton_kernels
+
+    kernel, sizes = getattr(triton_kernels, name), Sizes()
     walk = {"BLOCK": sizes.block, "UNROLL": sizes.unroll, "STAGES": sizes.stages, "PAIRED": paired}
     constants = constants | {x: value for x, value in walk.items() if x in kernel.arg_names}
-    rows = ("gate", "value", "u", "h", "dh", "dgate", "dvalue", "du")
+    rows = ("x", "h", "dh", "dx", *(("y", "dy") if constants.get("GATED") else ()))
     kinds = dict.fromkeys(rows, f"*{element}") | {"starts": "*u8"}
     kinds |= dict.fromkeys(("T", "n", "chunks", "length"), "i32")
     signature = {
@@ -147,11 +150,7 @@ def test_the_scan_compiles_without_spills(
     compiled = compile_scan(name, constants, element, paired, architecture)
     code = compiled.asm["ptx"]
     assert code.count("cp.async.c") >= streams * Sizes().unroll * Sizes().stages
-    if (
-        element == "bf16"
-        and name.endswith(("forward", "backward"))
-        and not constants.get("SUMMARY")
-    ):
+    if element == "bf16" and name in ("forward", "backward") and not constants.get("SUMMARY"):
         assert "cvt.rn.bf16" in code
     assert_no_spills(compiled, fresh_cache)
 

@@ -1,4 +1,4 @@
-"""The gated scan on a GPU: what Triton's kernels are given, and in which form they run.
+"""The gated scan, and the linear one, on a GPU: what Triton's kernels are given, and in which form.
 
 `operator.py` makes an opaque operator of torch of these functions. There is nothing around a scan
 to fuse with it, and an operator may check itself at its first use. Grids follow from shapes alone
@@ -6,7 +6,9 @@ and nothing waits for the device, so that CUDA graphs can record them.
 
 Bytes moved, in units of B * T * n elements: the sequential form reads gate and value and writes h
 (3); its backward reads dh, h, gate and value and writes dgate and dvalue (6). The chunked form
-reads gate and value, or dh, once more (5 and 7), from the L2 cache where they fit in it.
+reads gate and value, or dh, once more (5 and 7), from the L2 cache where they fit in it. The linear
+scan has what is added in the place of gate and decays in the place of value; its backward reads one
+fewer, and one more where it is chunked.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def rows_of(x: Tensor) -> Tensor:
+def _rows(x: Tensor) -> Tensor:
     """`x` (B, T, n) itself where its states are adjacent and can be loaded in pairs, else a copy.
 
     A pair of two bytes each begins at a multiple of four bytes. Nothing smaller is loaded ahead of
@@ -64,19 +66,19 @@ def rows_of(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def is_paired(*rows: Tensor) -> bool:
+def _paired(*rows: Tensor) -> bool:
     """Whether the compiler must be told of pairs: there are, and it sees no multiples of 16."""
     n = rows[0].shape[2]
     numbers = (y for x in rows for y in (n, *x.stride()[:2], x.data_ptr()))
     return n % 2 == 0 and any(y % 16 for y in numbers)
 
 
-def flags_of(x: Tensor | None, absent: Tensor) -> Tensor:
+def _flags(x: Tensor | None, absent: Tensor) -> Tensor:
     """Starts as bytes; any tensor stands for none."""
     return absent if x is None else x.contiguous().view(torch.uint8)
 
 
-class Launch:
+class _Launch:
     """The grid of one problem, and what all its launches have in common."""
 
     def __init__(self, x: Tensor, form: str, sizes: Sizes | None) -> None:
@@ -94,7 +96,7 @@ class Launch:
         return x.new_empty(self.B, self.chunks, self.n, dtype=accumulation_type(x))
 
     def run(self, kernel: Any, *arguments: Any, **flags: Any) -> None:
-        """Launch a kernel that walks: a program for each chunk and block of states."""
+        """_Launch a kernel that walks: a program for each chunk and block of states."""
         kernel[(self.blocks * self.chunks,)](*arguments, *self.extents, **self.walk, **flags)
 
     def combine(
@@ -119,45 +121,45 @@ class Launch:
 
 
 def scan_forward(
-    gate: Tensor,
-    value: Tensor,
-    a: Tensor,
-    b: Tensor,
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
     h0: Tensor | None,
     starts: Tensor | None,
     form: str,
     sizes: Sizes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """h and the last state, as `gated_scan` says; `sizes` are those of the device when absent."""
+    """h and the last state, as `gated_scan` says of gate x, value y, a and b; or `linear_scan`.
+
+    That has x for what is added, y for the decays, and neither a nor b. `sizes` are those of the
+    device when absent.
+    """
     from pha.ops.gated_scan import triton_kernels
 
-    launch, dtype = Launch(value, form, sizes), accumulation_type(value)
-    h = value.new_empty(value.shape)
-    h_last = value.new_empty(launch.B, launch.n, dtype=dtype)
-    gate, value = rows_of(gate), rows_of(value)
-    a, b = (x.to(dtype).contiguous() for x in (a, b))
+    launch, dtype = _Launch(x, form, sizes), accumulation_type(x)
+    h = x.new_empty(x.shape)
+    h_last = x.new_empty(launch.B, launch.n, dtype=dtype)
+    x, y = _rows(x), _rows(y)
+    constants = [h_last if c is None else c.to(dtype).contiguous() for c in (a, b)]
     initial = None if h0 is None else h0.to(dtype).contiguous()
-    inputs = gate, *gate.stride()[:2], value, *value.stride()[:2], a, b
-    flags, paired = flags_of(starts, h), is_paired(gate, value)
+    flags, paired = _flags(starts, h), _paired(x, y)
 
     def walk(initial: Tensor | None, last: Tensor, product: Tensor, summary: bool) -> None:
         launch.run(
             triton_kernels.forward,
-            *inputs,
-            a if initial is None else initial,
-            flags,
-            h,
-            last,
-            product,
+            *(x, *x.stride()[:2], y, *y.stride()[:2], *constants),
+            *(h_last if initial is None else initial, flags, h, last, product),
             PAIRED=paired,
             HAS_INITIAL=initial is not None,
             HAS_STARTS=starts is not None,
             SUMMARY=summary,
+            GATED=a is not None,
         )
 
-    with on_device_of(value):
+    with on_device_of(x):
         if launch.chunks > 1:
-            last, product = launch.partial(value), launch.partial(value)
+            last, product = launch.partial(x), launch.partial(x)
             walk(None, last, product, True)
             initial = launch.combine(initial, last, product, reverse=False)
         walk(initial, h_last, h_last, False)
@@ -168,68 +170,50 @@ def scan_backward(
     dh: Tensor,
     dh_last: Tensor,
     h: Tensor,
-    gate: Tensor,
-    value: Tensor,
-    a: Tensor,
-    b: Tensor,
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
     h0: Tensor | None,
     starts: Tensor | None,
     form: str,
     sizes: Sizes | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dgate, dvalue, da, db and dh0, from what `scan_forward` took and returned.
+) -> tuple[Tensor, ...]:
+    """dx, dy, da, db and dh0, from what `scan_forward` took and returned; dx, dy, dh0 without a, b.
 
-    Without h0 dh0 is that of zeros.
+    Without h0 dh0 is that of zeros. Of x the linear scan looks at the type alone.
     """
     from pha.ops.gated_scan import triton_kernels
 
-    dgate, dvalue = gate.new_empty(gate.shape), value.new_empty(value.shape)
-    launch, dtype = Launch(h, form, sizes), dh_last.dtype
-    dh, gate, value = rows_of(dh), rows_of(gate), rows_of(value)
-    decay, scale = (x.to(dtype).contiguous() for x in (a, b))
+    dx, dy = x.new_empty(h.shape), y.new_empty(h.shape)
+    launch, dtype = _Launch(h, form, sizes), dh_last.dtype
+    dh, y = _rows(dh), _rows(y)
+    x = y if a is None else _rows(x)
     incoming = dh_last.contiguous()
+    constants = [incoming if c is None else c.to(dtype).contiguous() for c in (a, b)]
     initial = incoming if h0 is None else h0.to(dtype).contiguous()
     parts_a = launch.partial(h)
     parts_b = torch.empty_like(parts_a)
     leaving = torch.empty_like(incoming)
-    flags, paired = flags_of(starts, h), is_paired(dh, gate, value)
+    flags, paired = _flags(starts, h), _paired(dh, x, y)
+    kind = {"PAIRED": paired, "HAS_STARTS": starts is not None, "GATED": a is not None}
     with on_device_of(h):
         if launch.chunks > 1:
             last, product = torch.empty_like(parts_a), torch.empty_like(parts_a)
+            decay = y if a is None else constants[0]
             launch.run(
                 triton_kernels.backward_summary,
-                dh,
-                *dh.stride()[:2],
-                decay,
-                flags,
-                last,
-                product,
-                PAIRED=paired,
-                HAS_STARTS=starts is not None,
+                *(dh, *dh.stride()[:2], decay, *y.stride()[:2], flags, last, product),
+                **kind,
             )
             incoming = launch.combine(incoming, last, product, reverse=True)
         launch.run(
             triton_kernels.backward,
-            dh,
-            *dh.stride()[:2],
-            incoming,
-            h,
-            gate,
-            *gate.stride()[:2],
-            value,
-            *value.stride()[:2],
-            decay,
-            scale,
-            initial,
-            flags,
-            dgate,
-            dvalue,
-            parts_a,
-            parts_b,
-            leaving,
-            PAIRED=paired,
+            *(dh, *dh.stride()[:2], incoming, h, x, *x.stride()[:2], y, *y.stride()[:2]),
+            *(*constants, initial, flags, dx, dy, parts_a, parts_b, leaving),
             HAS_H0=h0 is not None,
-            HAS_STARTS=starts is not None,
+            **kind,
         )
-    da, db = (parts.sum((0, 1)).to(x.dtype) for parts, x in ((parts_a, a), (parts_b, b)))
-    return dgate, dvalue, da, db, leaving if h0 is None else leaving.to(h0.dtype)
+    both = ((parts_a, a), (parts_b, b))
+    sums = (parts.sum((0, 1)).to(c.dtype) for parts, c in both if c is not None)
+    return dx, dy, *sums, leaving if h0 is None else leaving.to(h0.dtype)

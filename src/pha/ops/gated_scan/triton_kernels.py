@@ -1,12 +1,13 @@
-"""The gated scan in Triton: each program walks BLOCK states in time.
+"""The gated scan, and the linear one, in Triton: each program walks BLOCK states in time.
 
 With one chunk the whole time axis is walked at once. With several chunks of `length` steps, those
 of a sequence run side by side, in three passes. The recurrence is linear: a chunk turns the state h
 that comes in into P h + L. The first pass finds P (the product of its decays) and L (its last state
 from zero), the second runs over the chunks and gives each the state that comes in, the third walks
 each chunk from there. The backward direction is the same against time. P is infinite after a start,
-where nothing is left of h, whatever it is. A P of zero is a product that underflows: what is no
-number remains so.
+where nothing is left of h, whatever it is; and no number where a decay of zero follows, which
+`combine` takes for the same. A P of zero is a product that underflows: what is no number remains
+so.
 
 Programs take the index of the block of states fastest, then that of the chunk, then that of the
 sequence. Loads of UNROLL steps are issued before their first use, and the compiler stages those of
@@ -36,7 +37,7 @@ def _place(n, chunks, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
 @triton.jit
 def _at(x, t, stride, states, PAIRED: tl.constexpr):
     row = x + tl.cast(t, tl.int64) * stride
-    if PAIRED:  # which is not less than the compiler knows itself: see `is_paired`
+    if PAIRED:  # which is not less than the compiler knows itself: see `_paired`
         row = tl.multiple_of(row, 4)
     return row + states
 
@@ -55,12 +56,12 @@ def _flag(x, t, inside, PRESENT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "chunks", "length"])
 def forward(
-    gate,
-    gate_B,
-    gate_T,
-    value,
-    value_B,
-    value_T,
+    x,
+    x_B,
+    x_T,
+    y,
+    y_B,
+    y_T,
     a,
     b,
     initial,
@@ -79,35 +80,42 @@ def forward(
     HAS_INITIAL: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     SUMMARY: tl.constexpr,
+    GATED: tl.constexpr,
 ):
     """Write h (B, T, n) and `last` (B, n); a SUMMARY writes L and P (B, chunks, n) instead.
 
-    `initial` (B, chunks, n) is the state before each chunk.
+    `initial` (B, chunks, n) is the state before each chunk. x and y (B, T, n) are gate and value
+    where it is GATED, else what is added and the decays, and there are no `a` and `b` (n,).
     """
     sequence, chunk, states, exists = _place(n, chunks, BLOCK, PAIRED)
     first = chunk * length
     end = tl.minimum(first + length, T)
-    gate += sequence * gate_B
-    value += sequence * value_B
+    x += sequence * x_B
+    y += sequence * y_B
     starts += sequence * T
     h += sequence * T * n
     summary = (sequence * chunks + chunk) * n + states
-    decay = tl.load(a + states, mask=exists, other=0.0)
-    scale = tl.load(b + states, mask=exists, other=0.0)
-    state = tl.zeros_like(decay)
+    state = tl.zeros([BLOCK], last.dtype.element_ty)
+    if GATED:
+        decay = tl.load(a + states, mask=exists, other=0.0)
+        scale = tl.load(b + states, mask=exists, other=0.0)
     if HAS_INITIAL:
         state = tl.load(initial + summary, mask=exists, other=0.0)
-    kept = tl.zeros_like(decay) + 1.0
+    kept = tl.zeros_like(state) + 1.0
     for t0 in tl.range(first, end, UNROLL, num_stages=STAGES):
-        gates, values, resets = (), (), ()
+        xs, ys, resets = (), (), ()
         for i in tl.static_range(UNROLL):
             inside = t0 + i < end
-            gates += (_row(gate, t0 + i, gate_T, states, exists & inside, PAIRED),)
-            values += (_row(value, t0 + i, value_T, states, exists & inside, PAIRED),)
+            xs += (_row(x, t0 + i, x_T, states, exists & inside, PAIRED),)
+            ys += (_row(y, t0 + i, y_T, states, exists & inside, PAIRED),)
             resets += (_flag(starts, t0 + i, inside, HAS_STARTS),)
         for i in tl.static_range(UNROLL):
             inside = t0 + i < end
-            u = scale * tl.sigmoid(gates[i].to(scale.dtype)) * values[i].to(scale.dtype)
+            if GATED:
+                u = scale * tl.sigmoid(xs[i].to(scale.dtype)) * ys[i].to(scale.dtype)
+            else:
+                u = xs[i].to(state.dtype)
+                decay = ys[i].to(state.dtype)
             before = state
             if HAS_STARTS:
                 before = tl.where(resets[i], 0.0, state)
@@ -132,6 +140,8 @@ def backward_summary(
     dh_B,
     dh_T,
     a,
+    a_B,
+    a_T,
     starts,
     last,
     product,
@@ -144,27 +154,38 @@ def backward_summary(
     STAGES: tl.constexpr,
     PAIRED: tl.constexpr,
     HAS_STARTS: tl.constexpr,
+    GATED: tl.constexpr,
 ):
-    """Write L and P (B, chunks, n) of the gradient that leaves each chunk at its beginning."""
+    """Write L and P (B, chunks, n) of the gradient that leaves each chunk at its beginning.
+
+    `a` is (n,) where it is GATED, else (B, T, n).
+    """
     sequence, chunk, states, exists = _place(n, chunks, BLOCK, PAIRED)
     first = chunk * length
     end = tl.minimum(first + length, T)
     dh += sequence * dh_B
     starts += sequence * T
     summary = (sequence * chunks + chunk) * n + states
-    decay = tl.load(a + states, mask=exists, other=0.0)
-    carry = tl.zeros_like(decay)
+    carry = tl.zeros([BLOCK], last.dtype.element_ty)
     kept = carry + 1.0
+    if GATED:
+        decay = tl.load(a + states, mask=exists, other=0.0)
+    else:
+        a += sequence * a_B
     for back in tl.range(0, end - first, UNROLL, num_stages=STAGES):
         t0 = end - 1 - back
-        gradients, resets = (), ()
+        gradients, decays, resets = (), (), ()
         for i in tl.static_range(UNROLL):
             inside = t0 - i >= first
             gradients += (_row(dh, t0 - i, dh_T, states, exists & inside, PAIRED),)
+            if not GATED:
+                decays += (_row(a, t0 - i, a_T, states, exists & inside, PAIRED),)
             resets += (_flag(starts, t0 - i, inside, HAS_STARTS),)
         for i in tl.static_range(UNROLL):
             inside = t0 - i >= first
-            g = gradients[i].to(decay.dtype) + carry
+            if not GATED:
+                decay = decays[i].to(carry.dtype)
+            g = gradients[i].to(carry.dtype) + carry
             kept = tl.where(inside, kept * decay, kept)
             if HAS_STARTS:
                 g = tl.where(resets[i], 0.0, g)
@@ -219,18 +240,18 @@ def backward(
     dh_T,
     incoming,
     h,
-    gate,
-    gate_B,
-    gate_T,
-    value,
-    value_B,
-    value_T,
+    x,
+    x_B,
+    x_T,
+    y,
+    y_B,
+    y_T,
     a,
     b,
     h0,
     starts,
-    dgate,
-    dvalue,
+    dx,
+    dy,
     da,
     db,
     dh0,
@@ -244,63 +265,74 @@ def backward(
     PAIRED: tl.constexpr,
     HAS_H0: tl.constexpr,
     HAS_STARTS: tl.constexpr,
+    GATED: tl.constexpr,
 ):
-    """Write dgate, dvalue (B, T, n), dh0 (B, n) and for each chunk its part of da and db.
+    """Write dx, dy (B, T, n), dh0 (B, n) and, where it is GATED, each chunk's part of da and db.
 
     `incoming` (B, chunks, n) is the gradient that reaches the last state of each chunk from later.
+    As in `forward`; where it is not GATED x is not read.
     """
     sequence, chunk, states, exists = _place(n, chunks, BLOCK, PAIRED)
     first = chunk * length
     end = tl.minimum(first + length, T)
     dh += sequence * dh_B
-    gate += sequence * gate_B
-    value += sequence * value_B
+    y += sequence * y_B
     starts += sequence * T
     h += sequence * T * n
-    dgate += sequence * T * n
-    dvalue += sequence * T * n
+    dx += sequence * T * n
+    dy += sequence * T * n
     part = (sequence * chunks + chunk) * n + states
-    decay = tl.load(a + states, mask=exists, other=0.0)
     carry = tl.load(incoming + part, mask=exists, other=0.0)
-    scale = tl.load(b + states, mask=exists, other=0.0)
-    sum_a = tl.zeros_like(decay)
-    sum_b = tl.zeros_like(decay)
-    start = tl.zeros_like(decay)
+    if GATED:
+        x += sequence * x_B
+        decay = tl.load(a + states, mask=exists, other=0.0)
+        scale = tl.load(b + states, mask=exists, other=0.0)
+        sum_a = tl.zeros_like(decay)
+        sum_b = tl.zeros_like(decay)
+    start = tl.zeros_like(carry)
     if HAS_H0:
         start = tl.load(h0 + sequence * n + states, mask=exists, other=0.0)
     for back in tl.range(0, end - first, UNROLL, num_stages=STAGES):
         t0 = end - 1 - back
-        gradients, befores, gates, values, resets = (), (), (), (), ()
+        gradients, befores, xs, ys, resets = (), (), (), (), ()
         for i in tl.static_range(UNROLL):
             t = t0 - i
             inside = t >= first
             gradients += (_row(dh, t, dh_T, states, exists & inside, PAIRED),)
             befores += (_row(h, t - 1, n, states, exists & inside & (t > 0), PAIRED),)
-            gates += (_row(gate, t, gate_T, states, exists & inside, PAIRED),)
-            values += (_row(value, t, value_T, states, exists & inside, PAIRED),)
+            if GATED:
+                xs += (_row(x, t, x_T, states, exists & inside, PAIRED),)
+            ys += (_row(y, t, y_T, states, exists & inside, PAIRED),)
             resets += (_flag(starts, t, inside, HAS_STARTS),)
         for i in tl.static_range(UNROLL):
             t = t0 - i
             inside = t >= first
-            g = gradients[i].to(decay.dtype) + carry
+            g = gradients[i].to(carry.dtype) + carry
             kept = g
-            before = befores[i].to(decay.dtype)
+            before = befores[i].to(carry.dtype)
             if HAS_H0:
                 before = tl.where(t == 0, start, before)
             if HAS_STARTS:
                 kept = tl.where(resets[i], 0.0, g)
                 before = tl.where(resets[i], 0.0, before)
-            sum_a += tl.where(inside, kept * before, 0.0)
+            if GATED:
+                sum_a += tl.where(inside, kept * before, 0.0)
+                s = tl.sigmoid(xs[i].to(carry.dtype))
+                v = ys[i].to(carry.dtype)
+                gs = g * s
+                sum_b += tl.where(inside, gs * v, 0.0)
+                to_x = gs * scale * v * (1.0 - s)
+                to_y = gs * scale
+            else:
+                decay = ys[i].to(carry.dtype)
+                to_x = g
+                to_y = g * before
             carry = tl.where(inside, decay * kept, carry)
-            s = tl.sigmoid(gates[i].to(decay.dtype))
-            v = values[i].to(decay.dtype)
-            gs = g * s
-            sum_b += tl.where(inside, gs * v, 0.0)
-            slope = gs * scale * v * (1.0 - s)
-            place = _at(dgate, t, n, states, PAIRED)
-            tl.store(place, slope.to(dgate.dtype.element_ty), mask=exists & inside)
-            place = _at(dvalue, t, n, states, PAIRED)
-            tl.store(place, (gs * scale).to(dvalue.dtype.element_ty), mask=exists & inside)
-    tl.store(da + part, sum_a, mask=exists)
-    tl.store(db + part, sum_b, mask=exists)
+            place = _at(dx, t, n, states, PAIRED)
+            tl.store(place, to_x.to(dx.dtype.element_ty), mask=exists & inside)
+            place = _at(dy, t, n, states, PAIRED)
+            tl.store(place, to_y.to(dy.dtype.element_ty), mask=exists & inside)
+    if GATED:
+        tl.store(da + part, sum_a, mask=exists)
+        tl.store(db + part, sum_b, mask=exists)
     tl.store(dh0 + sequence * n + states, carry, mask=exists & (chunk == 0))
