@@ -96,6 +96,7 @@ SCANS: list[tuple[str, dict[str, Any], int]] = [
     ("forward", {**PLAIN, **GATED, "HAS_INITIAL": False, "SUMMARY": False}, 2),
     ("forward", {**FLAGS, **LINEAR, "HAS_INITIAL": True, "SUMMARY": False}, 2),
     ("forward", {**FLAGS, **LINEAR, "HAS_INITIAL": False, "SUMMARY": True}, 2),
+    ("forward", {**PLAIN, **LINEAR, "HAS_INITIAL": False, "SUMMARY": False}, 2),
     ("backward", {**FLAGS, **GATED, "HAS_H0": True}, 4),
     ("backward", {**FLAGS, **LINEAR, "HAS_H0": True}, 3),
     ("backward_summary", {**FLAGS, **GATED}, 1),

@@ -18,6 +18,7 @@ from pha.studies.drawing import draw
 from pha.studies.outcome import Outcome, Row, Seed
 from pha.studies.planning import plan_study
 from pha.train.recipes import load_recipe
+from pha.utils.errors import PHAError
 from tests.studies.test_tasks import result
 
 FLOPS = {"S": 1e12, "M": 1e13, "L": 4e13, "XL": 3e14}
@@ -90,6 +91,16 @@ def test_intervals_are_those_of_least_squares() -> None:
     both = math.hypot(found.height_interval, found.middle * found.slope_interval)
     assert both == pytest.approx(t * known.intercept_stderr)
     assert laws.fit([1, 2], [1, 2]) is None
+    assert laws.fit([1, 1, 1], [1, 2, 3]) is None
+
+
+def test_models_need_several_sizes() -> None:
+    given = {"title": "Laws", "question": "?", "kind": "laws", "axis": "size"}
+    with pytest.raises(PHAError, match="go along an axis"):
+        parse_study("s", given | {"variants": {"a": {"model": "pha"}}})
+    alone = {str(n): {"model": "pha", "places": {"size": str(n)}} for n in range(4)}
+    with pytest.raises(PHAError, match="three or more sizes to a model"):
+        parse_study("s", given | {"variants": alone})
 
 
 def test_table_sentences_and_picture(tmp_path: Path, store: TokenStore) -> None:
@@ -98,7 +109,7 @@ def test_table_sentences_and_picture(tmp_path: Path, store: TokenStore) -> None:
     Console(width=120, quiet=True).print(table)
     assert [row[1] for row in table.sections[0].rows] == ["3", "4"]
     assert len(sentences) == 1
-    assert sentences[0].startswith("The bits per byte of B are those of A -1")
+    assert sentences[0].startswith("The bits per byte of B differ from those of A by -1")
     assert record["B"]["gap"]["height"] == pytest.approx(math.log(0.9) - 0.039, abs=0.03)
     draw(of, tmp_path)
     assert (tmp_path / "laws.png").stat().st_size > 5000
@@ -117,20 +128,21 @@ def test_models_of_a_size_have_as_many_parameters_and_flops(
 
     study = load_study("plus-scaling")
     plan = plan_study(study, scales()["tiny"], [0], tmp_path, {"data.store": str(store.path)})
-    sizes: dict[str, list[tuple[float, float, float]]] = {}
+    sizes: dict[str, list[tuple[int, float, float]]] = {}
     for variant in study.variants:
         (job,) = plan.runs[variant.name]
         config = load_recipe(job.recipe, job.settings)
         model = replace(config.model, vocab_size=8192)
         parts = count_parameters(model)
-        whole, flops = sum(parts.values()), config.run.flops
+        own, flops = sum(parts.values()) - parts["embedding"], config.run.flops
         assert flops is not None
-        seen = flops / training_flops(model, 256) / (whole - parts["embedding"])
-        sizes.setdefault(variant.places["size"], []).append((whole, flops, seen))
+        seen = flops / training_flops(model, 256) / own
+        sizes.setdefault(variant.places["size"], []).append((own, flops, seen))
+        assert own / 1e6 == pytest.approx(float(variant.places["size"].rstrip("M")), abs=0.07)
     assert len(sizes) == 5
     for models in sizes.values():
-        wholes = [whole for whole, _, _ in models]
+        counts = [each for each, _, _ in models]
         assert len(models) == 4
         assert len({flops for _, flops, _ in models}) == 1
-        assert max(wholes) < 1.015 * min(wholes)
+        assert max(counts) < 1.01 * min(counts)
         assert models[0][2] == pytest.approx(1.47, abs=0.02)

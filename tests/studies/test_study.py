@@ -305,7 +305,7 @@ def test_the_list_names_every_study(capsys: pytest.CaptureFixture[str]) -> None:
         ({"columns": ["tset"]}, "did you mean test"),
         ({"contrasts": [["best", "tset"]]}, "did you mean test"),
         ({"contrasts": [["best"]]}, "contrasts are pairs"),
-        ({"plots": ["settings"]}, "settings needs an axis"),
+        ({"plots": ["settings"]}, "settings go along an axis"),
         ({"tune": {"key": "optimizer.learning_rate", "values": []}}, "tune has no values"),
     ],
 )

@@ -216,8 +216,15 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
     over_axis = "settings" in study.plots or study.kind == "laws"
     _require(
         not over_axis or all(study.axis in v.places for v in study.variants),
-        f"{where}: kind laws or the plot settings needs an axis, one of "
-        f"{', '.join(axes) or 'a grid (over)'}",
+        f"{where}: kind laws and the plot settings go along an axis, one of "
+        f"{', '.join(axes) or 'a grid (over)'}, or a place (places) of every variant",
+    )
+    models = {(v.base, v.places.get(study.axis)) for v in study.variants}
+    _require(
+        study.kind != "laws"
+        or (len(models) == len(study.variants) >= 3 * len({base for base, _ in models})),
+        f"{where}: kind laws fits models over sizes: give each variant its model (base) and its "
+        "size, three or more sizes to a model",
     )
     for name in (*study.columns, *itertools.chain(*study.contrasts)):
         closest(name, MEASURES, f"measure in {where}")

@@ -51,28 +51,27 @@ class Law:
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> Line | None:
-    """The line of least squares; None for fewer than `LEAST` points."""
-    if len(x) < LEAST:
-        return None
+    """The line of least squares; None for fewer than `LEAST` points, or for points of one place."""
     from scipy import stats
 
+    if len(x) < LEAST or not max(x) > min(x):
+        return None
     middle, height = fmean(x), fmean(y)
-    slope = stats.linregress(x, y).slope
     spread = math.fsum((each - middle) ** 2 for each in x)
+    slope = math.fsum((a - middle) * (b - height) for a, b in zip(x, y, strict=True)) / spread
     residual = [b - height - slope * (a - middle) for a, b in zip(x, y, strict=True)]
     deviation = math.sqrt(math.fsum(r * r for r in residual) / (len(x) - 2))
     reach = float(stats.t.ppf(1 - LEVEL / 2, len(x) - 2)) * deviation
-    return Line(middle, height, float(slope), reach / math.sqrt(len(x)), reach / math.sqrt(spread))
+    return Line(middle, height, slope, reach / math.sqrt(len(x)), reach / math.sqrt(spread))
 
 
 def laws_of(outcome: Outcome) -> list[Law]:
-    """A law for each model of the grid, as they come; the first is the baseline."""
-    axis = outcome.plan.study.axis
+    """A law for each model that has a finished size, as they come; the first is the baseline."""
+    axis, base = outcome.plan.study.axis, outcome.rows[0].variant.base
     models: dict[str, dict[str, tuple[float, float]]] = {}
     for row in outcome.rows:
         if (point := _point(row)) is not None:
             models.setdefault(row.variant.base, {})[row.variant.places[axis]] = point
-    base = next(iter(models), "")
     return [
         _law(label, points, {} if label == base else models.get(base, {}))
         for label, points in models.items()
@@ -104,8 +103,7 @@ def _law(
 
 def analyse(outcome: Outcome) -> tuple[TextTable, list[str], dict[str, Any]]:
     """The table of exponents, what the data support, and the record for JSON."""
-    laws = laws_of(outcome)
-    base = laws[0].label if laws else ""
+    laws, base = laws_of(outcome), outcome.rows[0].variant.base
     rows, sentences = [], []
     for law in laws:
         gain, change = (DASH, DASH) if law.gap is None else _in_percent(law.gap)
@@ -116,15 +114,18 @@ def analyse(outcome: Outcome) -> tuple[TextTable, list[str], dict[str, Any]]:
         over = f"{count(law.flops[0])} to {count(law.flops[-1])}"
         rows.append([law.label, str(len(law.bits)), over, ends, exponent, gain, change])
         if law.gap is not None:
+            told = abs(law.gap.slope) > law.gap.slope_interval
             sentences.append(
-                f"The bits per byte of {law.label} are those of {base} {gain} in the middle of the "
-                f"range, and ten times the FLOPs add {change}."
+                f"The bits per byte of {law.label} differ from those of {base} by {gain} at "
+                f"{count(math.exp(law.gap.middle))} FLOP, the middle of the range. Ten times the "
+                f"FLOPs change that by {change} (95% intervals over sizes), which "
+                f"{'can' if told else 'cannot'} be told from nothing."
             )
     headings = ["model", "sizes", "FLOP", "bits/byte", "exponent", f"over {base}", "for 10x"]
     notes = [
         "Exponent: of FLOPs in bits per byte, with the 95% interval of the fit over sizes. Over "
-        f"{base}: bits per byte at the same size and FLOPs in the middle of the range, on the "
-        "logarithmic scale; for 10x: what ten times the FLOPs add to that."
+        f"{base}: in the middle of the range, at the same size and FLOPs; for 10x: what ten times "
+        "the FLOPs add to that, in percent too. Interval and law are of logarithms."
     ]
     section = Section("ours", f"{outcome.plan.scale.words}, {outcome.tokens} tokens seen", rows)
     table = TextTable(f"{outcome.plan.study.title}: power laws", headings, [section], notes)
@@ -132,8 +133,14 @@ def analyse(outcome: Outcome) -> tuple[TextTable, list[str], dict[str, Any]]:
 
 
 def _in_percent(gap: Line) -> tuple[str, str]:
-    decade = 100 * math.log(10)
+    """Of the ratio in the middle, and of what ten times the FLOPs multiply it by."""
+    decade = math.log(10)
     return (
-        f"{100 * gap.height:+.2f}% ± {100 * gap.height_interval:.2f}%",
-        f"{decade * gap.slope:+.2f}% ± {decade * gap.slope_interval:.2f}%",
+        _percent(gap.height, gap.height_interval),
+        _percent(decade * gap.slope, decade * gap.slope_interval),
     )
+
+
+def _percent(log: float, interval: float) -> str:
+    """A ratio given by its logarithm, as what it differs from 1 by; to first order its interval."""
+    return f"{100 * math.expm1(log):+.2f}% ± {100 * math.exp(log) * interval:.2f}%"

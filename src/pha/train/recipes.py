@@ -81,7 +81,7 @@ def _read(recipe: str) -> tuple[str, dict[str, Any]]:
         return recipe, content | {"transformers": {"name": model.removeprefix(PREFIX)}}
     content["model"] = {"preset": model} | content.get("model", {})
     if model.startswith("pha-plus-"):
-        # Half of PHA+ is its optimiser, and its best rate is twice that of PHA [docs/decisions.md].
+        # Half of PHA+ is its optimiser, with which twice the rate is best [docs/decisions.md].
         rate = 2 * content["optimizer"]["learning_rate"]
         content["optimizer"] |= {"kind": "muon", "learning_rate": rate}
     return recipe, content

@@ -1,8 +1,8 @@
 """The gated scan, and the linear one, on a GPU: what Triton's kernels are given, and in which form.
 
-`operator.py` makes an opaque operator of torch of these functions. There is nothing around a scan
-to fuse with it, and an operator may check itself at its first use. Grids follow from shapes alone
-and nothing waits for the device, so that CUDA graphs can record them.
+`operator.py`, and `linear_scan`, make opaque operators of torch of these functions. There is
+nothing around a scan to fuse with it, and an operator may check itself at its first use. Grids
+follow from shapes alone and nothing waits for the device, so that CUDA graphs can record them.
 
 Bytes moved, in units of B * T * n elements: the sequential form reads gate and value and writes h
 (3); its backward reads dh, h, gate and value and writes dgate and dvalue (6). The chunked form
@@ -96,7 +96,7 @@ class _Launch:
         return x.new_empty(self.B, self.chunks, self.n, dtype=accumulation_type(x))
 
     def run(self, kernel: Any, *arguments: Any, **flags: Any) -> None:
-        """_Launch a kernel that walks: a program for each chunk and block of states."""
+        """Launch a kernel that walks: a program for each chunk and block of states."""
         kernel[(self.blocks * self.chunks,)](*arguments, *self.extents, **self.walk, **flags)
 
     def combine(
@@ -192,18 +192,17 @@ def scan_backward(
     incoming = dh_last.contiguous()
     constants = [incoming if c is None else c.to(dtype).contiguous() for c in (a, b)]
     initial = incoming if h0 is None else h0.to(dtype).contiguous()
-    parts_a = launch.partial(h)
-    parts_b = torch.empty_like(parts_a)
+    parts_a, parts_b = (incoming if c is None else launch.partial(h) for c in (a, b))
     leaving = torch.empty_like(incoming)
     flags, paired = _flags(starts, h), _paired(dh, x, y)
     kind = {"PAIRED": paired, "HAS_STARTS": starts is not None, "GATED": a is not None}
     with on_device_of(h):
         if launch.chunks > 1:
-            last, product = torch.empty_like(parts_a), torch.empty_like(parts_a)
-            decay = y if a is None else constants[0]
+            last, product = launch.partial(h), launch.partial(h)
+            decay = (y, *y.stride()[:2]) if a is None else (constants[0], 0, 0)
             launch.run(
                 triton_kernels.backward_summary,
-                *(dh, *dh.stride()[:2], decay, *y.stride()[:2], flags, last, product),
+                *(dh, *dh.stride()[:2], *decay, flags, last, product),
                 **kind,
             )
             incoming = launch.combine(incoming, last, product, reverse=True)

@@ -229,7 +229,7 @@ def combine(
                 chunk = chunks - 1 - chunk
             place = (sequence * chunks + chunk) * n + states
             tl.store(incoming + place, state, mask=exists & (c0 + i < chunks))
-            kept = products[i] < float("inf")
+            kept = tl.abs(products[i]) < float("inf")  # decays may be negative
             state = tl.where(kept, products[i] * state, 0.0) + lasts[i]
 
 

@@ -35,7 +35,8 @@ def linear_scan(
 
     Args:
         u: (B, T, n) inputs, any floating type.
-        a: (B, T, n) decays, any floating type; near 1 half precision is too coarse for them.
+        a: (B, T, n) decays, at most 1 in magnitude, any floating type; near 1 half precision is
+            too coarse for them.
         h0: (B, n) state before the first step; zeros when absent.
         starts: (B, T) bool, true where a document begins: the state is reset before that step.
         mask: (B, T) bool, false where there is no step (padding): the state stays, and h is 0.
@@ -54,6 +55,9 @@ def linear_scan(
     shapes = {"a": (a, (B, T, n)), "h0": (h0, (B, n))}
     flags = {"starts": (starts, (B, T)), "mask": (mask, (B, T))}
     require_shapes("linear_scan", "u", shapes | flags)
+    if T == 0:
+        none = u.new_zeros(B, n, dtype=accumulation_type(u)) if h0 is None else h0.clone()
+        return u, none if last_state else None
     there = None if mask is None else mask.unsqueeze(-1)
     if there is not None:  # a step that changes nothing is no step
         u, a = torch.where(there, u, 0), torch.where(there, a, 1)
