@@ -308,6 +308,7 @@ def test_the_list_names_every_study(capsys: pytest.CaptureFixture[str]) -> None:
         ({"contrasts": [["best", "tset"]]}, "did you mean test"),
         ({"contrasts": [["best"]]}, "contrasts are pairs"),
         ({"plots": ["settings"]}, "settings go along an axis"),
+        ({"probe_length": 1}, "probe_length is 1; give at least 2"),
         ({"tune": {"key": "optimizer.learning_rate", "values": []}}, "tune has no values"),
     ],
 )
@@ -488,6 +489,11 @@ def test_a_study_probes_its_runs_once(
     assert len(kept) == 4
     for name in ("probe-position", "probe-context"):
         assert (tmp_path / "probed-tiny" / f"{name}.png").stat().st_size > 1000
+    assert read(kept[0])["reading"]["protocol"]["length"] == 77
+    file.write_text(yaml.safe_dump(content | {"probe_length": 64}))  # which is another question
+    main(study(str(file), tmp_path, store, "--seeds", "2", "--json"))
+    record = json.loads(capsys.readouterr().out)
+    assert all(read(path)["reading"]["protocol"]["length"] == 64 for path in kept)
     stamps = [path.stat().st_mtime_ns for path in kept]
     kept[0].unlink()
     main(study(str(file), tmp_path, store, "--seeds", "2", "--json"))

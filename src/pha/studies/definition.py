@@ -116,6 +116,7 @@ class Study:
     plots: list[str] = field(default_factory=lambda: ["dots"])  # names in `PLOTS`
     axis: str = ""  # of the grid, along the plot `settings` or the sizes of `laws`
     probes: list[str] = field(default_factory=list)  # of `pha probe`, asked of every finished run
+    probe_length: int | None = None  # the longest context that they look at, as in `pha probe`
     # scale -> recipe key -> value, on top of the scale's own
     scales: dict[str, Settings] = field(default_factory=dict)
     # scale -> lengths, batch and modes of an efficiency study
@@ -232,6 +233,10 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
     _require(study.tune is None or bool(study.tune.values), f"{where}: tune has no values")
     for probe in study.probes:
         _require(probe in PROBES, f"{where}: no probe {probe!r}; choose {', '.join(PROBES)}")
+    _require(
+        study.probe_length is None or study.probe_length >= 2,
+        f"{where}: probe_length is {study.probe_length}; give at least 2",
+    )
     for scale in (*study.scales, *study.benchmark):
         load_scale(scale)
     for known in scales().values():

@@ -36,7 +36,7 @@ def probe_runs(outcome: Outcome, name: str, console: Console) -> Readings:
     Raises:
         PHAError: too little text for the probe, or a file that is damaged.
     """
-    plan, device = outcome.plan, default_device()
+    plan, device, length = outcome.plan, default_device(), outcome.plan.study.probe_length
     rows = [row for row in outcome.rows if not row.diverged]
     rows.sort(key=lambda row: row.variant.name != plan.study.baseline)
     stores: dict[str, TokenStore] = {}
@@ -47,20 +47,27 @@ def probe_runs(outcome: Outcome, name: str, console: Console) -> Readings:
             for job in plan.runs[row.variant.name]:
                 where = f"{row.variant.label}, run {done + 1} of {total}"
                 line.show(f"probe {name}", where, done / total)
-                found[row.variant.label].append(_read_or_ask(job, name, stores, device, console))
+                reading = _read_or_ask(job, name, length, stores, device, console)
+                found[row.variant.label].append(reading)
                 done += 1
         line.show(f"probe {name}", f"{total} runs", 1.0, is_last=True)
     return found
 
 
 def _read_or_ask(
-    job: Job, name: str, stores: dict[str, TokenStore], device: torch.device, console: Console
+    job: Job,
+    name: str,
+    length: int | None,
+    stores: dict[str, TokenStore],
+    device: torch.device,
+    console: Console,
 ) -> Reading:
     run = RunFolder(job.out)
-    kept, of_run = job.out / f"probe-{name}.json", sha256_file(run.result)
+    kept = job.out / f"probe-{name}.json"
+    asked = {"result_sha256": sha256_file(run.result), "length": length}
     if kept.is_file():
         content = read_json(kept)
-        if isinstance(content, dict) and content.get("result_sha256") == of_run:
+        if isinstance(content, dict) and {k: content.get(k) for k in asked} == asked:
             return record_from(Reading, content.get("reading"), str(kept))
     result = run.read_result()
     config = load_recipe(job.recipe, job.settings)
@@ -75,13 +82,13 @@ def _read_or_ask(
         stores[data],
         scores.split,
         config.data.sequence_length,
+        length=length,
         precision=scores.protocol["precision"],
         longest=getattr(loaded.model, "longest", None),
     )
     reading = PROBES[name](loaded, question, None)
-    facts = {
+    facts = asked | {
         "format": JSON_FORMAT,
-        "result_sha256": of_run,
         "provenance": provenance(device, question.precision),
     }
     write_json(kept, {"reading": asdict(reading)} | facts)
