@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(INSTALLED) ## train PHA and its attention-only twin on this Python's standard library
+demo: $(INSTALLED) ## train PHA, PHA+ and attention alone on this Python's standard library
 	$(BIN)/pha demo
 
 test: $(INSTALLED) ## the fast tests

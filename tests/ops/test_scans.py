@@ -194,3 +194,11 @@ def test_as_an_operator_of_torch(op: str) -> None:
     inputs = problem(op, 2, 7, 3)
     leaves = [v if k == "starts" else v.float().requires_grad_() for k, v in inputs.items()]
     torch.library.opcheck(getattr(torch.ops.pha, op).default, tuple(leaves))
+
+
+def test_no_steps_leave_the_state() -> None:
+    u, h0 = torch.zeros(2, 0, 3), torch.ones(2, 3)
+    h, last = linear_scan(u, u, h0)
+    assert h.shape == u.shape
+    assert last is not None
+    assert torch.equal(last, h0)

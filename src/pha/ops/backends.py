@@ -160,6 +160,17 @@ class Op:
                 f"{CHOSEN}={self.name}={self.plain} to compute it in plain torch"
             )
 
+    def by_triton(self, form: str, x: Tensor) -> bool:
+        """Whether Triton computes in an operator of this op, which it must be able to.
+
+        Raises:
+            PHAError: see `require`.
+        """
+        if form == "torch" or not x.numel():
+            return False
+        self.require("triton", x)
+        return True
+
     def is_at_hand(self, backend: str, device_type: str) -> bool:
         """Whether `backend` may be tried on `device_type`: unless it has to be asked for."""
         return backend not in self.asked or self.choice(device_type) == backend

@@ -20,6 +20,7 @@ from pha.utils.errors import PHAError
 from pha.utils.formats import read_yaml
 from pha.utils.records import record_from
 
+LEAST = 3  # sizes of a model, of which a line has an interval
 KINDS = ("training", "mixing", "tasks", "laws", "efficiency")
 PLOTS = (
     *("dots", "differences", "parameters", "accuracy", "cache", "time", "curves", "settings"),
@@ -223,9 +224,9 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
     models = {(v.base, v.places.get(study.axis)) for v in study.variants}
     _require(
         study.kind != "laws"
-        or (len(models) == len(study.variants) >= 3 * len({base for base, _ in models})),
+        or (len(models) == len(study.variants) >= LEAST * len({base for base, _ in models})),
         f"{where}: kind laws fits models over sizes: give each variant its model (base) and its "
-        "size, three or more sizes to a model",
+        f"size, {LEAST} or more sizes to a model",
     )
     for name in (*study.columns, *itertools.chain(*study.contrasts)):
         closest(name, MEASURES, f"measure in {where}")

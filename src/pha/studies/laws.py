@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from pha.report.tables import Section, TextTable
+from pha.studies.definition import LEAST
 from pha.studies.outcome import Outcome, Row
 from pha.studies.seeds import LEVEL
 from pha.utils.text import DASH, count, fixed
-
-LEAST = 3  # sizes that a line with an interval takes
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,10 @@ def fit(x: Sequence[float], y: Sequence[float]) -> Line | None:
 
     if len(x) < LEAST or not max(x) > min(x):
         return None
-    middle, height = fmean(x), fmean(y)
-    spread = math.fsum((each - middle) ** 2 for each in x)
-    slope = math.fsum((a - middle) * (b - height) for a, b in zip(x, y, strict=True)) / spread
-    residual = [b - height - slope * (a - middle) for a, b in zip(x, y, strict=True)]
-    deviation = math.sqrt(math.fsum(r * r for r in residual) / (len(x) - 2))
-    reach = float(stats.t.ppf(1 - LEVEL / 2, len(x) - 2)) * deviation
-    return Line(middle, height, slope, reach / math.sqrt(len(x)), reach / math.sqrt(spread))
+    found = stats.linregress(x, y)
+    reach = float(stats.t.ppf(1 - LEVEL / 2, len(x) - 2) * found.stderr)
+    # The error of the height is that of the slope at a deviation of x from the middle.
+    return Line(fmean(x), fmean(y), float(found.slope), reach * float(np.std(x)), reach)
 
 
 def laws_of(outcome: Outcome) -> list[Law]:

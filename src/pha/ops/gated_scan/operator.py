@@ -18,7 +18,7 @@ _INPUTS = "Tensor gate, Tensor value, Tensor a, Tensor b, Tensor? h0, Tensor? st
     "pha::gated_scan", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
 )
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    if _by_triton(arguments[-1], arguments[1]):
+    if OPS["gated_scan"].by_triton(arguments[-1], arguments[1]):
         return OPS["gated_scan"].kernels["forward"](*arguments)
     return torch_forward(*arguments[:-1])
 
@@ -36,7 +36,7 @@ def _outputs(gate: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    if _by_triton(arguments[-1], arguments[2]):
+    if OPS["gated_scan"].by_triton(arguments[-1], arguments[2]):
         return OPS["gated_scan"].kernels["backward"](*arguments)
     return torch_backward(*arguments[:-1])
 
@@ -55,14 +55,6 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     dh0 = dh_last.new_empty(dh_last.shape, dtype=accumulation_type(h) if h0 is None else h0.dtype)
     return *(x.new_empty(x.shape) for x in (gate, value, a, b)), dh0
-
-
-def _by_triton(form: str, x: Tensor) -> bool:
-    """Whether Triton computes, which it must be able to."""
-    if form == "torch" or not x.numel():
-        return False
-    OPS["gated_scan"].require("triton", x)
-    return True
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -132,7 +132,7 @@ def _forward(
     starts: Tensor | None = None,
     form: str = "torch",
 ) -> tuple[Tensor, Tensor]:
-    if _by_triton(form, u):
+    if OPS["linear_scan"].by_triton(form, u):
         return OPS["linear_scan"].kernels["forward"](u, a, h0, starts, form)
     return torch_forward(u, a, h0, starts)
 
@@ -147,17 +147,9 @@ def _backward(
     starts: Tensor | None,
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _by_triton(form, h):
+    if OPS["linear_scan"].by_triton(form, h):
         return OPS["linear_scan"].kernels["backward"](dh, dh_last, h, a, h0, starts, form)
     return torch_backward(dh, dh_last, h, a, h0, starts)
-
-
-def _by_triton(form: str, x: Tensor) -> bool:
-    """Whether Triton computes, which it must be able to."""
-    if form == "torch" or not x.numel():
-        return False
-    OPS["linear_scan"].require("triton", x)
-    return True
 
 
 @_forward.register_fake
