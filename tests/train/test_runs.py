@@ -443,6 +443,11 @@ def test_a_key_that_a_run_does_not_have_yet_had_its_default(
         train_small(optimizer__kind="muon")
 
 
+@pytest.mark.parametrize("seed", [20260101, 1 << 53])
+def test_a_seed_may_be_large(train_small: Train, seed: int) -> None:
+    assert train_small(run__seed=seed, run__steps=1).seed == seed
+
+
 def test_too_little_data_is_refused(train_small: Train) -> None:
     with pytest.raises(PHAError, match=r"lower run\.global_batch"):
         train_small(run__global_batch=100000)

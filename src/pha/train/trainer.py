@@ -291,8 +291,8 @@ class Trainer:
             if self.split is not None:
                 given = inputs | {"past_key_values": self.split.past()}
             # Dropout is a pure function of the seed and of which sequences these are, in whichever
-            # process: no generator has a state.
-            torch.manual_seed(seed)
+            # process: no generator has a state. Of a large seed, torch takes the low bits.
+            torch.manual_seed(seed % (1 << 64))
             with self._adding_up(piece == last):
                 total += self._backward(given, labels)
             if self.carried is not None:
