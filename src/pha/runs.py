@@ -122,6 +122,9 @@ class RunFolder:
         for section in ("model", "data", "run"):
             if not isinstance(content.get(section, {}), dict):
                 raise PHAError(f"{self.config} is not of a run of ours: {section} is no mapping")
+        modules = content.get("run", {}).get("imports", [])
+        if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+            raise PHAError(f"{self.config} is damaged: run.imports is no list of names")
         return content
 
     def read_result(self) -> RunResult:

@@ -53,6 +53,9 @@ def test_steps_fill_the_time_and_stay_once_begun(
     trials.clear()
     assert budget.fit_budget(config, tmp_path / "run", 60, console).run.steps == 123
     assert not trials
+    (tmp_path / "run" / "config.yaml").write_text("run: {steps: many}")
+    with pytest.raises(PHAError, match=r"run\.steps is 'many'"):
+        budget.fit_budget(config, tmp_path / "run", 60, console)
 
 
 @pytest.mark.slow

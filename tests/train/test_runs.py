@@ -26,6 +26,8 @@ from pha.data import TokenStore, prepare
 from pha.runs import RunFolder
 from pha.train import trainer as trainer_module
 from pha.utils.errors import PHAError, TrainingInterruptedError
+from pha.utils.files import write_json
+from pha.utils.formats import read_json
 from tests.train.conftest import Train, arguments
 
 TIMES = {"seconds", "tokens_per_second", "utilisation", "data_wait"}
@@ -416,6 +418,10 @@ def test_another_configuration_or_other_data_is_refused(
     train_small()
     with pytest.raises(PHAError, match="finished, on other data"):
         train_small(data__store=str(other.path))
+    result = RunFolder(tmp_path / "run").result
+    write_json(result, read_json(result) | {"data": {}})
+    with pytest.raises(PHAError, match="finished, on other data"):
+        train_small()
 
 
 def test_init_from_starts_from_its_weights(
@@ -466,9 +472,14 @@ def test_a_folder_with_the_configuration_of_something_else(
     train_small: Train, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("run: fast\n")
-    with pytest.raises(PHAError, match="not of a run of ours: run is no mapping"):
-        train_small()
+    for text, said in (
+        ("run: fast\n", "not of a run of ours: run is no mapping"),
+        ("run: {imports: null}\n", "run.imports is no list of names"),
+        ("run: {imports: [5]}\n", "run.imports is no list of names"),
+    ):
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        with pytest.raises(PHAError, match=said):
+            train_small()
 
 
 def test_post_norm_and_sequential_and_plateau_train_too(train_small: Train) -> None:

@@ -56,8 +56,10 @@ def fit_budget(config: TrainConfig, out: Path, seconds: float, console: Console)
         raise PHAError("--budget measures one process; with several give run.steps")
     begun = RunFolder(out).read_config().get("run", {}).get("steps")
     if begun is not None:
+        if type(begun) is not int:
+            raise PHAError(f"{RunFolder(out).config} is damaged: run.steps is {begun!r}")
         console.print(f"{out} has begun with {begun} steps", highlight=False, soft_wrap=True)
-        return _with_steps(config, int(begun))
+        return _with_steps(config, begun)
     begin = time.monotonic()
     steps = _FIRST
     while True:

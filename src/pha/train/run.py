@@ -46,7 +46,7 @@ def run_training(
     plan, run, console = session.plan, session.run, session.console
     if run.result.is_file():
         finished = run.read_result()
-        if finished.data["sha256"] != session.data.sha256:
+        if finished.data.get("sha256") != session.data.sha256:
             raise PHAError(f"{out} is finished, on other data; choose another --out")
         console.print(f"{out} is finished; its result.json is as it was", soft_wrap=True)
         return finished if session.accelerator.is_main_process else None
