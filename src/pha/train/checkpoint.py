@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def load_checkpoint(
             raise PHAError(f"checkpoint {folder} belongs to another model; choose another --out")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if moments is not None:
-            state = {number: {} for number in range(len(parameters))}
+            state = defaultdict(dict)  # none of a parameter that has had no gradient yet
             names = {id(p): name for name, p in model.named_parameters()}
             numbers = {names[id(p)]: number for number, p in enumerate(parameters)}
             for place, x in moments.items():
