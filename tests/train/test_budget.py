@@ -7,14 +7,17 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from pha.data import TokenStore
+from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train import budget
 from pha.train.config import TrainConfig
+from pha.train.run import run_training
 from pha.utils.errors import PHAError
 from tests.cli.conftest import pha  # noqa: F401
 from tests.train.conftest import arguments
@@ -56,6 +59,22 @@ def test_steps_fill_the_time_and_stay_once_begun(
     (tmp_path / "run" / "config.yaml").write_text("run: {steps: many}")
     with pytest.raises(PHAError, match=r"run\.steps is 'many'"):
         budget.fit_budget(config, tmp_path / "run", 60, console)
+
+
+def test_a_trial_averages_and_tests_twice_where_the_run_will(
+    small_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials: list[RunResult] = []
+
+    def train(*arguments: Any) -> None:
+        result = run_training(*arguments)
+        assert result is not None
+        trials.append(result)
+
+    monkeypatch.setattr(budget, "run_training", train)
+    budget._measure(small_config(run__steps=4, run__keep_best=3, run__average_best=2))
+    budget._measure(small_config(run__steps=4))
+    assert [len(trial.candidates) for trial in trials] == [2, 1]
 
 
 @pytest.mark.slow
