@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from pha.cli import main
 from pha.data import TokenStore
 from pha.results import RunResult
 from pha.runs import RunFolder
@@ -77,13 +78,24 @@ def test_a_trial_averages_and_tests_twice_where_the_run_will(
     assert [len(trial.candidates) for trial in trials] == [2, 1]
 
 
+def test_another_length_beside_a_budget_is_refused(
+    store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "pha-tiny.text", *arguments(store), "--budget", "1s"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert "--budget says how long the run is, and so does run.steps" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_run_ends_near_its_time(
     pha: Callable[..., str],  # noqa: F811
     store: TokenStore,
     tmp_path: Path,
 ) -> None:
-    words = ["train", "pha-tiny.text", *arguments(store), "--budget", "40s", "--json"]
+    settings = arguments(store, run__steps="null")
+    words = ["train", "pha-tiny.text", *settings, "--budget", "40s", "--json"]
     begin = time.monotonic()
     result = json.loads(pha(*words, "--out", tmp_path / "run"))
     assert 30 < time.monotonic() - begin < 50

@@ -88,8 +88,9 @@ def _read(recipe: str) -> tuple[str, dict[str, Any]]:
 
 
 # Of these a configuration gives one: naming it drops the others.
+LENGTHS = ("run.steps", "run.epochs", "run.flops")
 _EXCLUSIVE = (
-    ("run.steps", "run.epochs", "run.flops"),
+    LENGTHS,
     ("data.store", "data.source", "data.task"),
 )
 
