@@ -94,7 +94,9 @@ def test_a_run_learns_and_writes_what_it_promises(train_small: Train, tmp_path: 
 def test_interrupted_and_resumed_equals_uninterrupted(
     train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, log_every: int
 ) -> None:
-    train_small = partial(train_small, optimizer__kind=kind, run__log_every=log_every)
+    # Looks of the watch after each stop would show what it depends on, dropout too.
+    changes = {"optimizer__kind": kind, "run__log_every": log_every, "run__watch_every": 1}
+    train_small = partial(train_small, **changes)
     train_small("whole")
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
