@@ -310,9 +310,7 @@ def recipes(recipe: Recipe | None = None, *, keys: bool = False, json: Json = Fa
         return
     if recipe is not None:
         # A recipe without data of its own needs some to be shown.
-        text = protocols().get(recipe.rpartition(".")[2], "source:")
-        config = load_recipe(recipe, [] if "source:" in text else ["--data.store", "STORE"])
-        content = config.to_dict()
+        content = load_recipe(recipe, defaults={"data.store": "STORE"}).to_dict()
         answer(json, content, yaml.safe_dump(content, sort_keys=False).rstrip("\n"))
         return
     about = {name: describe(text) for name, text in protocols().items()}
