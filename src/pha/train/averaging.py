@@ -12,12 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pha.train.checkpoint import TRAINING_FILES
 from pha.utils.errors import PHAError
 from pha.utils.files import atomic_folder, write_json
 from pha.utils.formats import read_json
 
 WEIGHTS = "model.safetensors"
-TRAINING_FILES = {"optimizer.safetensors", "optimizer.pt", "carried.safetensors", "trainer.json"}
 
 
 def average_weights(folders: Sequence[Path]) -> dict[str, Tensor]:

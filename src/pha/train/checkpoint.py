@@ -28,6 +28,8 @@ FORMAT = 5  # up to 4 the optimiser's state was in `optimizer.pt`; 3 had none of
 
 MOMENTS, CARRIED = "optimizer.safetensors", "carried.safetensors"
 OLD_MOMENTS = "optimizer.pt"
+TRAINING_FILES = {MOMENTS, CARRIED, OLD_MOMENTS, "trainer.json"}
+"""Of a checkpoint, beside the model."""
 
 
 class DamagedError(PHAError):
