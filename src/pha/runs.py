@@ -52,6 +52,8 @@ class RunFolder:
         with hold(self.path / ".lock", self._refusal) as is_held:
             for folder in (self.path, self.checkpoints, self.best):
                 remove_leftovers(folder, held=is_held, elsewhere=is_held)
+            for place in map(followed, (self.model, self.averaged)):  # which links may lead to
+                remove_leftovers(place.parent, place.name, held=is_held, elsewhere=is_held)
             try:
                 # Not in the locked file, which other processes cannot read on Windows.
                 write_text(self.owner, f"process {os.getpid()} on {platform.node()}\n")

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import platform
 import signal
 import stat
 import subprocess
@@ -379,7 +380,10 @@ def test_files_of_others_are_not_replaced(train_small: Train, tmp_path: Path) ->
     with pytest.raises(PHAError, match="holds model, which training would replace"):
         train_small()
     (disk / "theirs").unlink()
+    left = tmp_path / f".{platform.node()}-{os.getppid()}.tmp.disk"  # by a kill, beside its target
+    left.mkdir()
     train_small()
+    assert not left.exists()
     assert run.model.is_symlink()
     assert (disk / "model.safetensors").is_file()
     assert (run.path / "notes.txt").is_file()
