@@ -418,8 +418,10 @@ def test_another_configuration_or_other_data_is_refused(
     for file in text_folder.iterdir():
         (copy / file.name).write_text(file.read_text() + "more.\n")
     other = prepare(str(copy), "bytes", tmp_path / "store")
+    before = RunFolder(tmp_path / "run").config.read_text()
     with pytest.raises(PHAError, match="is not the data"):
         train_small(data__store=str(other.path))
+    assert RunFolder(tmp_path / "run").config.read_text() == before
     monkeypatch.undo()
     train_small()
     with pytest.raises(PHAError, match="finished, on other data"):
