@@ -5,7 +5,6 @@ Until 0.1 the auxiliary branch was called `ffn`, and the formula of b in Eq. 2 `
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pha.model.config import RENAMED, is_old
 from pha.utils.errors import PHAError
-from pha.utils.files import atomic_folder
+from pha.utils.files import atomic_folder, write_json
 from pha.utils.formats import read_json
 from pha.utils.outputs import claimed, require_new_folder
 
@@ -41,7 +40,11 @@ def convert_model(folder: Path, out: Path) -> None:
         PHAError: `folder` holds no model of an older version, or `out` is not empty.
     """
     config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or not is_old(config):
+    try:
+        converted = convert_config(config) if is_old(config) else None
+    except (AttributeError, TypeError) as error:
+        raise PHAError(f"{folder}/config.json is damaged ({error})") from error
+    if converted is None:
         raise PHAError(f"{folder} is not a model of an older version; there is nothing to convert")
     require_new_folder(out)
     with claimed(out), atomic_folder(out) as temporary:
@@ -55,5 +58,4 @@ def convert_model(folder: Path, out: Path) -> None:
                 save_file(named, temporary / file.name, metadata={"format": "pt"})
             elif file.is_file() and file.name != "config.json":
                 shutil.copy2(file, temporary / file.name)
-        text = json.dumps(convert_config(config), indent=2) + "\n"
-        (temporary / "config.json").write_text(text, encoding="utf-8")
+        write_json(temporary / "config.json", converted)

@@ -52,6 +52,8 @@ class RunFolder:
         with hold(self.path / ".lock", self._refusal) as is_held:
             for folder in (self.path, self.checkpoints, self.best):
                 remove_leftovers(folder, held=is_held, elsewhere=is_held)
+            for place in map(followed, (self.model, self.averaged)):  # which links may lead to
+                remove_leftovers(place.parent, place.name, held=is_held, elsewhere=is_held)
             try:
                 # Not in the locked file, which other processes cannot read on Windows.
                 write_text(self.owner, f"process {os.getpid()} on {platform.node()}\n")
@@ -122,6 +124,9 @@ class RunFolder:
         for section in ("model", "data", "run"):
             if not isinstance(content.get(section, {}), dict):
                 raise PHAError(f"{self.config} is not of a run of ours: {section} is no mapping")
+        modules = content.get("run", {}).get("imports", [])
+        if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+            raise PHAError(f"{self.config} is damaged: run.imports is no list of names")
         return content
 
     def read_result(self) -> RunResult:

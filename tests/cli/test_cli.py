@@ -206,10 +206,18 @@ def test_params_json_agrees_with_the_paper(pha: Pha) -> None:
     assert "pha-90m" not in pha("params", "pha-125m")
 
 
-def test_recipes(pha: Pha) -> None:
+def test_recipes(pha: Pha, tmp_path: Path) -> None:
     assert "stdlib" in pha("recipes")
     assert "learning_rate" in pha("recipes", "pha-tiny.stdlib")
     assert "sequence_length: 1024" in pha("recipes", "pha-125m.wikitext103")
+    (tmp_path / "own.yaml").write_text("run: {steps: 3}")
+    for recipe, store in (
+        (tmp_path / "own.yaml", "STORE"),
+        ("pha-tiny.text", "STORE"),
+        ("pha-tiny.stdlib", None),
+        ("pha-tiny.mqar", None),
+    ):
+        assert json.loads(pha("recipes", recipe, "--json"))["data"]["store"] == store
     keys = " ".join(pha("recipes", "--keys").split())
     assert "optimizer.state_space_learning_rate" in keys
     assert "cap on the rate of A and dt" in keys

@@ -22,6 +22,7 @@ TABLE = [
     ("train pha-tiny.tex", "pha train: ", "did you mean pha-tiny.text"),
     ("train pha-tiny.text --dryrun", "pha train: ", "did you mean --dry-run?"),
     ("train pha-tiny.text --run.global_bacth 8", "pha train: ", "did you mean run.global_batch?"),
+    ("train pha-tiny.text --run.trackers+ wandb", "pha train: ", "did you mean run.trackers?"),
     ("train pha-tiny.text --run.step=5", "pha train: ", "did you mean run.steps?"),
     ("train pha-tiny.text --model.droput 0.1", "pha train: ", "did you mean model.dropout?"),
     ("train pha-tiny.text --optim.learning-rate 1", "pha train: ", "mean optimizer.learning_rate?"),

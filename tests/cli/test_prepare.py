@@ -180,6 +180,12 @@ def test_a_pipe_is_a_source(
     assert (piped["sha256"], piped["counts"]) == (plain["sha256"], plain["counts"])
 
 
+def test_a_closed_standard_input(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    words = ["--tokenizer", "bytes", "--out", "never-made"]
+    assert "standard input is closed" in refused("prepare", "-", *words)
+
+
 def test_the_tokenizer_of_a_run(pha: Pha, tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     book.write_text("".join(TEXTS))

@@ -54,6 +54,8 @@ def test_the_command_saves_and_goes_on(folder: Path, pha: Pha) -> None:
         (["--prefix", "absent", "--prompt", "x"], "there is no file absent"),
         (["--prefix", "book.txt", "--save-state", "book.txt"], "would be lost"),
         (["--prefix", "book.txt", "--save-state", "model"], "is a folder"),
+        (["--prefix", "book.txt", "--prompt", "x", "--out", "book.txt"], "choose another --out"),
+        (["--prompts", "book.txt", "--out", "book.txt"], "choose another --out"),
         (["--prefix", "book.txt", "--prompt", "x", "--attention", "window=1"], "attention_window"),
     ],
 )
@@ -61,3 +63,4 @@ def test_mistakes_end_in_one_line(
     folder: Path, refused: Refused, words: list[str], message: str
 ) -> None:
     assert message in refused("generate", "model", *words)
+    assert Path("book.txt").read_bytes().decode() == PREFIX

@@ -165,6 +165,14 @@ def test_parts_that_do_not_belong_together(parts: Path, tmp_path: Path, refuses:
     prepare(source, "bytes", parts, part=Part(3, 4))
     with refuses("several divisions"):
         join(parts)
+    for name in ("part-2-of-3", "part-3-of-4"):
+        shutil.rmtree(parts / name)
+    shutil.copytree(parts / "part-1-of-3", parts / "part-2-of-3")
+    with refuses("part-2-of-3 does not hold part 2 of 3"):
+        join(parts)
+    prepare(source, "bytes", tmp_path / "one" / "part-1-of-1")
+    with refuses("part-1-of-1 does not hold part 1 of 1"):
+        join(tmp_path / "one")
     with refuses("no parts", "--part K/N"):
         join(tmp_path)
 

@@ -89,7 +89,9 @@ def test_every_text_survives(
         assert tokenizer.decode(TextEncoder(tokenizer).encode(text).tolist()) == text
 
 
-@pytest.mark.parametrize("spec", ["bpe:", "bpe:256", "bpe:4k", "bpe:-5", "bpe:²"])
+@pytest.mark.parametrize(
+    "spec", ["bpe:", "bpe:256", "bpe:4k", "bpe:-5", "bpe:²", "bpe:9999999", "bpe:" + "9" * 20]
+)
 def test_bpe_sizes_that_make_no_sense(spec: str, refuses: Refuses) -> None:
     with refuses(spec, "SIZE", "257"):
         load_tokenizer(spec, CORPUS)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from pha.cli import main
+from pha.conversion import convert_model
 from pha.modeling import PHAForCausalLM, PHAModel
 from pha.utils.errors import PHAError
 
@@ -45,6 +46,12 @@ def test_what_cannot_be_converted_is_refused(
     damaged.mkdir()
     (damaged / "config.json").write_text(json.dumps({"branches": ["ffn"]}))
     (damaged / "model.safetensors").write_bytes(b"\x00\x01")
+    for content in ([], {"branches": 5}, {"branches": ["ffn"], "branch_options": ["ffn"]}):
+        wrong = tmp_path / "wrong"
+        wrong.mkdir(exist_ok=True)
+        (wrong / "config.json").write_text(json.dumps(content))
+        with pytest.raises(PHAError, match=r"config\.json is damaged"):
+            convert_model(wrong, tmp_path / "again")
     for source, target, said in (
         (SAMPLES / "sequential", full, "is not empty"),
         (new, tmp_path / "again", "nothing to convert"),

@@ -244,6 +244,7 @@ def test_the_tokenizer_gives_back_what_it_is_given() -> None:
         ),
         ("mqar", {"pairs": [4], "updates": 5}, {}, "updates is 5"),
         ("mqar", {"gap": [3]}, {}, "gap is"),
+        ("mqar", {"gap": []}, {}, "gap is"),
         ("mqar", {"odds": [1.0]}, {}, "odds has 1 numbers for 4"),
         ("mqar", {}, {"far": {"pairs": [4], "rows": 0}}, "data.tests: far: rows is 0"),
         ("mqar", {}, {"far": {"peers": 4}}, "data.tests: far: task mqar has no option 'peers'"),

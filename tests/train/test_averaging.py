@@ -164,6 +164,9 @@ def test_averaging_refuses_what_does_not_fit(train_small: Train, tmp_path: Path)
     assert read_json(tmp_path / "two" / "config.json")["hidden_size"] == config["hidden_size"]
     with pytest.raises(PHAError, match=r"config\.json does not exist"):
         average_models([tmp_path / "absent"], tmp_path / "mean")
+    write_json(tmp_path / "later" / "config.json", [])
+    with pytest.raises(PHAError, match=r"config\.json is damaged"):
+        average_models([tmp_path / "later", a], tmp_path / "mean")
     data = (b / "model.safetensors").read_bytes()
     (b / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(PHAError, match="cannot be read"):

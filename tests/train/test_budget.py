@@ -7,14 +7,18 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from pha.cli import main
 from pha.data import TokenStore
+from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train import budget
 from pha.train.config import TrainConfig
+from pha.train.run import run_training
 from pha.utils.errors import PHAError
 from tests.cli.conftest import pha  # noqa: F401
 from tests.train.conftest import arguments
@@ -53,6 +57,35 @@ def test_steps_fill_the_time_and_stay_once_begun(
     trials.clear()
     assert budget.fit_budget(config, tmp_path / "run", 60, console).run.steps == 123
     assert not trials
+    (tmp_path / "run" / "config.yaml").write_text("run: {steps: many}")
+    with pytest.raises(PHAError, match=r"run\.steps is 'many'"):
+        budget.fit_budget(config, tmp_path / "run", 60, console)
+
+
+def test_a_trial_averages_and_tests_twice_where_the_run_will(
+    small_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials: list[RunResult] = []
+
+    def train(*arguments: Any) -> None:
+        result = run_training(*arguments)
+        assert result is not None
+        trials.append(result)
+
+    monkeypatch.setattr(budget, "run_training", train)
+    budget._measure(small_config(run__steps=4, run__keep_best=3, run__average_best=2))
+    budget._measure(small_config(run__steps=4))
+    assert [len(trial.candidates) for trial in trials] == [2, 1]
+
+
+def test_another_length_beside_a_budget_is_refused(
+    store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "pha-tiny.text", *arguments(store), "--budget", "1s"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2
+    assert "--budget says how long the run is, and so does run.steps" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -61,7 +94,8 @@ def test_a_run_ends_near_its_time(
     store: TokenStore,
     tmp_path: Path,
 ) -> None:
-    words = ["train", "pha-tiny.text", *arguments(store), "--budget", "40s", "--json"]
+    settings = arguments(store, run__steps="null")
+    words = ["train", "pha-tiny.text", *settings, "--budget", "40s", "--json"]
     begin = time.monotonic()
     result = json.loads(pha(*words, "--out", tmp_path / "run"))
     assert 30 < time.monotonic() - begin < 50

@@ -14,6 +14,7 @@ import pytest
 from pha.cli import main
 from pha.data import TokenStore
 from pha.runs import RunFolder
+from pha.train.cluster import ClusterJob
 from tests.train.conftest import arguments
 
 COMMANDS = {
@@ -59,10 +60,33 @@ def test_the_script_is_shell_and_shown(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_damaged_checkpoint_is_not_taken_for_a_newer_one(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "it's a run")
+    for name in ("step-9", "step-10", "step-11.damaged"):
+        (run.checkpoints / name).mkdir(parents=True)
+    script = ClusterJob(["pha-tiny.text"], run.path, "gpu", 1, 1, 1.0).script()
+    [newest] = [line for line in script.splitlines() if line.startswith("newest()")]
+    command = ["bash", "-c", f"{newest}\nnewest"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "step-10\n"
+
+
+def test_what_is_for_the_cluster_alone_is_refused_without_it(
+    store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options in (["--gpus", "4"], ["--nodes", "2"], ["--hours", "3"]):
+        with pytest.raises(SystemExit) as stop:
+            main(words(store, tmp_path / "run", *options))
+        assert stop.value.code == 2
+        assert "--nodes, --gpus and --hours are for --cluster" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--nodes", "0"], "--nodes"),
+        (["--device-tflops", "9", "--device-gb", "9"], "--device-gb"),
         (["--hours", "0.01"], "--hours"),
         (["--resume", "never"], "--resume"),
         (["--model.hidden_size", "-1"], "hidden_size"),

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import platform
 import signal
 import stat
 import subprocess
@@ -26,6 +27,8 @@ from pha.data import TokenStore, prepare
 from pha.runs import RunFolder
 from pha.train import trainer as trainer_module
 from pha.utils.errors import PHAError, TrainingInterruptedError
+from pha.utils.files import write_json
+from pha.utils.formats import read_json
 from tests.train.conftest import Train, arguments
 
 TIMES = {"seconds", "tokens_per_second", "utilisation", "data_wait"}
@@ -92,7 +95,9 @@ def test_a_run_learns_and_writes_what_it_promises(train_small: Train, tmp_path: 
 def test_interrupted_and_resumed_equals_uninterrupted(
     train_small: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, log_every: int
 ) -> None:
-    train_small = partial(train_small, optimizer__kind=kind, run__log_every=log_every)
+    # Looks of the watch after each stop would show what it depends on, dropout too.
+    changes = {"optimizer__kind": kind, "run__log_every": log_every, "run__watch_every": 1}
+    train_small = partial(train_small, **changes)
     train_small("whole")
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
@@ -375,7 +380,10 @@ def test_files_of_others_are_not_replaced(train_small: Train, tmp_path: Path) ->
     with pytest.raises(PHAError, match="holds model, which training would replace"):
         train_small()
     (disk / "theirs").unlink()
+    left = tmp_path / f".{platform.node()}-{os.getppid()}.tmp.disk"  # by a kill, beside its target
+    left.mkdir()
     train_small()
+    assert not left.exists()
     assert run.model.is_symlink()
     assert (disk / "model.safetensors").is_file()
     assert (run.path / "notes.txt").is_file()
@@ -410,12 +418,18 @@ def test_another_configuration_or_other_data_is_refused(
     for file in text_folder.iterdir():
         (copy / file.name).write_text(file.read_text() + "more.\n")
     other = prepare(str(copy), "bytes", tmp_path / "store")
+    before = RunFolder(tmp_path / "run").config.read_text()
     with pytest.raises(PHAError, match="is not the data"):
         train_small(data__store=str(other.path))
+    assert RunFolder(tmp_path / "run").config.read_text() == before
     monkeypatch.undo()
     train_small()
     with pytest.raises(PHAError, match="finished, on other data"):
         train_small(data__store=str(other.path))
+    result = RunFolder(tmp_path / "run").result
+    write_json(result, read_json(result) | {"data": {}})
+    with pytest.raises(PHAError, match="finished, on other data"):
+        train_small()
 
 
 def test_init_from_starts_from_its_weights(
@@ -443,6 +457,11 @@ def test_a_key_that_a_run_does_not_have_yet_had_its_default(
         train_small(optimizer__kind="muon")
 
 
+@pytest.mark.parametrize("seed", [20260101, 1 << 53])
+def test_a_seed_may_be_large(train_small: Train, seed: int) -> None:
+    assert train_small(run__seed=seed, run__steps=1).seed == seed
+
+
 def test_too_little_data_is_refused(train_small: Train) -> None:
     with pytest.raises(PHAError, match=r"lower run\.global_batch"):
         train_small(run__global_batch=100000)
@@ -461,9 +480,14 @@ def test_a_folder_with_the_configuration_of_something_else(
     train_small: Train, tmp_path: Path
 ) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("run: fast\n")
-    with pytest.raises(PHAError, match="not of a run of ours: run is no mapping"):
-        train_small()
+    for text, said in (
+        ("run: fast\n", "not of a run of ours: run is no mapping"),
+        ("run: {imports: null}\n", "run.imports is no list of names"),
+        ("run: {imports: [5]}\n", "run.imports is no list of names"),
+    ):
+        (tmp_path / "run" / "config.yaml").write_text(text)
+        with pytest.raises(PHAError, match=said):
+            train_small()
 
 
 def test_post_norm_and_sequential_and_plateau_train_too(train_small: Train) -> None:

@@ -18,6 +18,8 @@ from pha.modeling import PHAConfig, PHAForCausalLM
 from pha.runs import RunFolder
 from pha.train import saving
 from pha.train.checkpoint import Progress, load_checkpoint
+from pha.train.config import OptimizerConfig
+from pha.train.optim import make_optimizer
 from pha.train.saving import Saver, Snapshot, save_checkpoint
 
 
@@ -126,3 +128,19 @@ def test_nothing_is_written_after_what_could_not_be(
         saver.wait()
     saver.thread.shutdown()
     assert not saver.run.checkpoint_steps()
+
+
+def test_a_matrix_that_has_had_no_gradient_goes_on_from_a_checkpoint(
+    model: PHAForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    optimizer = make_optimizer(model, OptimizerConfig(kind="muon"))
+    late = model.get_parameter("model.layers.0.branches.gss.W_C.weight")
+    late.requires_grad = False
+    with Saver(RunFolder(tmp_path), model, optimizer, tokenizer, main=True) as saver:
+        take_a_step(saver)
+        saver.save_checkpoint(Progress(step=1), 1, None)
+    late.requires_grad = True
+    load_checkpoint(RunFolder(tmp_path).checkpoint(1), model, optimizer)
+    before = late.clone()
+    take_a_step(saver)
+    assert not torch.equal(late, before)

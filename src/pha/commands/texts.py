@@ -28,6 +28,7 @@ from pha.commands.common import (
 )
 from pha.data.readers import Meter, kind_of, read_json_lines, read_text
 from pha.utils.errors import PHAError
+from pha.utils.files import followed
 from pha.utils.formats import decode, read_file, require_encodable, to_json
 from pha.utils.outputs import require_file, require_outputs, writing
 
@@ -99,8 +100,9 @@ def generate(
     require_file(out)
     if prefix is not None:
         _require_there(prefix)
-    if out is not None and prompts is not None and out.exists() and out.samefile(prompts):
-        raise PHAError(f"{out} holds the prompts; choose another --out")
+    others = (prompts, prefix, load_state, save_state)
+    if out is not None and followed(out) in [followed(path) for path in others if path]:
+        raise PHAError(f"{out} is read or written besides; choose another --out")
     from pha.evals.generation import Sampling, Speed
     from pha.evals.generation import generate as continue_texts
     from pha.loading import load_model

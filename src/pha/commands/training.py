@@ -199,7 +199,7 @@ def train(
     from pha.train.budget import fit_budget, read_seconds
     from pha.train.cluster import ClusterJob
     from pha.train.plan import Card
-    from pha.train.recipes import as_words, load_recipe
+    from pha.train.recipes import LENGTHS, as_words, load_recipe, parse_overrides
     from pha.train.run import run_training
     from pha.train.session import open_session, print_plan
 
@@ -211,17 +211,25 @@ def train(
     before = RunFolder(out or Path("runs") / file_name(recipe)).read_config().get("run", {})
     import_modules(before.get("imports", []), "run.imports")
     if budget is not None:
+        asked = parse_overrides(words)
+        if given := [key for key in LENGTHS if asked.get(key) is not None]:
+            raise PHAError(f"--budget says how long the run is, and so does {given[0]}; give one")
         words += ["--run.steps", "1"]
     config = load_recipe(recipe, words)
     out = out or Path("runs") / file_name(str(config.recipe))
     console = outcome_console(json) if dry_run else progress_console()
     if devices is not None and (devices < 1 or not dry_run):
         raise PHAError("--devices is for --dry-run, and at least 1; torchrun starts processes")
+    if cluster is None and (nodes, gpus, hours) != (1, 8, 24.0):
+        raise PHAError("--nodes, --gpus and --hours are for --cluster; torchrun starts processes")
     if cluster is not None and budget is not None:
         raise PHAError("--budget measures this machine; with --cluster give run.steps")
     if cluster is not None:
-        if resume == "never" or devices is not None:
-            raise PHAError("--cluster goes on with what is there; leave out --resume and --devices")
+        if resume == "never" or (devices, device_tflops, device_gb) != (None, None, None):
+            raise PHAError(
+                "--cluster goes on with what is there; leave out --resume, --devices, "
+                "--device-tflops and --device-gb"
+            )
         words += as_words({"run.imports": config.run.imports})
         job = ClusterJob([recipe, *words], out, cluster, nodes, gpus, hours)
         if dry_run:
@@ -302,9 +310,7 @@ def recipes(recipe: Recipe | None = None, *, keys: bool = False, json: Json = Fa
         return
     if recipe is not None:
         # A recipe without data of its own needs some to be shown.
-        text = protocols().get(recipe.rpartition(".")[2], "source:")
-        config = load_recipe(recipe, [] if "source:" in text else ["--data.store", "STORE"])
-        content = config.to_dict()
+        content = load_recipe(recipe, defaults={"data.store": "STORE"}).to_dict()
         answer(json, content, yaml.safe_dump(content, sort_keys=False).rstrip("\n"))
         return
     about = {name: describe(text) for name, text in protocols().items()}

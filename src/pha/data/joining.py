@@ -36,7 +36,7 @@ def join(folder: Path, progress: Progress | None = None) -> TokenStore:
     with claimed(folder / RECORD):
         stores = [TokenStore.open(folder / part.folder, verify=False) for part in parts]
         records = [read_json(store.path / RECORD) for store in stores]
-        _require_alike(stores, records)
+        _require_alike(folder, parts, records)
         record = {key: value for key, value in records[0].items() if key != "part"}
         record["split"] = record["split"] | {"sha256": _split_sha256(stores, records)}
         record["splits"] = _join_splits(stores, records, progress or (lambda state: None))
@@ -67,22 +67,27 @@ def _find_parts(folder: Path) -> list[Part]:
     return sorted(found)
 
 
-def _require_alike(stores: Sequence[TokenStore], records: Sequence[dict[str, Any]]) -> None:
-    """Refuse parts that do not belong together, in words for what differs."""
-    first, *_ = (_shared(record) for record in records)
-    for store, record in zip(stores, records, strict=True):
-        for words, value in _shared(record).items():
+def _require_alike(folder: Path, parts: Sequence[Part], records: Sequence[dict[str, Any]]) -> None:
+    """Refuse folders that hold other parts, and parts that do not belong together."""
+    first: dict[str, Any] = {}
+    for part, record in zip(parts, records, strict=True):
+        path, own = folder / part.folder, record.get("part")
+        # A copy under the name of another part would have its text twice, and that of the other
+        # not at all.
+        if not isinstance(own, dict) or [own.get("number"), own.get("of")] != [*part]:
+            raise PHAError(f"{path} does not hold {part}: make it again, or give it its own name")
+        shared = _shared(record)
+        first = first or shared
+        for words, value in shared.items():
             if value != first[words]:
-                raise PHAError(
-                    f"{store.path} has another {words} than part 1: prepare one of them again"
-                )
+                raise PHAError(f"{path} has another {words} than part 1: prepare one of them again")
 
 
 def _shared(record: dict[str, Any]) -> dict[str, Any]:
-    rule = {key: value for key, value in record["split"].items() if key != "sha256"}
+    rule = {key: value for key, value in record.get("split", {}).items() if key != "sha256"}
     return {
         "source": record["description"],
-        "list of files": record["part"]["listing"],
+        "list of files": record["part"].get("listing"),
         "tokenizer": record["tokenizer_sha256"],
         "separator": record["separator"],
         "rule of the split": rule,
@@ -97,7 +102,7 @@ def _split_sha256(stores: Sequence[TokenStore], records: Sequence[dict[str, Any]
         if not path.is_file():
             raise unusable(path, "is missing")
         _read(path, own.update, whole.update)
-        if own.hexdigest() != record["split"]["sha256"]:
+        if own.hexdigest() != record.get("split", {}).get("sha256"):
             raise unusable(path, "is not what was written for this part")
     return whole.hexdigest()
 

@@ -92,6 +92,8 @@ def open_sources(specs: Sequence[str], options: SourceOptions | None = None) -> 
 
 def _keep_standard_input() -> Path:
     """A file with what comes through the pipe, for as long as this process lives."""
+    if sys.stdin is None:
+        raise PHAError("standard input is closed: give a text through a pipe, or name a file")
     folder = Path(tempfile.mkdtemp(prefix="pha-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     begin = sys.stdin.buffer.read(1)

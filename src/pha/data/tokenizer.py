@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from pha.data.encoding import TextEncoder, byte_vocabulary
 from pha.utils.errors import PHAError
 from pha.utils.files import sha256_file, user_path
 from pha.utils.formats import read_json
+from pha.utils.text import shorten
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 
+_MOST_ENTRIES = 1 << 20  # of a BPE that is trained here
 _SAVED = "tokenizer.json"
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _BPE_PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
@@ -149,8 +152,12 @@ def _byte_level_bpe(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, s
 def _bpe_size(spec: str) -> int:
     digits = spec.removeprefix("bpe:")
     smallest = 256 + 1
-    if not (digits.isascii() and digits.isdigit() and int(digits) >= smallest):
-        raise PHAError(f"tokenizer {spec!r}: SIZE in bpe:SIZE is a number from {smallest}")
+    # `tokenizers` sets memory for all entries aside at once, and aborts where there is not enough.
+    if not (re.fullmatch(r"[0-9]{1,7}", digits) and smallest <= int(digits) <= _MOST_ENTRIES):
+        raise PHAError(
+            f"tokenizer {shorten(repr(spec), 40)}: SIZE in bpe:SIZE is a number from {smallest} to "
+            f"{_MOST_ENTRIES}"
+        )
     return int(digits)
 
 

@@ -63,7 +63,7 @@ class MQAR(Task):
         """See `Task.check`."""
         require(min(self.keys, self.values) > 0 <= self.noise, "keys and values must be above 0")
         require_odds("pairs", self.pairs, self.odds)
-        gap = self.gap or [0, 0]
+        gap = [0, 0] if self.gap is None else self.gap
         fits = len(gap) == 2 and 0 <= gap[0] <= gap[1]
         require(fits, f"gap is {self.gap}; give the fewest and the most tokens, such as [0, 64]")
         require(self.gap is None or self.noise > 0, "a gap is filled with noise; noise is 0")

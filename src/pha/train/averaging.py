@@ -12,12 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pha.train.checkpoint import TRAINING_FILES
 from pha.utils.errors import PHAError
 from pha.utils.files import atomic_folder, write_json
 from pha.utils.formats import read_json
 
 WEIGHTS = "model.safetensors"
-TRAINING_FILES = {"optimizer.safetensors", "optimizer.pt", "carried.safetensors", "trainer.json"}
 
 
 def average_weights(folders: Sequence[Path]) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ def average_models(folders: Sequence[Path], out: Path) -> None:
     """Write the average of saved models as a model, with the first one's files, atomically.
 
     Raises:
-        PHAError: see `average_weights`; or the models differ in configuration.
+        PHAError: see `average_weights`; or a configuration that is damaged, or another one.
     """
     first = folders[0]
     shape = _shape(first)
@@ -75,5 +75,7 @@ def average_models(folders: Sequence[Path], out: Path) -> None:
 
 def _shape(folder: Path) -> dict[str, object]:
     """The configuration of a saved model, but for how and by which version it was saved."""
-    config: dict[str, object] = read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise PHAError(f"{folder}/config.json is damaged; get it again")
     return {k: v for k, v in config.items() if k not in ("dtype", "transformers_version")}

@@ -56,8 +56,10 @@ def fit_budget(config: TrainConfig, out: Path, seconds: float, console: Console)
         raise PHAError("--budget measures one process; with several give run.steps")
     begun = RunFolder(out).read_config().get("run", {}).get("steps")
     if begun is not None:
+        if type(begun) is not int:
+            raise PHAError(f"{RunFolder(out).config} is damaged: run.steps is {begun!r}")
         console.print(f"{out} has begun with {begun} steps", highlight=False, soft_wrap=True)
-        return _with_steps(config, int(begun))
+        return _with_steps(config, begun)
     begin = time.monotonic()
     steps = _FIRST
     while True:
@@ -89,7 +91,8 @@ def _with_steps(config: TrainConfig, steps: int) -> TrainConfig:
 
 def _measure(config: TrainConfig) -> tuple[float, float]:
     """Seconds of a step, and of all that the run does besides, by a run that is thrown away."""
-    run = replace(config.run, log_every=1, evaluate_every=None, evaluations=1, trackers=[])
+    made = 1 if config.run.average_best == 1 else 2  # evaluations, as one cannot be averaged
+    run = replace(config.run, log_every=1, evaluate_every=None, evaluations=made, trackers=[])
     with TemporaryDirectory() as folder:
         place = RunFolder(Path(folder) / "trial")
         begin = time.monotonic()
@@ -104,4 +107,4 @@ def _measure(config: TrainConfig) -> tuple[float, float]:
     every = config.run.evaluate_every
     if every is not None:
         return step + evaluation / every, rest
-    return step, rest + (config.run.evaluations - 1) * evaluation
+    return step, rest + (config.run.evaluations - made) * evaluation

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ FORMAT = 5  # up to 4 the optimiser's state was in `optimizer.pt`; 3 had none of
 
 MOMENTS, CARRIED = "optimizer.safetensors", "carried.safetensors"
 OLD_MOMENTS = "optimizer.pt"
+TRAINING_FILES = {MOMENTS, CARRIED, OLD_MOMENTS, "trainer.json"}
+"""Of a checkpoint, beside the model."""
 
 
 class DamagedError(PHAError):
@@ -154,7 +157,7 @@ def load_checkpoint(
             raise PHAError(f"checkpoint {folder} belongs to another model; choose another --out")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if moments is not None:
-            state = {number: {} for number in range(len(parameters))}
+            state = defaultdict(dict)  # none of a parameter that has had no gradient yet
             names = {id(p): name for name, p in model.named_parameters()}
             numbers = {names[id(p)]: number for number, p in enumerate(parameters)}
             for place, x in moments.items():

@@ -30,7 +30,7 @@ SCRIPT = """\
 #SBATCH --signal=B:USR1@{notice}
 set -uo pipefail
 
-newest() {{ ls {checkpoints} 2>/dev/null | sort -V | tail -n 1; }}
+newest() {{ ls {checkpoints} 2>/dev/null | grep -x 'step-[0-9]*' | sort -V | tail -n 1; }}
 
 trap 'scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={notice}

@@ -69,11 +69,10 @@ def require_keys(names: Iterable[str]) -> None:
     """
     keys = recipe_keys()
     for name in names:
-        whole = name.removesuffix("+")  # which appends to a list
-        first, inside = ".".join(whole.split(".")[:2]), whole.count(".") > 1
+        first, inside = ".".join(name.split(".")[:2]), name.count(".") > 1
         if first not in keys or (inside and get_origin(keys[first].hint) is not dict):
             raise PHAError(
-                f"there is no key {whole}{_hint(whole)} (`pha recipes --keys` lists all of them)"
+                f"there is no key {name}{_hint(name)} (`pha recipes --keys` lists all of them)"
             )
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -88,8 +89,9 @@ def _read(recipe: str) -> tuple[str, dict[str, Any]]:
 
 
 # Of these a configuration gives one: naming it drops the others.
+LENGTHS = ("run.steps", "run.epochs", "run.flops")
 _EXCLUSIVE = (
-    ("run.steps", "run.epochs", "run.flops"),
+    LENGTHS,
     ("data.store", "data.source", "data.task"),
 )
 
@@ -164,13 +166,16 @@ def as_words(settings: Mapping[str, Any]) -> list[str]:
 
 
 def load_recipe(
-    recipe: str, overrides: Sequence[str] | Mapping[str, Any] | None = None
+    recipe: str,
+    overrides: Sequence[str] | Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> TrainConfig:
     """A recipe as a checked configuration.
 
     Args:
         recipe: `PRESET.PROTOCOL`, or the path of a YAML file.
         overrides: command-line arguments such as `["--run.steps", "100"]`, or settings.
+        defaults: settings for what the recipe leaves open, such as the data.
 
     Raises:
         PHAError: no such recipe, an unknown key, a wrong type, an impossible value.
@@ -180,7 +185,7 @@ def load_recipe(
     name = content.pop("recipe", None) or name
     if not isinstance(overrides, Mapping):
         overrides = parse_overrides(overrides or [])
-    settings = merge(_flat(content, recipe), overrides)
+    settings = merge(defaults, _flat(content, recipe), overrides)
     modules = settings.get("run.imports") or []
     if not isinstance(modules, list) or not all(isinstance(each, str) for each in modules):
         raise PHAError(f"run.imports is {modules!r}; give a list of names of modules")

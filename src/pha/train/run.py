@@ -46,7 +46,7 @@ def run_training(
     plan, run, console = session.plan, session.run, session.console
     if run.result.is_file():
         finished = run.read_result()
-        if finished.data["sha256"] != session.data.sha256:
+        if finished.data.get("sha256") != session.data.sha256:
             raise PHAError(f"{out} is finished, on other data; choose another --out")
         console.print(f"{out} is finished; its result.json is as it was", soft_wrap=True)
         return finished if session.accelerator.is_main_process else None
@@ -108,10 +108,6 @@ def _train(session: Session) -> Progress:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     accelerator.wait_for_everyone()  # all have looked at the folder before anything appears in it
-    if accelerator.is_main_process:
-        run.path.mkdir(parents=True, exist_ok=True)
-        write_text(run.config, yaml.safe_dump(config.to_dict(), sort_keys=False))
-    start_trackers(accelerator, config, run)
     model, tokenizer = make_model(config), data.tokenizer()
     # So that generation from a saved model ends where a document does.
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -121,6 +117,9 @@ def _train(session: Session) -> Progress:
             raise PHAError(f"{data.name} is not the data that {run.path} was trained on")
         session.console.print(f"continuing after step {trainer.progress.step}", highlight=False)
     trainer.progress.data_sha256 = data.sha256
+    if accelerator.is_main_process:  # only now, as a refusal changes nothing of a run that is there
+        write_text(run.config, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    start_trackers(accelerator, config, run)
     progress = trainer.train()
     if config.run.trackers:
         accelerator.end_training()

@@ -283,15 +283,17 @@ class Trainer:
             if self.split is not None:
                 inputs = self.split.cut(inputs)
                 seed += self.split.pieces.rank << 34
+            # Dropout is a pure function of the seed and of which sequences these are, in whichever
+            # process: no generator has a state. Of a large seed, torch takes the low bits.
+            seed %= 1 << 64
             if piece == 0 and self.watch is not None:
+                torch.manual_seed(seed)  # as it would go on from where the last step left it
                 self.watch.before(step + 1, inputs)
             given = inputs
             if self.carried is not None:
                 given = self.carried.enter(step, piece, inputs)
             if self.split is not None:
                 given = inputs | {"past_key_values": self.split.past()}
-            # Dropout is a pure function of the seed and of which sequences these are, in whichever
-            # process: no generator has a state.
             torch.manual_seed(seed)
             with self._adding_up(piece == last):
                 total += self._backward(given, labels)
