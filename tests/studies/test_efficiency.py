@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pha.bench.runner import Request
 from pha.studies import efficiency
-from pha.studies.definition import Study, load_study, scales
+from pha.studies.definition import Benchmark, Study, load_study, scales
 from pha.studies.study import run_efficiency
 
 
@@ -42,7 +42,7 @@ def row(request: Request, model: str, speeds: list[float], memory: float) -> dic
 @pytest.fixture
 def study() -> Study:
     chosen = load_study("efficiency")
-    small = {"modes": ["prefill"], "lengths": [64, 128], "batch": 1, "precision": "fp32"}
+    small = Benchmark(modes=["prefill"], lengths=[64, 128], batch=1, precision="fp32")
     return replace(chosen, benchmark={"tiny": small})
 
 
@@ -92,7 +92,7 @@ def test_rows_become_gains_with_intervals_and_are_kept(
         ("prefill", 128),
     ]
 
-    other = {"modes": ["prefill"], "lengths": [64, 256], "batch": 2, "precision": "fp32"}
+    other = Benchmark(modes=["prefill"], lengths=[64, 256], batch=2, precision="fp32")
     changed = replace(study, benchmark={"tiny": other})
     list(efficiency.measure(changed, scales()["tiny"], tmp_path, console))
     assert [(each.lengths, each.batch) for each in calls[2:]] == [((64,), 2), ((256,), 2)]

@@ -294,6 +294,9 @@ def test_the_list_names_every_study(capsys: pytest.CaptureFixture[str]) -> None:
     assert "branches" in capsys.readouterr().out
 
 
+BENCHMARK = {"modes": ["train"], "lengths": [8], "batch": 1, "precision": "fp32"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -310,6 +313,17 @@ def test_the_list_names_every_study(capsys: pytest.CaptureFixture[str]) -> None:
         ({"plots": ["settings"]}, "settings go along an axis"),
         ({"probe_length": 1}, "probe_length is 1; give at least 2"),
         ({"tune": {"key": "optimizer.learning_rate", "values": []}}, "tune has no values"),
+        ({"tune": {"key": "run.steps", "values": [1.0], "sets": {}}}, "did you mean set"),
+        ({"over": {"rate": {}}}, "has no variants"),
+        ({"plots": ["laws"]}, "go along an axis"),
+        ({"plots": ["shares"]}, "give one variant"),
+        ({"kind": "mixing"}, "give one variant"),
+        ({"benchmark": {"tiny": {"modes": [], "lengths": [], "batch": 1}}}, "precision is missing"),
+        ({"benchmark": {"tiny": BENCHMARK | {"run": 1}}}, "did you mean runs"),
+        (
+            {"kind": "efficiency", "variants": {"full": {"model": "pha", "set": {"a": 1}}}},
+            "leave out set",
+        ),
     ],
 )
 def test_a_study_file_is_checked(change: dict[str, Any], message: str) -> None:

@@ -51,13 +51,13 @@ def requests(study: Study, scale: Scale) -> list[Request]:
             mode=mode,
             models=tuple(scale.model(variant.model).preset for variant in _order(study)),
             lengths=(length,),
-            batch=given["batch"],
-            precisions=(given["precision"],),
-            runs=given.get("runs", 3),
-            seconds=given.get("seconds", 2.0),
+            batch=given.batch,
+            precisions=(given.precision,),
+            runs=given.runs,
+            seconds=given.seconds,
         )
-        for mode in given["modes"]
-        for length in given["lengths"]
+        for mode in given.modes
+        for length in given.lengths
     ]
 
 
