@@ -350,6 +350,26 @@ def test_folders_are_named_by_content(store: TokenStore, tmp_path: Path) -> None
     assert len({folder(), folder("--run.steps=9"), folder("--model.dropout=0.1")}) == 3
 
 
+def test_variants_that_come_to_one_run_are_refused(store: TokenStore, tmp_path: Path) -> None:
+    data = {"data.store": str(store.path)}
+    window = {"model": "pha", "set": {"model.attention_window": 16}}
+    variants = {"all": {"model": "pha"}, "window": window}
+    content = {"title": "T", "question": "Q?", "variants": variants}
+    chosen, scale = parse_study("x", content), scales()["tiny"]
+    assert (
+        len(plan_study(chosen, scale, [0], tmp_path, {"data.store": str(store.path)}).jobs()) == 2
+    )
+    with pytest.raises(PHAError, match="all and window come to the same run"):
+        plan_study(chosen, scale, [0], tmp_path, data | {"model.attention_window": 8})
+    assert [each.name for each in only(chosen, ["all", "all"]).variants] == ["all"]
+
+
+def test_a_task_has_no_text_to_probe(tmp_path: Path) -> None:
+    chosen = replace(load_study("recall"), probes=["position"])
+    with pytest.raises(PHAError, match="the task mqar has none"):
+        plan_study(chosen, scales()["tiny"], [0], tmp_path, {})
+
+
 TUNED = """
 title: Rates
 question: Which?
