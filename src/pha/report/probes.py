@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +30,14 @@ _NOTE = (
 
 
 def panels_of(readings: Readings) -> list[Panel]:
-    """The panels that all readings share, each with the points of the first model that has most."""
+    """The panels that all readings share, each with the points of all, those of most first."""
     every = [reading for of_model in readings.values() for reading in of_model]
-    together = zip(*(reading.panels for reading in every), strict=True)
-    return [max(panels, key=lambda panel: len(panel.points)) for panels in together]
+    found = []
+    for panels in zip(*(reading.panels for reading in every), strict=True):
+        most = max(panels, key=lambda panel: len(panel.points))
+        points = {point.label: point for panel in (most, *panels) for point in panel.points}
+        found.append(replace(most, points=list(points.values())))
+    return found
 
 
 def estimates(
