@@ -81,6 +81,7 @@ def test_models_of_other_branches_stand_side_by_side(
         {name: [PROBES["need"](each, question, None)] for name, each in (("a", writer), ("b", two))}
     )
     rows = {row[0]: row[2:] for row in table.sections[0].rows}
+    assert {row[1] for row in table.sections[0].rows} == {f"{T * WINDOWS}"}
     assert rows["aux_ffn, layer 0"][1] == rows["extended_gss, layer 0"][0] == DASH
     assert DASH not in rows["gss, layer 0"]
     state, attention = PROBES["horizon"](two, question, None).panels

@@ -14,7 +14,7 @@ from pha.evals.compare import Interval
 from pha.evals.probes.reading import Panel, Readings, estimate
 from pha.report import plots
 from pha.report.tables import Section, TextTable
-from pha.utils.text import DASH
+from pha.utils.text import DASH, fixed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,11 +69,11 @@ def probe_tables(readings: Readings) -> list[TextTable]:
         if panel.reference is not None and not others:
             less = estimates(readings, number, first, less=panel.reference)
             contrasts = [(f"less that at {panel.reference}", less)]
-        tokens = columns[0][1]
+        tokens = {k: v.tokens for _, every in reversed(columns) for k, v in every.items()}
         rows = [
             [
                 point.label,
-                f"{tokens[point.label].tokens:,}" if point.label in tokens else DASH,
+                fixed(tokens.get(point.label), 0),
                 *(_show(values.get(point.label)) for _, values in columns),
                 *(_show(values.get(point.label), signed=True) for _, values in contrasts),
             ]
