@@ -284,6 +284,7 @@ def test_mistakes_are_one_line(
         ["study", f"{tmp_path}/mine.yaml", *out], capsys
     )
     assert "does not exist" in fails(["study", f"{tmp_path}/none.yaml", *out], capsys)
+    assert "leave out --data" in fails(["study", "recall", *data, *out], capsys)
     assert not (tmp_path / "out" / "runs").exists()
 
 

@@ -61,6 +61,9 @@ def plan_study(
             variants of one run, or probes of a task.
     """
     find_published(study.published)
+    named = bool(asked.keys() & {"data.store", "data.source"})
+    if named and study.kind == "tasks":
+        raise PHAError(f"study {study.name} draws its own data; leave out --data")
     protocol = study.protocol or scale.protocol
     if study.tune is not None and study.tune.key not in asked:
         tune = study.tune
@@ -88,8 +91,7 @@ def plan_study(
         settings.pop("run.seed", None)
         recipe = f"{model.preset}.{protocol}" if protocol else model.preset
         config = load_recipe(recipe, settings)
-        named = config.data.task or asked.keys() & {"data.store", "data.source"}
-        if scale.needs_data and not named:
+        if scale.needs_data and not (named or config.data.task):
             raise PHAError(
                 f"{scale.words} needs a token store; make one with `pha prepare FOLDER "
                 "--tokenizer bpe:8192 --out STORE` and add --data STORE"
