@@ -118,6 +118,18 @@ def test_a_stopped_study_has_the_tables_of_what_was_measured(
     )
 
 
+def test_a_table_names_all_machines_that_it_is_of(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(request: Request, progress: Any) -> list[dict[str, Any]]:
+        rows = [row(request, model, [1.0, 1.0, 1.0], 1e9) for model in request.models]
+        return [each | {"device": f"machine {request.lengths[0]}"} for each in rows]
+
+    monkeypatch.setattr(efficiency, "run_benchmark", measured)
+    *_, found = efficiency.measure(study, scales()["tiny"], tmp_path, Console(file=io.StringIO()))
+    assert "machine 64, fp32 and machine 128, fp32" in found.tables[0].sections[0].about
+
+
 def test_a_case_that_fails_is_a_row(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
