@@ -146,7 +146,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("before", type=Path, help="the other checkout")
     parser.add_argument("--pairs", type=int, default=6)
-    parser.add_argument("--cases", nargs="*", default=[c for c in CASES if "bf16" not in c])
+    usual = [case for case in CASES if "bf16" not in case]
+    parser.add_argument("--cases", nargs="*", default=usual, choices=CASES, metavar="CASE")
     parser.add_argument("--prepare", metavar="FILE")
     parser.add_argument("--tokenizer", default="bytes")
     parser.add_argument("--json", type=Path)

@@ -22,6 +22,14 @@ from pha.utils.hardware import default_device, provenance, seconds_of
 LEAST = 20.0  # microseconds of a kernel that is worth a line
 
 
+def read_job(text: str) -> Job:
+    """A job from `MODE:MODEL:BATCHxLENGTH[:compiled]`, where MODEL may have a colon."""
+    mode, _, rest = text.partition(":")
+    model, _, size = rest.removesuffix(":compiled").rpartition(":")
+    batch, length = map(int, size.split("x"))
+    return Job(mode, model, "bf16", batch, length, compiled=text.endswith(":compiled"))
+
+
 def measure(job: Job, device: torch.device) -> dict[str, Any]:
     """Seconds of one unit of the work, and its kernels, the longest first."""
     work = MODEL_MODES[job.mode](job, device)
@@ -53,11 +61,7 @@ def main(out: Path, *jobs: str) -> None:
     if device.type != "cuda":
         sys.exit("kernel_times: there is no CUDA device here")
     for text in jobs:
-        mode, model, size, *rest = (
-            text.rsplit(":", 3) if "compiled" in text else text.rsplit(":", 2)
-        )
-        batch, length = map(int, size.split("x"))
-        job = Job(mode, model, "bf16", batch, length, compiled=bool(rest))
+        job = read_job(text)
         found.append({"job": text} | measure(job, device))
         print(f"{text}: {found[-1]['wall_seconds'] * 1e3:.2f} ms, {found[-1]['setting']}")
         for row in found[-1]["kernels"][:20]:

@@ -25,6 +25,7 @@ from pha.model.parameters import count_parameters
 from pha.model.presets import preset_config
 from pha.peers import PEERS, count_multiplied, peer_names
 from pha.utils.errors import PHAError
+from scripts.kernel_times import read_job
 
 META = torch.device("meta")
 CPU = torch.device("cpu")
@@ -115,6 +116,14 @@ def test_presets_can_be_changed_in_their_names() -> None:
     peer = Train(Job("train", "hf:gpt2-tiny+gradient_checkpointing", "fp32", 1, 8), CPU)
     assert peer.model.is_gradient_checkpointing
     assert "loss over all logits" in peer.setting
+
+
+def test_jobs_of_the_profiler_may_be_of_peers() -> None:
+    job = read_job("train:hf:gpt2:32x1024:compiled")
+    assert (job.mode, job.model, job.batch, job.length) == ("train", "hf:gpt2", 32, 1024)
+    assert job.compiled
+    job = read_job("prefill:pha-180m+attention_window=64:1x2048")
+    assert (job.model, job.length, job.compiled) == ("pha-180m+attention_window=64", 2048, False)
 
 
 def test_a_peer_can_be_trained_with_our_loss() -> None:

@@ -70,6 +70,8 @@ def answers(speed: float) -> dict[str, Any]:
         ({"mode": "loss", "models": ("pha-tiny",), "backends": ("x",)}, "loss has no backend 'x'"),
         ({"mode": "loss", "models": ("pha-tiny",), "compiled": True}, "no compiled form"),
         ({"mode": "kernels"}, "hf:gpt2-tiny is not one"),
+        ({"models": ("hf:gpt2-tiny+chunked_loss",)}, "is a way to train"),
+        ({"models": ("pha-tiny+gradient_checkpointing",)}, "is a way to train"),
     ],
 )
 def test_impossible_requests_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -306,6 +308,9 @@ def test_a_failed_row_says_why_below_the_table(
         (("prefill", "--lengths", "ten"), "not a list of whole numbers"),
         (("prefill", "--models", "hf:nothing"), "there is no model 'hf:nothing'"),
         (("sleep",), "invalid choice: 'sleep'"),
+        (("train", "--scale", "tiny"), "train takes no --scale"),
+        (("sweep", "--seconds-limit", "9"), "sweep takes no --seconds-limit"),
+        (("sweep", "--precision", "fp32,bf16"), "one --precision at a time"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -106,6 +106,11 @@ def test_the_command_resumes_its_own_file(
     with pytest.raises(SystemExit):
         main(words)
     assert "is of another device (another); choose another --out" in capsys.readouterr().err
+    del record["rows"]
+    (tmp_path / "bench-all.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "bench-all.json: bench.rows is missing" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,7 +125,7 @@ def test_a_dry_run_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> Non
 def test_what_the_set_says_itself_is_not_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["bench", "all", "--batch", "3"])
-    assert "all has its own batch; leave --batch out" in capsys.readouterr().err
+    assert "all takes no --batch; leave it out" in capsys.readouterr().err
 
 
 def test_a_gpu_that_no_longer_answers_ends_it(

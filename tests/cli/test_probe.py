@@ -97,7 +97,8 @@ def test_losses_of_something_else_are_refused(
     assert "is of the validation split; add --split validation" in refused(
         "compare", a, part, *data
     )
-    assert "leave out options of windows" in refused("compare", a, a, *data, "--stride", 4)
+    for option in (("--stride", 4), ("--precision", "bf16")):
+        assert "leave out options of windows" in refused("compare", a, a, *data, *option)
     assert "is not a file of `pha eval --nats`" in refused("compare", a, runs[1], *data)
     (tmp_path / "text").write_text("no losses")
     assert "is not a file of" in refused("compare", a, tmp_path / "text", *data)

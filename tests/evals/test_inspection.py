@@ -17,7 +17,9 @@ from pha.evals.inspection import Inspection, inspect_model, inspect_weights
 from pha.evals.probes import PROBES, Question
 from pha.loading import LoadedModel
 from pha.model.silence import branches_of, cut, silenced
+from pha.report.probes import probe_tables
 from pha.utils.errors import PHAError
+from pha.utils.text import DASH
 from tests.cli.conftest import Pha, Refused
 from tests.cli.conftest import pha as pha
 from tests.cli.conftest import refused as refused
@@ -67,6 +69,23 @@ def test_probes_and_inspections_agree(
         nats = needed.pop(f"{each.branch}, {where}")
         assert nats == pytest.approx(each.nats["mean"].mean, abs=1e-9)
     assert not needed
+
+
+def test_models_of_other_branches_stand_side_by_side(
+    writer: LoadedModel, store: TokenStore
+) -> None:
+    config = small_config(vocab_size=257, branches=["gss", "extended_gss", "attention"])
+    two = LoadedModel(Path("two"), scrambled(config).requires_grad_(False), writer.tokenizer, None)
+    question = Question(store, "test", T, max_tokens=T * WINDOWS)
+    [table] = probe_tables(
+        {name: [PROBES["need"](each, question, None)] for name, each in (("a", writer), ("b", two))}
+    )
+    rows = {row[0]: row[2:] for row in table.sections[0].rows}
+    assert {row[1] for row in table.sections[0].rows} == {f"{T * WINDOWS}"}
+    assert rows["aux_ffn, layer 0"][1] == rows["extended_gss, layer 0"][0] == DASH
+    assert DASH not in rows["gss, layer 0"]
+    state, attention = PROBES["horizon"](two, question, None).panels
+    assert [p.label for p in state.points] == [p.label for p in attention.points] == ["1", "4"]
 
 
 def test_need_is_the_rise_of_the_loss(
@@ -162,7 +181,7 @@ def test_other_blocks_and_mixers(store: TokenStore) -> None:
     assert found.hand_off[0].rho["mamba2"] in (None, pytest.approx(0, abs=1e-4))
     assert found.branches[0].memory is not None
     assert inspect_weights(model)[0].weight is None
-    with pytest.raises(PHAError, match="make 1 windows of 20, and 2 are needed"):
+    with pytest.raises(PHAError, match=r"32 of .* make 1 windows of 20, and 2 are needed"):
         inspect_model(loaded, store, "test", length=20, tokens=32)
 
 

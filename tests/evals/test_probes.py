@@ -237,6 +237,7 @@ def test_what_cannot_be_asked(words: TokenStore, store: TokenStore, model: Loade
         ("position", Question(words, max_tokens=2), "too few tokens"),
         ("context", Question(words, max_tokens=300), "leave no room for targets"),
         ("planted", Question(words, max_tokens=60), "too few tokens"),
+        ("classes", Question(words, max_tokens=4), "too few tokens"),
         ("needles", Question(words, trained=40, length=60), "needles need a context of"),
     ):
         with pytest.raises(PHAError, match=expected):

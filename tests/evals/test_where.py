@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pha.data import TokenStore
+from pha.evals.ngrams import repeats
 from pha.evals.protocols import Protocol
 from pha.evals.where import context_bins, context_starts, frequency_bins, passages, recall_bins
 from pha.loading import LoadedModel
@@ -44,7 +45,7 @@ def test_recall_by_a_loop() -> None:
     rng = np.random.default_rng(9)
     tokens = rng.integers(0, 120, 2000).astype(np.uint16)
     contexts = np.arange(1999) // 150 * 150
-    bins = recall_bins(tokens, contexts)
+    bins = recall_bins(repeats(tokens, contexts, [1], 120, tokens)[1])
     for entry, target in enumerate(range(1, 2000)):
         seen = tokens[contexts[entry] : target].tolist()[::-1]
         back = seen.index(tokens[target]) + 1 if tokens[target] in seen else 0

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pha.bench.runner import Request
 from pha.studies import efficiency
-from pha.studies.definition import Study, load_study, scales
+from pha.studies.definition import Benchmark, Study, load_study, scales
 from pha.studies.study import run_efficiency
 
 
@@ -42,7 +42,7 @@ def row(request: Request, model: str, speeds: list[float], memory: float) -> dic
 @pytest.fixture
 def study() -> Study:
     chosen = load_study("efficiency")
-    small = {"modes": ["prefill"], "lengths": [64, 128], "batch": 1, "precision": "fp32"}
+    small = Benchmark(modes=["prefill"], lengths=[64, 128], batch=1, precision="fp32")
     return replace(chosen, benchmark={"tiny": small})
 
 
@@ -92,7 +92,7 @@ def test_rows_become_gains_with_intervals_and_are_kept(
         ("prefill", 128),
     ]
 
-    other = {"modes": ["prefill"], "lengths": [64, 256], "batch": 2, "precision": "fp32"}
+    other = Benchmark(modes=["prefill"], lengths=[64, 256], batch=2, precision="fp32")
     changed = replace(study, benchmark={"tiny": other})
     list(efficiency.measure(changed, scales()["tiny"], tmp_path, console))
     assert [(each.lengths, each.batch) for each in calls[2:]] == [((64,), 2), ((256,), 2)]
@@ -116,6 +116,18 @@ def test_a_stopped_study_has_the_tables_of_what_was_measured(
     assert "Not measured yet: reading a prompt at 128 tokens." in (tmp_path / "table.md").read_text(
         encoding="utf-8"
     )
+
+
+def test_a_table_names_all_machines_that_it_is_of(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(request: Request, progress: Any) -> list[dict[str, Any]]:
+        rows = [row(request, model, [1.0, 1.0, 1.0], 1e9) for model in request.models]
+        return [each | {"device": f"machine {request.lengths[0]}"} for each in rows]
+
+    monkeypatch.setattr(efficiency, "run_benchmark", measured)
+    *_, found = efficiency.measure(study, scales()["tiny"], tmp_path, Console(file=io.StringIO()))
+    assert "machine 64, fp32 and machine 128, fp32" in found.tables[0].sections[0].about
 
 
 def test_a_case_that_fails_is_a_row(

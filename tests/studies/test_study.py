@@ -284,6 +284,7 @@ def test_mistakes_are_one_line(
         ["study", f"{tmp_path}/mine.yaml", *out], capsys
     )
     assert "does not exist" in fails(["study", f"{tmp_path}/none.yaml", *out], capsys)
+    assert "leave out --data" in fails(["study", "recall", *data, *out], capsys)
     assert not (tmp_path / "out" / "runs").exists()
 
 
@@ -292,6 +293,9 @@ def test_the_list_names_every_study(capsys: pytest.CaptureFixture[str]) -> None:
     assert [each["name"] for each in json.loads(capsys.readouterr().out)] == study_names()
     main(["study", "list"])
     assert "branches" in capsys.readouterr().out
+
+
+BENCHMARK = {"modes": ["train"], "lengths": [8], "batch": 1, "precision": "fp32"}
 
 
 @pytest.mark.parametrize(
@@ -310,6 +314,17 @@ def test_the_list_names_every_study(capsys: pytest.CaptureFixture[str]) -> None:
         ({"plots": ["settings"]}, "settings go along an axis"),
         ({"probe_length": 1}, "probe_length is 1; give at least 2"),
         ({"tune": {"key": "optimizer.learning_rate", "values": []}}, "tune has no values"),
+        ({"tune": {"key": "run.steps", "values": [1.0], "sets": {}}}, "did you mean set"),
+        ({"over": {"rate": {}}}, "has no variants"),
+        ({"plots": ["laws"]}, "go along an axis"),
+        ({"plots": ["shares"]}, "give one variant"),
+        ({"kind": "mixing"}, "give one variant"),
+        ({"benchmark": {"tiny": {"modes": [], "lengths": [], "batch": 1}}}, "precision is missing"),
+        ({"benchmark": {"tiny": BENCHMARK | {"run": 1}}}, "did you mean runs"),
+        (
+            {"kind": "efficiency", "variants": {"full": {"model": "pha", "set": {"a": 1}}}},
+            "leave out set",
+        ),
     ],
 )
 def test_a_study_file_is_checked(change: dict[str, Any], message: str) -> None:
@@ -334,6 +349,26 @@ def test_folders_are_named_by_content(store: TokenStore, tmp_path: Path) -> None
     assert folder() == folder("--run.log_every=3") == folder("--run.seed=5")
     assert folder() == folder("--model.dt_min=0.001")  # the default
     assert len({folder(), folder("--run.steps=9"), folder("--model.dropout=0.1")}) == 3
+
+
+def test_variants_that_come_to_one_run_are_refused(store: TokenStore, tmp_path: Path) -> None:
+    data = {"data.store": str(store.path)}
+    window = {"model": "pha", "set": {"model.attention_window": 16}}
+    variants = {"all": {"model": "pha"}, "window": window}
+    content = {"title": "T", "question": "Q?", "variants": variants}
+    chosen, scale = parse_study("x", content), scales()["tiny"]
+    assert (
+        len(plan_study(chosen, scale, [0], tmp_path, {"data.store": str(store.path)}).jobs()) == 2
+    )
+    with pytest.raises(PHAError, match="all and window come to the same run"):
+        plan_study(chosen, scale, [0], tmp_path, data | {"model.attention_window": 8})
+    assert [each.name for each in only(chosen, ["all", "all"]).variants] == ["all"]
+
+
+def test_a_task_has_no_text_to_probe(tmp_path: Path) -> None:
+    chosen = replace(load_study("recall"), probes=["position"])
+    with pytest.raises(PHAError, match="the task mqar has none"):
+        plan_study(chosen, scales()["tiny"], [0], tmp_path, {})
 
 
 TUNED = """

@@ -154,8 +154,17 @@ def test_the_command_plans_and_refuses(
     assert len(plan["runs"]) == 4
     assert plan["total"]["tokens"] == 4 * 8 * 4 * 32
     assert not (tmp_path / "o").exists()
-    for bad in ("0", "x", "-3", "1,-1", "1,1"):
+    seeds = (["--seeds", bad] for bad in ("0", "x", "-3", "1,-1", "1,1"))
+    floors = ["--over", "schedule.floor=0.0,0.1"]
+    for more in (
+        *seeds,
+        ["--run.seed=3"],
+        [*floors, "--schedule.floor=0.2"],
+        ["--over", "run.log_every=1,2"],
+        [*floors, *floors],
+    ):
         with pytest.raises(SystemExit) as stop:
-            main([*words, "--seeds", bad])
+            main([*words, *more])
         assert stop.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+        assert not (tmp_path / "o").exists()

@@ -114,6 +114,11 @@ def test_where_the_best_is_known_scores_are_above_it(tmp_path: Path) -> None:
     assert " of 4 (" not in table.to_markdown()  # nothing that is solved or not
     assert "0.250" in table.to_markdown()
     assert tasks.score_label(given) == "nats above the best predictor"
+    first, *others = given.rows
+    lost = replace(first.seeds[0], result=None, measures={}, diverged_at=3)
+    row = replace(first, seeds=[lost, *first.seeds[1:]])
+    _, [said, _], _ = tasks.analyse(replace(given, rows=[row, *others]))
+    assert said.endswith("the median of 3 seeds.")
 
 
 def test_plots_are_drawn_of_tests_state_and_distances(tmp_path: Path) -> None:

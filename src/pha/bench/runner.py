@@ -16,7 +16,7 @@ from typing import Any
 
 from pha.bench import memory, worker
 from pha.bench.op_work import OP_MODES, PASSES, op_backends
-from pha.bench.peers import model_config
+from pha.bench.peers import CHECKPOINTING, CHUNKED, model_config
 from pha.bench.work import MODEL_MODES, Job
 from pha.modeling import PHAConfig
 from pha.ops import OPS
@@ -99,6 +99,11 @@ class Request:
                 isinstance(config, PHAConfig) or not (is_op or self.mode == KERNELS),
                 f"{self.mode} is timed at the shapes of our presets; {model} is not one",
             )
+        trained = next((m for m in self.models if m.endswith((CHECKPOINTING, CHUNKED))), None)
+        _require(
+            trained is None or self.mode == "train",
+            f"{trained} is a way to train; {self.mode} takes the name without what ends it",
+        )
         _require(self.chunk >= 0, f"chunk is {self.chunk}; at least 1 token")
         _require(
             not self.chunk or self.mode in ("prefill", "decode"),

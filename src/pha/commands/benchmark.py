@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -38,11 +38,17 @@ Mode = Annotated[
     "MODE",
     "all; train, prefill or decode of models; kernels; an op; or sweep",
 ]
-# What the standard set, `all`, says itself.
-SET_BY_ALL = (
-    *("models", "lengths", "batch", "precision", "runs"),
-    *("seconds", "chunk", "backends", "compile"),
-)
+# Mode -> options that it does not take; any other mode takes all but the scale.
+NOT_TAKEN = {
+    "all": (
+        *("models", "lengths", "batch", "precision", "runs"),
+        *("seconds", "chunk", "backends", "compile"),
+    ),
+    "sweep": (
+        *("runs", "seconds_limit", "chunk", "backends", "compile"),
+        *("in_process", "scale", "dry_run"),
+    ),
+}
 SAME = ("device", "torch", "transformers", "git_commit")
 """Provenance that two calls must share for their rows to stand in one file."""
 
@@ -119,9 +125,13 @@ def bench(
     from pha.utils.files import write_json
     from pha.utils.hardware import default_device, provenance
 
+    for name in NOT_TAKEN.get(mode, ("scale",)):
+        if given[name] != inspect.signature(bench).parameters[name].default:
+            option = name.replace("_", "-")
+            raise PHAError(f"{mode} takes no --{option}; leave it out, or choose another mode")
     if mode == "sweep":
-        if dry_run:
-            raise PHAError("sweep has no dry run: what it tries depends on the GPU")
+        if len(precision) > 1:
+            raise PHAError("sweep is for one --precision at a time")
         _sweep_scan(models, lengths, batch, precision[0], seconds, json, out)
         return
     device = default_device()
@@ -129,10 +139,6 @@ def bench(
     asked: dict[str, Any] = {"mode": mode, "scale": scale}
     request: Request | None = None
     if mode == "all":
-        defaults = inspect.signature(bench).parameters
-        for name in SET_BY_ALL:
-            if given[name] != defaults[name].default:
-                raise PHAError(f"all has its own {name}; leave --{name} out, or choose a mode")
         groups = standard_set(scale)
         precision = (groups[0][0].precision,)
     else:
@@ -192,6 +198,16 @@ def bench(
             console.print(str(plot), highlight=False)
 
 
+@dataclass(frozen=True)
+class _Earlier:
+    """What is read of the record of an earlier call."""
+
+    format: int
+    request: dict[str, Any]
+    rows: list[dict[str, Any]]
+    provenance: dict[str, Any]
+
+
 def _earlier_rows(path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
     """What an earlier call of `all` has measured of the same set, on the same machine and code.
 
@@ -199,19 +215,18 @@ def _earlier_rows(path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
         PHAError: it is of another.
     """
     from pha.utils.formats import read_json
+    from pha.utils.records import record_from
     from pha.utils.versions import check_format
 
     if not path.exists():
         return []
-    found: dict[str, Any] = read_json(path)
-    check_format(path, found["format"], record["format"])
-    for part, name in (("request", "scale"), *(("provenance", name) for name in SAME)):
-        if found[part].get(name) != record[part][name]:
-            raise PHAError(
-                f"{path} is of another {name} ({found[part].get(name)}); choose another --out"
-            )
-    rows: list[dict[str, Any]] = found["rows"]
-    return rows
+    found = record_from(_Earlier, read_json(path), f"{path}: bench")
+    check_format(path, found.format, record["format"])
+    given, now = (each["request"] | each["provenance"] for each in (vars(found), record))
+    for name in ("scale", *SAME):
+        if given.get(name) != now[name]:
+            raise PHAError(f"{path} is of another {name} ({given.get(name)}); choose another --out")
+    return found.rows
 
 
 def _show_jobs(groups: Sequence[Sequence[Job]], as_json: bool) -> None:

@@ -193,8 +193,8 @@ def compare(
     device, store = default_device(), TokenStore.open(data)
     chosen = choose_precision(precision, device)
     if a.is_file() or b.is_file():
-        if (sequence_length, stride, packed_documents) != (None, None, None):
-            raise PHAError("kept losses have windows of their own; leave out options of windows")
+        if (sequence_length, stride, packed_documents, precision) != (None, None, None, "fp32"):
+            raise PHAError("kept losses have their own; leave out options of windows and precision")
         kept = KeptNats.read(a, store, split), KeptNats.read(b, store, split)
         result = compare_nats(*kept, store, block=block)
         chosen = result.evaluations[0].protocol["precision"]

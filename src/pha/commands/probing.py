@@ -58,7 +58,8 @@ def probe(
         probes: which, see above
         split: train, validation or test
         sequence_length: T (as the models were trained, else 1024)
-        length: the longest context, for every probe (64 T, or what text or model have room for)
+        length: the longest context (64 T, or what text or model have room for); horizon and
+            need have windows of T
         max_tokens: read only so many tokens of the split
         piece: tokens per forward pass; what is longer goes through in pieces
         out: write probe-NAME.json, .svg and .png for each probe

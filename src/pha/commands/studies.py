@@ -137,7 +137,10 @@ def study(
 def _asked(overrides: Sequence[str], data: Path | None) -> dict[str, Any]:
     from pha.train.recipes import parse_overrides
 
-    return parse_overrides(list(overrides)) | ({} if data is None else {"data.store": str(data)})
+    asked = parse_overrides(list(overrides))
+    if "run.seed" in asked:
+        raise PHAError("all runs have the seeds of --seeds; leave out --run.seed")
+    return asked | ({} if data is None else {"data.store": str(data)})
 
 
 def _run(

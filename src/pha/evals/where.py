@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pha.data.store import TokenStore
-from pha.evals.ngrams import NGrams, Repeats, repeats
+from pha.evals.ngrams import Repeats, repeats
 from pha.evals.protocols import Protocol
 
 RECENT_TOKENS = 64
@@ -62,12 +62,13 @@ def divisions(store: TokenStore, split: str, protocol: Protocol) -> tuple[Bins, 
     contexts = context_starts(store, split, protocol)
     lengths = np.arange(1, len(tokens)) - contexts
     reference = reference_split(store, split)
+    found = find_repeats(store, split, contexts)
     return (
         context_bins(lengths, protocol.sequence_length),
         octave_bins(lengths, protocol.sequence_length, protocol.sequence_length),
         frequency_bins(tokens[1:], store.frequencies(reference), reference),
-        recall_bins(tokens, contexts),
-        ngram_bins(find_repeats(store, split, contexts), reference),
+        recall_bins(found[1]),
+        ngram_bins(found, reference),
     )
 
 
@@ -137,14 +138,9 @@ def octaves(around: int, longest: int) -> list[int]:
     return sorted({min(each, longest) for each in last})
 
 
-def recall_bins(tokens: np.ndarray, contexts: np.ndarray) -> Bins:
-    """Bins by where a token last occurred in the context it is predicted from.
-
-    `contexts` (N - 1,) is the first token that the prediction of token i + 1 of `tokens` (N,) sees.
-    """
-    previous = NGrams(tokens, 1, 0).earlier(1)
-    near = np.arange(len(tokens)) - previous <= RECENT_TOKENS
-    members = np.where(previous[1:] < contexts, 0, np.where(near[1:], 1, 2))
+def recall_bins(found: Repeats) -> Bins:
+    """Bins by where each token, an n-gram of one, last occurred in what its prediction sees."""
+    members = np.where(found.seen, np.where(found.distance <= RECENT_TOKENS, 1, 2), 0)
     labels = ("new", f"seen ≤ {RECENT_TOKENS} back", f"seen > {RECENT_TOKENS} back")
     return Bins("token in its context", labels, members)
 

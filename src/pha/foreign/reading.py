@@ -24,7 +24,7 @@ from pha.peers import PEERS, PREFIX, peer_config, peer_names
 from pha.utils.errors import PHAError, is_out_of_memory
 from pha.utils.files import user_path
 from pha.utils.formats import read_json
-from pha.utils.text import shorten
+from pha.utils.text import did_you_mean, shorten
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.bpe"]
@@ -146,8 +146,7 @@ def _require_fields(config: PreTrainedConfig, changes: Mapping[str, Any]) -> Non
     """Refuse fields that a class of transformers does not have, which it would take in silence."""
     for key in changes:
         if key.startswith("_") or key in _SETTLED or not hasattr(config, key):
-            near = difflib.get_close_matches(key, vars(config), n=2)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            hint = did_you_mean(key, vars(config))
             raise PHAError(f"transformers.set: {config.model_type} has no field {key} to set{hint}")
 
 

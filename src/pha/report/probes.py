@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from pha.evals.compare import Interval
 from pha.evals.probes.reading import Panel, Readings, estimate
 from pha.report import plots
 from pha.report.tables import Section, TextTable
-from pha.utils.text import DASH
+from pha.utils.text import DASH, fixed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,10 +30,14 @@ _NOTE = (
 
 
 def panels_of(readings: Readings) -> list[Panel]:
-    """The panels that all readings share, each with the points of the first model that has most."""
+    """The panels that all readings share, each with the points of all, those of most first."""
     every = [reading for of_model in readings.values() for reading in of_model]
-    together = zip(*(reading.panels for reading in every), strict=True)
-    return [max(panels, key=lambda panel: len(panel.points)) for panels in together]
+    found = []
+    for panels in zip(*(reading.panels for reading in every), strict=True):
+        most = max(panels, key=lambda panel: len(panel.points))
+        points = {point.label: point for panel in (most, *panels) for point in panel.points}
+        found.append(replace(most, points=list(points.values())))
+    return found
 
 
 def estimates(
@@ -65,11 +69,11 @@ def probe_tables(readings: Readings) -> list[TextTable]:
         if panel.reference is not None and not others:
             less = estimates(readings, number, first, less=panel.reference)
             contrasts = [(f"less that at {panel.reference}", less)]
-        tokens = columns[0][1]
+        tokens = {k: v.tokens for _, every in reversed(columns) for k, v in every.items()}
         rows = [
             [
                 point.label,
-                f"{tokens[point.label].tokens:,}" if point.label in tokens else DASH,
+                fixed(tokens.get(point.label), 0),
                 *(_show(values.get(point.label)) for _, values in columns),
                 *(_show(values.get(point.label), signed=True) for _, values in contrasts),
             ]

@@ -91,6 +91,18 @@ class Tuning:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What an efficiency study asks of `pha bench`."""
+
+    modes: list[str]
+    lengths: list[int]
+    batch: int
+    precision: str
+    runs: int = 3  # processes for each case
+    seconds: float = 2.0  # how long each goes on measuring
+
+
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """One table or figure of the paper, or a question of one's own."""
 
@@ -120,8 +132,8 @@ class Study:
     probe_length: int | None = None  # the longest context that they look at, as in `pha probe`
     # scale -> recipe key -> value, on top of the scale's own
     scales: dict[str, Settings] = field(default_factory=dict)
-    # scale -> lengths, batch and modes of an efficiency study
-    benchmark: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # scale -> what an efficiency study measures
+    benchmark: dict[str, Benchmark] = field(default_factory=dict)
 
 
 Named = TypeVar("Named")
@@ -205,20 +217,25 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
     }
     values = {key: value for key, value in content.items() if key not in ("over", "variants")}
     study = make(Study, where, {"name": name, **values})
-    _require(bool(variants), f"{where} has no variants")
+    # Inside of these, keys that there are not would be left out.
+    if study.tune is not None:
+        make(Tuning, f"{where}: tune", content["tune"])
+    for scale in study.benchmark:
+        make(Benchmark, f"{where}: benchmark.{scale}", content["benchmark"][scale])
     for key, given in variants.items():
         given = _mapping({} if given is None else given, f"{where}: variant {key}")
         named = {"name": key, "label": key, **given}
         study.variants.extend(grid(make(Variant, f"{where}, variant {key}", named), axes))
+    _require(bool(study.variants), f"{where} has no variants")
     _require(study.kind in KINDS, f"{where}: kind is {study.kind!r}; choose {', '.join(KINDS)}")
     if study.baseline:
         closest(study.baseline, {each.name: each for each in study.variants}, "variant")
     for plot in study.plots:
         _require(plot in PLOTS, f"{where} has no plot {plot!r}; choose {', '.join(PLOTS)}")
-    over_axis = "settings" in study.plots or study.kind == "laws"
+    over_axis = bool({"settings", "laws"} & {study.kind, *study.plots})
     _require(
         not over_axis or all(study.axis in v.places for v in study.variants),
-        f"{where}: kind laws and the plot settings go along an axis, one of "
+        f"{where}: laws, of kind or plot, and the plot settings go along an axis, one of "
         f"{', '.join(axes) or 'a grid (over)'}, or a place (places) of every variant",
     )
     models = {(v.base, v.places.get(study.axis)) for v in study.variants}
@@ -227,6 +244,15 @@ def parse_study(name: str, content: Mapping[str, Any]) -> Study:
         or (len(models) == len(study.variants) >= LEAST * len({base for base, _ in models})),
         f"{where}: kind laws fits models over sizes: give each variant its model (base) and its "
         f"size, {LEAST} or more sizes to a model",
+    )
+    shares = study.kind == "mixing" or "shares" in study.plots
+    _require(
+        not shares or len(study.variants) == 1,
+        f"{where}: kind mixing and the plot shares are of one model; give one variant",
+    )
+    _require(
+        study.kind != "efficiency" or not any(v.set for v in study.variants),
+        f"{where}: kind efficiency measures presets as they are; leave out set",
     )
     for name in (*study.columns, *itertools.chain(*study.contrasts)):
         closest(name, MEASURES, f"measure in {where}")
@@ -253,7 +279,7 @@ def only(study: Study, names: Sequence[str]) -> Study:
         PHAError: it has no such variant.
     """
     known = {each.name: each for each in study.variants}
-    chosen = [closest(name, known, "variant") for name in names]
+    chosen = [closest(name, known, "variant") for name in dict.fromkeys(names)]
     baseline = study.baseline if study.baseline in names else ""
     return replace(study, variants=chosen, baseline=baseline)
 

@@ -51,13 +51,13 @@ def requests(study: Study, scale: Scale) -> list[Request]:
             mode=mode,
             models=tuple(scale.model(variant.model).preset for variant in _order(study)),
             lengths=(length,),
-            batch=given["batch"],
-            precisions=(given["precision"],),
-            runs=given.get("runs", 3),
-            seconds=given.get("seconds", 2.0),
+            batch=given.batch,
+            precisions=(given.precision,),
+            runs=given.runs,
+            seconds=given.seconds,
         )
-        for mode in given["modes"]
-        for length in given["lengths"]
+        for mode in given.modes
+        for length in given.lengths
     ]
 
 
@@ -177,8 +177,8 @@ def _table(
             line.append(DASH if gain is None else f"{gain.mean:+.1f}{half}%")
             lines.append([*line, *(f"{row[f'{k}_memory'] / 1e9:.2f}" for k in ("peak", "work"))])
     rows = [row for group in groups.values() for row in group.values()]
-    first = next((row for row in rows if row["error"] is None), None)
-    where = "nothing" if first is None else f"{first['device']}, {first['precision']}"
+    machines = [f"{row['device']}, {row['precision']}" for row in rows if row["error"] is None]
+    where = " and ".join(dict.fromkeys(machines)) or "nothing"
     sections = [Section("ours", f"{scale.words}, {where}, batch {rows[0]['batch']}", lines)]
     paper = []
     for given in find_published(study.published):

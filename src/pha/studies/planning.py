@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 from pha.data import TokenStore
@@ -34,7 +35,7 @@ class StudyPlan:
     study: Study  # what is asked
     scale: Scale  # how large
     seeds: Sequence[int]  # of every variant
-    # variant -> its runs, in the order of the seeds; some may share a folder
+    # variant -> its runs, in the order of the seeds; no two variants share one
     runs: dict[str, list[Job]]
     folder: Path  # of all runs
     asked: Settings  # for all of them
@@ -42,8 +43,8 @@ class StudyPlan:
     trials: StudyPlan | None = None
 
     def jobs(self) -> list[Job]:
-        """Every run once."""
-        return list({job.out: job for jobs in self.runs.values() for job in jobs}.values())
+        """Every run."""
+        return list(chain.from_iterable(self.runs.values()))
 
 
 def plan_study(
@@ -56,9 +57,13 @@ def plan_study(
     content of its settings.
 
     Raises:
-        PHAError: no data named, a bad store, an impossible setting, no such published row.
+        PHAError: no data named, a bad store, an impossible setting, no such published row, two
+            variants of one run, or probes of a task.
     """
     find_published(study.published)
+    named = bool(asked.keys() & {"data.store", "data.source"})
+    if named and study.kind == "tasks":
+        raise PHAError(f"study {study.name} draws its own data; leave out --data")
     protocol = study.protocol or scale.protocol
     if study.tune is not None and study.tune.key not in asked:
         tune = study.tune
@@ -73,6 +78,7 @@ def plan_study(
         guessed = replace(study, variants=guess, tune=None)
         return replace(plan_study(guessed, scale, seeds, folder, asked), trials=trials)
     runs: dict[str, list[Job]] = {}
+    homes: dict[Path, str] = {}  # folder of runs -> label of the variant
     for variant in study.variants:
         model = scale.model(variant.model)
         shared, at_scale = scale.set, study.scales.get(scale.name, {})
@@ -85,13 +91,22 @@ def plan_study(
         settings.pop("run.seed", None)
         recipe = f"{model.preset}.{protocol}" if protocol else model.preset
         config = load_recipe(recipe, settings)
-        named = config.data.task or asked.keys() & {"data.store", "data.source"}
-        if scale.needs_data and not named:
+        if scale.needs_data and not (named or config.data.task):
             raise PHAError(
                 f"{scale.words} needs a token store; make one with `pha prepare FOLDER "
                 "--tokenizer bpe:8192 --out STORE` and add --data STORE"
             )
+        if config.data.task and study.probes:
+            raise PHAError(
+                f"probes ask about a text, and the task {config.data.task} has none; leave them out"
+            )
         home = folder / f"{file_name(config.model_name or 'custom')}-{_digest(config)}"
+        if home in homes:
+            raise PHAError(
+                f"{homes[home]} and {variant.label} come to the same run, so there is nothing to "
+                "compare; leave out settings of all runs that undo what they differ in"
+            )
+        homes[home] = variant.label
         runs[variant.name] = [
             Job(recipe, home / f"seed-{seed}", settings | {"run.seed": seed}) for seed in seeds
         ]

@@ -18,7 +18,6 @@ from pha.studies.outcome import Outcome
 from pha.train.data import TextData
 from pha.train.recipes import load_recipe
 from pha.train.session import open_data
-from pha.utils.errors import PHAError
 from pha.utils.files import sha256_file, write_json
 from pha.utils.formats import read_json
 from pha.utils.hardware import default_device, provenance
@@ -74,8 +73,7 @@ def _read_or_ask(
     data = str(result.data["sha256"])
     if data not in stores:
         opened = open_data(config, console)
-        if not isinstance(opened, TextData):
-            raise PHAError(f"probes ask about a text, and {opened.name} has none; leave them out")
+        assert isinstance(opened, TextData)  # no plan has probes of a task
         stores[data] = opened.store
     scores, loaded = result.evaluations[0], load_model(job.out, device)
     question = Question(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pha.report.figures import branch_names
 from pha.report.tables import Section, TextTable
 from pha.results import MixingRecord
 from pha.studies.outcome import Outcome
@@ -157,7 +158,7 @@ def analyse(outcome: Outcome) -> tuple[TextTable, list[str], dict[str, Any]]:
     ):
         found = [sandwich(models, name, sign) for name, sign in EXPECTED.items()] if models else []
         contrasts[who] = [each for each in found if each is not None]
-    names = list(final[0][0]) if final else []
+    names = branch_names(final[0]) if final else []
     drift = {name: [settled(_weights(each), name) for each in histories] for name in names}
     sentences = [
         f"Over the last {min(LAST, len(histories[0]))} checkpoints no layer's {name} weight moved "

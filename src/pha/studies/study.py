@@ -34,6 +34,9 @@ BRIEF = (
     *("data", "provenance"),
 )
 
+ANALYSES = {"mixing": shares.analyse, "tasks": tasks.analyse, "laws": laws.analyse}
+"""Kind of a study -> what it adds: a table, sentences, and a record under the kind's name."""
+
 
 @dataclass(frozen=True)
 class Files:
@@ -138,17 +141,11 @@ def run_study(
         if choices:
             content["tuning"] = list(map(asdict, choices))
             sentences += [choice.sentence() for choice in choices]
-        if plan.study.kind == "mixing":
-            table, more, content["mixing"] = shares.analyse(outcome)
-            tables.append(table)
-            sentences += more
-        if plan.study.kind == "tasks":
-            table, more, content["tasks"] = tasks.analyse(outcome)
-            tables = [table]
-            sentences += more
-        if plan.study.kind == "laws":
-            table, more, content["laws"] = laws.analyse(outcome)
-            tables.append(table)
+        kind = plan.study.kind
+        if kind in ANALYSES:
+            table, more, content[kind] = ANALYSES[kind](outcome)
+            # Of a task there is nothing per word or byte, as the usual table has it.
+            tables = [table] if kind == "tasks" else [*tables, table]
             sentences += more
         content = files.write(tables, sentences, content)
         pictures = draw(outcome, folder)

@@ -19,11 +19,13 @@ def make_sweep(recipe: str, over: Sequence[str], asked: Settings) -> tuple[Study
     An axis is `SECTION.KEY=V1,V2`; without any, seeds alone are compared.
 
     Raises:
-        PHAError: no such recipe or key, an axis of another form, a value given twice.
+        PHAError: no such recipe or key, an axis of another form, a key or value given twice.
     """
     axes = dict(map(parse_axis, over))
+    if len(axes) < len(over):
+        raise PHAError("--over names a key twice; give all of its values at once")
     short = [key.rpartition(".")[2] for key in axes]
-    names = short if len(set(short)) == len(axes) == len(over) else list(axes)
+    names = short if len(set(short)) == len(axes) else list(axes)
     one = Variant(name=recipe, label="" if axes else recipe, model=recipe)
     variants = list(grid(one, dict(zip(names, axes.values(), strict=True))))
     run = load_recipe(recipe, merge(variants[0].set, asked)).run

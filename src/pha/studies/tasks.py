@@ -60,7 +60,7 @@ def analyse(outcome: Outcome) -> tuple[TextTable, list[str], dict[str, Any]]:
             test, above = next(iter(each["tests"].items()))
             sentences.append(
                 f"{row.variant.label} is {above:.3f} nats above the best predictor on test {test}, "
-                f"the median of {each['of']} seeds."
+                f"the median of {len(results_of(row))} seeds."
             )
         elif each["steps"]:
             sentences.append(

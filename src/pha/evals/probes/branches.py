@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pha.evals.probes.reading import Panel, Point, Progress, Question, Reading, 
 from pha.evals.protocols import Protocol
 from pha.evals.where import reference_split
 from pha.loading import LoadedModel
+from pha.model import Backbone
 from pha.model.silence import Place, averages, branches_of, remembers, silenced
 from pha.model.silence import horizon as shortened
 from pha.utils.errors import PHAError
@@ -33,11 +35,13 @@ class Windows:
         self.model, self.question, self.progress = loaded.pha, question, progress
         self.branches = branches_of(self.model.model)
         length, known = question.trained, question.store.counts(question.split).tokens - 1
-        windows = min(known, question.max_tokens or TOKENS) // length
+        read = min(known, question.max_tokens or TOKENS)
+        windows = read // length
         if windows < 2:
             raise PHAError(
-                f"{known:,} tokens of the {question.split} split make {windows} windows of "
-                f"{length}, and 2 are needed: take more text, or a shorter --sequence-length"
+                f"{read:,} of {known:,} tokens of the {question.split} split make {windows} "
+                f"windows of {length}, and 2 are needed: take more text, or a shorter "
+                "--sequence-length"
             )
         self.batch = max(BATCH_TOKENS, 2 * length)
         windows -= windows > 2 and windows % (self.batch // length) == 1  # alone in a batch
@@ -102,6 +106,7 @@ def horizons_below(length: int) -> list[int]:
 def horizon(loaded: LoadedModel, question: Question, progress: Progress | None = None) -> Reading:
     """What it costs to let attention, or the state, see only the last w tokens; all else stays.
 
+    Where layers have several kinds of state, all of them are shortened at once, and so are keys.
     w is 1, 4, 16, ... below T. Windows of T are the blocks of the intervals.
 
     Raises:
@@ -113,14 +118,13 @@ def horizon(loaded: LoadedModel, question: Question, progress: Progress | None =
     for (_, name), branch in asked.branches.items():
         if remembers(branch):
             kinds[branch.keeps_keys].add(name)
-    asked.steps = 1 + len(far) * sum(map(len, kinds.values()))
+    asked.steps = 1 + len(far) * sum(map(bool, kinds.values()))
     whole = asked.losses(nullcontext())
     panels = []
     for keys, title in ((False, "through the state"), (True, "through attention")):
         points = [
-            asked.rise(whole, shortened(asked.model.model, name, w), f"{w:,}", float(w))
-            for name in sorted(kinds[keys])
-            for w in far
+            asked.rise(whole, _shortened(asked.model.model, kinds[keys], w), f"{w:,}", float(w))
+            for w in (far if kinds[keys] else [])
         ]
         panels.append(
             Panel(
@@ -131,6 +135,14 @@ def horizon(loaded: LoadedModel, question: Question, progress: Progress | None =
             )
         )
     return Reading("horizon", asked.protocol(), panels)
+
+
+@contextmanager
+def _shortened(body: Backbone, names: Collection[str], window: int) -> Iterator[None]:
+    with ExitStack() as every:
+        for name in names:
+            every.enter_context(shortened(body, name, window))
+        yield
 
 
 def need(loaded: LoadedModel, question: Question, progress: Progress | None = None) -> Reading:

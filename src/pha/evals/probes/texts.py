@@ -142,8 +142,13 @@ def classes(loaded: LoadedModel, question: Question, progress: Progress | None =
     of second occurrences in a window over those of the first ones, over pairs whose first cost more
     than `FIRST_NATS`: how much of what was to be recalled is recalled. Which pairs these are is the
     model's own matter.
+
+    Raises:
+        PHAError: a text shorter than the longest n-gram.
     """
     store, split, total = question.store, question.split, len(question.tokens()) - 1
+    if total < max(NGRAMS):
+        raise PHAError(f"the {split} split has too few tokens; take more text")
     size = question.reach(total) if question.length else question.trained
     nats = _losses(loaded, question, size, total, progress)
     blocks = np.arange(total) // BLOCK_TOKENS
