@@ -84,7 +84,7 @@ def test_any_split_equals_the_whole(
 
 
 @each_main_kind
-@pytest.mark.parametrize("sizes", [[29], [8, 1, 1, 1, 1, 1, 9, 7]])
+@pytest.mark.parametrize("sizes", [[29], [0, 8, 1, 1, 1, 0, 1, 1, 9, 7]])
 def test_splits_with_padding_and_documents(
     block: str, branches: tuple[str, ...], sizes: list[int]
 ) -> None:

@@ -83,6 +83,8 @@ class CompressiveAttention(GroupedQueryAttention):
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """Map (B, T, d) to (B, T, d), attending to and updating what is kept."""
         B, T, _ = z.shape
+        if T == 0:
+            return z
         w, c = self.reach, self.rate
         x, at, slots, slots_at = self._past(z, context)
         # Places in the document from 1, 0 where there is nothing; which document, the past's is 0.

@@ -123,7 +123,7 @@ def diagonal_ssm_fft(
     """A long convolution; one token alone takes a step of the recurrence. See `diagonal_ssm`."""
     T = u.shape[1]
     one_length("diagonal_ssm", T)
-    if T == 1:
+    if T <= 1:
         return diagonal_ssm_naive(
             u, Lambda_re, Lambda_im, w_re, w_im, D, h0, starts, last_state, count
         )

@@ -165,7 +165,7 @@ def dss_fft(
     """
     T = v.shape[1]
     one_length("dss", T)
-    if T == 1:
+    if T <= 1:
         return dss_naive(v, Lambda_re, Lambda_im, C_re, C_im, D, h0, starts, last_state, count)
     dtype = accumulation_type(v)
     Lambda, C = _modes(Lambda_re, Lambda_im, C_re, C_im, dtype)

@@ -68,7 +68,7 @@ def selective_scan(
     there = None if mask is None else mask.unsqueeze(-1)
     if there is not None:  # a step of no time changes nothing
         x, dt = torch.where(there, x, 0), torch.where(there, dt, 0)
-    scan = selective_scan_naive if T == 1 else _OP(x.device.type)
+    scan = selective_scan_naive if T <= 1 else _OP(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
         y, last = scan(x, dt, A, B, C, h0, starts)
     return y if there is None else torch.where(there, y, 0), last if last_state else None
@@ -93,7 +93,7 @@ def selective_scan_naive(
         a = (dt_[:, t, :, None] * A_).exp()
         h = a * h + (dt_[:, t] * x_[:, t]).unsqueeze(-1) * B_[:, t, None]
         outputs.append((h * C_[:, t, None]).sum(-1))
-    return torch.stack(outputs, dim=1).to(x.dtype), h
+    return (torch.stack(outputs, dim=1) if outputs else x).to(x.dtype), h
 
 
 def _states(

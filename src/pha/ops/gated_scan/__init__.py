@@ -68,7 +68,7 @@ def gated_scan(
     if pieces is not None:
         h, last = scan(gate, value, a, b, None, starts)
         return h + _from_before(a, last, starts, T, pieces).to(h.dtype), None
-    if mask is None:
+    if mask is None or T == 0:
         h, last = scan(gate, value, a, b, h0, starts)
         return h, last if last_state else None
     visible = VisibleFirst(mask)
