@@ -108,10 +108,10 @@ class CacheAdapter:
         if torch.compiler.is_compiling():  # whoever compiles keeps a static cache as it is
             return
         keys, states = self._contents()
-        for state in states:
-            if state is not None and state.shape[0] != batch:
+        for what, x in [*(("states", x) for x in states), *(("keys", x) for x in keys)]:
+            if x is not None and x.numel() and x.shape[0] != batch:
                 raise PHAError(
-                    f"the cache holds states of {state.shape[0]} sequences, and {batch} are given; "
+                    f"the cache holds {what} of {x.shape[0]} sequences, and {batch} are given; "
                     f"{_REMEDY}, which repeats and selects keys and states"
                 )
         left, self.cache._pha_left = self._left, None  # held on to, old keys would stay in memory

@@ -239,6 +239,9 @@ def test_rows_packed_by_position_ids(block: str, branches: tuple[str, ...]) -> N
     expected = model(ids, document_starts=starts_of(lengths)).logits
     assert_same(model(ids, position_ids=positions).logits, expected)
     assert_same(model(ids, position_ids=positions, use_cache=False).logits, expected)
+    rows = tokens(2, sum(lengths), seed=1)
+    each = model(rows, document_starts=starts_of(lengths).repeat(2, 1)).logits
+    assert_same(model(rows, position_ids=positions).logits, each)
     # Positions that start late or are those of padding begin no document.
     assert_same(model(ids, position_ids=torch.arange(18)[None] + 7).logits, model(ids).logits)
     padded, mask = padded_batch((18, 5, 11), 18, "holes")

@@ -135,8 +135,8 @@ class PHAModel(Backbone, PHAPreTrainedModel):
             input_ids: (B, T) tokens, or
             attention_mask: (B, S) over cached and new tokens, 0 where there is no token: padding on
                 either side, or holes. What comes out in these places means nothing.
-            position_ids: (B, T); may be left out, since positions enter only as differences. Where
-                they do not grow, a new document begins.
+            position_ids: (B or 1, T); may be left out, since positions enter only as differences.
+                Where they do not grow, a new document begins.
             past_key_values: the model's whole state: keys, values and recurrent states; updated. Or
                 the past of rows in training, a `CarriedCache`, or of pieces of sequences on several
                 ranks, a `SequencePieces`, which are not.
@@ -180,7 +180,8 @@ class PHAModel(Backbone, PHAPreTrainedModel):
                 document_starts = cache.pieces.up_to_here(document_starts, 1)
         check_rows("document_starts", document_starts, batch, total)
         if document_starts is None:
-            document_starts = packed_starts(position_ids, attention_mask, past, others)
+            starts = packed_starts(position_ids, attention_mask, past, others)
+            document_starts = None if starts is None else starts.expand(batch, -1)
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         if output_attentions is None:
@@ -330,7 +331,7 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         assert x is not None
         loss = logits = None
         if labels is not None:
-            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if shift_labels is not None:
             if shift_labels.shape != x.shape[:2]:
