@@ -62,7 +62,7 @@ class RGLRU(Branch):
         super().__init__(config, layer_idx)
         d, n = config.hidden_size, config.ffn_size(expansion)
         blocks = math.gcd(n, config.num_attention_heads) if blocks is None else blocks
-        if not isinstance(blocks, int) or n < 1 or blocks < 1 or n % blocks:
+        if type(blocks) is not int or n < 1 or blocks < 1 or n % blocks:
             raise PHAError(
                 f"model: blocks of branch rg_lru is {blocks!r}, and its size {n}; give a number "
                 "that divides it"
