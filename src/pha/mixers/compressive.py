@@ -105,7 +105,8 @@ class CompressiveAttention(GroupedQueryAttention):
         groups, pooled_at, pooled_of = self._groups(x.detach(), at, of, is_new)
         pooled = self._pooled(groups)
         if self.pooling == "convolution" and context.own_losses is not None:
-            context.own_losses.append(self._lost(z.detach(), groups, pooled, pooled_at > 0))
+            lost = self._lost(z.detach(), groups, pooled, pooled_at > 0)
+            context.own_losses.append((lost * (here > 0)).sum())
         slots = torch.cat([slots.to(z.dtype), pooled.detach().to(z.dtype)], 1)
         slots_at = torch.cat([slots_at, pooled_at], 1)
         slots_of = F.pad(pooled_of, (slots_at.shape[1] - pooled_of.shape[1], 0))
@@ -166,13 +167,13 @@ class CompressiveAttention(GroupedQueryAttention):
     def _lost(self, z: Tensor, groups: Tensor, pooled: Tensor, real: Tensor) -> Tensor:
         """How far attention of z (B, T, d) to what is pooled is from that to groups (B, S, c, d).
 
-        The mean square over the heads' values, summed over z; 0 in a row without `real` groups.
+        The mean square over the heads' values, (B, T); 0 in a row without `real` groups.
         """
         some = real.any(1)[:, None]
         real = real | ~some  # a softmax over nothing is not a number
         whole = self._by_content(z, groups.flatten(1, 2), real.repeat_interleave(self.rate, 1))
         short = self._by_content(z, pooled.to(z.dtype), real)
-        return ((whole - short).float().square().mean((1, 3)) * some).sum()
+        return (whole - short).float().square().mean((1, 3)) * some
 
     def _by_content(self, z: Tensor, inputs: Tensor, real: Tensor) -> Tensor:
         """Attention (B, H, T, K) of z to inputs (B, S, d), wherever they are, by fixed weights."""
