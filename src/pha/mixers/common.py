@@ -1,4 +1,4 @@
-"""What several mixers share: checks of their options, and starting values."""
+"""What several mixers share: checks of their options, parameters and their starting values."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def check_sizes(branch: str, **sizes: Any) -> None:
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise PHAError(f"model: {name} of branch {branch} is {value!r}; at least 1")
+
+
+def fp32(*shape: int) -> nn.Parameter:
+    """A parameter, not in the default type, which loaders set to that of the other weights."""
+    return nn.Parameter(torch.empty(*shape, dtype=torch.float32))
 
 
 def start_as_torch_does(x: Tensor, fan_in: int) -> None:
