@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pha.decoder import instructions as op
 from pha.decoder import runtime
 from pha.mixers.extended_gss import ExtendedGSS
-from pha.model.attention import MAX_LOG_SCALE, GroupedQueryAttention
+from pha.model.attention import GroupedQueryAttention
 from pha.model.backbone import Backbone
 from pha.model.block import ParallelBlock, Residual, SequentialBlock
 from pha.model.ffn import AuxiliaryFFN, SwiGLU
@@ -372,7 +372,7 @@ class Decoder:
             self._linear(linear, z, to)
         yield y
         if branch.cosine:
-            scale = branch.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
+            scale = branch.temperatures()
         else:
             scale = torch.full((heads,), 1 / math.sqrt(inner))
         for to, count, factor in ((q, heads, scale), (k, groups, torch.ones(groups))):

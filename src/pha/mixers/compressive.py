@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pha.mixers.common import check_sizes
-from pha.model.attention import MAX_LOG_SCALE, GroupedQueryAttention, rotary_angles
+from pha.model.attention import GroupedQueryAttention, rotary_angles
 from pha.model.branches import Context, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import attention, rotate, unit_rotary
@@ -182,7 +182,7 @@ class CompressiveAttention(GroupedQueryAttention):
             for W, x in ((self.W_q, z), (self.W_k, inputs), (self.W_v, inputs))
         )
         if self.cosine:
-            scale = self.logit_scale.detach().clamp(max=MAX_LOG_SCALE).exp()
+            scale = self.temperatures().detach()
             q, k = F.normalize(q, dim=-1) * scale[:, None, None], F.normalize(k, dim=-1)
         else:
             q = q / math.sqrt(self.head_dim)
@@ -205,8 +205,8 @@ class CompressiveAttention(GroupedQueryAttention):
         )
         angles = rotary_angles(at, self.head_dim, self.rope_theta)
         if self.cosine:
-            scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
-            q, k = unit_rotary(q, scale, *context.rotary), unit_rotary(k, None, *angles)
+            q = unit_rotary(q, self.temperatures(), *context.rotary)
+            k = unit_rotary(k, None, *angles)
         else:
             q = rotate(q.float() / math.sqrt(self.head_dim), *context.rotary)
             k = rotate(k.float(), *angles)
