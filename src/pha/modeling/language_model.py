@@ -417,14 +417,8 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         self, *arguments: Any, **options: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         config, others = super()._prepare_generation_config(*arguments, **options)
-        _require_possible(config, config.get_generation_mode())
+        _require_possible(config)
         return config, others
-
-    def _validate_generation_mode(
-        self, generation_mode: GenerationMode, generation_config: GenerationConfig, *others: Any
-    ) -> None:
-        _require_possible(generation_config, generation_mode)  # an assistant is known only here
-        super()._validate_generation_mode(generation_mode, generation_config, *others)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
@@ -432,12 +426,13 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         return attention_mask
 
 
-def _require_possible(config: GenerationConfig, mode: GenerationMode) -> None:
+def _require_possible(config: GenerationConfig) -> None:
     """Refuse ways to write that would need a state back, or keep the past in another form.
 
     Raises:
         PHAError: with what to do instead.
     """
+    mode = config.get_generation_mode()  # without an assistant, which transformers refuses
     if mode not in _MODES:
         raise PHAError(
             f"generate: {mode.value.replace('_', ' ')} is not supported with stateful models, "
