@@ -147,15 +147,18 @@ class CompressiveAttention(GroupedQueryAttention):
     def _groups(self, x: Tensor, at: Tensor, of: Tensor, is_new: Tensor) -> tuple[Tensor, ...]:
         """What the new inputs complete, (B, S, c, d), the places of its ends, its documents.
 
-        A place is 0 where there is nothing.
+        A place is 0 where there is nothing, or a group begins before what was read of its document.
         """
         c, many = self.rate, -(-(x.shape[1] - self.reach + 1) // self.rate)
         ends = is_new & (at % c == 0)
         places = torch.arange(x.shape[1], device=x.device).expand_as(at)
-        is_end, last, at, of = _last(ends, many, ends, places, at, of)
+        is_end, last, end_at, end_of = _last(ends, many, ends, places, at, of)
         inside = (last[..., None] + torch.arange(1 - c, 1, device=x.device)).clamp(min=0)
+        first = inside[..., 0]
+        is_whole = at.take_along_dim(first, 1) == end_at - c + 1
+        is_whole &= of.take_along_dim(first, 1) == end_of
         groups = x.take_along_dim(inside.flatten(1)[..., None], 1).unflatten(1, inside.shape[1:])
-        return groups, torch.where(is_end, at, 0), of
+        return groups, torch.where(is_end & is_whole, end_at, 0), end_of
 
     def _pooled(self, groups: Tensor) -> Tensor:
         """One input (B, S, d) for each group (B, S, c, d)."""
