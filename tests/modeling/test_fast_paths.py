@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -402,6 +403,16 @@ def test_a_cache_of_other_sequences_is_refused(
     cache = model(tokens(2, 5), use_cache=True).past_key_values
     with pytest.raises(PHAError, match="of 2 sequences, and 1 are given"):
         model(tokens(1, prompt), past_key_values=cache)
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_old_keys_are_let_go_layer_by_layer(model: PHAForCausalLM) -> None:
+    cache = model(tokens(1, 9), use_cache=True).past_key_values
+    old, alive = weakref.ref(cache.layers[0].keys), []
+    layer = model.model.get_submodule("layers.1")
+    layer.register_forward_pre_hook(lambda *_: alive.append(old() is not None))
+    model(tokens(1, 5), past_key_values=cache)
+    assert alive == [False]
 
 
 # --- labels

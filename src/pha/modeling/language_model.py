@@ -169,7 +169,6 @@ class PHAModel(Backbone, PHAPreTrainedModel):
                 cache = past_key_values
             else:
                 cache = CacheAdapter(past_key_values, self.config)
-            cache.enter(batch, attention_mask)
             past = cache.length()
         total = past + new if isinstance(past, int) else None
         check_rows("attention_mask", attention_mask, batch, total)
@@ -188,6 +187,8 @@ class PHAModel(Backbone, PHAPreTrainedModel):
             output_attentions = bool(self.config.output_attentions)
         layer_inputs: list[Tensor] | None = [] if output_hidden_states else None
         weights: list[Tensor] | None = [] if output_attentions else None
+        if cache is not None:  # after all that may be refused for other reasons
+            cache.enter(batch, attention_mask)
         x = Backbone.forward(
             self,
             input_ids=input_ids,
