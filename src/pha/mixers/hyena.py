@@ -13,7 +13,6 @@ from pha.model.config import ArchitectureConfig
 from pha.ops import long_convolution, short_convolution
 from pha.ops.long_convolution import long_convolution_flops
 from pha.ops.precision import accumulation_type
-from pha.utils.errors import PHAError
 
 TAPS = 3  # of the short convolution
 BANDS = 16  # frequencies of a position
@@ -62,10 +61,8 @@ class Hyena(Branch):
         filter_size: int = 64,
     ) -> None:
         super().__init__(config, layer_idx)
-        check_sizes("hyena", order=order, max_length=max_length, filter_size=filter_size)
-        for name, value in (("order", order), ("max_length", max_length)):
-            if value < 2:
-                raise PHAError(f"model: {name} of branch hyena is {value}; at least 2")
+        check_sizes("hyena", 2, order=order, max_length=max_length)
+        check_sizes("hyena", filter_size=filter_size)
         d, filters = config.hidden_size, (order - 1) * config.hidden_size
         self.order, self.max_length = order, max_length
         self.initializer_range = config.initializer_range
