@@ -28,7 +28,7 @@ from pha.ops.modes import (
     step_by_step,
 )
 from pha.ops.precision import accumulation_type, narrow, wide
-from pha.ops.testing import relative_error
+from pha.ops.testing import random_numbers, relative_error
 
 
 def dss(
@@ -185,14 +185,10 @@ def dss_fft(
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device_type)
-
+    normal, uniform = random_numbers(device_type)
     B, T, H, N = 2, 37, 5, 7
     inputs = normal(B, T, H), normal(N) - 1, normal(N), normal(H, N), normal(H, N), normal(H)
-    starts = (torch.rand(B, T, generator=generator) < 0.1).to(device_type)
+    starts = uniform(B, T) < 0.1
     return relative_error(
         lambda *x: backend(*x, starts), lambda *x: oracle(*x, starts), *inputs, normal(B, H, N, 2)
     )
