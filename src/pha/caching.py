@@ -108,26 +108,26 @@ class CacheAdapter:
         if torch.compiler.is_compiling():  # whoever compiles keeps a static cache as it is
             return
         keys, states = self._contents()
-        for state in states:
-            if state is not None and state.shape[0] != batch:
+        for what, x in [*(("states", x) for x in states), *(("keys", x) for x in keys)]:
+            if x is not None and x.numel() and x.shape[0] != batch:
                 raise PHAError(
-                    f"the cache holds states of {state.shape[0]} sequences, and {batch} are given; "
+                    f"the cache holds {what} of {x.shape[0]} sequences, and {batch} are given; "
                     f"{_REMEDY}, which repeats and selects keys and states"
                 )
-        left, self.cache._pha_left = self._left, None  # held on to, old keys would stay in memory
-        if left is None:
-            return
-        if left.padded and attention_mask is None and self.length():
-            raise PHAError(
-                "the cache holds padding; give attention_mask over its tokens and the new ones"
-            )
-        if not any(state is not None for state in states):
-            return
-        if _changed(left.keys, keys) and not _changed(left.states, states):
-            raise PHAError(
-                "the cache's keys were repeated, selected or cropped, and its recurrent states "
-                f"were not; {_REMEDY}, which repeats and selects both (no state can be cropped)"
-            )
+        left = self._left
+        if left is not None:
+            if left.padded and attention_mask is None and self.length():
+                raise PHAError(
+                    "the cache holds padding; give attention_mask over its tokens and the new ones"
+                )
+            has_states = any(state is not None for state in states)
+            if has_states and _changed(left.keys, keys) and not _changed(left.states, states):
+                raise PHAError(
+                    "the cache's keys were repeated, selected or cropped, and its recurrent states "
+                    f"were not; {_REMEDY}, which repeats and selects both (no state can be cropped)"
+                )
+        # Held on to, old keys would stay in memory.
+        self._left = self.cache._pha_left = None
 
     def leave(self, padded: bool) -> None:
         """Remember what the cache holds, and whether some of it is padding, for `enter`."""

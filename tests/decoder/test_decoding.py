@@ -183,6 +183,45 @@ def test_two_copies_of_a_cache_part_ways(steps: list[int]) -> None:
     assert len(steps) == 1 + 2 * (TOTAL - 10)
 
 
+def test_keys_of_one_layer_can_be_replaced(
+    steps: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The instructions know one number of places for all layers."""
+    monkeypatch.setattr(decoder, "_SPARE", 4)
+    model, ids = cached_model("parallel", ("attention",)), tokens(2, TOTAL)
+    cache, expected = model.new_cache(), model(ids).logits
+    model(ids[:, :9], past_key_values=cache, use_cache=True)
+    for t in range(9, TOTAL):
+        cache.layers[1].keys = cache.layers[1].keys.clone() if t == 11 else cache.layers[1].keys
+        logits = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits
+        assert_same(logits[:, 0], expected[:, t])
+    assert len(steps) == TOTAL - 9
+
+
+def test_a_cropped_cache_leaves_its_copy_alone(steps: list[int]) -> None:
+    model, ids, other = cached_model("parallel", ("attention",)), tokens(1, 13), tokens(1, 1, 1)
+    cache = model.new_cache()
+    for begin, end in ((0, 9), (9, 10), (10, 11), (11, 12)):
+        model(ids[:, begin:end], past_key_values=cache, use_cache=True)
+    copied = cache.copy()
+    cache.crop(-3)
+    model(other, past_key_values=cache, use_cache=True)
+    logits = model(ids[:, 12:], past_key_values=copied, use_cache=True).logits
+    assert_same(logits, model(ids).logits[:, 12:])
+    assert len(steps) == 5
+
+
+def test_what_inference_mode_began_goes_on_outside_of_it(steps: list[int]) -> None:
+    model, ids = cached_model("parallel", ("attention",)), tokens(1, TOTAL)
+    cache = model.new_cache()
+    with torch.inference_mode():
+        for begin, end in ((0, 9), (9, 10)):
+            model(ids[:, begin:end], past_key_values=cache, use_cache=True)
+    logits = model(ids[:, 10:11], past_key_values=cache, use_cache=True).logits
+    assert_same(logits, model(ids[:, :11]).logits[:, 10:])
+    assert len(steps) == 2
+
+
 def test_rows_that_were_reordered(steps: list[int]) -> None:
     model, ids = cached_model("parallel", ("gss", "attention", "aux_ffn")), tokens(2, TOTAL)
     cache, order = model.new_cache(), torch.tensor([1, 0])
@@ -217,10 +256,11 @@ def test_changed_weights_are_seen(steps: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", ["hook", "module", "gradient", "static", "documents", "eager", "batch"]
+    "how", ["hook", "module", "gradient", "static", "documents", "eager", "batch", "two states"]
 )
 def test_what_is_left_to_the_layers(how: str, steps: list[int]) -> None:
-    model, ids, options = scrambled(small_config()), tokens(2, TOTAL), {}
+    branches = ["gss", "extended_gss" if how == "two states" else "attention", "aux_ffn"]
+    model, ids, options = scrambled(small_config(branches=branches)), tokens(2, TOTAL), {}
     seen = []
     if how == "hook":
         module = model.model.get_submodule("layers.1.branches.gss.W_C")
@@ -236,7 +276,7 @@ def test_what_is_left_to_the_layers(how: str, steps: list[int]) -> None:
         options["document_starts"] = torch.zeros(2, TOTAL, dtype=torch.bool)
     elif how == "eager":
         model.set_attn_implementation("eager")
-    else:
+    elif how == "batch":
         ids = tokens(program.MOST_ROWS + 1, TOTAL)
     if how == "documents":
         cache = model.new_cache()

@@ -99,6 +99,16 @@ def test_a_convolution_learns_from_its_own_loss_alone() -> None:
     assert rate[-1] < 0.5 * rate[0]
 
 
+def test_padding_adds_nothing_to_its_own_loss() -> None:
+    layer = scramble(CompressiveAttention(small(), 0, WINDOW, SLOTS, RATE)).double()
+    z, mask = torch.randn(1, 26, 24, dtype=torch.float64), torch.arange(26)[None] >= 7
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    losses: list[Tensor] = []
+    layer(z[:, 7:], plain_context(small(), 19, own_losses=losses))
+    layer(z, plain_context(small(), 26, positions, own_losses=losses, token_mask=mask))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-12, atol=0)
+
+
 def test_what_repeats_is_compressed_without_loss() -> None:
     """Groups of equal inputs and a convolution that copies one of them: nothing is lost."""
     layer = scramble(CompressiveAttention(small(), 0, WINDOW, SLOTS, RATE)).double()

@@ -12,6 +12,7 @@ from torch import Tensor
 from pha.mixers import ExtendedGSS
 from pha.model import GatedStateSpace
 from pha.model.gss import GROUP
+from pha.utils.errors import PHAError
 from tests.mixers.common import check_equations, convolved, sigmoid, silu, softplus
 from tests.model.common import plain_context, small
 from tests.modeling.common import run_in_pieces, scrambled, small_config, tokens
@@ -71,3 +72,8 @@ def test_a_time_step_from_the_input_starts_near_that_of_the_paper() -> None:
     a, b = layer.decays_of(torch.randn(1, 100, 24) * 100)
     assert 0 <= float(a.min()) <= float(a.max()) <= 1
     torch.testing.assert_close(a.square() + b.square(), torch.ones_like(a))
+
+
+def test_a_switch_of_words_is_refused() -> None:
+    with pytest.raises(PHAError, match="input_dt of branch extended_gss is 'false'; true or false"):
+        ExtendedGSS(small(), 0, input_dt="false")  # type: ignore[arg-type]

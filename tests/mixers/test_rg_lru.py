@@ -100,7 +100,7 @@ def test_size_and_bad_options() -> None:
     layer = RGLRU(ArchitectureConfig(hidden_size=d, num_attention_heads=12), 0)
     size = sum(p.numel() for p in layer.parameters())
     assert size == 3 * d * d + 2 * d * d // 12 + 8 * d
-    for blocks in (0, 7, 2.5):
+    for blocks in (0, 7, 2.5, True):
         config = small(branches=["rg_lru"], branch_options={"rg_lru": {"blocks": blocks}})
         with pytest.raises(PHAError, match="model: blocks of branch rg_lru is"):
             Backbone(config)

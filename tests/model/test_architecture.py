@@ -87,6 +87,7 @@ BAD_SHAPES: list[tuple[str, dict[str, Any]]] = [
     ("rms_norm_eps", {"rms_norm_eps": math.inf}),
     ("initializer_range", {"initializer_range": 0}),
     ("branches", {"branches": []}),
+    ("branches", {"branches": 5}),
     ("branches", {"branches": ["gss", "gss"]}),
     ("layer_pattern", {"layer_pattern": [["gss"], []]}),
     ("layer_pattern", {"layer_pattern": [["gss", {"gss": {}}]]}),

@@ -232,3 +232,9 @@ def test_bad_options_are_refused(options: Any, logits: Any, message: str) -> Non
     )
     with pytest.raises(PHAError, match=message):
         Backbone(config)
+
+
+def test_a_window_of_words_beside_that_of_the_model_is_refused() -> None:
+    options = {"attention": {"window": "9"}}
+    with pytest.raises(PHAError, match="window of branch attention is '9'; at least 2"):
+        PHAForCausalLM(small_config(attention_window=7, branch_options=options))

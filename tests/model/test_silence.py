@@ -148,6 +148,16 @@ def test_a_horizon_of_one_is_a_layer_on_each_token(block: str) -> None:
             close(alone[:, 0], whole[:, t], 1e-6)
 
 
+@pytest.mark.parametrize("branch", HORIZONS)
+@pytest.mark.parametrize("place", [6, 7])
+def test_nothing_comes_through_a_cut(branch: str, place: int) -> None:
+    model = model_of([branch, "aux_ffn"], num_hidden_layers=1)
+    ids, other = tokens(2, 15), tokens(2, 15)
+    other[:, :place] = tokens(2, place, seed=1)
+    with cut(model.model, [branch], place):
+        close(model(other).logits[:, place:], model(ids).logits[:, place:])
+
+
 @pytest.mark.parametrize("branches", [BRANCHES, ["mamba2", "attention"]])
 @pytest.mark.parametrize("block", ["parallel", "sequential"])
 def test_a_past_that_is_cut_off_is_one_dropped_from_the_cache(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import re
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +22,14 @@ from transformers import DynamicCache
 
 from pha.modeling import PHAForCausalLM
 from pha.utils.errors import PHAError
-from tests.modeling.common import assert_same, scrambled, small_config, tokens
+from tests.modeling.common import (
+    assert_same,
+    cached_model,
+    each_main_kind,
+    scrambled,
+    small_config,
+    tokens,
+)
 
 T = 12
 
@@ -385,16 +394,37 @@ def test_a_cache_of_another_model_is_refused(
         model(tokens(1, prompt), past_key_values=cache)
 
 
+@pytest.mark.parametrize("prompt", [1, 4])
+@each_main_kind
+def test_a_cache_of_other_sequences_is_refused(
+    block: str, branches: tuple[str, ...], prompt: int
+) -> None:
+    model = cached_model(block, branches)
+    cache = model(tokens(2, 5), use_cache=True).past_key_values
+    with pytest.raises(PHAError, match="of 2 sequences, and 1 are given"):
+        model(tokens(1, prompt), past_key_values=cache)
+
+
+@pytest.mark.usefixtures("no_gradients")
+def test_old_keys_are_let_go_layer_by_layer(model: PHAForCausalLM) -> None:
+    cache = model(tokens(1, 9), use_cache=True).past_key_values
+    old, alive = weakref.ref(cache.layers[0].keys), []
+    layer = model.model.get_submodule("layers.1")
+    layer.register_forward_pre_hook(lambda *_: alive.append(old() is not None))
+    model(tokens(1, 5), past_key_values=cache)
+    assert alive == [False]
+
+
 # --- labels
 
 
-@pytest.mark.parametrize("shape", [(1, T), (2, T - 1), (2, T + 1), (4, T)])
+@pytest.mark.parametrize("shape", [(T,), (1, T), (2, T - 1), (2, T + 1), (4, T)])
 @pytest.mark.parametrize("name", ["labels", "shift_labels"])
 def test_labels_of_another_batch_are_refused(
-    name: str, shape: tuple[int, int], model: PHAForCausalLM
+    name: str, shape: tuple[int, ...], model: PHAForCausalLM
 ) -> None:
-    with pytest.raises(PHAError, match=rf"labels are \({shape[0]}, {shape[1]}\) for .*\(2, {T}\)"):
-        model(tokens(2, T), **{name: tokens(*shape)})
+    with pytest.raises(PHAError, match=rf"labels are {re.escape(str(shape))} for .*\(2, {T}\)"):
+        model(tokens(2, T), **{name: torch.zeros(shape, dtype=torch.long)})
 
 
 @pytest.mark.parametrize("items", [None, 0, torch.tensor(0)])

@@ -221,8 +221,11 @@ def test_after_padding_a_mask_is_needed(new: int) -> None:
     with torch.inference_mode():
         cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
         for count in (1, 1, new):  # the first by layers, then by compiled instructions
-            with pytest.raises(PHAError, match="holds padding; give attention_mask"):
-                model(tokens(2, count), past_key_values=copy.deepcopy(cache))
+            with pytest.raises(PHAError, match="attention_mask is "):
+                model(tokens(2, count), attention_mask=mask, past_key_values=cache)
+            for given in (copy.deepcopy(cache), cache, cache):  # nor is it forgotten that it does
+                with pytest.raises(PHAError, match="holds padding; give attention_mask"):
+                    model(tokens(2, count), past_key_values=given)
             mask = torch.cat([mask, mask.new_ones(2, count)], 1)
             cache = model(
                 tokens(2, count), attention_mask=mask, past_key_values=cache
@@ -239,6 +242,9 @@ def test_rows_packed_by_position_ids(block: str, branches: tuple[str, ...]) -> N
     expected = model(ids, document_starts=starts_of(lengths)).logits
     assert_same(model(ids, position_ids=positions).logits, expected)
     assert_same(model(ids, position_ids=positions, use_cache=False).logits, expected)
+    rows = tokens(2, sum(lengths), seed=1)
+    each = model(rows, document_starts=starts_of(lengths).repeat(2, 1)).logits
+    assert_same(model(rows, position_ids=positions).logits, each)
     # Positions that start late or are those of padding begin no document.
     assert_same(model(ids, position_ids=torch.arange(18)[None] + 7).logits, model(ids).logits)
     padded, mask = padded_batch((18, 5, 11), 18, "holes")

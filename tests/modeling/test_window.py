@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.modeling.common import (
     assert_same,
     each_main_kind,
     padded_batch,
+    run_in_pieces,
     scrambled,
     small_config,
     starts_of,
@@ -37,15 +39,8 @@ def windowed(
     return scrambled(config).requires_grad_(False).to(dtype)
 
 
-def in_pieces(model: PHAForCausalLM, ids: Tensor, sizes: list[int], **kwargs: Tensor) -> Tensor:
-    cache, logits, done = None, [], 0
-    for size in sizes:
-        piece = {name: value[:, : done + size] for name, value in kwargs.items()}
-        output = model(ids[:, done : done + size], past_key_values=cache, use_cache=True, **piece)
-        cache = output.past_key_values
-        logits.append(output.logits)
-        done += size
-    return torch.cat(logits, 1)
+def in_pieces(model: PHAForCausalLM, ids: Tensor, sizes: list[int], **masks: Tensor) -> Tensor:
+    return run_in_pieces(model, ids, list(itertools.accumulate(sizes))[:-1], **masks)
 
 
 @each_main_kind
@@ -84,7 +79,7 @@ def test_any_split_equals_the_whole(
 
 
 @each_main_kind
-@pytest.mark.parametrize("sizes", [[29], [8, 1, 1, 1, 1, 1, 9, 7]])
+@pytest.mark.parametrize("sizes", [[29], [0, 8, 1, 1, 1, 0, 1, 1, 9, 7]])
 def test_splits_with_padding_and_documents(
     block: str, branches: tuple[str, ...], sizes: list[int]
 ) -> None:

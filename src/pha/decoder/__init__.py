@@ -95,12 +95,13 @@ class _Writer:
 
     The cache's keys become views of buffers with places to spare, so that a token costs no copy of
     those before it. Whoever replaces them (beam search, cropping) loses nothing: they are copied
-    again.
+    again, and places that were written once stay as they are for whoever else has them.
     """
 
     def __init__(self, decoder: Decoder, body: nn.Module, head: nn.Module) -> None:
         self.decoder, self.body, self.head = decoder, weakref.ref(body), weakref.ref(head)
         self.room: dict[int, tuple[Tensor, Tensor]] = {}
+        self.written = 0  # places of the room
 
     def serves(self, body: nn.Module, head: nn.Module, batch: int) -> bool:
         """Whether the instructions are for this model, as it is now, and so many sequences."""
@@ -110,16 +111,28 @@ class _Writer:
 
     def make_room(self, cache: Cache, length: int) -> bool:
         """Have a place for one more key in every layer; false where that cannot be."""
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
         for index, (groups, size) in self.decoder.key_layers.items():
-            layer = cache.layers[index]
+            layer, shape = cache.layers[index], (self.decoder.batch, groups, length, size)
             if type(layer) not in _GROWING:
                 return False
-            kept, shape = (layer.keys, layer.values), (self.decoder.batch, groups, length, size)
-            if not all(_is(x, shape, self.decoder.dtype) for x in kept):
+            kept[index] = layer.keys, layer.values
+            if not all(_is(x, shape, self.decoder.dtype) for x in kept[index]):
                 return False
-            room = self.room.get(index)
-            if room is None or room[0].shape[2] <= length or not all(map(_is_begin, kept, room)):
-                self.room[index] = tuple(_enlarged(x, length) for x in kept)  # type: ignore[assignment]
+        fits = (
+            self.room
+            and self.written == length
+            and all(
+                room[0].shape[2] > length and all(map(_is_begin, kept[index], room))
+                for index, room in self.room.items()
+            )
+        )
+        if not fits:  # of all layers, whose rooms are of one size
+            self.room = {
+                index: (_enlarged(keys, length), _enlarged(values, length))
+                for index, (keys, values) in kept.items()
+            }
+        self.written = length + 1
         return True
 
     def states(self, cache: Cache) -> dict[int, Tensor] | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pha.decoder import instructions as op
 from pha.decoder import runtime
 from pha.mixers.extended_gss import ExtendedGSS
-from pha.model.attention import MAX_LOG_SCALE, GroupedQueryAttention
+from pha.model.attention import GroupedQueryAttention
 from pha.model.backbone import Backbone
 from pha.model.block import ParallelBlock, Residual, SequentialBlock
 from pha.model.ffn import AuxiliaryFFN, SwiGLU
@@ -113,7 +113,8 @@ class Decoder:
         self._linear(head, self.x, self._slot(self.vocabulary))
         self.steps = np.array(self._steps, np.int64)
         self.constants = torch.cat(self._constants).numpy()
-        self.work = torch.zeros(batch, self._width)
+        # As an array: a tensor made in inference mode cannot be written to outside of it.
+        self.work = torch.zeros(batch, self._width).numpy()
         matrices = [x for x in plain.parameters if id(x) in self._read]
         size = sum(x.nbytes for x in matrices)
         self.threads = max(1, min(torch.get_num_threads(), size // BYTES_PER_THREAD))
@@ -157,7 +158,7 @@ class Decoder:
                 capacity = key.shape[2]
                 self.steps[number, op.ADDRESS] = key.data_ptr()
                 self.steps[number, op.AUX2] = value.data_ptr()
-        self.work[:, self.x : self.x + x_Bd.shape[1]] = x_Bd
+        self.work[:, self.x : self.x + self.d] = x_Bd.numpy()
         logits = torch.empty(self.batch, self.vocabulary, dtype=self.dtype)
         angles = torch.cat([part.expand(self.batch, 1, -1) for part in rotary], dim=-1)
         runtime.together(
@@ -168,7 +169,7 @@ class Decoder:
             capacity,
             self.steps,
             self.constants,
-            self.work.view(-1).numpy(),
+            self.work.reshape(-1),
             angles.contiguous().view(-1).numpy(),
             starts.numpy(),
             np.zeros(1, np.int64),
@@ -325,6 +326,8 @@ class Decoder:
         return results
 
     def _gss(self, branch: GatedStateSpace, index: int, z: int) -> Iterator[int]:
+        if index in self.state_layers:  # instructions have the first state of a layer alone
+            raise _Inexpressible
         n = branch.log_A.numel()
         gate, value, h, y = (self._slot(size) for size in (n, n, n, self.d))
         self._linear(branch.W_g, z, gate)
@@ -369,7 +372,7 @@ class Decoder:
             self._linear(linear, z, to)
         yield y
         if branch.cosine:
-            scale = branch.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
+            scale = branch.temperatures()
         else:
             scale = torch.full((heads,), 1 / math.sqrt(inner))
         for to, count, factor in ((q, heads, scale), (k, groups, torch.ones(groups))):

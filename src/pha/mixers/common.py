@@ -1,4 +1,4 @@
-"""What several mixers share: checks of their options, and starting values."""
+"""What several mixers share: checks of their options, parameters and their starting values."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from pha.ops.precision import wide
 from pha.utils.errors import PHAError
 
 
-def check_sizes(branch: str, **sizes: Any) -> None:
-    """Refuse sizes that are not whole numbers of at least 1.
+def check_sizes(branch: str, least: int = 1, **sizes: Any) -> None:
+    """Refuse sizes that are not whole numbers of at least 1, or `least`.
 
     Raises:
         PHAError: naming the option of the branch.
     """
     for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise PHAError(f"model: {name} of branch {branch} is {value!r}; at least 1")
+        if type(value) is not int or value < least:
+            raise PHAError(f"model: {name} of branch {branch} is {value!r}; at least {least}")
+
+
+def fp32(*shape: int) -> nn.Parameter:
+    """A parameter, not in the default type, which loaders set to that of the other weights."""
+    return nn.Parameter(torch.empty(*shape, dtype=torch.float32))
 
 
 def start_as_torch_does(x: Tensor, fan_in: int) -> None:

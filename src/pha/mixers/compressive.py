@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pha.mixers.common import check_sizes
-from pha.model.attention import MAX_LOG_SCALE, GroupedQueryAttention, rotary_angles
+from pha.model.attention import GroupedQueryAttention, rotary_angles
 from pha.model.branches import Context, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import attention, rotate, unit_rotary
@@ -83,6 +83,8 @@ class CompressiveAttention(GroupedQueryAttention):
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """Map (B, T, d) to (B, T, d), attending to and updating what is kept."""
         B, T, _ = z.shape
+        if T == 0:
+            return z
         w, c = self.reach, self.rate
         x, at, slots, slots_at = self._past(z, context)
         # Places in the document from 1, 0 where there is nothing; which document, the past's is 0.
@@ -103,7 +105,8 @@ class CompressiveAttention(GroupedQueryAttention):
         groups, pooled_at, pooled_of = self._groups(x.detach(), at, of, is_new)
         pooled = self._pooled(groups)
         if self.pooling == "convolution" and context.own_losses is not None:
-            context.own_losses.append(self._lost(z.detach(), groups, pooled, pooled_at > 0))
+            lost = self._lost(z.detach(), groups, pooled, pooled_at > 0)
+            context.own_losses.append((lost * (here > 0)).sum())
         slots = torch.cat([slots.to(z.dtype), pooled.detach().to(z.dtype)], 1)
         slots_at = torch.cat([slots_at, pooled_at], 1)
         slots_of = F.pad(pooled_of, (slots_at.shape[1] - pooled_of.shape[1], 0))
@@ -144,15 +147,18 @@ class CompressiveAttention(GroupedQueryAttention):
     def _groups(self, x: Tensor, at: Tensor, of: Tensor, is_new: Tensor) -> tuple[Tensor, ...]:
         """What the new inputs complete, (B, S, c, d), the places of its ends, its documents.
 
-        A place is 0 where there is nothing.
+        A place is 0 where there is nothing, or a group begins before what was read of its document.
         """
         c, many = self.rate, -(-(x.shape[1] - self.reach + 1) // self.rate)
         ends = is_new & (at % c == 0)
         places = torch.arange(x.shape[1], device=x.device).expand_as(at)
-        is_end, last, at, of = _last(ends, many, ends, places, at, of)
+        is_end, last, end_at, end_of = _last(ends, many, ends, places, at, of)
         inside = (last[..., None] + torch.arange(1 - c, 1, device=x.device)).clamp(min=0)
+        first = inside[..., 0]
+        is_whole = at.take_along_dim(first, 1) == end_at - c + 1
+        is_whole &= of.take_along_dim(first, 1) == end_of
         groups = x.take_along_dim(inside.flatten(1)[..., None], 1).unflatten(1, inside.shape[1:])
-        return groups, torch.where(is_end, at, 0), of
+        return groups, torch.where(is_end & is_whole, end_at, 0), end_of
 
     def _pooled(self, groups: Tensor) -> Tensor:
         """One input (B, S, d) for each group (B, S, c, d)."""
@@ -164,13 +170,13 @@ class CompressiveAttention(GroupedQueryAttention):
     def _lost(self, z: Tensor, groups: Tensor, pooled: Tensor, real: Tensor) -> Tensor:
         """How far attention of z (B, T, d) to what is pooled is from that to groups (B, S, c, d).
 
-        The mean square over the heads' values, summed over z; 0 in a row without `real` groups.
+        The mean square over the heads' values, (B, T); 0 in a row without `real` groups.
         """
         some = real.any(1)[:, None]
         real = real | ~some  # a softmax over nothing is not a number
         whole = self._by_content(z, groups.flatten(1, 2), real.repeat_interleave(self.rate, 1))
         short = self._by_content(z, pooled.to(z.dtype), real)
-        return ((whole - short).float().square().mean((1, 3)) * some).sum()
+        return (whole - short).float().square().mean((1, 3)) * some
 
     def _by_content(self, z: Tensor, inputs: Tensor, real: Tensor) -> Tensor:
         """Attention (B, H, T, K) of z to inputs (B, S, d), wherever they are, by fixed weights."""
@@ -179,7 +185,7 @@ class CompressiveAttention(GroupedQueryAttention):
             for W, x in ((self.W_q, z), (self.W_k, inputs), (self.W_v, inputs))
         )
         if self.cosine:
-            scale = self.logit_scale.detach().clamp(max=MAX_LOG_SCALE).exp()
+            scale = self.temperatures().detach()
             q, k = F.normalize(q, dim=-1) * scale[:, None, None], F.normalize(k, dim=-1)
         else:
             q = q / math.sqrt(self.head_dim)
@@ -202,8 +208,8 @@ class CompressiveAttention(GroupedQueryAttention):
         )
         angles = rotary_angles(at, self.head_dim, self.rope_theta)
         if self.cosine:
-            scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
-            q, k = unit_rotary(q, scale, *context.rotary), unit_rotary(k, None, *angles)
+            q = unit_rotary(q, self.temperatures(), *context.rotary)
+            k = unit_rotary(k, None, *angles)
         else:
             q = rotate(q.float() / math.sqrt(self.head_dim), *context.rotary)
             k = rotate(k.float(), *angles)

@@ -11,6 +11,7 @@ from pha.model.config import ArchitectureConfig
 from pha.model.gss import GROUP, GatedStateSpace
 from pha.ops import gated_scan, linear_scan, short_convolution
 from pha.ops.precision import accumulation_type
+from pha.utils.errors import PHAError
 
 TAPS = 4
 
@@ -34,6 +35,9 @@ class ExtendedGSS(GatedStateSpace):
         output_gate: whether the states are gated when they are read.
         convolution: whether the inputs are convolved over four steps before they are gated.
         input_dt: whether the input decides how much is forgotten.
+
+    Raises:
+        PHAError: a switch that is neither true nor false.
     """
 
     states = ("h", "conv")
@@ -48,6 +52,10 @@ class ExtendedGSS(GatedStateSpace):
         convolution: bool = False,
         input_dt: bool = False,
     ) -> None:
+        switches = {"output_gate": output_gate, "convolution": convolution, "input_dt": input_dt}
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise PHAError(f"model: {name} of branch extended_gss is {value!r}; true or false")
         self.output_gate, self.convolution, self.input_dt = output_gate, convolution, input_dt
         super().__init__(config, layer_idx)
         d, n = config.hidden_size, config.state_size

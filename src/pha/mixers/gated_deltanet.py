@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pha.mixers.common import check_sizes, start_as_torch_does, start_time_steps
+from pha.mixers.common import check_sizes, fp32, start_as_torch_does, start_time_steps
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.model.norm import RMSNorm
@@ -62,9 +62,8 @@ class GatedDeltaNet(Branch):
         self.W_b = nn.Linear(d, heads, bias=False)
         self.W_g = nn.Linear(d, values, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(sum(self.sizes), 1, TAPS))
-        # Not in the default type, which loaders set to that of the other weights.
-        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.A_log = fp32(heads)
+        self.dt_bias = fp32(heads)
         self.norm = RMSNorm(value_size, config.rms_norm_eps)
         self.W_o = nn.Linear(values, d, bias=False)
         self.reset_parameters()

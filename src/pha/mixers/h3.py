@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pha.mixers.common import check_sizes, continuous_modes, start_as_torch_does, start_modes
+from pha.mixers.common import check_sizes, continuous_modes, fp32, start_as_torch_does, start_modes
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import diagonal_ssm, short_convolution
@@ -46,14 +46,9 @@ class H3(Branch):
         d = config.hidden_size
         self.dt_limits = config.dt_min, config.dt_max
         self.W_q, self.W_k, self.W_v, self.W_o = (nn.Linear(d, d) for _ in range(4))
-
-        # Not in the default type, which loaders set to that of the other weights.
-        def wide(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, dtype=torch.float32))
-
-        self.shift_B, self.shift_C, self.D_k = wide(d, TAPS), wide(d, 1, TAPS), wide(d)
-        self.log_A_re, self.A_im, self.log_dt = wide(d, modes), wide(d, modes), wide(d)
-        self.B, self.C, self.D = wide(d, modes, 2), wide(d, modes, 2), wide(d)
+        self.shift_B, self.shift_C, self.D_k = fp32(d, TAPS), fp32(d, 1, TAPS), fp32(d)
+        self.log_A_re, self.A_im, self.log_dt = fp32(d, modes), fp32(d, modes), fp32(d)
+        self.B, self.C, self.D = fp32(d, modes, 2), fp32(d, modes, 2), fp32(d)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -7,13 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from pha.mixers.common import check_sizes, start_as_torch_does
+from pha.mixers.common import check_sizes, fp32, start_as_torch_does
 from pha.model.branches import Branch, Context, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import long_convolution, short_convolution
 from pha.ops.long_convolution import long_convolution_flops
 from pha.ops.precision import accumulation_type
-from pha.utils.errors import PHAError
 
 TAPS = 3  # of the short convolution
 BANDS = 16  # frequencies of a position
@@ -62,10 +61,8 @@ class Hyena(Branch):
         filter_size: int = 64,
     ) -> None:
         super().__init__(config, layer_idx)
-        check_sizes("hyena", order=order, max_length=max_length, filter_size=filter_size)
-        for name, value in (("order", order), ("max_length", max_length)):
-            if value < 2:
-                raise PHAError(f"model: {name} of branch hyena is {value}; at least 2")
+        check_sizes("hyena", 2, order=order, max_length=max_length)
+        check_sizes("hyena", filter_size=filter_size)
         d, filters = config.hidden_size, (order - 1) * config.hidden_size
         self.order, self.max_length = order, max_length
         self.initializer_range = config.initializer_range
@@ -73,16 +70,11 @@ class Hyena(Branch):
         self.conv_weight = nn.Parameter(torch.empty((order + 1) * d, 1, TAPS))
         self.conv_bias = nn.Parameter(torch.empty((order + 1) * d))
         self.skip = nn.Parameter(torch.empty(filters))
-
-        # Not in the default type, which loaders set to that of the other weights.
-        def wide(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, dtype=torch.float32))
-
-        self.filter_in = wide(filter_size, 1 + 2 * BANDS)
-        self.filter_inner = wide(2, filter_size, filter_size)
-        self.filter_biases = wide(3, filter_size)
-        self.filter_out = wide(filters, filter_size)
-        self.frequency = wide(filter_size)
+        self.filter_in = fp32(filter_size, 1 + 2 * BANDS)
+        self.filter_inner = fp32(2, filter_size, filter_size)
+        self.filter_biases = fp32(3, filter_size)
+        self.filter_out = fp32(filters, filter_size)
+        self.frequency = fp32(filter_size)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -163,9 +163,7 @@ class LinearAttention(Branch):
 
     def _normalised(self, x: Tensor) -> Tensor:
         """Features for the delta rule, which diverges without; all of zero stay so."""
-        if self.norm == "l2":
-            return F.normalize(x, dim=-1)
-        return F.normalize(x, p=1.0, dim=-1)  # none is below zero
+        return F.normalize(x, p=2.0 if self.norm == "l2" else 1.0, dim=-1)  # none is below zero
 
     def flops(self, length: int) -> float:
         """Of the rule, with the features that there are."""

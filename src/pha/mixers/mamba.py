@@ -8,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pha.mixers.common import start_as_torch_does, start_time_steps
+from pha.mixers.common import check_sizes, fp32, start_as_torch_does, start_time_steps
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import selective_scan, short_convolution
 from pha.ops.precision import accumulation_type
-from pha.utils.errors import PHAError
 
 TAPS = 4
 
@@ -46,8 +45,7 @@ class Mamba(Branch):
     ) -> None:
         super().__init__(config, layer_idx)
         d, n = config.hidden_size, config.ffn_size(expansion)
-        if not isinstance(modes, int) or modes < 1 or n < 1:
-            raise PHAError(f"model: branch mamba has {n} channels and modes {modes!r}; at least 1")
+        check_sizes("mamba", modes=modes, channels=n)
         self.rank, self.modes = math.ceil(d / 16), modes
         self.W_in = nn.Linear(d, 2 * n, bias=False)
         self.W_x = nn.Linear(n, self.rank + 2 * modes, bias=False)
@@ -55,10 +53,9 @@ class Mamba(Branch):
         self.W_o = nn.Linear(n, d, bias=False)
         self.taps = nn.Parameter(torch.empty(n, TAPS))
         self.b = nn.Parameter(torch.empty(n))
-        # Not in the default type, which loaders set to that of the other weights.
-        self.log_A = nn.Parameter(torch.empty(n, modes, dtype=torch.float32))
-        self.skip = nn.Parameter(torch.empty(n, dtype=torch.float32))
-        self.b_dt = nn.Parameter(torch.empty(n, dtype=torch.float32))
+        self.log_A = fp32(n, modes)
+        self.skip = fp32(n)
+        self.b_dt = fp32(n)
         # Residual layers of the model, among which the authors share out the output's scale.
         self.depth = config.num_hidden_layers * (2 if config.primary_ffn_expansion else 1)
         self.reset_parameters()

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pha.mixers.common import check_sizes, start_as_torch_does, start_time_steps
+from pha.mixers.common import check_sizes, fp32, start_as_torch_does, start_time_steps
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.model.norm import RMSNorm
@@ -64,10 +64,9 @@ class Mamba2(Branch):
         self.W_in = nn.Linear(d, sum(self.sizes), bias=False)
         self.conv_weight = nn.Parameter(torch.empty(mixed, 1, TAPS))
         self.conv_bias = nn.Parameter(torch.empty(mixed))
-        # Not in the default type, which loaders set to that of the other weights.
-        self.A_log = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
-        self.D = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.A_log = fp32(heads)
+        self.dt_bias = fp32(heads)
+        self.D = fp32(heads)
         self.norm = RMSNorm(inner, config.rms_norm_eps)
         self.W_o = nn.Linear(inner, d, bias=False)
         # Residual layers of the model, among which the authors share out the output's scale.

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pha.mixers.common import check_sizes, fp32
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import dss
@@ -48,24 +49,19 @@ class MehtaGSS(Branch):
         expansion: float = 4,
     ) -> None:
         super().__init__(config, layer_idx)
-        for name, value, kind in (
-            ("channels", channels, int),
-            ("modes", modes, int),
-            ("expansion", expansion, int | float),
-        ):
-            if not isinstance(value, kind) or isinstance(value, bool) or not value >= 1:
-                raise PHAError(f"model: {name} of branch mehta_gss is {value!r}; at least 1")
+        check_sizes("mehta_gss", channels=channels, modes=modes)
         d, inner = config.hidden_size, config.ffn_size(expansion)
+        if expansion < 1:
+            raise PHAError(f"model: expansion of branch mehta_gss is {expansion}; at least 1")
         self.W_u = nn.Linear(d, inner, bias=False)
         self.W_v = nn.Linear(d, channels, bias=False)
         self.W_y = nn.Linear(channels, inner, bias=False)
         self.W_o = nn.Linear(inner, d, bias=False)
-        # Not in the default type, which loaders set to that of the other weights.
-        self.Lambda_re = nn.Parameter(torch.empty(modes, dtype=torch.float32))
-        self.Lambda_im = nn.Parameter(torch.empty(modes, dtype=torch.float32))
-        self.C_re = nn.Parameter(torch.empty(channels, modes, dtype=torch.float32))
-        self.C_im = nn.Parameter(torch.empty(channels, modes, dtype=torch.float32))
-        self.D = nn.Parameter(torch.empty(channels, dtype=torch.float32))
+        self.Lambda_re = fp32(modes)
+        self.Lambda_im = fp32(modes)
+        self.C_re = fp32(channels, modes)
+        self.C_im = fp32(channels, modes)
+        self.D = fp32(channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

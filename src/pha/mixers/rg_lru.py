@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pha.mixers.common import fp32
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import linear_scan, short_convolution
@@ -62,7 +63,7 @@ class RGLRU(Branch):
         super().__init__(config, layer_idx)
         d, n = config.hidden_size, config.ffn_size(expansion)
         blocks = math.gcd(n, config.num_attention_heads) if blocks is None else blocks
-        if not isinstance(blocks, int) or n < 1 or blocks < 1 or n % blocks:
+        if type(blocks) is not int or n < 1 or blocks < 1 or n % blocks:
             raise PHAError(
                 f"model: blocks of branch rg_lru is {blocks!r}, and its size {n}; give a number "
                 "that divides it"
@@ -75,8 +76,7 @@ class RGLRU(Branch):
             nn.Parameter(torch.empty(blocks, n // blocks, n // blocks)) for _ in range(2)
         )
         self.b, self.b_r, self.b_i = (nn.Parameter(torch.empty(n)) for _ in range(3))
-        # Not in the default type, which loaders set to that of the other weights.
-        self.Lambda = nn.Parameter(torch.empty(n, dtype=torch.float32))
+        self.Lambda = fp32(n)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pha.mixers.common import check_sizes, continuous_modes, start_modes
+from pha.mixers.common import check_sizes, continuous_modes, fp32, start_modes
 from pha.model.branches import Branch, Context, Diagnostics, register_branch
 from pha.model.config import ArchitectureConfig
 from pha.ops import diagonal_ssm
@@ -42,12 +42,11 @@ class S4D(Branch):
         check_sizes("s4d", modes=modes)
         d = config.hidden_size
         self.dt_limits = config.dt_min, config.dt_max
-        # Not in the default type, which loaders set to that of the other weights.
-        self.log_A_re = nn.Parameter(torch.empty(d, modes, dtype=torch.float32))
-        self.A_im = nn.Parameter(torch.empty(d, modes, dtype=torch.float32))
-        self.log_dt = nn.Parameter(torch.empty(d, dtype=torch.float32))
-        self.C = nn.Parameter(torch.empty(d, modes, 2, dtype=torch.float32))
-        self.D = nn.Parameter(torch.empty(d, dtype=torch.float32))
+        self.log_A_re = fp32(d, modes)
+        self.A_im = fp32(d, modes)
+        self.log_dt = fp32(d)
+        self.C = fp32(d, modes, 2)
+        self.D = fp32(d)
         self.W_o = nn.Linear(d, 2 * d)
         self.reset_parameters()
 

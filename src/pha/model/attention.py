@@ -114,6 +114,10 @@ class GroupedQueryAttention(Branch):
         if self.cosine:
             nn.init.constant_(self.logit_scale, math.log(10.0))
 
+    def temperatures(self) -> Tensor:
+        """What the cosines of each head are multiplied by, (H,) float32."""
+        return self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
+
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """Map (B, T, d) to (B, T, d), attending to cached positions as well."""
         B, T, _ = z.shape
@@ -127,7 +131,7 @@ class GroupedQueryAttention(Branch):
         elif self.theta is not None:
             rotary = rotary_angles(context.positions, self.head_dim, self.theta)
         if self.cosine:
-            scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
+            scale = self.temperatures()
             q, k = (unit_rotary(x, s, *rotary) for x, s in ((q, scale), (k, None)))
         else:
             q = rotate(q.float() / math.sqrt(self.head_dim), *rotary)
@@ -160,5 +164,5 @@ class GroupedQueryAttention(Branch):
         """The temperatures of its heads, where the logits have any."""
         if not self.cosine:
             return Diagnostics()
-        scale = self.logit_scale.float().clamp(max=MAX_LOG_SCALE).exp()
-        return Diagnostics(temperatures=scale, temperature_limit=math.exp(MAX_LOG_SCALE))
+        limit = math.exp(MAX_LOG_SCALE)
+        return Diagnostics(temperatures=self.temperatures(), temperature_limit=limit)

@@ -121,12 +121,12 @@ class Backbone(nn.Module):
         query = torch.arange(T, device=device) + past
         key = torch.arange(keys, device=device) + first
         window, mask, places, blocks = config.attention_window, None, None, None
-        new: Tensor | slice = slice(-T, None)
         # A static cache's keys have fixed places, filled or not.
         is_static = cache is not None and cache.is_static
+        new: Tensor | slice = query if is_static else slice(past, None)
         is_masked = is_static or document_starts is not None or token_mask is not None
         if is_static:
-            places, new = query - first, query
+            places = query - first
         if takes_blocks(attention_backend, T, device.type) and attention_weights is None:
             is_plain = not is_masked and keys == T
             blocks = {

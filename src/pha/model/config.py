@@ -248,7 +248,10 @@ def _named(entries: _Layer) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def is_old(config: dict[str, Any]) -> bool:
     """Whether a configuration was written by an older version; see `pha.conversion`."""
-    return "ffn" in (config.get("branches") or ()) or bool(set(config) & set(RENAMED))
+    branches = config.get("branches")
+    return (isinstance(branches, list) and "ffn" in branches) or not RENAMED.keys().isdisjoint(
+        config
+    )
 
 
 def vars_of(config: ArchitectureConfig) -> dict[str, Any]:

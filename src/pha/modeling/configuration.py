@@ -76,7 +76,7 @@ class PHAConfig(ArchitectureConfig, PreTrainedConfig):
         found, of_all = [], self.attention_window
         for branches in self.branches_of_layers():
             own = branches.get("attention", {}).get("window")
-            bounds = [w for w in (of_all, own) if w is not None]
+            bounds = [w for w in (of_all, own) if isinstance(w, int)]  # others are refused later
             if _keep(branches, "keeps_keys"):
                 found.append(min(bounds) if bounds else None)
         return found

@@ -135,8 +135,8 @@ class PHAModel(Backbone, PHAPreTrainedModel):
             input_ids: (B, T) tokens, or
             attention_mask: (B, S) over cached and new tokens, 0 where there is no token: padding on
                 either side, or holes. What comes out in these places means nothing.
-            position_ids: (B, T); may be left out, since positions enter only as differences. Where
-                they do not grow, a new document begins.
+            position_ids: (B or 1, T); may be left out, since positions enter only as differences.
+                Where they do not grow, a new document begins.
             past_key_values: the model's whole state: keys, values and recurrent states; updated. Or
                 the past of rows in training, a `CarriedCache`, or of pieces of sequences on several
                 ranks, a `SequencePieces`, which are not.
@@ -169,7 +169,6 @@ class PHAModel(Backbone, PHAPreTrainedModel):
                 cache = past_key_values
             else:
                 cache = CacheAdapter(past_key_values, self.config)
-            cache.enter(batch, attention_mask)
             past = cache.length()
         total = past + new if isinstance(past, int) else None
         check_rows("attention_mask", attention_mask, batch, total)
@@ -180,13 +179,16 @@ class PHAModel(Backbone, PHAPreTrainedModel):
                 document_starts = cache.pieces.up_to_here(document_starts, 1)
         check_rows("document_starts", document_starts, batch, total)
         if document_starts is None:
-            document_starts = packed_starts(position_ids, attention_mask, past, others)
+            starts = packed_starts(position_ids, attention_mask, past, others)
+            document_starts = None if starts is None else starts.expand(batch, -1)
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         if output_attentions is None:
             output_attentions = bool(self.config.output_attentions)
         layer_inputs: list[Tensor] | None = [] if output_hidden_states else None
         weights: list[Tensor] | None = [] if output_attentions else None
+        if cache is not None:  # after all that may be refused for other reasons
+            cache.enter(batch, attention_mask)
         x = Backbone.forward(
             self,
             input_ids=input_ids,
@@ -330,7 +332,7 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         assert x is not None
         loss = logits = None
         if labels is not None:
-            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+            shift_labels = nn.functional.pad(labels[..., 1:], (0, 1), value=-100)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if shift_labels is not None:
             if shift_labels.shape != x.shape[:2]:
@@ -416,14 +418,8 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         self, *arguments: Any, **options: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
         config, others = super()._prepare_generation_config(*arguments, **options)
-        _require_possible(config, config.get_generation_mode())
+        _require_possible(config)
         return config, others
-
-    def _validate_generation_mode(
-        self, generation_mode: GenerationMode, generation_config: GenerationConfig, *others: Any
-    ) -> None:
-        _require_possible(generation_config, generation_mode)  # an assistant is known only here
-        super()._validate_generation_mode(generation_mode, generation_config, *others)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
@@ -431,12 +427,13 @@ class PHAForCausalLM(PHAPreTrainedModel, GenerationMixin):
         return attention_mask
 
 
-def _require_possible(config: GenerationConfig, mode: GenerationMode) -> None:
+def _require_possible(config: GenerationConfig) -> None:
     """Refuse ways to write that would need a state back, or keep the past in another form.
 
     Raises:
         PHAError: with what to do instead.
     """
+    mode = config.get_generation_mode()  # without an assistant, which transformers refuses
     if mode not in _MODES:
         raise PHAError(
             f"generate: {mode.value.replace('_', ' ')} is not supported with stateful models, "

@@ -30,7 +30,7 @@ from pha.ops.modes import (
 )
 from pha.ops.precision import accumulation_type, narrow, wide
 from pha.ops.shapes import require_shapes
-from pha.ops.testing import relative_error
+from pha.ops.testing import random_numbers, relative_error
 
 
 def diagonal_ssm(
@@ -123,7 +123,7 @@ def diagonal_ssm_fft(
     """A long convolution; one token alone takes a step of the recurrence. See `diagonal_ssm`."""
     T = u.shape[1]
     one_length("diagonal_ssm", T)
-    if T == 1:
+    if T <= 1:
         return diagonal_ssm_naive(
             u, Lambda_re, Lambda_im, w_re, w_im, D, h0, starts, last_state, count
         )
@@ -167,14 +167,10 @@ def _weighted_sums(x: Tensor, coarse: Tensor, fine: Tensor) -> Tensor:
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device_type)
-
+    normal, uniform = random_numbers(device_type)
     B, T, C, N = 2, 37, 5, 3
     inputs = normal(B, T, C), -normal(C, N).exp(), *(normal(C, N) for _ in range(3)), normal(C)
-    starts = (torch.rand(B, T, generator=generator) < 0.1).to(device_type)
+    starts = uniform(B, T) < 0.1
     return relative_error(
         lambda *x: backend(*x, starts), lambda *x: oracle(*x, starts), *inputs, normal(B, C, N, 2)
     )

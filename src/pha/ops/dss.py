@@ -28,7 +28,7 @@ from pha.ops.modes import (
     step_by_step,
 )
 from pha.ops.precision import accumulation_type, narrow, wide
-from pha.ops.testing import relative_error
+from pha.ops.testing import random_numbers, relative_error
 
 
 def dss(
@@ -165,7 +165,7 @@ def dss_fft(
     """
     T = v.shape[1]
     one_length("dss", T)
-    if T == 1:
+    if T <= 1:
         return dss_naive(v, Lambda_re, Lambda_im, C_re, C_im, D, h0, starts, last_state, count)
     dtype = accumulation_type(v)
     Lambda, C = _modes(Lambda_re, Lambda_im, C_re, C_im, dtype)
@@ -185,14 +185,10 @@ def dss_fft(
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device_type)
-
+    normal, uniform = random_numbers(device_type)
     B, T, H, N = 2, 37, 5, 7
     inputs = normal(B, T, H), normal(N) - 1, normal(N), normal(H, N), normal(H, N), normal(H)
-    starts = (torch.rand(B, T, generator=generator) < 0.1).to(device_type)
+    starts = uniform(B, T) < 0.1
     return relative_error(
         lambda *x: backend(*x, starts), lambda *x: oracle(*x, starts), *inputs, normal(B, H, N, 2)
     )

@@ -19,7 +19,7 @@ from pha.ops.backends import Op
 from pha.ops.past_inputs import documents, with_past
 from pha.ops.precision import accumulation_type
 from pha.ops.shapes import require_shapes
-from pha.ops.testing import relative_error
+from pha.ops.testing import random_numbers, relative_error
 
 
 def long_convolution(
@@ -204,12 +204,8 @@ _convolve.register_autograd(_differentiate, setup_context=_save)
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device_type)
-
-    starts = (torch.rand(2, 29, generator=generator) < 0.1).to(device_type)
+    normal, uniform = random_numbers(device_type)
+    starts = uniform(2, 29) < 0.1
     return relative_error(
         lambda *x: backend(*x, starts, 29),
         lambda *x: oracle(*x, starts, 29),

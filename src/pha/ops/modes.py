@@ -55,7 +55,8 @@ def step_by_step(
         step = decay * h + v_t.unsqueeze(-1)
         h = step if count is None else torch.where((t < count).view(-1, 1, 1), step, h)
         outputs.append((C * h).sum(-1).real + D.to(dtype) * v_t)
-    return torch.stack(outputs, dim=1).to(v.dtype), torch.view_as_real(h) if last_state else None
+    y = torch.stack(outputs, dim=1) if outputs else v
+    return y.to(v.dtype), torch.view_as_real(h) if last_state else None
 
 
 def as_complex(h: Tensor, dtype: torch.dtype) -> Tensor:

@@ -36,7 +36,10 @@ def with_past(
         y (B, T, C), 0 where there is no step, and the last inputs (B, w - 1, C), zeros where they
         are not of the present document, or None.
     """
-    B, T, _ = x.shape
+    B, T, C = x.shape
+    if T == 0:
+        past = x.new_zeros(B, w - 1, C) if past is None else past
+        return x, past if last_state else None
     empty, visible = None, None
     if mask is not None:
         visible = VisibleFirst(mask)

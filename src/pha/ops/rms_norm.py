@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type
-from pha.ops.testing import relative_error
+from pha.ops.testing import random_numbers, relative_error
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -79,9 +79,8 @@ def rms_norm_torch(x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> T
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 25, 67, generator=generator).to(device_type)
-    gain = 1 + torch.randn(67, generator=generator).to(device_type)
+    normal, _ = random_numbers(device_type)
+    x, gain = normal(3, 25, 67), 1 + normal(67)
 
     def run(function: Any) -> Any:
         return lambda x, gain: function(x, gain, 1e-6, x.dtype)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type
-from pha.ops.testing import relative_error
+from pha.ops.testing import random_numbers, relative_error
 
 _SHORTEST = 1e-12  # what a vector is divided by at least, as in torch
 
@@ -98,10 +98,8 @@ def unit_rotary_torch(x: Tensor, scales: Tensor | None, cos: Tensor, sin: Tensor
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 4, 250, 18, generator=generator).to(device_type)
-    scales = (1 + torch.rand(4, generator=generator)).to(device_type)
-    angles = torch.randn(1, 250, 9, generator=generator).to(device_type)
+    normal, uniform = random_numbers(device_type)
+    x, scales, angles = normal(3, 4, 250, 18), 1 + uniform(4), normal(1, 250, 9)
 
     def run(function: Any) -> Any:
         return lambda x, s: function(x, s, angles.cos().to(x.dtype), angles.sin().to(x.dtype))

@@ -24,7 +24,7 @@ from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type
 from pha.ops.recurrence import recur_
 from pha.ops.shapes import require_shapes
-from pha.ops.testing import relative_error
+from pha.ops.testing import random_numbers, relative_error
 
 SHORTEST = 16  # steps of a chunk at least: of so many the last state is kept
 NUMBERS = 2**19  # states of a chunk: as many as a cache holds, where that are more steps
@@ -68,7 +68,7 @@ def selective_scan(
     there = None if mask is None else mask.unsqueeze(-1)
     if there is not None:  # a step of no time changes nothing
         x, dt = torch.where(there, x, 0), torch.where(there, dt, 0)
-    scan = selective_scan_naive if T == 1 else _OP(x.device.type)
+    scan = selective_scan_naive if T <= 1 else _OP(x.device.type)
     with torch.autocast(x.device.type, enabled=False):
         y, last = scan(x, dt, A, B, C, h0, starts)
     return y if there is None else torch.where(there, y, 0), last if last_state else None
@@ -93,7 +93,7 @@ def selective_scan_naive(
         a = (dt_[:, t, :, None] * A_).exp()
         h = a * h + (dt_[:, t] * x_[:, t]).unsqueeze(-1) * B_[:, t, None]
         outputs.append((h * C_[:, t, None]).sum(-1))
-    return torch.stack(outputs, dim=1).to(x.dtype), h
+    return (torch.stack(outputs, dim=1) if outputs else x).to(x.dtype), h
 
 
 def _states(
@@ -220,14 +220,10 @@ def selective_scan_chunked(
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device_type)
-
+    normal, uniform = random_numbers(device_type)
     sequences = normal(2, 37, 19), normal(2, 37, 19).sigmoid(), -normal(19, 5).exp()
     inputs = *sequences, normal(2, 37, 5), normal(2, 37, 5), normal(2, 19, 5)
-    starts = (torch.rand(2, 37, generator=generator) < 0.1).to(device_type)
+    starts = uniform(2, 37) < 0.1
     return relative_error(lambda *x: backend(*x, starts), lambda *x: oracle(*x, starts), *inputs)
 
 

@@ -17,7 +17,7 @@ from pha.ops.past_inputs import documents, with_past
 from pha.ops.pieces import Pieces
 from pha.ops.precision import accumulation_type
 from pha.ops.shapes import require_shapes
-from pha.ops.testing import relative_error
+from pha.ops.testing import random_numbers, relative_error
 from pha.utils.errors import PHAError
 
 MOST = 64  # taps; from there on a transform costs less
@@ -165,13 +165,9 @@ _convolve.register_autograd(_differentiate, setup_context=_save)
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device_type)
-
+    normal, uniform = random_numbers(device_type)
     inputs = normal(2, 37, 19), normal(19, 5), normal(19)
-    starts = (torch.rand(2, 33, generator=generator) < 0.1).to(device_type)
+    starts = uniform(2, 33) < 0.1
     return relative_error(lambda *x: backend(*x, starts), lambda *x: oracle(*x, starts), *inputs)
 
 

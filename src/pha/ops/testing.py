@@ -9,6 +9,21 @@ import torch
 from torch import Tensor
 
 
+def random_numbers(
+    device: torch.device | str,
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Functions of a shape to normal numbers and to uniform ones, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator).to(device)
+
+    return normal, uniform
+
+
 def relative_error(
     backend: Callable[..., Any], oracle: Callable[..., Any], *inputs: Tensor
 ) -> float:

@@ -15,7 +15,7 @@ from pha.ops.attention.flex import BLOCK, TRIAL, block_mask, tried_flex
 from pha.ops.attention.naive import Mask, attention_naive, within, written_out
 from pha.ops.attention.sdpa import attention_sdpa
 from pha.ops.backends import Op
-from pha.ops.testing import relative_error
+from pha.ops.testing import random_numbers, relative_error
 
 ON_A_GPU = ("flex", "flash", "cudnn")
 
@@ -135,11 +135,11 @@ def attention_flex(
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
-    generator = torch.Generator().manual_seed(0)
+    normal, uniform = random_numbers(device_type)
     T = 150
     shapes = ((2, 6, T, 20), (2, 2, T, 20), (2, 2, T, 20))
-    q, k, v = (torch.randn(*s, generator=generator).to(device_type) for s in shapes)
-    starts = (torch.rand(2, T, generator=generator) < 0.1).to(device_type)
+    q, k, v = (normal(*s) for s in shapes)
+    starts = uniform(2, T) < 0.1
     places = torch.arange(T, device=q.device)
     mask, blocks = (make(places, places, starts) for make in (attention_mask, block_mask))
     return max(

@@ -40,7 +40,7 @@ def attention_sdpa(
     On a GPU `kernels` are tried for half precision without a mask; see `attention_flex`.
     """
     queries, keys, mask = q.shape[2], k.shape[2], written_out(mask)
-    if window is not None and keys > window:
+    if window is not None and keys > window and queries:
         return _windowed_sdpa(q, k, v, mask, window)
     # One new token sees every cached one, so causality needs no mask there.
     causal = bool(mask is None and queries == keys and queries > 1)  # also where they are traced

@@ -23,7 +23,7 @@ from pha.ops.gated_scan.operator import gated_scan_operator
 from pha.ops.pieces import Pieces
 from pha.ops.precision import accumulation_type
 from pha.ops.shapes import require_shapes
-from pha.ops.testing import relative_error
+from pha.ops.testing import random_numbers, relative_error
 from pha.ops.visible import VisibleFirst
 
 
@@ -68,7 +68,7 @@ def gated_scan(
     if pieces is not None:
         h, last = scan(gate, value, a, b, None, starts)
         return h + _from_before(a, last, starts, T, pieces).to(h.dtype), None
-    if mask is None:
+    if mask is None or T == 0:
         h, last = scan(gate, value, a, b, h0, starts)
         return h, last if last_state else None
     visible = VisibleFirst(mask)
@@ -106,14 +106,10 @@ def _state_after(
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device_type)
-
-    a = torch.rand(19, generator=generator).to(device_type)
+    normal, uniform = random_numbers(device_type)
+    a = uniform(19)
     inputs = normal(2, 37, 19), normal(2, 37, 19), a, normal(19), normal(2, 19)
-    starts = (torch.rand(2, 37, generator=generator) < 0.1).to(device_type)
+    starts = uniform(2, 37) < 0.1
     return relative_error(lambda *x: backend(*x, starts), lambda *x: oracle(*x, starts), *inputs)
 
 

@@ -11,19 +11,24 @@ from pha.ops.backends import OPS
 from pha.ops.gated_scan.closed_form import torch_backward, torch_forward
 from pha.ops.precision import accumulation_type
 
-_INPUTS = "Tensor gate, Tensor value, Tensor a, Tensor b, Tensor? h0, Tensor? starts, str form"
+
+@torch.library.custom_op("pha::gated_scan", mutates_args=())
+def gated_scan_operator(
+    gate: Tensor,
+    value: Tensor,
+    a: Tensor,
+    b: Tensor,
+    h0: Tensor | None = None,
+    starts: Tensor | None = None,
+    form: str = "torch",
+) -> tuple[Tensor, Tensor]:
+    """See `gated_scan`. `form` is "torch" or, for Triton, one that `chunk_length` knows."""
+    if OPS["gated_scan"].by_triton(form, value):
+        return OPS["gated_scan"].kernels["forward"](gate, value, a, b, h0, starts, form)
+    return torch_forward(gate, value, a, b, h0, starts)
 
 
-@torch.library.custom_op(
-    "pha::gated_scan", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)"
-)
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    if OPS["gated_scan"].by_triton(arguments[-1], arguments[1]):
-        return OPS["gated_scan"].kernels["forward"](*arguments)
-    return torch_forward(*arguments[:-1])
-
-
-@_forward.register_fake
+@gated_scan_operator.register_fake
 def _outputs(gate: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     B, _, n = value.shape
     return value.new_empty(value.shape), value.new_empty(B, n, dtype=accumulation_type(value))
@@ -32,8 +37,8 @@ def _outputs(gate: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "pha::gated_scan_backward",
     mutates_args=(),
-    schema=f"(Tensor dh, Tensor dh_last, Tensor h, {_INPUTS}) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor dh, Tensor dh_last, Tensor h, Tensor gate, Tensor value, Tensor a, Tensor b, "
+    "Tensor? h0, Tensor? starts, str form) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     if OPS["gated_scan"].by_triton(arguments[-1], arguments[2]):
@@ -63,21 +68,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor | None, ...]:
-    *gradients, dh0 = _backward(dh, dh_last, *ctx.saved_tensors, ctx.form)
-    return *gradients, dh0 if ctx.needs_input_grad[4] else None, None, None
+    h, *inputs, h0, starts = ctx.saved_tensors
+    *gradients, dh0 = _backward(dh, dh_last, h, *inputs, h0, starts, ctx.form)
+    return *gradients, None if h0 is None else dh0, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def gated_scan_operator(
-    gate: Tensor,
-    value: Tensor,
-    a: Tensor,
-    b: Tensor,
-    h0: Tensor | None = None,
-    starts: Tensor | None = None,
-    form: str = "torch",
-) -> tuple[Tensor, Tensor]:
-    """See `gated_scan`. `form` is "torch" or, for Triton, one that `chunk_length` knows."""
-    return _forward(gate, value, a, b, h0, starts, form)
+gated_scan_operator.register_autograd(_differentiate, setup_context=_save)

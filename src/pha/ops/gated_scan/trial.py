@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
 
 from pha.ops.backends import OPS, Trial
 from pha.ops.gated_scan import triton as triton_scan
@@ -13,20 +12,16 @@ from pha.ops.gated_scan.closed_form import torch_backward
 from pha.ops.gated_scan.naive import gated_scan_naive
 from pha.ops.gated_scan.operator import gated_scan_operator
 from pha.ops.gated_scan.sizes import sizes_of
-from pha.ops.testing import largest_error
+from pha.ops.testing import largest_error, random_numbers
 
 
 def _largest_error(device: torch.device) -> float:
     """Of both forms, relative to torch's operations in float64; two chunks where chunked."""
-    generator = torch.Generator().manual_seed(0)
+    normal, uniform = random_numbers(device)
     B, T, n = 2, sizes_of(device).shortest + 13, 19
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
-    a = torch.rand(n, generator=generator).to(device)
+    a = uniform(n)
     gate, value, b, h0 = normal(B, T, n), normal(B, T, n), normal(n), normal(B, n)
-    starts = (torch.rand(B, T, generator=generator) < 0.02).to(device)
+    starts = uniform(B, T) < 0.02
     dh, dh_last = normal(B, T, n), normal(B, n)
     inputs = gate, value, a, b, h0, starts
     results = []

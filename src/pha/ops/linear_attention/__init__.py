@@ -22,7 +22,7 @@ from pha.ops.linear_attention.chunked import linear_attention_chunked
 from pha.ops.linear_attention.naive import linear_attention_naive
 from pha.ops.pieces import Pieces
 from pha.ops.shapes import require_shapes
-from pha.ops.testing import relative_error
+from pha.ops.testing import random_numbers, relative_error
 from pha.utils.errors import PHAError
 
 
@@ -113,13 +113,9 @@ def _from_before(
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device_type)
-
+    normal, uniform = random_numbers(device_type)
     B, T, H, K, P = 2, 37, 4, 5, 3
-    starts = (torch.rand(B, T, generator=generator) < 0.1).to(device_type)
+    starts = uniform(B, T) < 0.1
     unit = [F.normalize(normal(B, T, heads, K), dim=-1) for heads in (2, 2, H, H)]
     v, h0 = normal(B, T, H, P), normal(B, H, K, P)
     per_head, per_channel = F.logsigmoid(normal(B, T, H)), F.logsigmoid(normal(B, T, H, K))

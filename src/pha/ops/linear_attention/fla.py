@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pha.ops.backends import OPS, Trial
 from pha.ops.linear_attention.chunked import linear_attention_chunked
-from pha.ops.testing import relative_error
+from pha.ops.testing import random_numbers, relative_error
 
 LARGEST_KEY = 256  # channels that one program holds
 
@@ -88,18 +88,14 @@ def _run(
 
 def _largest_error(device: torch.device) -> float:
     """Of all four kernels, with and without documents, against the chunked form in float64."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
+    normal, uniform = random_numbers(device)
     B, T, H, K, P = 2, 100, 2, 32, 64
     rounded = [
         x.bfloat16().float()
         for x in (normal(B, T, H, K) / K**0.5, F.normalize(normal(B, T, H, K), dim=-1))
     ]
     v, h0 = normal(B, T, H, P).bfloat16().float(), normal(B, H, K, P)
-    starts = (torch.rand(B, T, generator=generator) < 0.05).to(device)
+    starts = uniform(B, T) < 0.05
     head, channel = F.logsigmoid(normal(B, T, H)), F.logsigmoid(normal(B, T, H, K))
     strength = normal(B, T, H).sigmoid().bfloat16().float()
 

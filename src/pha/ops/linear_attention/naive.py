@@ -20,7 +20,9 @@ def linear_attention_naive(
     """One step of the equation after the other; see `pha.ops.linear_attention`."""
     dtype, (B, T, H, P) = accumulation_type(v), v.shape
     q, k = (x.to(dtype).repeat_interleave(H // x.shape[2], 2).unsqueeze(-1) for x in (q, k))
-    decay = None if g is None else g.to(dtype).view(B, T, H, -1, 1).exp()
+    decay = None
+    if g is not None:
+        decay = (g if g.dim() == 4 else g.unsqueeze(-1)).to(dtype).exp().unsqueeze(-1)
     S = q.new_zeros(B, H, k.shape[3], P) if h0 is None else h0.to(dtype)
     outputs = []
     for t in range(T):

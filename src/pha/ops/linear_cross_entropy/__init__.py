@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from pha.ops.backends import Op
 from pha.ops.precision import accumulation_type, compute_type
-from pha.ops.testing import relative_error
+from pha.ops.testing import random_numbers, relative_error
 from pha.utils.errors import PHAError
 
 IGNORE_INDEX = -100
@@ -259,10 +259,8 @@ def token_statistics(x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(33, 16, generator=generator).to(device_type)
-    weight = torch.randn(101, 16, generator=generator).to(device_type)
-    targets = torch.randint(101, (33,), generator=generator).to(device_type)
+    normal, uniform = random_numbers(device_type)
+    x, weight, targets = normal(33, 16), normal(101, 16), (101 * uniform(33)).long()
     targets[::7] = IGNORE_INDEX
     return relative_error(
         lambda *a: backend(*a, targets), lambda *a: oracle(*a, targets), x, weight

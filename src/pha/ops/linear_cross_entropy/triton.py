@@ -15,7 +15,7 @@ from pha.ops.linear_cross_entropy import (
     linear_cross_entropy_chunked,
     padded,
 )
-from pha.ops.testing import largest_error
+from pha.ops.testing import largest_error, random_numbers
 
 
 def _by_triton(
@@ -33,10 +33,9 @@ def _by_triton(
 
 def _largest_error(device: torch.device) -> float:
     """Of Triton's kernel, on a padded problem of a whole block and a part of one."""
-    generator = torch.Generator().manual_seed(0)
-    x, w = torch.randn(7, 16, generator=generator), torch.randn(4100, 16, generator=generator)
-    y = torch.tensor([0, 4099, IGNORE_INDEX, 4096, 17, 5, 6])
-    x, w, y = x.to(device), w.to(device), y.to(device)
+    normal, _ = random_numbers(device)
+    x, w = normal(7, 16), normal(4100, 16)
+    y = torch.tensor([0, 4099, IGNORE_INDEX, 4096, 17, 5, 6], device=device)
     loss, dz = chunk_by_torch(x, w, y, x.new_empty(7, 4100), True)
     wide = padded(w, w.dtype, 4160), y, x.new_empty(7, 4160)
     return largest_error(_by_triton(x, *wide, True, 4100), (loss, F.pad(dz, (0, 60))))

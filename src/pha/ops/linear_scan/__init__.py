@@ -19,7 +19,7 @@ from pha.ops.pieces import Pieces
 from pha.ops.precision import accumulation_type
 from pha.ops.recurrence import recur_
 from pha.ops.shapes import require_shapes
-from pha.ops.testing import relative_error
+from pha.ops.testing import random_numbers, relative_error
 
 
 def linear_scan(
@@ -125,13 +125,14 @@ def torch_backward(
 
 # An operator, since a graph of torch.compile would hold every block of time.
 @torch.library.custom_op("pha::linear_scan", mutates_args=())
-def _forward(
+def linear_scan_operator(
     u: Tensor,
     a: Tensor,
     h0: Tensor | None = None,
     starts: Tensor | None = None,
     form: str = "torch",
 ) -> tuple[Tensor, Tensor]:
+    """See `linear_scan`. `form` is "torch" or, for Triton, one that `chunk_length` knows."""
     if OPS["linear_scan"].by_triton(form, u):
         return OPS["linear_scan"].kernels["forward"](u, a, h0, starts, form)
     return torch_forward(u, a, h0, starts)
@@ -152,7 +153,7 @@ def _backward(
     return torch_backward(dh, dh_last, h, a, h0, starts)
 
 
-@_forward.register_fake
+@linear_scan_operator.register_fake
 def _outputs(u: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     last = u.new_empty(u.shape[0], u.shape[2], dtype=accumulation_type(u))
     return u.new_empty(u.shape), last
@@ -177,28 +178,13 @@ def _differentiate(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor | None
     return du, da, None if h0 is None else dh0, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def linear_scan_operator(
-    u: Tensor,
-    a: Tensor,
-    h0: Tensor | None = None,
-    starts: Tensor | None = None,
-    form: str = "torch",
-) -> tuple[Tensor, Tensor]:
-    """See `linear_scan`. `form` is "torch" or, for Triton, one that `chunk_length` knows."""
-    return _forward(u, a, h0, starts, form)
+linear_scan_operator.register_autograd(_differentiate, setup_context=_save)
 
 
 def _check(backend: Any, oracle: Any, device_type: str) -> float:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device_type)
-
+    normal, uniform = random_numbers(device_type)
     inputs = normal(2, 37, 19), normal(2, 37, 19).sigmoid(), normal(2, 19)
-    starts = (torch.rand(2, 37, generator=generator) < 0.1).to(device_type)
+    starts = uniform(2, 37) < 0.1
     return relative_error(lambda *x: backend(*x, starts), lambda *x: oracle(*x, starts), *inputs)
 
 

@@ -11,7 +11,7 @@ from pha.ops.backends import OPS, Trial
 from pha.ops.gated_scan import triton as triton_scan
 from pha.ops.gated_scan.sizes import sizes_of
 from pha.ops.linear_scan import linear_scan_naive, linear_scan_operator, torch_backward
-from pha.ops.testing import largest_error
+from pha.ops.testing import largest_error, random_numbers
 
 
 def scan_forward(
@@ -36,14 +36,10 @@ def scan_backward(
 
 def _largest_error(device: torch.device) -> float:
     """Of both forms, relative to torch's operations in float64; two chunks where chunked."""
-    generator = torch.Generator().manual_seed(0)
+    normal, uniform = random_numbers(device)
     B, T, n = 2, sizes_of(device).shortest + 13, 19
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
-
     u, a, h0 = normal(B, T, n), normal(B, T, n).tanh(), normal(B, n)
-    starts = (torch.rand(B, T, generator=generator) < 0.02).to(device)
+    starts = uniform(B, T) < 0.02
     dh, dh_last = normal(B, T, n), normal(B, n)
     results: list[Tensor] = []
     for form in ("sequential", "chunked"):
