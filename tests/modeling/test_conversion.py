@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,8 @@ def test_what_cannot_be_converted_is_refused(
     damaged.mkdir()
     (damaged / "config.json").write_text(json.dumps({"branches": ["ffn"]}))
     (damaged / "model.safetensors").write_bytes(b"\x00\x01")
-    for content in ([], {"branches": 5}, {"branches": ["ffn"], "branch_options": ["ffn"]}):
+    contents: list[Any] = [[], {"branches": ["ffn"], "branch_options": ["ffn"]}]
+    for content in contents:
         wrong = tmp_path / "wrong"
         wrong.mkdir(exist_ok=True)
         (wrong / "config.json").write_text(json.dumps(content))
