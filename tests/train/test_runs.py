@@ -23,6 +23,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from pha.cli import main
 from pha.data import TokenStore, prepare
 from pha.runs import RunFolder
 from pha.train import trainer as trainer_module
@@ -433,7 +434,11 @@ def test_another_configuration_or_other_data_is_refused(
 
 
 def test_init_from_starts_from_its_weights(
-    train_small: Train, text_folder: Path, tmp_path: Path
+    train_small: Train,
+    store: TokenStore,
+    text_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     first = train_small("first", run__steps=40, run__evaluate_every=40)
     train_small("second", run__init_from=str(tmp_path / "first"), run__steps=1)
@@ -442,6 +447,11 @@ def test_init_from_starts_from_its_weights(
     other = prepare(str(text_folder), "bpe:280", tmp_path / "bpe")
     with pytest.raises(PHAError, match="tokenizer"):
         train_small("third", run__init_from=str(tmp_path / "first"), data__store=str(other.path))
+    words = ["--init-from", str(tmp_path / "first"), "--data", str(store.path)]
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "pha-tiny.text", *words, "--model.hidden_size", "32"])
+    assert stop.value.code == 2
+    assert "model.hidden_size: the model is that of" in capsys.readouterr().err
 
 
 def test_a_key_that_a_run_does_not_have_yet_had_its_default(

@@ -210,12 +210,15 @@ def train(
         words += ["--run.init_from", init_from]
     before = RunFolder(out or Path("runs") / file_name(recipe)).read_config().get("run", {})
     import_modules(before.get("imports", []), "run.imports")
+    asked = parse_overrides(words)
     if budget is not None:
-        asked = parse_overrides(words)
         if given := [key for key in LENGTHS if asked.get(key) is not None]:
             raise PHAError(f"--budget says how long the run is, and so does {given[0]}; give one")
         words += ["--run.steps", "1"]
     config = load_recipe(recipe, words)
+    unheard = [key for key in asked if key.startswith("model.") and key != "model.dropout"]
+    if config.run.init_from is not None and unheard:
+        raise PHAError(f"{unheard[0]}: the model is that of {config.run.init_from}; leave it out")
     out = out or Path("runs") / file_name(str(config.recipe))
     console = outcome_console(json) if dry_run else progress_console()
     if devices is not None and (devices < 1 or not dry_run):
