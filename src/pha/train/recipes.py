@@ -182,7 +182,7 @@ def load_recipe(
     """
     name, content = _read(recipe)
     check_format(Path(recipe), content.pop("format", 0), CONFIG_FORMAT)
-    name = content.pop("recipe", None) or name
+    name = str(content.pop("recipe", None) or name)
     if not isinstance(overrides, Mapping):
         overrides = parse_overrides(overrides or [])
     settings = merge(defaults, _flat(content, recipe), overrides)
