@@ -80,6 +80,17 @@ def linear_cross_entropy_naive(x: Tensor, weight: Tensor, targets: Tensor) -> Te
     )
 
 
+def linear_cross_entropy_torch(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """PyTorch's own chunks, from version 2.13 on."""
+    dtype, accumulate = compute_type(x), accumulation_type(x)
+    with torch.autocast(x.device.type, enabled=False):
+        options = torch.nn.LinearCrossEntropyOptions()
+        loss = F.linear_cross_entropy(
+            x.to(dtype), weight.to(dtype), targets, reduction="sum", options=options
+        )
+    return loss.to(accumulate)
+
+
 def _chunk_rows(x: Tensor, weight: Tensor) -> int:
     """Rows at a time: about `chunk_logits`, in chunks of one size, none of them a small rest."""
     rows = x.shape[0]
@@ -272,7 +283,8 @@ _OP = Op(
     {
         "naive": linear_cross_entropy_naive,
         "chunked": linear_cross_entropy_chunked,
-    },
+    }
+    | ({"torch": linear_cross_entropy_torch} if hasattr(F, "linear_cross_entropy") else {}),
     {"default": "chunked"},
     _check,
     plain="chunked",
