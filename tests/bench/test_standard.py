@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pha.bench import standard, worker
+from pha.bench.op_work import op_backends
 from pha.bench.runner import OUT_OF_TIME, make_row, run_groups
 from pha.bench.standard import expected_seconds, standard_set
 from pha.bench.work import Job
@@ -44,10 +45,9 @@ def test_it_fits_into_ten_minutes_and_begins_with_table_8(
     modes = list(dict.fromkeys(job.mode for job in jobs))
     assert modes[:3] == ["prefill", "train", "decode"]
     assert jobs[0].compiled
-    assert {job.backend.partition(",")[0] for job in jobs if job.mode == "loss"} == {
-        "chunked",
-        "triton",
-    }
+    # torch has a loss of its own from 2.13 on.
+    timed = {job.backend.partition(",")[0] for job in jobs if job.mode == "loss"}
+    assert timed - {"torch"} == {"chunked", "triton"}
 
 
 def test_the_rehearsal_has_a_job_for_each_model_and_mode() -> None:
@@ -119,7 +119,8 @@ def test_a_dry_run_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> Non
     assert "predicted" in printed
     assert "prefill of pha-180m compiled, bf16, 1 x 65536" in printed
     main(["bench", "loss", "--models", "pha-tiny", "--dry-run", "--json"])
-    assert len(json.loads(capsys.readouterr().out)) == 2
+    jobs = json.loads(capsys.readouterr().out)
+    assert len(jobs) == 2 * len(op_backends("loss", "cpu"))
 
 
 def test_what_the_set_says_itself_is_not_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
