@@ -364,6 +364,26 @@ def test_flex_sees_by_itself_that_keys_are_cached_or_out_of_reach(T: int, S: int
     torch.testing.assert_close(actual, backend_function("naive")(**inputs))
 
 
+def test_flex_is_compiled_where_the_layers_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uncompiled it is the whole matrix: as the watch and an evaluation's last rows ask for."""
+    graphs: list[Any] = []
+
+    def count(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def first(q: Tensor, *_: Any, **options: Any) -> Tensor:
+        return q + 1
+
+    monkeypatch.setattr(attention_flex, "_compiled", torch.compile(first, backend=count))
+    q = torch.empty(1, 2, BLOCK, 16, device="meta")  # anywhere but on a CPU
+    places = torch.arange(BLOCK)
+    with torch.compiler.set_stance("force_eager"):
+        attention_flex.flex(q, q, q, block_mask(places, places))
+        assert torch.compile(first, backend=count)(q).shape == q.shape
+    assert len(graphs) == 1
+
+
 @pytest.mark.gpu  # where each case is compiled for some seconds, so not all of them
 @pytest.mark.parametrize(
     ("shape", "documents", "window", "dtype"),

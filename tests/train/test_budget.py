@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from pha.data import TokenStore
 from pha.results import RunResult
 from pha.runs import RunFolder
 from pha.train import budget
+from pha.train import run as run_module
 from pha.train.config import TrainConfig
 from pha.train.run import run_training
 from pha.utils.errors import PHAError
@@ -76,6 +79,27 @@ def test_a_trial_averages_and_tests_twice_where_the_run_will(
     budget._measure(small_config(run__steps=4, run__keep_best=3, run__average_best=2))
     budget._measure(small_config(run__steps=4))
     assert [len(trial.candidates) for trial in trials] == [2, 1]
+
+
+def test_a_trial_leaves_no_model_behind(
+    small_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose memory the run's plan would count as taken, until Python looks for cycles."""
+    models: list[weakref.ref[Any]] = []
+    make = run_module.make_model
+
+    def noted(config: TrainConfig) -> Any:
+        models.append(weakref.ref(model := make(config)))
+        return model
+
+    monkeypatch.setattr(run_module, "make_model", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        budget._measure(small_config(run__steps=4))
+        assert [model() for model in models] == [None]
+    finally:
+        gc.enable()
 
 
 def test_another_length_beside_a_budget_is_refused(

@@ -1,4 +1,4 @@
-"""What is asked of the allocator: flat memory, or freed memory at hand."""
+"""What is asked of allocators: flat memory, freed memory at hand, how much there is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from pha.utils.hardware import free_memory
 
 PROGRAM = """
 import psutil, torch
@@ -28,3 +31,12 @@ def test_freed_memory_is_returned_or_kept(function: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     returned = float(done.stdout)
     assert returned > 90 if function == "return_freed_memory" else returned < 10
+
+
+def test_what_the_allocator_of_a_gpu_holds_for_later_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in (("memory_reserved", 50), ("memory_allocated", 20)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10, 80))
+    assert free_memory(torch.device("cuda")) == 40

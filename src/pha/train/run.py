@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 import yaml
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
@@ -107,6 +108,9 @@ def _train(session: Session) -> Progress:
     config = replace(session.config, run=replace(session.config.run, micro_batch=micro))
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+    elif accelerator.device.type == "cuda":
+        # The products that planning measures take 0.8 GB, more than a small run.
+        torch.cuda.reset_peak_memory_stats(accelerator.device)
     accelerator.wait_for_everyone()  # all have looked at the folder before anything appears in it
     model, tokenizer = make_model(config), data.tokenizer()
     # So that generation from a saved model ends where a document does.

@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ class Trainer:
         self.config, self.plan, self.run = config, plan, run
         self.tokenizer, self.data = tokenizer, data
         self.accelerator, self.console = accelerator, console
+        # Of matrix products; the weights stay float32. No method, for with one the watch and this
+        # would hold each other, and the memory of both after the run.
+        self.autocast = partial(autocast, accelerator.device.type, config.run.precision)
         if config.run.compile:
             compile_blocks(model)
         if config.run.shards > 1:
@@ -336,10 +340,6 @@ class Trainer:
             loss: Tensor = self.model(**inputs, num_items_in_batch=items).loss
         self.accelerator.backward(loss)
         return loss.detach()
-
-    def autocast(self) -> torch.autocast:
-        """The precision of the run's matrix products; the weights stay float32."""
-        return autocast(self.accelerator.device.type, self.config.run.precision)
 
     def _diverged(self, step: int, loss: float, inputs: dict[str, Any]) -> None:
         model = self.plain_model

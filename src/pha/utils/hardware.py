@@ -130,7 +130,9 @@ def _mallopt(parameter: int, value: int) -> None:
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated now."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What earlier work of this process has freed stays with its allocator, for later work.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return psutil.virtual_memory().available
 
 

@@ -30,8 +30,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask) -> Tensor:
     # backward pass; as it is, it writes the whole matrix out.
     if torch.compiler.is_compiling() or q.device.type == "cpu":
         return function(q, k, v, block_mask=blocks, scale=1.0, enable_gqa=shared)
-    # One form more than the limit would be the whole matrix too, unless it must be compiled.
-    with torch._dynamo.config.patch(recompile_limit=MOST_COMPILED):
+    # One form more than the limit would be the whole matrix too, unless it must be compiled; and so
+    # would be whatever those who have the layers run uncompiled for a while ask for.
+    limit = torch._dynamo.config.patch(recompile_limit=MOST_COMPILED)
+    with limit, torch.compiler.set_stance("default"):
         return _compiled(q, k, v, block_mask=blocks, scale=1.0, enable_gqa=shared)
 
 
