@@ -8,7 +8,7 @@ import torch
 
 from pha.data import TokenStore
 from pha.data.sampler import WindowSampler
-from pha.train.batches import BatchFeed
+from pha.train.batches import BatchFeed, dropout_seed
 
 CPU = torch.device("cpu")
 PIECES = [(1, 3), (3, 4)]
@@ -112,3 +112,14 @@ def test_the_reading_thread_pins_for_its_own_card(
     assert all(thread != threading.get_ident() for thread, _ in used)
     assert all(seen == str(chosen) for _, seen in used)
     assert bool(used) == (name != "cpu")
+
+
+def test_dropout_depends_on_seed_sequence_and_part() -> None:
+    base = (3, 5, 0)
+    drawn = []
+    # What differs by 2^32 or more is the same to a CPU's generator.
+    for numbers in (base, base, (4, 5, 0), (3 + (1 << 40), 5, 0), (3, 6, 0), (3, 5, 1)):
+        torch.manual_seed(dropout_seed(*numbers))
+        drawn.append(tuple(torch.rand(4).tolist()))
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == len(drawn) - 1

@@ -7,12 +7,26 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pha.data.sampler import WindowSampler
 from pha.ops.linear_cross_entropy import IGNORE_INDEX
 from pha.tasks.sampler import TaskSampler
+
+
+def dropout_seed(seed: int, first: int, part: int) -> int:
+    """What torch's generator starts from before a micro-batch.
+
+    A generator on a CPU has but the low 32 bits of it, which therefore depend on everything.
+
+    Args:
+        seed: of the run.
+        first: the number of the micro-batch's first sequence in the run.
+        part: of sequences that are read in pieces.
+    """
+    return int(np.random.SeedSequence((seed, first, part)).generate_state(1, np.uint64)[0])
 
 
 def _use(device: torch.device) -> None:

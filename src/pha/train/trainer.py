@@ -22,7 +22,7 @@ from pha.loading import LanguageModel
 from pha.modeling import PHAForCausalLM
 from pha.results import EvalRecord, MixingRecord, Scores, TrainRecord, WarningRecord
 from pha.runs import RunFolder
-from pha.train.batches import BatchFeed
+from pha.train.batches import BatchFeed, dropout_seed
 from pha.train.carry import Carried
 from pha.train.checkpoint import (
     CARRIED,
@@ -283,13 +283,13 @@ class Trainer:
         for piece, (first, _) in enumerate(self.feed.pieces):
             inputs = self.feed.get(step, piece)
             labels = inputs.pop("labels")
-            seed = (run.seed << 40) + step * run.global_batch + first
+            part = 0
             if self.split is not None:
                 inputs = self.split.cut(inputs)
-                seed += self.split.pieces.rank << 34
+                part = self.split.pieces.rank
             # Dropout is a pure function of the seed and of which sequences these are, in whichever
-            # process: no generator has a state. Of a large seed, torch takes the low bits.
-            seed %= 1 << 64
+            # process: no generator has a state.
+            seed = dropout_seed(run.seed, step * run.global_batch + first, part)
             if piece == 0 and self.watch is not None:
                 torch.manual_seed(seed)  # as it would go on from where the last step left it
                 self.watch.before(step + 1, inputs)
