@@ -14,25 +14,27 @@ import pytest
 import yaml
 from rich.console import Console
 
-from pha.data import TokenStore
+from pha import results
+from pha.data import TokenStore, store
 from pha.evals.perplexity import evaluate
 from pha.evals.protocols import Protocol
 from pha.loading import load_model
 from pha.report.collect import collect
 from pha.runs import RunFolder
-from pha.train.checkpoint import digest
+from pha.train import checkpoint
 from pha.train.recipes import load_recipe
 from pha.train.run import run_training
 from pha.utils.errors import PHAError
 from pha.utils.versions import check_format
 
 SAMPLES = sorted((Path(__file__).parent / "samples").glob("v*"), key=lambda path: path.name)
+# The key of its format, and the one that is written today.
 FILES = {
-    "store/store.json": "format",
-    "run/config.yaml": "format",
-    "run/metrics.jsonl": "format",
-    "run/result.json": "version",
-    "run/checkpoints/step-8/trainer.json": "format",
+    "store/store.json": ("format", store.FORMAT),
+    "run/config.yaml": ("format", results.CONFIG_FORMAT),
+    "run/metrics.jsonl": ("format", results.METRICS_FORMAT),
+    "run/result.json": ("version", results.VERSION),
+    "run/checkpoints/step-8/trainer.json": ("format", checkpoint.FORMAT),
 }
 
 
@@ -52,6 +54,13 @@ def test_there_are_samples_and_they_stay_small() -> None:
     assert len(SAMPLES) >= 2
     sizes = [file.stat().st_size for each in SAMPLES for file in each.rglob("*.*")]
     assert sum(sizes) < 100_000 * len(SAMPLES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_last_sample_has_the_formats_of_today(name: str) -> None:
+    text = (SAMPLES[-1] / name).read_text(encoding="utf-8")
+    key, newest = FILES[name]
+    assert yaml.safe_load(text.splitlines()[0] if name.endswith(".jsonl") else text)[key] == newest
 
 
 def test_a_sample_is_read_and_evaluated_to_its_figures(sample: Path) -> None:
@@ -101,10 +110,11 @@ def test_a_newer_format_is_refused_by_name(name: str, tmp_path: Path) -> None:
         changed = json.dumps(json.loads(head) | {"format": 99}) + "\n" + rest
     else:
         content = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
-        assert isinstance(content[FILES[name]], int)
-        content[FILES[name]] = 99
+        key, _ = FILES[name]
+        assert isinstance(content[key], int)
+        content[key] = 99
         if content.pop("digest", None):
-            content["digest"] = digest(content)
+            content["digest"] = checkpoint.digest(content)
         changed = json.dumps(content)  # which is YAML as well
     file.write_text(changed, encoding="utf-8")
     if "checkpoints" in name:
