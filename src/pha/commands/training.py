@@ -214,8 +214,8 @@ def train(
     if budget is not None:
         if given := [key for key in LENGTHS if asked.get(key) is not None]:
             raise PHAError(f"--budget says how long the run is, and so does {given[0]}; give one")
-        words += ["--run.steps", "1"]
-    config = load_recipe(recipe, words)
+        asked["run.steps"] = 1
+    config = load_recipe(recipe, asked)
     unheard = [key for key in asked if key.startswith("model.") and key != "model.dropout"]
     if config.run.init_from is not None and unheard:
         raise PHAError(f"{unheard[0]}: the model is that of {config.run.init_from}; leave it out")
