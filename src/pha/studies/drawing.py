@@ -87,7 +87,7 @@ def _points(outcome: Outcome, measure: str, against: str) -> list[Point]:
 def _cost(outcome: Outcome, against: str, label: str) -> Figure | None:
     points = _points(outcome, "bits", against)
     where = f"{outcome.plan.scale.words}, {outcome.tokens} tokens"
-    panels = [(f"{where}; 95% intervals, rings: seeds", points)]
+    panels = [(f"{where}\n95% intervals, rings: seeds", points)]
     return against_size(panels, MEASURES["bits"].heading, label) if points else None
 
 
@@ -104,7 +104,7 @@ def _parameters(outcome: Outcome, measure: str = MAIN) -> Figure | None:
             label = f"{row.label} (paper)" if row.from_paper else row.label
             theirs.append(Point(label, row.parameters, [value], std, grey=not row.like_for_like))
     where = f"{outcome.plan.scale.words}, {outcome.tokens} tokens"
-    panels = [(f"ours: {where}; 95% intervals, rings: seeds", ours)]
+    panels = [(f"ours: {where}\n95% intervals, rings: seeds", ours)]
     if theirs:
         grey = "; grey: not like for like" if any(point.grey for point in theirs) else ""
         panels.append((f"published, WikiText-103; ± deviation{grey}", theirs))
@@ -180,7 +180,7 @@ def _state(outcome: Outcome) -> Figure | None:
     if not points:
         return None
     test = outcome.results[0].evaluations[0].split
-    panels = [(f"test {test}; medians, rings: seeds", points)]
+    panels = [(f"test {test}\nmedians, rings: seeds", points)]
     return against_size(panels, tasks.score_label(outcome), "bytes kept of a sequence")
 
 
